@@ -1,0 +1,43 @@
+"""``python -m emu_kernels``: versions, and the backends that can run here or why they cannot."""
+
+from __future__ import annotations
+
+import platform
+
+import numpy
+import torch
+
+from emu_kernels import __version__, backends
+
+
+def extension() -> str:
+    """One line on the compiled extension, or how to get it."""
+    try:
+        import emu_kernels._C as native
+    except ImportError as error:
+        return f"cannot be loaded ({error}); build it with: pip install --editable ."
+    runnable = ", ".join(native.instruction_sets())
+    try:
+        used = native.instruction_set()
+    except ValueError as error:  # EMU_KERNELS_CPU asks for one that cannot run
+        used = f"none ({error})"
+    return f"{native.compiler()}; can use {runnable}; in use: {used}"
+
+
+def report() -> str:
+    """What a bug report should begin with."""
+    lines = [
+        ("emu_kernels", __version__),
+        ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        ("torch", torch.__version__),
+        ("numpy", numpy.__version__),
+        ("extension", extension()),
+    ]
+    for name, reason in backends.describe():
+        lines.append((f"backend {name}", "can run" if reason is None else f"cannot run: {reason}"))
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
+
+
+if __name__ == "__main__":
+    print(report())

@@ -1,0 +1,501 @@
+"""The public functions: check the arguments, resolve the backend, dispatch. Nothing else.
+
+What they compute is specified by :mod:`emu_kernels.reference`, which masks they draw by
+:mod:`emu_kernels.mask`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from emu_kernels import backends, ops, reference, validate
+from emu_kernels.mask import mutation_mask, rate_to_threshold
+
+__all__ = [
+    "EmuScores",
+    "emu_mutate",
+    "emu_scores",
+    "fused_emu_loss",
+    "fused_softmax_loss",
+    "uls_cross_entropy",
+]
+
+
+class EmuScores(NamedTuple):
+    """What :func:`emu_scores` returns."""
+
+    positive: Tensor
+    """(B,) score of each row's positive."""
+    negative: Tensor
+    """(B, K) scores of the negatives as they are; −inf where padding."""
+    mutated: Tensor
+    """(B, K) scores of the mutated negatives; −inf where padding."""
+
+
+def fused_emu_loss(
+    query: Tensor,  # (B, D)
+    table: Tensor,  # (N, D)
+    positive: Tensor,  # (B,)
+    negative: Tensor,  # (G, K) or (K,)
+    *,
+    similarity: str = "dot",
+    mutation_rate: float,
+    beta: float | Tensor,
+    alpha: float | Tensor,
+    scale: Tensor | None = None,
+    similarity_weights: Tensor | None = None,
+    sample_weight: Tensor | None = None,  # (B,)
+    seed: int | Tensor | None = None,
+    row_offset: int = 0,
+    reduction: str = "mean",
+    sparse_grad: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    r"""EMU loss L_emu + α · L_van of sampled negatives (Takamoto et al., arXiv 2504.03327).
+
+    Each negative z⁻_k is mutated toward the positive z⁺ by a random mask λ_k, a share
+    ``mutation_rate`` of whose components is 1: ẑ_k = λ_k ⊙ z⁺ + (1 − λ_k) ⊙ z⁻_k. With
+    ŝ_k = φ(query, ẑ_k), s⁺ = φ(query, z⁺), s⁻_k = φ(query, z⁻_k), for each row::
+
+        L_emu = (1/K) · [(l̂ − s⁺) + β Σ_k (l̂ − ŝ_k)]     l̂ = logsumexp(s⁺, ŝ_1..ŝ_K)
+        L_van = l − s⁺                                     l = logsumexp(s⁺, s⁻_1..s⁻_K)
+
+    Nothing of size B·K·D is allocated; gradients flow into ``query`` and ``table`` (into the
+    positive through every mutated component too) and have no second derivative, except on
+    ``reference``.
+
+    Args:
+        query: (B, D) fp32, bf16, fp16 or fp64: all of the model except the entity being corrupted.
+            Taken in fp32, whatever autocast says.
+        table: (N, D) the entity embeddings, fp32, bf16, fp16 or (with an fp64 query) fp64; rows may
+            be strided. Never cast as a whole.
+        positive: (B,) integer row ids in [0, N).
+        negative: (G, K) integer row ids in [0, N), or −1 for padding, which takes no part (K above
+            is then the row's count of real negatives; a row without any has loss 0). G divides B: G
+            = B is a set for each row, G = 1 (or shape (K,)) one for the batch, between them one for
+            each block of B/G rows.
+        similarity: φ; "dot" is Σ_j q_j c_j.
+        mutation_rate: in [0, 1], effective in steps of 1/256
+            (:func:`emu_kernels.mask.effective_rate`).
+        beta: the label β ≥ 0 of a mutated negative under unbounded label smoothing; a number, or a
+            one-element tensor (for schedules), which gets no gradient.
+        alpha: the weight α ≥ 0 of the vanilla term; likewise.
+        scale, similarity_weights: for similarities that take them; "dot" takes none.
+        sample_weight: (B,) weight of each row's loss, not differentiated.
+        seed: of the masks: an int in [0, 2^63), a one-element int64 tensor on the table's device,
+            or None to draw from torch's default generator of that device.
+        row_offset: global index of row 0, so that sharding a batch changes no mask.
+        reduction: "mean" (divides by the sum of ``sample_weight``; 0 for an empty batch), "sum" or
+            "none".
+        sparse_grad: give ``table`` a sparse (coalesced COO) gradient of its touched rows, with no
+            N·D buffer. Eager only.
+        backend: "reference", "cpu" or None for the fastest
+            (:func:`emu_kernels.backends.default_backend`).
+
+    Returns:
+        The loss: a scalar, or (B,) for reduction "none"; fp32, or fp64 for fp64 inputs. NaN where
+        an embedding or a score is not finite.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes, devices or values that do not fit.
+        IndexError: an id out of range.
+        RuntimeError: a backend that cannot run here.
+    """
+    validate.rate("mutation_rate", mutation_rate)  # None, below, would be no mutation
+    loss, _ = loss_and_terms(
+        query,
+        table,
+        positive,
+        negative,
+        similarity=similarity,
+        mutation_rate=mutation_rate,
+        beta=beta,
+        alpha=alpha,
+        scale=scale,
+        similarity_weights=similarity_weights,
+        sample_weight=sample_weight,
+        seed=seed,
+        row_offset=row_offset,
+        reduction=reduction,
+        sparse_grad=sparse_grad,
+        backend=backend,
+    )
+    return loss
+
+
+def fused_softmax_loss(
+    query: Tensor,  # (B, D)
+    table: Tensor,  # (N, D)
+    positive: Tensor,  # (B,)
+    negative: Tensor,  # (G, K) or (K,)
+    *,
+    similarity: str = "dot",
+    scale: Tensor | None = None,
+    similarity_weights: Tensor | None = None,
+    sample_weight: Tensor | None = None,  # (B,)
+    reduction: str = "mean",
+    sparse_grad: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Sampled-softmax cross-entropy: L_van of :func:`fused_emu_loss` alone, by the same kernels.
+
+    Arguments, result and errors are those of :func:`fused_emu_loss`, less the mutation.
+    """
+    loss, _ = loss_and_terms(
+        query,
+        table,
+        positive,
+        negative,
+        similarity=similarity,
+        mutation_rate=None,
+        beta=0.0,
+        alpha=1.0,
+        scale=scale,
+        similarity_weights=similarity_weights,
+        sample_weight=sample_weight,
+        seed=None,
+        row_offset=0,
+        reduction=reduction,
+        sparse_grad=sparse_grad,
+        backend=backend,
+    )
+    return loss
+
+
+def emu_scores(
+    query: Tensor,  # (B, D)
+    table: Tensor,  # (N, D)
+    positive: Tensor,  # (B,)
+    negative: Tensor,  # (G, K) or (K,)
+    *,
+    similarity: str = "dot",
+    mutation: float,
+    margin: float = 0.0,
+    scale: Tensor | None = None,
+    similarity_weights: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    row_offset: int = 0,
+    sparse_grad: bool = False,
+    backend: str | None = None,
+) -> EmuScores:
+    """Scores of positives, negatives and mutated negatives, for losses of your own.
+
+    The backward pass is fused for any upstream gradients and allocates nothing of size B·K·D.
+
+    Args:
+        mutation: the mutation rate in [0, 1].
+        margin: γ, added to every score.
+
+    The other arguments and the errors are those of :func:`fused_emu_loss`.
+
+    Returns:
+        EmuScores: positive (B,), negative (B, K), mutated (B, K), fp32 (fp64 for fp64 inputs). A
+        padding id has score −inf and no gradient.
+    """
+    validate.batch(
+        query,
+        table,
+        positive,
+        negative,
+        similarity=similarity,
+        scale=scale,
+        similarity_weights=similarity_weights,
+    )
+    validate.rate("mutation", mutation)
+    validate.seed(seed, table.device)
+    validate.row_offset(row_offset, query.shape[0])
+    if isinstance(margin, bool) or not isinstance(margin, (int, float)):
+        raise TypeError(f"margin: expected a number, got {type(margin).__name__}")
+    name = backends.resolve(backend, table.device)
+    query, positive, negative = _canonical(query, table, positive, negative)
+    seed = _seed_tensor(seed, table.device)
+    threshold = rate_to_threshold(mutation)
+    if name == backends.REFERENCE:
+        positive, negative, poison = _reference_ids(positive, negative, table)
+        scored = reference.scores(
+            query,
+            _maybe_sparse(table, sparse_grad),
+            positive,
+            negative,
+            similarity=similarity,
+            seed=seed,
+            row_offset=row_offset,
+            threshold=threshold,
+        )
+        assert scored.mutated is not None
+        out = EmuScores(scored.positive, scored.negative, scored.mutated)
+        if poison is not None:
+            out = EmuScores(*(s * poison.view(-1, *[1] * (s.ndim - 1)) for s in out))
+    elif _wants_grad(query, table):
+        out = EmuScores(*ops.Scores.apply(
+            query, table, positive, negative, seed, row_offset, threshold, similarity, name,
+            sparse_grad,
+        ))  # fmt: skip
+    else:
+        out = EmuScores(
+            *ops.OPS.scores_forward(
+                query, table, positive, negative, seed, row_offset, threshold, similarity, name
+            )
+        )
+    return EmuScores(*(s + margin for s in out)) if margin else out
+
+
+def emu_mutate(
+    positive: Tensor,  # (B, D)
+    negative: Tensor,  # (B, K, D)
+    *,
+    mutation_rate: float,
+    seed: int | Tensor | None = None,
+    row_offset: int = 0,
+    backend: str | None = None,
+) -> Tensor:
+    """Mutated negatives ẑ = λ ⊙ z⁺ + (1 − λ) ⊙ z⁻ themselves, for scorers that are black boxes.
+
+    The masks are those of :func:`fused_emu_loss` for the same seed; they are never stored.
+
+    Args:
+        positive: (B, D) embeddings, fp32, bf16, fp16 or fp64.
+        negative: (B, K, D) embeddings of the same dtype.
+        mutation_rate, seed, row_offset, backend: as in :func:`fused_emu_loss`.
+
+    Returns:
+        (B, K, D) in the inputs' dtype, differentiable in both inputs any number of times.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`fused_emu_loss`.
+    """
+    positive = validate.tensor("positive", positive)
+    negative = validate.tensor("negative", negative)
+    validate.dims("positive", positive, (2,), "(B, D)")
+    validate.dims("negative", negative, (3,), "(B, K, D)")
+    validate.floating("positive", positive)
+    validate.floating("negative", negative)
+    validate.same_device("positive", positive, negative=negative)
+    rows, dim = positive.shape
+    if negative.dtype != positive.dtype:
+        raise TypeError(f"negative: expected {positive.dtype} like positive, got {negative.dtype}")
+    if negative.shape[0] != rows or negative.shape[2] != dim:
+        raise ValueError(
+            f"negative: expected shape ({rows}, K, {dim}) to go with positive, "
+            f"got {tuple(negative.shape)}"
+        )
+    validate.rate("mutation_rate", mutation_rate)
+    validate.seed(seed, positive.device)
+    validate.row_offset(row_offset, rows)
+    name = backends.resolve(backend, positive.device)
+    seed = _seed_tensor(seed, positive.device)
+    threshold = rate_to_threshold(mutation_rate)
+    if name == backends.REFERENCE:
+        mask = mutation_mask(
+            rows, negative.shape[1], dim, seed=seed, row_offset=row_offset, threshold=threshold
+        )
+        return reference.mutate(positive, negative, mask)
+    out: Tensor = ops.Mutate.apply(positive, negative, seed, row_offset, threshold, name)
+    return out
+
+
+def uls_cross_entropy(
+    positive_score: Tensor,  # (B,)
+    negative_score: Tensor,  # (B, K)
+    *,
+    beta: float | Tensor,
+    reduction: str = "mean",
+) -> Tensor:
+    """Cross-entropy under unbounded label smoothing: L_emu of given scores (arXiv 2504.03327).
+
+    The positive has label 1, each negative the label β, not normalised to sum to one::
+
+        L = (1/K) · [(l̂ − s⁺) + β Σ_k (l̂ − ŝ_k)]     l̂ = logsumexp(s⁺, ŝ_1..ŝ_K)
+
+    Args:
+        positive_score: (B,) s⁺, any floating dtype; computed in fp32 (fp64 for fp64).
+        negative_score: (B, K) ŝ; −inf is padding and takes no part.
+        beta: ≥ 0, a number or a one-element tensor.
+        reduction: "mean", "sum" or "none".
+
+    Returns:
+        The loss: a scalar, or (B,) for "none".
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit.
+    """
+    positive_score = validate.tensor("positive_score", positive_score)
+    negative_score = validate.tensor("negative_score", negative_score)
+    validate.dims("positive_score", positive_score, (1,), "(B,)")
+    validate.dims("negative_score", negative_score, (2,), "(B, K)")
+    validate.floating("positive_score", positive_score)
+    validate.floating("negative_score", negative_score)
+    validate.same_precision("positive_score", positive_score, "negative_score", negative_score)
+    validate.same_device("positive_score", positive_score, negative_score=negative_score)
+    if negative_score.shape[0] != positive_score.shape[0]:
+        raise ValueError(
+            f"negative_score: expected {positive_score.shape[0]} rows like positive_score, "
+            f"got shape {tuple(negative_score.shape)}"
+        )
+    validate.coefficient("beta", beta)
+    validate.one_of("reduction", reduction, validate.REDUCTIONS)
+    dtype = reference.accumulation_dtype(positive_score.dtype)
+    positive_score, negative_score = positive_score.to(dtype), negative_score.to(dtype)
+    beta = _reference_coefficient("beta", beta, positive_score)
+    rows = reference.uls_rows(positive_score, negative_score, beta)
+    return reference.reduce(rows, None, reduction)
+
+
+def loss_and_terms(
+    query: Tensor,
+    table: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    *,
+    similarity: str,
+    mutation_rate: float | None,
+    beta: float | Tensor,
+    alpha: float | Tensor,
+    scale: Tensor | None,
+    similarity_weights: Tensor | None,
+    sample_weight: Tensor | None,
+    seed: int | Tensor | None,
+    row_offset: int,
+    reduction: str,
+    sparse_grad: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """The loss, and detached (2,) weighted means of its terms L_emu and L_van, for logging."""
+    validate.batch(
+        query,
+        table,
+        positive,
+        negative,
+        similarity=similarity,
+        scale=scale,
+        similarity_weights=similarity_weights,
+    )
+    validate.sample_weight(sample_weight, query)
+    validate.coefficient("beta", beta)
+    validate.coefficient("alpha", alpha)
+    validate.one_of("reduction", reduction, validate.REDUCTIONS)
+    validate.seed(seed, table.device)
+    validate.row_offset(row_offset, query.shape[0])
+    threshold = None
+    if mutation_rate is not None:
+        threshold = rate_to_threshold(mutation_rate)
+    name = backends.resolve(backend, table.device)
+    query, positive, negative = _canonical(query, table, positive, negative)
+    if sample_weight is not None:
+        sample_weight = sample_weight.detach().to(query.dtype).contiguous()
+    # Without mutation no mask is drawn, and torch's generator is left alone.
+    seed = _seed_tensor(0 if threshold is None else seed, table.device)
+    if name == backends.REFERENCE:
+        positive, negative, poison = _reference_ids(positive, negative, table)
+        scored = reference.scores(
+            query,
+            _maybe_sparse(table, sparse_grad),
+            positive,
+            negative,
+            similarity=similarity,
+            seed=seed,
+            row_offset=row_offset,
+            threshold=threshold,
+        )
+        beta = _reference_coefficient("beta", beta, query)
+        alpha = _reference_coefficient("alpha", alpha, query)
+        terms, rows = reference.loss_rows(scored, negative, beta=beta, alpha=alpha)
+        if poison is not None:
+            rows = rows * poison
+        means = [reference.reduce(term, sample_weight, "mean") for term in terms.detach()]
+        return reference.reduce(rows, sample_weight, reduction), torch.stack(means)
+    coefficients = None
+    if isinstance(beta, Tensor) or isinstance(alpha, Tensor):
+        coefficients = torch.stack([_scalar(beta, query), _scalar(alpha, query)])
+        beta = alpha = 0.0
+    extra = (float(beta), float(alpha), coefficients, sample_weight, reduction)
+    rest = (row_offset, threshold, similarity, name)
+    if _wants_grad(query, table):
+        loss, terms = ops.Loss.apply(
+            query, table, positive, negative, seed, *rest, sparse_grad, *extra
+        )
+    else:
+        loss, terms, *_ = ops.OPS.loss_forward(
+            query, table, positive, negative, seed, *rest, *extra, False
+        )
+    return loss, terms
+
+
+def _wants_grad(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def _canonical(
+    query: Tensor, table: Tensor, positive: Tensor, negative: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Query contiguous in the accumulation dtype, ids contiguous int64, negative (G, K)."""
+    query = query.to(reference.accumulation_dtype(table.dtype)).contiguous()
+    negative = negative[None] if negative.ndim == 1 else negative
+    return query, positive.to(torch.int64).contiguous(), negative.to(torch.int64).contiguous()
+
+
+def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
+    if seed is None:
+        return torch.randint(validate.MAX_SEED - 1, (), dtype=torch.int64, device=device)
+    if isinstance(seed, Tensor):
+        return seed.detach().reshape(())
+    return torch.full((), seed, dtype=torch.int64, device=device)
+
+
+def _scalar(value: float | Tensor, like: Tensor) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.to(device=like.device, dtype=like.dtype).reshape(())
+    return torch.full((), value, dtype=like.dtype, device=like.device)
+
+
+def _reference_coefficient(name: str, value: float | Tensor, like: Tensor) -> float | Tensor:
+    """The value, checked; on a GPU, where a check would synchronise, NaN if it is out of range."""
+    if not isinstance(value, Tensor):
+        return value
+    value = _scalar(value, like)
+    if value.device.type == "cpu":
+        checked: Tensor = ops.OPS.checked_coefficient(value, name)
+        return checked
+    return torch.where((value >= 0) & value.isfinite(), value, float("nan"))
+
+
+def _reference_ids(
+    positive: Tensor, negative: Tensor, table: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Ids safe to index with; on a GPU, where a check would synchronise, a (B,) NaN factor too."""
+    rows = table.shape[0]
+    if table.device.type == "cpu":
+        positive = ops.OPS.checked_ids(positive, rows, 0, "positive")
+        return positive, ops.OPS.checked_ids(negative, rows, -1, "negative"), None
+    bad_pos = (positive < 0) | (positive >= rows)
+    bad_neg = (negative < -1) | (negative >= rows)
+    batch = positive.shape[0]
+    bad = bad_pos | bad_neg.any(dim=1).repeat_interleave(batch // max(negative.shape[0], 1), dim=0)
+    poison = torch.where(bad, float("nan"), 1.0)
+    return positive.masked_fill(bad_pos, 0), negative.masked_fill(bad_neg, 0), poison
+
+
+class _Sparse(torch.autograd.Function):
+    """Identity whose gradient becomes sparse: the rows that are not zero."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor) -> Tensor:
+        return table.view_as(table)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        touched = (grad != 0).any(dim=1).nonzero()[:, 0]
+        return torch.sparse_coo_tensor(
+            touched[None], grad[touched], grad.shape, is_coalesced=True, check_invariants=False
+        )
+
+
+def _maybe_sparse(table: Tensor, sparse: bool) -> Tensor:
+    if not sparse:
+        return table
+    out: Tensor = _Sparse.apply(table)
+    return out

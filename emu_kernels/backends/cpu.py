@@ -1,0 +1,217 @@
+"""The CPU backend: csrc/cpu, through an extension that knows addresses and sizes but no torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from emu_kernels._version import __version__
+from emu_kernels.backends.base import Batch, LossState
+from emu_kernels.validate import coefficient
+
+_UNAVAILABLE: str | None = None
+try:
+    from emu_kernels import _C
+except ImportError as error:  # a source tree that was never built, or another platform's binary
+    _UNAVAILABLE = f"the extension module emu_kernels._C cannot be imported ({error})"
+else:
+    if _C.version != __version__:
+        _UNAVAILABLE = (
+            f"the extension module was built for version {_C.version}, this is {__version__}: "
+            "build it again (pip install --editable .)"
+        )
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """The tensor itself where components of a row are adjacent, else a copy that is so."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
+
+
+def _shape3(tensor: Tensor) -> tuple[int, int, int]:
+    first, second, third = tensor.shape
+    return first, second, third
+
+
+class CpuBackend:
+    """Multi-threaded vector code; the same bits for any number of threads."""
+
+    name = "cpu"
+    device_types = ("cpu",)
+
+    def unavailable(self) -> str | None:
+        return _UNAVAILABLE
+
+    def _native(self, batch: Batch) -> _C.Batch:
+        table = _rows(batch.table)
+        return _C.Batch(
+            # Kept alive by the native object; `table` may be a copy.
+            keep=(batch, table),
+            query=_pointer(batch.query),
+            table=_pointer(table),
+            table_dtype=_dtype(table),
+            table_stride=table.stride(0),
+            table_rows=table.shape[0],
+            positive=_pointer(batch.positive),
+            negative=_pointer(batch.negative),
+            batch=batch.query.shape[0],
+            dim=batch.query.shape[1],
+            groups=batch.negative.shape[0],
+            count=batch.negative.shape[1],
+            seed=int(batch.seed),
+            row_offset=batch.row_offset,
+            threshold=-1 if batch.threshold is None else batch.threshold,
+            similarity=batch.similarity,
+            threads=torch.get_num_threads(),
+        )
+
+    def loss_forward(
+        self,
+        batch: Batch,
+        *,
+        beta: float,
+        alpha: float,
+        coefficients: Tensor | None,
+        sample_weight: Tensor | None,
+        reduction: str,
+        need_grad: bool,
+    ) -> LossState:
+        if coefficients is not None:
+            beta, alpha = coefficients.tolist()
+            coefficient("beta", beta)
+            coefficient("alpha", alpha)
+        rows, dim = batch.query.shape
+        count = batch.negative.shape[1]
+        new = batch.query.new_empty
+        mutated = batch.threshold is not None
+        state = LossState(
+            loss=new((rows,) if reduction == "none" else ()),
+            terms=new((2,)),
+            row_scale=new((rows,)),
+            weight=new((rows, count) if need_grad else (0,)),
+            mutated_weight=new((rows, count) if need_grad and mutated else (0,)),
+            grad_query=new((rows, dim) if need_grad else (0,)),
+            grad_positive=new((rows, dim) if need_grad else (0,)),
+        )
+        _C.loss_forward(
+            self._native(batch),
+            beta=beta,
+            alpha=alpha,
+            sample_weight=_pointer(sample_weight),
+            reduction=reduction,
+            loss=_pointer(state.loss),
+            terms=_pointer(state.terms),
+            row_scale=_pointer(state.row_scale),
+            weight=_pointer(state.weight),
+            mutated_weight=_pointer(state.mutated_weight),
+            grad_query=_pointer(state.grad_query),
+            grad_positive=_pointer(state.grad_positive),
+            need_grad=need_grad,
+        )
+        return state
+
+    def scores_forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        rows, count = batch.query.shape[0], batch.negative.shape[1]
+        new = batch.query.new_empty
+        scores = new((rows,)), new((rows, count)), new((rows, count))
+        _C.scores_forward(self._native(batch), *map(_pointer, scores))
+        return scores
+
+    def query_gradient(
+        self, batch: Batch, positive_weight: Tensor, weight: Tensor, mutated_weight: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        grad_query, grad_positive = torch.empty_like(batch.query), torch.empty_like(batch.query)
+        _C.query_gradient(
+            self._native(batch),
+            _pointer(positive_weight),
+            _pointer(weight),
+            _pointer(mutated_weight),
+            _pointer(grad_query),
+            _pointer(grad_positive),
+        )
+        return grad_query, grad_positive
+
+    def _table_gradient(
+        self, batch: Batch, weights: tuple[Tensor, ...], sparse: bool
+    ) -> tuple[Tensor | None, Tensor]:
+        native = self._native(batch)
+        segments = _C.Segments(native)
+        weights = tuple(w.contiguous() for w in weights)
+        rows = segments.touched() if sparse else batch.table.shape[0]
+        ids = batch.positive.new_empty((rows,)) if sparse else None
+        out = batch.table.new_empty((rows, batch.table.shape[1]))
+        _C.table_gradient(
+            native,
+            segments,
+            *map(_pointer, weights),
+            ids=_pointer(ids),
+            sparse=sparse,
+            out=_pointer(out),
+        )
+        return ids, out
+
+    def table_gradient(
+        self,
+        batch: Batch,
+        row_scale: Tensor,
+        weight: Tensor,
+        mutated_weight: Tensor,
+        grad_positive: Tensor,
+    ) -> Tensor:
+        weights = (row_scale, weight, mutated_weight, grad_positive)
+        return self._table_gradient(batch, weights, sparse=False)[1]
+
+    def table_gradient_sparse(
+        self,
+        batch: Batch,
+        row_scale: Tensor,
+        weight: Tensor,
+        mutated_weight: Tensor,
+        grad_positive: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        weights = (row_scale, weight, mutated_weight, grad_positive)
+        ids, values = self._table_gradient(batch, weights, sparse=True)
+        assert ids is not None
+        return ids, values
+
+    def mutate_forward(
+        self, positive: Tensor, negative: Tensor, seed: Tensor, row_offset: int, threshold: int
+    ) -> Tensor:
+        out = torch.empty_like(negative)
+        _C.mutate_forward(
+            _pointer(positive),
+            _pointer(negative),
+            _pointer(out),
+            dtype=_dtype(negative),
+            shape=_shape3(negative),
+            seed=int(seed),
+            row_offset=row_offset,
+            threshold=threshold,
+            threads=torch.get_num_threads(),
+        )
+        return out
+
+    def mutate_backward(
+        self, grad: Tensor, seed: Tensor, row_offset: int, threshold: int
+    ) -> tuple[Tensor, Tensor]:
+        grad_negative = torch.empty_like(grad)
+        grad_positive = grad.new_empty((grad.shape[0], grad.shape[2]))
+        _C.mutate_backward(
+            _pointer(grad),
+            _pointer(grad_positive),
+            _pointer(grad_negative),
+            dtype=_dtype(grad),
+            shape=_shape3(grad),
+            seed=int(seed),
+            row_offset=row_offset,
+            threshold=threshold,
+            threads=torch.get_num_threads(),
+        )
+        return grad_positive, grad_negative

@@ -1,0 +1,86 @@
+"""The mask contract: which components of which negative are mutated, bit for bit.
+
+Every backend draws the same masks from the same seed, whatever its tiling, thread count or
+sharding. Philox-4x32 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11) with 7
+rounds; key = (seed low 32, seed high 32), counter = (j div 16, k, row_offset + b, stream 0). The
+four little-endian words of one call are sixteen bytes, one for each of the components 16 * (j div
+16) + 0..15. Component j of negative k of row b is taken from the positive exactly when its byte is
+below the threshold round(256 * mutation_rate).
+
+This module is the readable form of the contract, in PyTorch integer arithmetic.
+csrc/common/philox.h is its C++ twin.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+CONTRACT_VERSION = 1
+"""Changes whenever the same seed would draw another mask. A run's config records it."""
+
+ROUNDS = 7
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+WEYL = (0x9E3779B9, 0xBB67AE85)
+COMPONENTS_PER_CALL = 16
+_LOW = 0xFFFFFFFF
+
+
+def rate_to_threshold(mutation_rate: float) -> int:
+    """Bytes below this value mutate: ``round(256 * mutation_rate)``, half to even, in 0..256."""
+    return round(256 * mutation_rate)
+
+
+def effective_rate(mutation_rate: float) -> float:
+    """The rate that is really drawn: ``mutation_rate`` to the nearest 1/256."""
+    return rate_to_threshold(mutation_rate) / 256
+
+
+def philox4x32(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
+) -> Tensor:
+    """Philox-4x32-7 of broadcastable int64 tensors that hold unsigned 32-bit words.
+
+    Returns an int64 tensor of the broadcast shape with a last dimension of 4, the output words.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for r in range(ROUNDS):
+        # The product may pass 2^63 and wrap; its 64 bits are right all the same.
+        p0 = c0 * MULTIPLIERS[0]
+        p1 = c2 * MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            ((p1 >> 32) & _LOW) ^ c1 ^ ((k0 + r * WEYL[0]) & _LOW),
+            p1 & _LOW,
+            ((p0 >> 32) & _LOW) ^ c3 ^ ((k1 + r * WEYL[1]) & _LOW),
+            p0 & _LOW,
+        )
+    return torch.stack(torch.broadcast_tensors(c0, c1, c2, c3), dim=-1)
+
+
+def mutation_mask(
+    batch: int, count: int, dim: int, *, seed: Tensor, row_offset: int, threshold: int
+) -> Tensor:
+    """The mask λ of design equation ẑ = λ ⊙ z⁺ + (1 − λ) ⊙ z⁻.
+
+    Args:
+        batch, count, dim: B, K, D.
+        seed: one-element int64 tensor; its device is the mask's.
+        row_offset: global index of row 0.
+        threshold: 0..256, see :func:`rate_to_threshold`.
+
+    Returns:
+        (B, K, D) bool, True where the component comes from the positive.
+    """
+    device = seed.device
+    blocks = -(-dim // COMPONENTS_PER_CALL)
+    seed = seed.reshape(())
+    row = torch.arange(batch, device=device, dtype=torch.int64)[:, None, None] + row_offset
+    column = torch.arange(count, device=device, dtype=torch.int64)[None, :, None]
+    block = torch.arange(blocks, device=device, dtype=torch.int64)[None, None, :]
+    words = philox4x32(
+        (block, column, row, torch.zeros_like(block)), (seed & _LOW, (seed >> 32) & _LOW)
+    )  # (B, K, blocks, 4)
+    shifts = torch.arange(0, 32, 8, device=device)
+    draws = (words[..., None] >> shifts) & 0xFF  # (B, K, blocks, 4, 4)
+    return draws.reshape(batch, count, blocks * COMPONENTS_PER_CALL)[..., :dim] < threshold

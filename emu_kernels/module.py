@@ -1,0 +1,87 @@
+"""EMU as a loss module."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from emu_kernels import validate
+from emu_kernels.api import loss_and_terms
+
+
+class EMULoss(nn.Module):
+    """:func:`emu_kernels.fused_emu_loss` with its hyper-parameters held, and a fresh seed every
+    call.
+
+    After a call, ``last_terms`` is a detached (2,) tensor with the batch's (weighted) means of
+    L_emu and L_van, for logging; reading it into Python synchronises, keeping it does not.
+
+    Args:
+        mutation_rate, beta, alpha, similarity, reduction, sparse_grad, backend: as in
+            :func:`emu_kernels.fused_emu_loss`. May be reassigned between calls (schedules).
+
+    Shapes: as in :func:`emu_kernels.fused_emu_loss`.
+    """
+
+    last_terms: Tensor | None
+
+    def __init__(
+        self,
+        *,
+        mutation_rate: float,
+        beta: float | Tensor,
+        alpha: float | Tensor,
+        similarity: str = "dot",
+        reduction: str = "mean",
+        sparse_grad: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.mutation_rate = mutation_rate
+        self.beta = beta
+        self.alpha = alpha
+        self.similarity = similarity
+        self.reduction = reduction
+        self.sparse_grad = sparse_grad
+        self.backend = backend
+        self.last_terms = None
+
+    def forward(
+        self,
+        query: Tensor,  # (B, D)
+        table: Tensor,  # (N, D)
+        positive: Tensor,  # (B,)
+        negative: Tensor,  # (G, K) or (K,)
+        *,
+        scale: Tensor | None = None,
+        similarity_weights: Tensor | None = None,
+        sample_weight: Tensor | None = None,  # (B,)
+        seed: int | Tensor | None = None,
+        row_offset: int = 0,
+    ) -> Tensor:
+        validate.rate("mutation_rate", self.mutation_rate)
+        loss, terms = loss_and_terms(
+            query,
+            table,
+            positive,
+            negative,
+            similarity=self.similarity,
+            mutation_rate=self.mutation_rate,
+            beta=self.beta,
+            alpha=self.alpha,
+            scale=scale,
+            similarity_weights=similarity_weights,
+            sample_weight=sample_weight,
+            seed=seed,
+            row_offset=row_offset,
+            reduction=self.reduction,
+            sparse_grad=self.sparse_grad,
+            backend=self.backend,
+        )
+        self.last_terms = terms.detach()
+        return loss
+
+    def extra_repr(self) -> str:
+        return (
+            f"similarity={self.similarity!r}, mutation_rate={self.mutation_rate}, "
+            f"beta={self.beta}, alpha={self.alpha}, reduction={self.reduction!r}"
+        )

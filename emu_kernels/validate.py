@@ -1,0 +1,195 @@
+"""Checks of the public arguments, once for every backend, before any kernel runs.
+
+Each message names the argument, the rule, and what came. What only the values can tell (ids out of
+range) is in :func:`check_ids`, which the operators call at run time, so that tracing works.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from emu_kernels.reference import SIMILARITIES
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+REDUCTIONS = ("none", "sum", "mean")
+MAX_COUNTER = 2**32
+MAX_SEED = 2**63
+
+
+def one_of(name: str, value: object, valid: Sequence[str]) -> None:
+    if value not in valid:
+        listed = ", ".join(repr(v) for v in valid)
+        raise ValueError(f"{name}: expected one of {listed}, got {value!r}")
+
+
+def tensor(name: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {value.layout}")
+    return value
+
+
+def dims(name: str, value: Tensor, allowed: tuple[int, ...], shape: str) -> None:
+    if value.ndim not in allowed:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(value.shape)}")
+
+
+def floating(name: str, value: Tensor) -> None:
+    if value.dtype not in FLOATS:
+        raise TypeError(
+            f"{name}: expected float32, bfloat16, float16 or float64, got {value.dtype}"
+        )
+
+
+def integer(name: str, value: Tensor) -> None:
+    if value.dtype not in INTEGERS:
+        raise TypeError(f"{name}: expected an integer dtype (row ids), got {value.dtype}")
+
+
+def same_device(reference_name: str, reference: Tensor, **others: Tensor | None) -> None:
+    for name, other in others.items():
+        if other is not None and other.device != reference.device:
+            raise ValueError(
+                f"{name}: expected to be on {reference.device} like {reference_name}, "
+                f"got {other.device}"
+            )
+
+
+def same_precision(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if (value.dtype == torch.float64) != (other.dtype == torch.float64):
+        raise TypeError(
+            f"{name}: float64 does not mix with other dtypes; {name} is {value.dtype}, "
+            f"{other_name} is {other.dtype}"
+        )
+
+
+def batch(
+    query: object,
+    table: object,
+    positive: object,
+    negative: object,
+    *,
+    similarity: object,
+    scale: object,
+    similarity_weights: object,
+) -> None:
+    """Shapes, dtypes and devices of what every fused function takes."""
+    one_of("similarity", similarity, tuple(SIMILARITIES))
+    query, table = tensor("query", query), tensor("table", table)
+    positive, negative = tensor("positive", positive), tensor("negative", negative)
+    dims("query", query, (2,), "(B, D)")
+    dims("table", table, (2,), "(N, D)")
+    dims("positive", positive, (1,), "(B,)")
+    dims("negative", negative, (1, 2), "(K,) or (G, K)")
+    floating("query", query)
+    floating("table", table)
+    integer("positive", positive)
+    integer("negative", negative)
+    same_precision("query", query, "table", table)
+    same_device("table", table, query=query, positive=positive, negative=negative)
+    rows, dim = query.shape
+    if dim == 0:
+        raise ValueError(f"query: expected at least one component, got shape {tuple(query.shape)}")
+    if table.shape[1] != dim:
+        raise ValueError(
+            f"table: expected {dim} components a row like query, got shape {tuple(table.shape)}"
+        )
+    if positive.shape[0] != rows:
+        raise ValueError(
+            f"positive: expected {rows} ids, one for each row of query, "
+            f"got shape {tuple(positive.shape)}"
+        )
+    groups = 1 if negative.ndim == 1 else negative.shape[0]
+    if rows % groups if groups else rows:
+        raise ValueError(
+            f"negative: expected (G, K) with G dividing the batch size {rows}, "
+            f"got shape {tuple(negative.shape)}"
+        )
+    for name, value in (("scale", scale), ("similarity_weights", similarity_weights)):
+        if value is not None:
+            raise ValueError(f"{name}: similarity {similarity!r} takes none, expected None")
+
+
+def sample_weight(value: object, query: Tensor) -> None:
+    if value is None:
+        return
+    weight = tensor("sample_weight", value)
+    dims("sample_weight", weight, (1,), "(B,)")
+    if weight.shape[0] != query.shape[0]:
+        raise ValueError(
+            f"sample_weight: expected {query.shape[0]} weights, one for each row of query, "
+            f"got shape {tuple(weight.shape)}"
+        )
+    floating("sample_weight", weight)
+    same_device("query", query, sample_weight=weight)
+
+
+def rate(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number in [0, 1], got {type(value).__name__}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}: expected a number in [0, 1], got {value}")
+
+
+def coefficient(name: str, value: object) -> None:
+    """A loss coefficient: a finite number, not negative, or a one-element tensor of one."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or not value.dtype.is_floating_point:
+            raise ValueError(
+                f"{name}: expected a number or a one-element floating-point tensor, "
+                f"got shape {tuple(value.shape)}, dtype {value.dtype}"
+            )
+        if value.requires_grad:
+            raise ValueError(f"{name}: is not differentiated; pass {name}.detach()")
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number >= 0, got {type(value).__name__}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
+
+
+def seed(value: object, device: torch.device) -> None:
+    if value is None:
+        return
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.dtype != torch.int64:
+            raise ValueError(
+                "seed: expected an int or a one-element int64 tensor, "
+                f"got shape {tuple(value.shape)}, dtype {value.dtype}"
+            )
+        if value.device != device:
+            raise ValueError(f"seed: expected to be on {device} like table, got {value.device}")
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"seed: expected an int, a tensor or None, got {type(value).__name__}")
+    if not 0 <= value < MAX_SEED:
+        raise ValueError(f"seed: expected 0 <= seed < 2**63, got {value}")
+
+
+def row_offset(value: object, rows: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"row_offset: expected an int, got {type(value).__name__}")
+    if value < 0 or value + rows > MAX_COUNTER:
+        raise ValueError(f"row_offset: expected 0 <= row_offset <= 2**32 - {rows}, got {value}")
+
+
+def check_ids(name: str, ids: Tensor, *, rows: int, lowest: int) -> None:
+    """Raise IndexError unless ``lowest <= id < rows`` for every id. Synchronises a GPU."""
+    if ids.numel() == 0:
+        return
+    low, high = (int(v) for v in torch.aminmax(ids))
+    if low >= lowest and high < rows:
+        return
+    where = ((ids < lowest) | (ids >= rows)).nonzero()[0]
+    at = tuple(where.tolist())
+    padding = " (-1 is padding)" if lowest < 0 else ""
+    raise IndexError(
+        f"{name}: expected ids from {lowest} to {rows - 1}{padding}, "
+        f"got {int(ids[at])} at index {at if len(at) > 1 else at[0]}"
+    )

@@ -1,0 +1,90 @@
+"""Builds the extension module ``emu_kernels._C`` with CMake and ninja; pyproject.toml has the rest.
+
+Nothing here needs torch: the extension is compiled without torch's headers. What goes into it is
+decided in CMakeLists.txt. From the environment, CMAKE_ARGS goes to CMake's configure step, CXX and
+CXXFLAGS choose the compiler and its flags, CMAKE_BUILD_PARALLEL_LEVEL limits the number of jobs.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+def find_tool(name: str) -> str:
+    """A build tool from PATH, or from beside this Python, whose venv need not be active."""
+    path = shutil.which(name) or shutil.which(name, path=sysconfig.get_path("scripts"))
+    if path is None:
+        raise SystemExit(f"emu-kernels needs {name} to build: pip install {name}")
+    return path
+
+
+def find_pybind11() -> str:
+    """Folder of pybind11's CMake package."""
+    try:
+        import pybind11
+    except ImportError:
+        raise SystemExit("emu-kernels needs pybind11 to build: pip install pybind11") from None
+    return str(pybind11.get_cmake_dir())
+
+
+class CMakeBuild(build_ext):
+    """Has CMake compile the extension and put it where setuptools looks for it."""
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        folder = Path(self.build_temp).resolve() / "cmake"
+        configure = [
+            find_tool("cmake"),
+            *("-S", str(ROOT), "-B", str(folder), "-G", "Ninja"),
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={find_pybind11()}",
+            f"-DEMU_VERSION={self.distribution.get_version()}",
+            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
+        ]
+        build = [configure[0], "--build", str(folder)]
+        if self.parallel or "CMAKE_BUILD_PARALLEL_LEVEL" not in os.environ:
+            build += ["--parallel", str(self.parallel or available_cores())]
+
+        # CMake's cache outlives what it was made with, such as the tools of an isolated build
+        # environment that is gone: keep the folder only for a build with the very same settings.
+        settings = repr((configure, os.environ.get("CXX"), os.environ.get("CXXFLAGS")))
+        stamp = folder / "settings.txt"
+        if not stamp.is_file() or stamp.read_text() != settings:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            stamp.write_text(settings)
+        try:
+            subprocess.run(configure, check=True)
+            subprocess.run(build, check=True)
+        except subprocess.CalledProcessError:
+            # The reason is in what CMake or the compiler just printed; a traceback would bury it.
+            raise SystemExit("emu-kernels: building the extension failed, see above") from None
+        if not target.is_file():
+            raise SystemExit(f"emu-kernels: CMake made no {target.name} in {target.parent}")
+
+
+def available_cores() -> int:
+    """Cores this process may use, which in a container can be fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+setup(
+    ext_modules=[Extension("emu_kernels._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)
