@@ -1,0 +1,170 @@
+"""What the operator's tests share: inputs, the exact answer, comparisons to a tolerance."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+
+Options = dict[str, Any]
+
+LOSS: Options = {"mutation_rate": 0.5, "beta": 0.3, "alpha": 0.2, "seed": 20250327}
+"""Options of ``fused_emu_loss`` in which no term is absent."""
+
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-13}
+"""Of sums, relative to the largest value of a tensor: about 80 and 450 units of rounding, enough
+for 1000-term dot products and segments of some thousand contributions that cancel. One wrong mask
+bit or weight shows at 1e-3 and above in the shapes tested."""
+
+HALF_WIDTH = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
+"""One unit in the last place, relative: a gradient rounded once from a sum that may be off by the
+tolerance above is the nearest low-precision number or its neighbour."""
+
+
+class Inputs(NamedTuple):
+    query: Tensor  # (B, D)
+    table: Tensor  # (N, D)
+    positive: Tensor  # (B,)
+    negative: Tensor  # (G, K)
+
+    def wide(self) -> Inputs:
+        """The same numbers in fp64."""
+        return self._replace(query=self.query.double(), table=self.table.double())
+
+    def to(self, device: torch.device) -> Inputs:
+        return Inputs(*(t.to(device) for t in self))
+
+
+def make(
+    batch: int = 6,
+    count: int = 5,
+    dim: int = 20,
+    *,
+    rows: int = 9,
+    groups: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    query_dtype: torch.dtype | None = None,
+    ids: torch.dtype = torch.int64,
+    padding: bool = False,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> Inputs:
+    """Random inputs with scores of order 1; the first positive is among the first set's negatives.
+
+    With ``padding`` about a quarter of the negatives is −1 and, where there are several sets, the
+    whole last one is.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    groups = batch if groups is None else groups
+    query = torch.randn(batch, dim, generator=generator, dtype=torch.float64)
+    table = torch.randn(rows, dim, generator=generator, dtype=torch.float64) * 1.5 / dim**0.5
+    positive = torch.randint(rows, (batch,), generator=generator)
+    negative = torch.randint(rows, (groups, count), generator=generator)
+    if batch and count > 1:
+        negative[0, count // 2] = positive[0]
+    if padding:
+        negative[torch.rand(groups, count, generator=generator) < 0.25] = -1
+        if groups > 1:
+            negative[-1] = -1
+    if query_dtype is None:
+        query_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    made = Inputs(query.to(query_dtype), table.to(dtype), positive.to(ids), negative.to(ids))
+    return made.to(torch.device(device))
+
+
+class Result(NamedTuple):
+    outputs: tuple[Tensor, ...]
+    query: Tensor  # gradient
+    table: Tensor  # gradient, dense
+
+
+def evaluate(
+    function: Callable[..., Any],
+    inputs: Inputs,
+    *,
+    upstream: Sequence[Tensor] | None = None,
+    **options: Any,
+) -> Result:
+    """Outputs, and the gradients of their sum or of their product with ``upstream``."""
+    query, table = (t.detach().requires_grad_() for t in (inputs.query, inputs.table))
+    outputs = function(query, table, inputs.positive, inputs.negative, **options)
+    if isinstance(outputs, Tensor):
+        outputs = (outputs,)
+    if upstream is None:
+        upstream = [torch.ones_like(o) for o in outputs]
+    upstream = [u.to(o) for u, o in zip(upstream, outputs, strict=True)]
+    grads = torch.autograd.grad(outputs, (query, table), upstream)
+    return Result(tuple(o.detach() for o in outputs), grads[0], grads[1].to_dense())
+
+
+def exact(function: Callable[..., Any], inputs: Inputs, **options: Any) -> Result:
+    """The specification's answer on the same numbers in fp64."""
+    return evaluate(function, inputs.wide(), **options | {"backend": "reference"})
+
+
+def assert_near(
+    actual: Tensor, expected: Tensor, what: str = "", *, floor: float = 0.0, loose: float = 1.0
+) -> None:
+    """Equal but for rounding: of the sums, and of the result where it is kept in 16 bits.
+
+    ``floor`` is a magnitude of terms that cancel to much less, ``loose`` a factor for sums of very
+    many terms.
+    """
+    low = HALF_WIDTH.get(actual.dtype, 0.0)
+    tolerance = loose * TOLERANCE.get(actual.dtype, TOLERANCE[torch.float32])
+    known = expected[expected.isfinite()].abs()
+    scale = max(floor, known.max().item()) if known.numel() else floor
+    smallest = torch.finfo(actual.dtype).smallest_normal * low
+    torch.testing.assert_close(
+        actual.double().cpu(),
+        expected.double().cpu(),
+        rtol=low,
+        atol=tolerance * scale + smallest,
+        equal_nan=True,
+        msg=lambda text: f"{what}: {text}",
+    )
+
+
+def assert_agree(
+    actual: Result, expected: Result, *, floor: float = 0.0, loose: float = 1.0
+) -> None:
+    """See :func:`assert_near`; ``floor`` is of the gradients."""
+    for i, pair in enumerate(zip(actual.outputs, expected.outputs, strict=True)):
+        assert_near(*pair, what=f"output {i}", loose=loose)
+    for name in ("query", "table"):
+        pair = (getattr(actual, name), getattr(expected, name))
+        assert_near(*pair, what=f"gradient of {name}", floor=floor, loose=loose)
+
+
+def same_bits(left: Result, right: Result) -> bool:
+    pairs = zip((*left.outputs, *left[1:]), (*right.outputs, *right[1:]), strict=True)
+    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
+
+
+def random_like(outputs: Sequence[Tensor], seed: int = 1) -> list[Tensor]:
+    """Upstream gradients of both signs, in fp64."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in outputs]
+
+
+def run_python(
+    *arguments: str, env: dict[str, str] | None = None, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """A Python of its own that imports the package from where this one did."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": path} | (env or {}),
+        text=True,
+        capture_output=True,
+        timeout=timeout,
+    )

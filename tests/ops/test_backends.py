@@ -1,0 +1,76 @@
+"""Which backend a call gets, and what is said when it cannot have it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from emu_kernels import backends, emu_mutate, emu_scores, fused_emu_loss
+from tests.ops.support import LOSS, make
+
+
+def test_names() -> None:
+    assert backends.NAMES[0] == backends.REFERENCE
+    assert "cpu" in backends.NAMES
+    assert [name for name, _ in backends.describe()] == list(backends.NAMES)
+    assert dict(backends.describe())[backends.REFERENCE] is None
+
+
+def test_default() -> None:
+    """The fastest that can run on the device; the reference where nothing else can."""
+    assert backends.default_backend("cpu") == "cpu"
+    assert backends.default_backend(torch.device("cpu")) == "cpu"
+    assert backends.default_backend("mps") == backends.REFERENCE
+    assert backends.default_backend("xpu") == backends.REFERENCE
+
+
+def test_default_is_used() -> None:
+    inputs = make(9, 40, 100)
+    expected = fused_emu_loss(*inputs, backend="cpu", **LOSS)
+    assert torch.equal(fused_emu_loss(*inputs, **LOSS), expected)
+
+
+def test_backend_that_cannot_run_says_why(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = backends.get(kernel)
+    monkeypatch.setattr(type(backend), "unavailable", lambda self: "it is out for lunch")
+    assert dict(backends.describe())[kernel] == "it is out for lunch"
+    inputs = make()
+    with pytest.raises(RuntimeError, match=f"'{kernel}'.*out for lunch"):
+        fused_emu_loss(*inputs, backend=kernel, **LOSS)
+    with pytest.raises(RuntimeError, match=f"'{kernel}'.*out for lunch"):
+        emu_scores(*inputs, mutation=0.5, backend=kernel)
+    with pytest.raises(RuntimeError, match=f"'{kernel}'.*out for lunch"):
+        emu_mutate(torch.ones(1, 2), torch.ones(1, 1, 2), mutation_rate=0.5, backend=kernel)
+
+
+def test_default_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = make()
+    expected = fused_emu_loss(*inputs, backend=backends.REFERENCE, **LOSS)
+    monkeypatch.setattr(type(backends.get("cpu")), "unavailable", lambda self: "absent")
+    assert backends.default_backend("cpu") == backends.REFERENCE
+    assert torch.equal(fused_emu_loss(*inputs, **LOSS), expected)
+
+
+def test_kernels_do_not_run_on_other_devices(kernel: str) -> None:
+    inputs = [t.to("meta") for t in make()]
+    with pytest.raises(ValueError, match=f"backend: '{kernel}'.*meta"):
+        fused_emu_loss(*inputs, backend=kernel, **LOSS)
+
+
+def test_backends_are_told_apart(kernel: str, device: torch.device) -> None:
+    """The comparisons between backends compare two implementations, not one with itself."""
+    calls: list[str] = []
+
+    class Watched(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            calls.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    inputs = make(device=device)
+    for name in (kernel, backends.REFERENCE):
+        calls.clear()
+        with Watched():
+            loss: Tensor = fused_emu_loss(*inputs, backend=name, **LOSS)
+        assert loss.isfinite()
+        assert any("loss_forward" in call for call in calls) == (name == kernel)

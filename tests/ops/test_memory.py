@@ -1,0 +1,79 @@
+"""Nothing of size B·K·D, little kept for backward, and no N·D where the gradient is sparse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from emu_kernels import emu_scores, fused_emu_loss, fused_softmax_loss
+from tests.ops.peak_memory import CASES, CUBE, PROCESS
+from tests.ops.support import LOSS, Inputs, Options, make, run_python
+
+LIMIT = dict.fromkeys(CASES, CUBE // 8)
+"""A (B, K) tensor has 1 MB, the table as much, one (B, K, D) tensor 134 MB: room for a dozen of the
+former and for noise, and far from one of the latter even in bf16 or as one byte a component."""
+
+LIMIT["sparse"] = 128 * 2**20
+"""A word for each of the ten million rows would pass, a tenth of the dense gradient would not."""
+
+
+def peaks(backend: str, *cases: str) -> dict[str, int]:
+    if not (PROCESS / "clear_refs").exists():
+        pytest.skip("peak resident memory is read from Linux's /proc/self")
+    done = run_python("-m", "tests.ops.peak_memory", backend, *cases)
+    assert done.returncode == 0, done.stderr
+    measured = dict(line.split() for line in done.stdout.splitlines())
+    return {case: int(added) for case, added in measured.items()}
+
+
+def test_peak(kernel: str, device: torch.device) -> None:
+    if device.type != "cpu":
+        pytest.skip("resident memory says nothing about a GPU's")
+    measured = peaks(kernel, *CASES)
+    assert measured.keys() == CASES.keys()
+    assert {case: added for case, added in measured.items() if added >= LIMIT[case]} == {}
+
+
+def test_the_measurement_sees_large_tensors() -> None:
+    assert peaks("reference", "softmax")["softmax"] > CUBE
+
+
+def saved_bytes(function: Callable[..., Any], inputs: Inputs, **options: Any) -> int:
+    """Bytes that autograd keeps for the backward pass, the inputs themselves left out."""
+    query, table = (t.detach().requires_grad_() for t in inputs[:2])
+    storages: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        outputs = function(query, table, *inputs[2:], **options)
+    for tensor in (query, table, *inputs[2:]):
+        storages.pop(tensor.untyped_storage().data_ptr(), None)
+    assert outputs is not None
+    return sum(storages.values())
+
+
+def test_saved_for_backward(kernel: str, device: torch.device) -> None:
+    batch, count, dim = 64, 48, 100
+    inputs = make(batch, count, dim, rows=50, device=device)
+    options: Options = {"backend": kernel}
+    scores, vectors = batch * count * 4, batch * dim * 4
+    vanilla = saved_bytes(fused_softmax_loss, inputs, **options)
+    emu = saved_bytes(fused_emu_loss, inputs, **LOSS, **options)
+    assert 0 < vanilla <= 2 * scores + 2 * vectors + 1024
+    assert emu - vanilla <= 2 * scores
+    built = saved_bytes(emu_scores, inputs, mutation=0.5, seed=1, **options)
+    assert built <= 2 * scores + 2 * vectors + 1024
+
+
+def test_nothing_is_saved_without_gradients(kernel: str, device: torch.device) -> None:
+    inputs = make(device=device)
+    with torch.no_grad():
+        assert saved_bytes(fused_emu_loss, inputs, backend=kernel, **LOSS) == 0

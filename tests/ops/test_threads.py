@@ -1,0 +1,253 @@
+"""Threads: the same bits for any number of them, from any of them, and after a fork."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from emu_kernels import _C, emu_mutate, emu_scores, fused_emu_loss, fused_softmax_loss
+from tests.ops.support import LOSS, Inputs, Options, Result, evaluate, make, run_python, same_bits
+
+
+def one_entity() -> Inputs:
+    """A hub: every id is the same, so that all contributions are in one segment."""
+    inputs = make(120, 64, 100, rows=4)
+    inputs.positive.fill_(2)
+    inputs.negative.fill_(2)
+    return inputs
+
+
+def few_entities() -> Inputs:
+    """One hub among small segments."""
+    inputs = make(120, 64, 100, rows=300, padding=True)
+    inputs.negative[:, ::2] = 1
+    return inputs
+
+
+BATCHES: dict[str, Callable[[], Inputs]] = {
+    "own negatives": lambda: make(120, 64, 100, rows=300),
+    "shared negatives": lambda: make(120, 300, 100, rows=300, groups=1),
+    "blocks": lambda: make(120, 64, 100, rows=300, groups=4),
+    "one entity": one_entity,
+    "few entities": few_entities,
+    "fewer rows than threads": lambda: make(2, 1000, 100, rows=300),
+    "bfloat16": lambda: make(120, 64, 100, rows=30, dtype=torch.bfloat16),
+}
+
+
+def compute(inputs: Inputs, backend: str) -> list[Result]:
+    calls: list[tuple[Callable[..., Any], Options]] = [
+        (fused_emu_loss, LOSS),
+        (fused_emu_loss, LOSS | {"reduction": "none", "sparse_grad": True}),
+        (fused_softmax_loss, {"reduction": "sum"}),
+        (emu_scores, {"mutation": 0.5, "seed": 1}),
+    ]
+    return [evaluate(function, inputs, backend=backend, **options) for function, options in calls]
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("name", BATCHES)
+def test_same_bits_for_any_number(name: str, kernel: str, device: torch.device) -> None:
+    inputs = BATCHES[name]().to(device)
+    torch.set_num_threads(1)
+    expected = compute(inputs, kernel)
+    for number in (2, 3, 7):
+        torch.set_num_threads(number)
+        for actual, wanted in zip(compute(inputs, kernel), expected, strict=True):
+            assert same_bits(actual, wanted)
+
+
+@pytest.mark.usefixtures("threads")
+def test_mutate_has_the_same_bits_for_any_number(kernel: str, device: torch.device) -> None:
+    positive = torch.randn(30, 100, device=device, requires_grad=True)
+    negative = torch.randn(30, 64, 100, device=device, requires_grad=True)
+
+    def outcome() -> list[Tensor]:
+        out = emu_mutate(positive, negative, mutation_rate=0.5, seed=1, backend=kernel)
+        return [out.detach(), *torch.autograd.grad(out.square().sum(), (positive, negative))]
+
+    torch.set_num_threads(1)
+    expected = outcome()
+    for number in (2, 3, 7):
+        torch.set_num_threads(number)
+        assert all(map(torch.equal, outcome(), expected))
+
+
+COUNT_THREADS = """
+import os, torch
+from tests.ops.support import LOSS, evaluate, make
+from emu_kernels import fused_emu_loss
+
+def threads(number):
+    torch.set_num_threads(number)
+    evaluate(fused_emu_loss, inputs, backend="cpu", **LOSS)
+    return len(os.listdir("/proc/self/task"))
+
+inputs = make(64, 256, 32, rows=300)  # small enough that torch itself starts no threads
+before = len(os.listdir("/proc/self/task"))
+print(*(threads(number) - before for number in (1, 4)))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="threads are counted in /proc")
+def test_torch_decides_how_many() -> None:
+    done = run_python("-c", COUNT_THREADS)
+    assert done.returncode == 0, done.stderr
+    with_one, with_four = map(int, done.stdout.split())
+    assert with_one == 0
+    assert with_four == 3
+
+
+@pytest.mark.usefixtures("threads")
+def test_concurrent_calls(kernel: str, device: torch.device) -> None:
+    """Python threads that call at once do not disturb each other."""
+    torch.set_num_threads(3)
+    batches = [make(40, 64, 36, rows=50, seed=seed, device=device) for seed in range(4)]
+    expected = [compute(inputs, kernel) for inputs in batches]
+
+    def repeat(inputs: Inputs) -> list[list[Result]]:
+        torch.set_num_threads(3)
+        return [compute(inputs, kernel) for _ in range(5)]
+
+    with ThreadPoolExecutor(len(batches)) as executor:
+        for wanted, runs in zip(expected, executor.map(repeat, batches), strict=True):
+            for run in runs:
+                assert all(map(same_bits, run, wanted))
+
+
+FORK = """
+import os, signal, sys, threading, torch
+from tests.ops.support import LOSS, evaluate, make, same_bits
+from emu_kernels import fused_emu_loss
+
+def compute():
+    return evaluate(fused_emu_loss, inputs, backend="cpu", **LOSS)
+
+def in_a_child():
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)  # a child that hangs is ended, and its exit status says so
+        right = same_bits(compute(), expected) and same_bits(compute(), expected)
+        os._exit(0 if right else 1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+torch.set_num_threads(4)
+inputs = make(40, 64, 36, rows=50)
+expected = compute()
+assert in_a_child() == 0, "idle"
+
+stop = threading.Event()
+def keep_busy():
+    while not stop.is_set():
+        compute()
+busy = threading.Thread(target=keep_busy)
+busy.start()
+statuses = [in_a_child() for _ in range(10)]
+stop.set()
+busy.join()
+assert statuses == [0] * 10, statuses
+assert same_bits(compute(), expected), "the parent"
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no fork")
+def test_fork() -> None:
+    """A child works, with threads, whether the parent was idle or in the middle of a call."""
+    done = run_python("-c", FORK)
+    assert done.returncode == 0, done.stderr
+
+
+@dataclass
+class Watched:
+    """The extension module with one of its functions opening a gate as it is entered."""
+
+    function: str
+    gate: threading.Lock
+    order: list[str]
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(_C, name)
+        if name != self.function:
+            return found
+
+        def enter(*args: Any, **kwargs: Any) -> Any:
+            self.gate.release()
+            out = found(*args, **kwargs)
+            self.order.append("kernel returned")
+            return out
+
+        return enter
+
+
+@pytest.fixture
+def _reluctant() -> Iterator[None]:
+    """A thread that waits for the interpreter gets it only from one that lets go of it itself."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(100)
+    yield
+    sys.setswitchinterval(before)
+
+
+def train(inputs: Inputs) -> None:
+    evaluate(fused_emu_loss, inputs, backend="cpu", **LOSS)
+
+
+def score(inputs: Inputs) -> None:
+    evaluate(emu_scores, inputs, backend="cpu", mutation=0.5, seed=1)
+
+
+def mutate(inputs: Inputs) -> None:
+    negative = inputs.table[inputs.negative[:64]].requires_grad_()
+    emu_mutate(
+        inputs.table[:64], negative, mutation_rate=0.5, seed=1, backend="cpu"
+    ).sum().backward()
+
+
+@pytest.mark.usefixtures("_reluctant", "threads")
+@pytest.mark.parametrize(
+    ("function", "call"),
+    [
+        ("loss_forward", train),
+        ("Segments", train),
+        ("table_gradient", train),
+        ("scores_forward", score),
+        ("query_gradient", score),
+        ("mutate_forward", mutate),
+        ("mutate_backward", mutate),
+    ],
+)
+def test_interpreter_is_free_while_a_kernel_runs(
+    function: str, call: Callable[[Inputs], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another Python thread, let go as the kernel starts, runs before the kernel returns."""
+    torch.set_num_threads(1)
+    inputs = make(1500, 256, 256, rows=500)
+    for _attempt in range(10):  # the other thread may be slow to wake up
+        order: list[str] = []
+        gate, ready = threading.Lock(), threading.Event()
+        gate.acquire()
+
+        def other(gate=gate, ready=ready, order=order) -> None:
+            ready.set()
+            gate.acquire()
+            order.append("other thread ran")
+
+        thread = threading.Thread(target=other)
+        thread.start()
+        ready.wait()
+        with monkeypatch.context() as patch:
+            patch.setattr("emu_kernels.backends.cpu._C", Watched(function, gate, order))
+            call(inputs)
+        thread.join()
+        if order[0] == "other thread ran":
+            return
+    pytest.fail(f"{function} kept other Python threads waiting")

@@ -1,0 +1,293 @@
+"""The package as users get it: built without torch, installed elsewhere, imported from there.
+
+Everything is built offline with the tools installed beside the tests, twice in all: a wheel from
+the source tree, and a wheel from the sdist.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+
+import emu_kernels
+
+ROOT = Path(__file__).resolve().parent.parent
+EXTENSION = re.compile(r"emu_kernels/_C\.[^/]*\.so")
+NEON_COMPILER = "aarch64-linux-gnu-g++"
+CPU_SOURCES = sorted(ROOT.glob("csrc/cpu/*.cpp"))
+
+
+def run(*command: str | Path, cwd: Path, env: dict[str, str] | None = None) -> str:
+    """Output of a command that must succeed, standard error included."""
+    done = subprocess.run(
+        command, cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert done.returncode == 0, f"{command} exited {done.returncode}:\n{done.stdout}"
+    return done.stdout
+
+
+def python(*arguments: str, cwd: Path, path: Path | None = None) -> str:
+    """Output of a Python of its own, with ``path`` alone in PYTHONPATH."""
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    if path is not None:
+        env["PYTHONPATH"] = str(path)
+    return run(sys.executable, *arguments, cwd=cwd, env=env)
+
+
+@pytest.fixture(scope="session")
+def build_env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """No package index and no torch."""
+    fake = tmp_path_factory.mktemp("without-torch")
+    (fake / "torch.py").write_text("raise ImportError('the build must not import torch')\n")
+    env = os.environ | {"PIP_NO_INDEX": "1", "PYTHONPATH": str(fake)}
+    assert subprocess.run([sys.executable, "-c", "import torch"], env=env).returncode != 0
+    return env
+
+
+@pytest.fixture(scope="session")
+def strict_env(build_env: dict[str, str]) -> dict[str, str]:
+    """No nvcc either, and a compiler warning is an error."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    assert compiler is not None
+    folders = os.environ["PATH"].split(os.pathsep)
+    env = build_env | {
+        "CMAKE_ARGS": "-DCMAKE_COMPILE_WARNING_AS_ERROR=ON",
+        "CXX": compiler,  # it may lie in one of the folders that go
+        "PATH": os.pathsep.join(f for f in folders if not shutil.which("nvcc", path=f)),
+    }
+    env.pop("CUDA_HOME", None)
+    assert shutil.which("nvcc", path=env["PATH"]) is None
+    return env
+
+
+def only_file(folder: Path, pattern: str) -> Path:
+    (found,) = folder.glob(pattern)
+    return found
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory, build_env: dict[str, str]) -> Path:
+    """A wheel built from the source tree, with nvcc visible where there is one."""
+    out = tmp_path_factory.mktemp("wheel")
+    pip = (sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps")
+    run(*pip, "--wheel-dir", out, ROOT, cwd=out, env=build_env)
+    return only_file(out, "*.whl")
+
+
+@pytest.fixture(scope="session")
+def sdist(tmp_path_factory: pytest.TempPathFactory, build_env: dict[str, str]) -> Path:
+    out = tmp_path_factory.mktemp("sdist")
+    build = (sys.executable, "-m", "build", "--no-isolation", "--sdist")
+    run(*build, "--outdir", out, ROOT, cwd=out, env=build_env)
+    return only_file(out, "*.tar.gz")
+
+
+@pytest.fixture(scope="session")
+def sdist_build(
+    tmp_path_factory: pytest.TempPathFactory, sdist: Path, strict_env: dict[str, str]
+) -> Path:
+    """The sdist, unpacked, with a wheel in dist/ that was built from it."""
+    out = tmp_path_factory.mktemp("from-sdist")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(out, filter="data")
+    source = out / sdist.name.removesuffix(".tar.gz")
+    run(sys.executable, "-m", "build", "--no-isolation", "--wheel", cwd=source, env=strict_env)
+    return source
+
+
+def unpack_wheel(wheel: Path, folder: Path) -> Path:
+    """Install the wheel, alone, into a folder."""
+    pip = (sys.executable, "-m", "pip", "install", "--no-deps", "--no-index")
+    run(*pip, "--target", folder, wheel, cwd=folder.parent)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Path:
+    return unpack_wheel(wheel, tmp_path_factory.mktemp("installed") / "site")
+
+
+TRY_CPU_KERNEL = """
+import torch, emu_kernels, emu_kernels._C
+generator = torch.Generator().manual_seed(0)
+query, table = torch.randn(4, 40, generator=generator), torch.randn(9, 40, generator=generator)
+positive, negative = torch.arange(4), torch.arange(12).reshape(4, 3) % 9
+options = dict(mutation_rate=0.5, beta=0.3, alpha=0.2, seed=7)
+losses = [
+    emu_kernels.fused_emu_loss(query, table, positive, negative, backend=backend, **options)
+    for backend in ("cpu", "reference")
+]
+torch.testing.assert_close(*losses)
+print(emu_kernels.__file__, emu_kernels._C.__file__, sep="\\n")
+"""
+
+
+def test_wheel_runs_from_where_it_is_installed(installed: Path, tmp_path: Path) -> None:
+    files = python("-c", TRY_CPU_KERNEL, cwd=tmp_path, path=installed).splitlines()
+    assert [Path(file).parent for file in files] == [installed / "emu_kernels"] * 2
+
+
+def test_wheel_from_sdist_runs(sdist_build: Path, tmp_path: Path) -> None:
+    site = unpack_wheel(only_file(sdist_build, "dist/*.whl"), tmp_path / "site")
+    files = python("-c", TRY_CPU_KERNEL, cwd=tmp_path, path=site).splitlines()
+    assert [Path(file).parent for file in files] == [site / "emu_kernels"] * 2
+
+
+def test_instruction_sets_share_no_code(sdist_build: Path) -> None:
+    """Of a function in two object files the linker keeps one: it must not be one with AVX in it."""
+    objects = {path.name: path for path in sdist_build.glob("build/**/*.o")}
+    assert "dispatch.cpp.o" in objects
+    mergeable = {
+        name: {
+            line.split()[-1]
+            for line in run("nm", "--defined-only", path, cwd=path.parent).splitlines()
+            if line.split()[-2] in "uWV" and not line.split()[-1].startswith("DW.ref.")
+        }
+        for name, path in objects.items()
+    }
+    special = [name for name in objects if "avx" in name]
+    assert bool(special) == (platform.machine() in ("x86_64", "AMD64"))
+    for name in special:
+        for other in objects.keys() - {name}:
+            assert not mergeable[name] & mergeable[other], (name, other)
+
+
+def test_wheel_contents(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (info,) = {name.split("/")[0] for name in names if ".dist-info/" in name}
+        head = archive.read(f"{info}/METADATA").decode().split("\n\n")[0].splitlines()
+        licence = archive.read(f"{info}/licenses/LICENSE").decode()
+    modules = {str(path.relative_to(ROOT)) for path in ROOT.glob("emu_kernels/**/*.py")}
+    assert modules <= set(names)
+    assert "emu_kernels/py.typed" in names
+    assert len([name for name in names if EXTENSION.fullmatch(name)]) == 1
+    assert {name.split("/")[0] for name in names} == {"emu_kernels", info}
+    assert "Apache License" in licence
+    assert "License-Expression: Apache-2.0" in head
+    assert "Requires-Python: >=3.10" in head
+    required = {line for line in head if line.startswith("Requires-Dist:") and ";" not in line}
+    assert required == {"Requires-Dist: torch>=2.6", "Requires-Dist: numpy"}
+
+
+def test_entry_points_load(installed: Path) -> None:
+    (distribution,) = metadata.distributions(name="emu-kernels", path=[str(installed)])
+    points = {point.name: point for point in distribution.entry_points}
+    assert set(points) == {"emu-train", "emu-predict"}
+    for point in points.values():
+        assert callable(point.load())
+
+
+def test_sdist_has_all_that_the_build_reads(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    sources = {str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*") if path.is_file()}
+    assert any(source.endswith(".h") for source in sources)
+    assert sources | {"CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE"} <= names
+    assert not [name for name in names if name.endswith(".so")]
+
+
+def test_extension_needs_no_torch(installed: Path, tmp_path: Path) -> None:
+    (extension,) = installed.glob("emu_kernels/_C.*.so")
+    code = f"""
+import importlib.util, sys
+sys.modules["torch"] = None
+spec = importlib.util.spec_from_file_location("emu_kernels._C", {str(extension)!r})
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+print(module.instruction_sets())
+"""
+    assert python("-c", code, cwd=tmp_path).startswith("['")
+
+
+def test_version_stands_in_one_place(wheel: Path, sdist: Path) -> None:
+    version = emu_kernels.__version__
+    assert wheel.name.startswith(f"emu_kernels-{version}-")
+    assert sdist.name == f"emu_kernels-{version}.tar.gz"
+    files = [ROOT / name for name in ("pyproject.toml", "setup.py", "CMakeLists.txt", "Makefile")]
+    files += ROOT.glob("csrc/**/*.[ch]*")
+    files += ROOT.glob("emu_kernels/**/*.py")
+    holders = [file for file in files if f'"{version}"' in file.read_text()]
+    assert holders == [ROOT / "emu_kernels" / "_version.py"]
+
+
+def test_import_from_the_source_tree() -> None:
+    output = python("-c", "import emu_kernels._C as c; print(c.__file__)", cwd=ROOT)
+    assert Path(output.strip()).parent == ROOT / "emu_kernels"
+
+
+def report_lines(report: str) -> dict[str, str]:
+    return dict(re.split(r"  +", line, maxsplit=1) for line in report.splitlines())
+
+
+def test_report(installed: Path, tmp_path: Path) -> None:
+    lines = report_lines(python("-m", "emu_kernels", cwd=tmp_path, path=installed))
+    assert lines["emu_kernels"] == emu_kernels.__version__
+    assert lines["torch"] == torch.__version__
+    assert "in use: " in lines["extension"]
+    assert lines["backend reference"] == "can run"
+    assert lines["backend cpu"] == "can run"
+
+
+def test_report_without_the_extension(installed: Path, tmp_path: Path) -> None:
+    code = """
+import runpy, sys
+sys.modules["emu_kernels._C"] = None
+runpy.run_module("emu_kernels", run_name="__main__")
+"""
+    lines = report_lines(python("-c", code, cwd=tmp_path, path=installed))
+    assert "pip install" in lines["extension"]
+    assert lines["backend reference"] == "can run"
+    assert lines["backend cpu"].startswith("cannot run: ")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"CXX": "/nonexistent/c++"}, "needs a C++17 compiler"),
+        (
+            {"CMAKE_ARGS": "-DCMAKE_CXX_COMPILER_ID_RUN=1 -DCMAKE_CXX_COMPILER_ID=MSVC"},
+            "vector extensions of GCC and Clang",
+        ),
+    ],
+    ids=["none", "msvc"],
+)
+def test_unusable_compiler_is_said_in_words(
+    setting: dict[str, str], message: str, build_env: dict[str, str], tmp_path: Path
+) -> None:
+    build = ("setup.py", "build_ext", "--build-temp", tmp_path / "tmp", "--build-lib", tmp_path)
+    done = subprocess.run(
+        [sys.executable, *build], cwd=ROOT, env=build_env | setting, capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert message in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(not shutil.which(NEON_COMPILER), reason=f"{NEON_COMPILER} is not installed")
+@pytest.mark.parametrize(
+    "source", [path for path in CPU_SOURCES if "avx" not in path.name], ids=lambda path: path.stem
+)
+def test_neon_build_compiles(source: Path, tmp_path: Path) -> None:
+    flags = ("-std=c++17", "-O3", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-psabi", "-Werror")
+    run(
+        NEON_COMPILER,
+        *flags,
+        f"-I{ROOT / 'csrc'}",
+        "-c",
+        source,
+        "-o",
+        tmp_path / "o",
+        cwd=tmp_path,
+    )
