@@ -1,0 +1,29 @@
+"""Train and evaluate knowledge-graph embeddings with the fused EMU loss.
+
+A thin trainer: ordinary PyTorch around one call of :func:`emu_kernels.fused_emu_loss` a step.
+
+=============== ====================================================================
+``data``        triples, vocabularies, files and archives
+``datasets``    the public datasets by name: checksums, download, cache
+``models``      a query for each model, and the similarity that it is compared with
+``sampling``    batches and negatives as functions of (seed, step)
+``evaluation``  filtered ranking in both directions
+``loop``        the training loop
+``run``         the run folder: config, metrics, checkpoints, embeddings
+``checkpoint``  files that a kill at any moment leaves readable
+``cli``         ``emu-train``
+``predict``     ``emu-predict``
+=============== ====================================================================
+"""
+
+from importlib.util import find_spec
+
+_missing = [
+    name
+    for name in ("matplotlib", "pooch", "safetensors", "tabulate", "tqdm")
+    if find_spec(name) is None
+]
+if _missing:
+    raise ModuleNotFoundError(
+        f"the trainer needs {', '.join(_missing)}: pip install 'emu-kernels[trainer]'"
+    )

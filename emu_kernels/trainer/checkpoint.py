@@ -1,0 +1,76 @@
+"""Files that a kill at any moment leaves readable, and that run no code when they are read.
+
+Each is written beside its final name, flushed to the disk, and renamed over the previous one: a
+reader finds the old file or the new one, whole. Tensors are stored as safetensors, all else as
+JSON in the file's metadata.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load as deserialize
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .errors import RunError
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file, then put it in the place of `path`.
+
+    Raises:
+        RunError: it could not be written (a full disk, say); a previous `path` is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        write(temporary)
+        _flush_to_disk(temporary)
+        temporary.replace(path)
+        if os.name == "posix":
+            _flush_to_disk(path.parent)  # the renaming itself
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        kept = "; the previous one is intact" if path.exists() else ""
+        raise RunError(f"{path} could not be written: {error}{kept}") from error
+
+
+def _flush_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    """Write tensors and a JSON-serialisable state as one file."""
+    contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {"state": json.dumps(state)}
+    write_atomically(path, lambda temporary: save_file(contents, temporary, metadata=metadata))
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what :func:`save` wrote.
+
+    Raises:
+        RunError: there is no such file, or it is something else.
+    """
+    if not path.is_file():
+        raise RunError(f"{path}: no such file")
+    try:
+        # One read: safe_open would open the file by name again for its tensors, and could find
+        # that a training run has put the next checkpoint in its place meanwhile.
+        content = path.read_bytes()
+        tensors = deserialize(content)
+        header_size = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + header_size])
+        state = json.loads(header["__metadata__"]["state"])
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{path} cannot be read as a checkpoint: {error}") from error
+    return tensors, state

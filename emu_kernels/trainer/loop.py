@@ -1,0 +1,348 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding
+from tqdm import tqdm
+
+from emu_kernels import backends, fused_emu_loss, fused_softmax_loss
+
+from . import checkpoint
+from .config import Config
+from .data import DIRECTIONS, Graph, split_triples
+from .errors import ConfigError, RunError, TrainingError
+from .evaluation import Evaluator, Metrics
+from .models import Model
+from .plot import plot_metrics
+from .run import RunFolder, new_model, restore_model
+from .sampling import Batches, KnownTriples, UniformNegatives, derive_seed
+
+
+class Trainer:
+    """One run: a model, its optimizer, and where it stands.
+
+    Everything drawn is a function of (seed, step), so what a checkpoint holds (model, optimizer,
+    step) determines all that follows.
+
+    Args:
+        config: the settings.
+        graph: what to train on.
+        run: where to write; None keeps everything in memory.
+    """
+
+    def __init__(self, config: Config, graph: Graph, run: RunFolder | None = None) -> None:
+        self.config = config
+        self.graph = graph
+        self.run = run
+        self.device = torch.device(config.device)
+        self.model: Model = new_model(config, graph).to(self.device)
+        self.optimizer = _new_optimizer(config, self.model)
+        self.evaluator = Evaluator(graph, self.device)
+
+        train = graph.triples["train"].to(self.device)
+        self._batches = Batches(train, config.batch_size, config.seed)
+        self._negatives = UniformNegatives(
+            graph.num_entities, config.batch_size, config.negatives, config.seed, self.device
+        )
+        self._known = (
+            KnownTriples(train, graph.num_entities, graph.num_relations)
+            if config.filter_negatives
+            else None
+        )
+
+        self.step = 0  # steps done
+        self.seconds = 0.0  # spent on them, evaluation left out
+        self.best: dict[str, Any] | None = None  # the best validation: step and metrics
+        self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        self._loss_count = 0  # steps since the last log line
+
+    @classmethod
+    def resume(cls, config: Config, graph: Graph, run: RunFolder) -> Trainer:
+        """Continue from the run's last checkpoint, or from the start where there is none."""
+        run.check_mask_contract()
+        trainer = cls(config, graph, run)
+        if run.last_file.exists():
+            trainer._restore()
+        run.forget_metrics_after(trainer.step)
+        return trainer
+
+    def train(self, until: int | None = None) -> bool:
+        """Run steps until `until` (the config's steps), evaluating and saving on the way.
+
+        Ctrl-C (or SIGTERM) ends it after the current step, saved; a second Ctrl-C ends it at once.
+
+        Returns:
+            Whether it got there; False after Ctrl-C.
+
+        Raises:
+            TrainingError: the loss is not finite.
+            RunError: something could not be written.
+        """
+        until = self.config.steps if until is None else until
+        with StopRequest() as stop, self._progress(until) as bar:
+            started = time.perf_counter()
+            while self.step < until and not stop.requested:
+                self._train_step()
+                bar.update(self.config.batch_size)
+                log = self.step % self.config.log_every == 0
+                evaluate = self.step % self.config.eval_every == 0 or self.step == until
+                if not (log or evaluate):
+                    continue
+                loss = self._mean_loss()
+                self.seconds += time.perf_counter() - started
+                if log:
+                    self._log_loss(loss)
+                    bar.set_postfix_str(f"step {self.step}, loss {loss:.4f}", refresh=False)
+                if evaluate:
+                    self._validate(loss)
+                started = time.perf_counter()
+            self.seconds += time.perf_counter() - started
+        if stop.requested:
+            self.save()
+        return self.step >= until
+
+    def _train_step(self) -> None:
+        direction = DIRECTIONS[self.step % 2]  # tails and heads in turn
+        batch = self._batches(self.step)
+        given, relation, positive = split_triples(batch.T, direction)
+        negative = self._negatives(self.step)
+        if self._known is not None:
+            negative = self._known.remove(given, relation, negative, direction)
+
+        # The query's rows are a leaf of their own: their gradient is (B, D) and is added to the
+        # table's below, where autograd would build a second (N, D) buffer for it.
+        table = self.model.entity
+        rows = table.detach()[given].requires_grad_()
+        relations = embedding(relation, self.model.relation)
+        query = self.model.query(rows, relations, direction)
+        loss = self._loss(query, positive, negative)
+
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        assert table.grad is not None
+        assert rows.grad is not None
+        table.grad.index_add_(0, given, rows.grad)
+        if self.config.regularization:
+            for parameter in self.model.parameters():
+                add_l3_gradient(parameter, self.config.regularization)
+        self.optimizer.step()
+
+        self._loss_sum += loss.detach()
+        self._loss_count += 1
+        self.step += 1
+
+    def _loss(self, query: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+        config, model = self.config, self.model
+        if config.loss == "softmax":
+            return fused_softmax_loss(
+                query,
+                model.entity,
+                positive,
+                negative,
+                similarity=model.similarity,
+                backend=config.backend,
+            )
+        return fused_emu_loss(
+            query,
+            model.entity,
+            positive,
+            negative,
+            similarity=model.similarity,
+            mutation_rate=config.mutation_rate,
+            beta=config.beta,
+            alpha=config.alpha,
+            seed=derive_seed(config.seed, "mask", self.step),
+            backend=config.backend,
+        )
+
+    def _mean_loss(self) -> float:
+        loss = float(self._loss_sum) / self._loss_count if self._loss_count else math.nan
+        if self._loss_count and not math.isfinite(loss):
+            raise TrainingError(
+                f"the loss became {loss} by step {self.step}: try a smaller lr"
+                + ("; the last checkpoint is from before" if self.run else "")
+            )
+        return loss
+
+    def _log_loss(self, loss: float) -> None:
+        self._loss_sum.zero_()
+        self._loss_count = 0
+        triples = self.step * self.config.batch_size
+        if self.run:
+            self.run.append_metrics(
+                {
+                    "step": self.step,
+                    "epoch": triples / len(self.graph.triples["train"]),
+                    "loss": loss,
+                    "seconds": round(self.seconds, 3),
+                }
+            )
+
+    def _validate(self, loss: float) -> None:
+        if len(self.graph.triples["valid"]) == 0:
+            self.save()
+            return
+        metrics = self.evaluator.evaluate(self.model, "valid")
+        record = {"step": self.step, "split": "valid", **vars(metrics)}
+        is_best = self.best is None or metrics.mrr > self.best["mrr"]
+        if is_best:
+            self.best = record
+        if self.run:
+            self.run.append_metrics(record)
+            if is_best:
+                checkpoint.save(self.run.best_file, self._model_tensors(), record)
+        self.save()
+        marker = " (best)" if is_best else ""
+        tqdm.write(
+            f"step {self.step}: loss {loss:.4f}, validation MRR {metrics.mrr:.4f}{marker}, "
+            f"Hits@10 {metrics.hits_at_10:.4f}, {self.seconds:.0f} s",
+            file=sys.stderr,
+        )
+
+    def save(self) -> None:
+        """Write the last checkpoint and the plot."""
+        if self.run is None:
+            return
+        tensors = self._model_tensors()
+        for index, values in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
+        state = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "best": self.best,
+            "loss_sum": float(self._loss_sum),
+            "loss_count": self._loss_count,
+        }
+        checkpoint.save(self.run.last_file, tensors, state)
+        title = f"{self.config.model}, {self.config.loss}, d = {self.config.dim}"
+        plot_metrics(self.run.read_metrics(), title, self.run.plot_file)
+
+    def _restore(self) -> None:
+        assert self.run is not None
+        file = self.run.last_file
+        tensors, state = checkpoint.load(file)
+        restore_model(self.model, tensors, file)
+        optimizer: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            kind, index, name = (*key.split(".", 2), "")[:3]
+            if kind == "optimizer":
+                optimizer.setdefault(int(index), {})[name] = tensor
+        groups = self.optimizer.state_dict()["param_groups"]
+        try:
+            self.optimizer.load_state_dict({"state": optimizer, "param_groups": groups})
+            self.step = int(state["step"])
+            self.seconds = float(state["seconds"])
+            self.best = state["best"]
+            self._loss_sum.fill_(state["loss_sum"])
+            self._loss_count = int(state["loss_count"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise RunError(f"{file} is not a checkpoint of this run: {error!r}") from error
+
+    def best_model(self) -> Model:
+        """The model of the best validation, or the current one where nothing was written."""
+        if self.run is None or not self.run.best_file.exists():
+            return self.model
+        return self.run.load_model(self.graph)[0].to(self.device)
+
+    def finish(self) -> Metrics | None:
+        """Evaluate the best model on the test split and export its embeddings."""
+        model = self.best_model()
+        metrics = None
+        if len(self.graph.triples["test"]):
+            metrics = self.evaluator.evaluate(model, "test")
+        if self.run:
+            if metrics:
+                best_step = self.best["step"] if self.best else self.step
+                self.run.append_metrics(
+                    {"step": self.step, "split": "test", "of_step": best_step, **vars(metrics)}
+                )
+            self.run.export_embeddings(model, self.graph)
+        return metrics
+
+    def _model_tensors(self) -> dict[str, Tensor]:
+        return {f"model.{name}": parameter for name, parameter in self.model.named_parameters()}
+
+    def _progress(self, until: int) -> tqdm:
+        size = self.config.batch_size
+        return tqdm(
+            total=until * size,
+            initial=self.step * size,
+            desc=f"{self.config.model} {self.config.loss}",
+            unit="triple",
+            unit_scale=True,
+            disable=None,  # shown on a terminal only
+        )
+
+
+def settle(config: Config) -> Config:
+    """The config with its backend named, once it is clear that device and backend can run here.
+
+    Raises:
+        ConfigError: they cannot; says why.
+    """
+    try:
+        torch.empty(0, device=config.device)
+        backend = backends.resolve(config.backend, torch.device(config.device))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise ConfigError(f"cannot run on device {config.device!r}: {error}") from error
+    return dataclasses.replace(config, backend=backend)
+
+
+def _new_optimizer(config: Config, model: Model) -> torch.optim.Optimizer:
+    # On a CPU the fused step is one pass over parameter, gradient and state, not several.
+    fused = True if torch.device(config.device).type == "cpu" else None
+    optimizer = getattr(torch.optim, config.optimizer)
+    return optimizer(model.parameters(), lr=config.lr, fused=fused)
+
+
+@torch.no_grad()
+def add_l3_gradient(parameter: Tensor, coefficient: float) -> None:
+    """Add the gradient of coefficient · Σ|x|³ over the whole table: 3 · coefficient · x|x|."""
+    assert parameter.grad is not None
+    parameter.grad.addcmul_(parameter, parameter.abs(), value=3.0 * coefficient)
+
+
+class StopRequest:
+    """Turns the first SIGINT or SIGTERM into a request, the second into the usual effect."""
+
+    _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():  # no other may set handlers
+            self._previous = {s: signal.signal(s, self._request) for s in self._SIGNALS}
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._restore()
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        self._restore()
+        # Not through sys.stderr: the signal may have come in the middle of a write to it.
+        os.write(2, b"\nstopping after this step; once more to stop at once\n")
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}

@@ -1,0 +1,120 @@
+"""``emu-predict``: complete a triple with a trained model."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+
+from .data import SPLITS, Direction, Graph, split_triples
+from .errors import TrainerError
+from .models import Model
+from .run import RunFolder
+
+
+class UnknownNameError(TrainerError):
+    """A name that the graph does not hold."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A candidate, its score, and the split that holds the triple it completes, if any."""
+
+    entity: str
+    score: float
+    known: str | None
+
+
+@torch.no_grad()
+def predict(
+    model: Model, graph: Graph, given: str, relation: str, direction: Direction, top: int
+) -> list[Prediction]:
+    """The `top` entities that score best as the tail of (given, relation, ?) where `direction`
+    is "tail", else as the head of (?, relation, given).
+
+    Raises:
+        UnknownNameError: the graph holds no such entity or relation.
+    """
+    given_id = _find("entity", given, graph.entities)
+    relation_id = _find("relation", relation, graph.relations)
+    query = model.query(
+        model.entity[given_id].unsqueeze(0), model.relation[relation_id].unsqueeze(0), direction
+    )
+    scores = model.score(query, model.entity)[0]
+    best = scores.topk(min(top, graph.num_entities))
+    known = _known(graph, given_id, relation_id, direction)
+    return [
+        Prediction(graph.entities[i], score, known.get(i))
+        for i, score in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    ]
+
+
+def _known(graph: Graph, given: int, relation: int, direction: Direction) -> dict[int, str]:
+    """Entities that complete the query in the data, with the first split that says so."""
+    known: dict[int, str] = {}
+    for split in SPLITS:
+        givens, relations, targets = split_triples(graph.triples[split], direction)
+        for target in targets[(givens == given) & (relations == relation)].tolist():
+            known.setdefault(target, split)
+    return known
+
+
+def _find(kind: str, name: str, names: list[str]) -> int:
+    try:
+        return names.index(name)
+    except ValueError:
+        near = difflib.get_close_matches(name, names, n=3)
+        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        raise UnknownNameError(f"the graph holds no {kind} {name!r}{hint}") from None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        run = RunFolder.open(options.run)
+        graph = run.read_graph()
+        model, state = run.load_model(graph)
+        direction: Direction = "tail" if options.head is not None else "head"
+        given = options.head if options.head is not None else options.tail
+        predictions = predict(model, graph, given, options.relation, direction, options.top)
+    except TrainerError as error:
+        print(f"emu-predict: {error}", file=sys.stderr)
+        return 1
+    head, tail = (given, "?") if direction == "tail" else ("?", given)
+    print(f"({head}, {options.relation}, {tail}), the model of step {state['step']}")
+    rows = [(i, p.entity, f"{p.score:.4f}", p.known or "") for i, p in enumerate(predictions, 1)]
+    print(tabulate(rows, ("", direction, "score", "known from"), disable_numparse=True))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="emu-predict",
+        description="Complete (head, relation, ?) or (?, relation, tail) with a trained model.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run folder of emu-train")
+    given = parser.add_mutually_exclusive_group(required=True)
+    given.add_argument("--head", metavar="NAME", help="predict the tail of this head")
+    given.add_argument("--tail", metavar="NAME", help="predict the head of this tail")
+    parser.add_argument("--relation", metavar="NAME", required=True)
+    parser.add_argument(
+        "--top", type=_positive, default=10, metavar="K", help="how many to print (default 10)"
+    )
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""Checkpoints: whole at any moment, and nothing but data."""
+
+from __future__ import annotations
+
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from emu_kernels.trainer import checkpoint
+from emu_kernels.trainer.errors import RunError
+
+
+def test_round_trip_is_exact(tmp_path):
+    tensors = {"a.b": torch.randn(3, 4), "transposed": torch.randn(5, 2).T, "n": torch.tensor(7)}
+    state = {"step": 3, "loss_sum": 0.1 + 0.2, "best": None}
+    checkpoint.save(tmp_path / "x.safetensors", tensors, state)
+    loaded, loaded_state = checkpoint.load(tmp_path / "x.safetensors")
+    assert loaded_state == state
+    assert loaded.keys() == tensors.keys()
+    assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
+
+
+@pytest.mark.parametrize("size", [0, 100, 20_000])
+def test_failed_write_keeps_the_previous_one(tmp_path, size):
+    """With a limit on file sizes the system itself refuses to write on, as on a full disk."""
+    resource = pytest.importorskip("resource")
+    path = tmp_path / "last.safetensors"
+    checkpoint.save(path, {"x": torch.ones(10)}, {"step": 1})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        with pytest.raises(RunError, match=r"last\.safetensors could not be written.*is intact"):
+            checkpoint.save(path, {"x": torch.ones(100_000)}, {"step": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    tensors, state = checkpoint.load(path)
+    assert state == {"step": 1}
+    assert torch.equal(tensors["x"], torch.ones(10))
+    assert list(tmp_path.iterdir()) == [path]  # no litter
+
+
+def test_full_disk(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.json"
+    path.write_text("previous")
+
+    def full(file: Path) -> None:
+        file.write_text("half of it")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(RunError, match=r"No space left on device; the previous one is intact"):
+        checkpoint.write_atomically(path, full)
+    assert path.read_text() == "previous"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+class Exploit:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (exec, ("raise SystemExit('code from the file was run')",))
+
+
+@pytest.mark.parametrize("content", [pickle.dumps(Exploit()), b"", b"\xff" * 64])
+def test_other_files_are_refused_and_run_no_code(tmp_path, content):
+    path = tmp_path / "last.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(RunError, match="cannot be read as a checkpoint"):
+        checkpoint.load(path)
+
+
+def test_safetensors_of_another_program(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.ones(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(RunError, match="cannot be read as a checkpoint"):
+        checkpoint.load(tmp_path / "other.safetensors")
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(RunError, match="no such file"):
+        checkpoint.load(tmp_path / "last.safetensors")
+
+
+WRITE_FOREVER = """
+import sys, itertools, pathlib, torch
+from emu_kernels.trainer import checkpoint
+for step in itertools.count(1):
+    checkpoint.save(pathlib.Path(sys.argv[1]), {"x": torch.full((300_000,), step)}, {"step": step})
+    print(step, flush=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+def test_a_kill_at_any_moment_leaves_a_whole_file(tmp_path):
+    path = tmp_path / "last.safetensors"
+    command = [sys.executable, "-c", WRITE_FOREVER, str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for _ in range(2):
+            process.stdout.readline()
+        for _ in range(20):  # a reader finds a whole file between any two writes
+            tensors, state = checkpoint.load(path)
+            assert (tensors["x"] == state["step"]).all()
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    tensors, state = checkpoint.load(path)
+    assert state["step"] > 1
+    assert (tensors["x"] == state["step"]).all()

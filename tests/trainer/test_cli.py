@@ -1,0 +1,193 @@
+"""`emu-train` and `emu-predict` as a person uses them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from emu_kernels.trainer import cli, predict
+from emu_kernels.trainer.run import RunFolder
+
+QUICK = """
+    --dim=8 --batch-size=64 --negatives=8 --steps=40 --eval-every=20 --log-every=10
+""".split()  # noqa: SIM905
+
+
+def train(*arguments: object) -> int:
+    return cli.main([str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def run_folder(graph_folder: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "run"
+    assert train("--data", graph_folder, "--run-dir", path, *QUICK) == 0
+    return path
+
+
+def test_train_prints_and_leaves_results(graph_folder, tmp_path, capsys):
+    run_folder = tmp_path / "run"
+    assert train("--data", graph_folder, "--run-dir", run_folder, *QUICK) == 0
+    out = capsys.readouterr().out
+    assert "48 entities, 4 relations; triples: 900 train, 100 valid, 100 test" in out
+    assert "EMU (mutation rate 0.6094, β 0.53, α 0.11)" in out  # 156 / 256
+    assert "Hits@10" in out
+    assert f"emu-predict {run_folder}" in out
+    assert (run_folder / "best.safetensors").exists()
+
+
+def test_train_by_name(data_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("EMU_KERNELS_DATA", str(data_folder))
+    monkeypatch.chdir(tmp_path)
+    assert train("--dataset", "nations", "--loss", "softmax", *QUICK) == 0
+    assert "14 entities, 55 relations" in capsys.readouterr().out
+    (run,) = (tmp_path / "runs").iterdir()
+    assert run.name.startswith("nations-DistMult-softmax-")
+
+
+def test_progress_bar_on_a_terminal(graph_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert train("--data", graph_folder, "--run-dir", tmp_path / "run", *QUICK) == 0
+    bar = capsys.readouterr().err
+    assert "triple/s" in bar
+    assert "loss" in bar
+    assert "DistMult emu" in bar
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--data", "nowhere"], "nowhere: no such folder or archive"),
+        (["--resume", "nowhere"], "nowhere is not a run folder"),
+        (["--data", "{graph}", "--mutation-rate", "2"], "mutation_rate must be in [0, 1]"),
+        (["--data", "{graph}", "--device", "abacus"], "cannot run on device 'abacus'"),
+        (["--data", "{graph}", "--run-dir", "{graph}/train.txt/run"], "cannot be made"),
+    ],
+)
+def test_bad_input_is_one_clear_line(graph_folder, tmp_path, capsys, arguments, said):
+    arguments = [argument.format(graph=graph_folder) for argument in arguments]
+    if "--run-dir" not in arguments and "--data" in arguments:
+        arguments += ["--run-dir", str(tmp_path / "run")]
+    assert train(*arguments) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("emu-train: ")
+    assert said in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("arguments", [[], ["--dataset", "FB15k"], ["--data", "x", "--model", "X"]])
+def test_usage_errors(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        train(*arguments)
+    assert caught.value.code == 2
+    assert "usage: emu-train" in capsys.readouterr().err
+
+
+def test_help_shows_the_defaults(capsys):
+    with pytest.raises(SystemExit):
+        train("--help")
+    out = " ".join(capsys.readouterr().out.split())
+    for said in ("(default 0.61)", "(default 0 for emu, 1e-05 for softmax)", "--resume RUN"):
+        assert said in out
+
+
+def test_an_existing_run_is_not_overwritten(run_folder, graph_folder, capsys):
+    assert train("--data", graph_folder, "--run-dir", run_folder, *QUICK) == 1
+    assert f"continue it with --resume {run_folder}" in capsys.readouterr().err
+
+
+def test_resume_takes_its_own_settings(run_folder, capsys):
+    assert train("--resume", run_folder, "--lr", 0.5) == 1
+    assert "--lr cannot be given" in capsys.readouterr().err
+
+
+def test_resume_to_more_steps_without_the_data(run_folder, graph_folder, capsys):
+    for file in graph_folder.iterdir():
+        file.unlink()
+    assert train("--resume", run_folder, "--steps", 60) == 0
+    assert "Hits@10" in capsys.readouterr().out
+    assert RunFolder.open(run_folder).read_config().steps == 60
+    steps = [m["step"] for m in RunFolder.open(run_folder).read_metrics() if "loss" in m]
+    assert steps == [10, 20, 30, 40, 50, 60]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+def test_ctrl_c_saves_and_says_how_to_go_on(graph_folder, tmp_path):
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "emu_kernels.trainer.cli", "--data", str(graph_folder)]
+    command += ["--run-dir", str(run), *QUICK, "--steps", "1000000"]
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as process:
+        assert process.stderr is not None
+        assert "step 20" in process.stderr.readline()  # the first evaluation
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == cli.INTERRUPTED
+    assert f"go on with: emu-train --resume {run}" in out
+    assert "Traceback" not in err
+    config = RunFolder.open(run)
+    assert config.last_file.exists()
+    assert json.loads(config.config_file.read_text())["config"]["steps"] == 1_000_000
+
+
+def test_predict_prints_names_scores_and_what_is_known(run_folder, named_triples, capsys):
+    capsys.readouterr()
+    head, relation, tail = named_triples["train"][0]
+    assert predict.main([str(run_folder), "--head", head, "--relation", relation]) == 0
+    out = capsys.readouterr().out
+    assert f"({head}, {relation}, ?)" in out
+    rows = [line.split() for line in out.splitlines()[3:]]
+    assert len(rows) == 10
+    scores = [float(row[2]) for row in rows]
+    assert scores == sorted(scores, reverse=True)
+
+    known: dict[str, str] = {}
+    for split in ("train", "valid", "test"):
+        for h, r, t in named_triples[split]:
+            if (h, r) == (head, relation):
+                known.setdefault(t, split)
+    assert tail in known
+    everything = ["--top", "48", "--relation", relation]
+    assert predict.main([str(run_folder), "--head", head, *everything]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[3:]]
+    assert {row[1]: row[3] for row in rows if len(row) == 4} == known
+
+
+def test_predict_heads(run_folder, named_triples, graph):
+    model, _ = RunFolder.open(run_folder).load_model(graph)
+    _, relation, tail = named_triples["valid"][0]
+    predictions = predict.predict(model, graph, tail, relation, "head", top=5)
+    best = (model.entity * model.relation[graph.relations.index(relation)]) @ model.entity[
+        graph.entities.index(tail)
+    ]
+    torch.testing.assert_close(
+        torch.tensor([p.score for p in predictions]), best.topk(5).values.detach()
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--head", "e1000", "--relation", "r1"], "holds no entity 'e1000'; did you mean e"),
+        (["--tail", "e1", "--relation", "quux"], "holds no relation 'quux'"),
+    ],
+)
+def test_predict_unknown_names(run_folder, capsys, arguments, said):
+    assert predict.main([str(run_folder), *arguments]) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_predict_without_a_run(tmp_path, capsys):
+    assert predict.main([str(tmp_path), "--head", "a", "--relation", "b"]) == 1
+    assert "is not a run folder" in capsys.readouterr().err

@@ -1,0 +1,111 @@
+"""Datasets by name: the local folder, the download, the checksums."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pooch
+import pytest
+
+from emu_kernels.trainer import datasets
+from emu_kernels.trainer.data import SPLITS
+from emu_kernels.trainer.datasets import FOLDER_VARIABLE, Checksum, load_dataset
+from emu_kernels.trainer.errors import DataError
+
+SIZES = {  # entities, relations, train, valid, test
+    "FB15k-237": (14541, 237, 272115, 17535, 20466),
+    "WN18RR": (40943, 11, 86835, 3034, 3134),
+    "kinship": (104, 25, 8544, 1068, 1074),
+    "nations": (14, 55, 1592, 199, 201),
+    "umls": (135, 46, 5216, 652, 661),
+}
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty download cache, and no local folder."""
+    monkeypatch.delenv(FOLDER_VARIABLE, raising=False)
+    monkeypatch.setattr(pooch, "os_cache", lambda project: tmp_path / "cache" / project)
+    return tmp_path / "cache" / "emu-kernels"
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder that is served where the datasets are downloaded from."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as instance:
+        monkeypatch.setattr(datasets, "BASE_URL", f"http://127.0.0.1:{instance.server_port}")
+        thread = threading.Thread(target=instance.serve_forever)
+        thread.start()
+        yield folder
+        instance.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_public_datasets_have_their_known_sizes(data_folder, monkeypatch, name):
+    monkeypatch.setenv(FOLDER_VARIABLE, str(data_folder))
+    graph = load_dataset(name)
+    triples = [len(graph.triples[split]) for split in SPLITS]
+    assert (graph.num_entities, graph.num_relations, *triples) == SIZES[name]
+
+
+def test_unknown_name_lists_the_known():
+    with pytest.raises(DataError, match=r"unknown dataset 'FB15k'; known: FB15k-237, WN18RR"):
+        load_dataset("FB15k")
+
+
+def test_missing_in_the_local_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    with pytest.raises(DataError, match=r"(?s)nations\.tar\.gz is missing.*put there https.*feb3"):
+        load_dataset("nations")
+
+
+def test_corrupted_in_the_local_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    (tmp_path / "nations.tar.gz").write_bytes(b"something else")
+    with pytest.raises(DataError, match=r"corrupted or another file: expected sha256 feb3"):
+        load_dataset("nations")
+
+
+def test_no_network_says_what_to_put_where(cache, monkeypatch):
+    monkeypatch.setattr(datasets, "BASE_URL", "http://127.0.0.1:9")  # nobody listens there
+    with pytest.raises(DataError) as caught:
+        load_dataset("nations")
+    for said in ("could not be downloaded", "nations.tar.gz", "feb3e3", FOLDER_VARIABLE, "--data"):
+        assert said in str(caught.value)
+
+
+def test_download_is_verified_and_cached(cache, server, data_folder, capfd):
+    shutil.copy(data_folder / "nations.tar.gz", server)
+    assert load_dataset("nations").num_entities == 14
+    assert "100%" in capfd.readouterr().err  # the progress bar
+    (server / "nations.tar.gz").unlink()
+    assert load_dataset("nations").num_entities == 14  # from the cache
+    assert [path.name for path in cache.iterdir()] == ["nations.tar.gz"]
+
+
+def test_download_of_another_content_is_refused_and_not_kept(cache, server):
+    (server / "nations.tar.gz").write_bytes(b"something else")
+    with pytest.raises(DataError, match="corrupted or another file"):
+        load_dataset("nations")
+    assert list(cache.iterdir()) == []
+
+
+def test_download_of_nothing(cache, server):
+    with pytest.raises(DataError, match="could not be downloaded"):
+        load_dataset("nations")
+
+
+def test_git_blob_checksum(tmp_path):
+    """The known answer is what `git hash-object` prints."""
+    path = tmp_path / "hello"
+    path.write_bytes(b"hello\n")
+    assert Checksum("git-blob", "").of(path) == "ce013625030ba8dba906f756967f9e9ca394464a"

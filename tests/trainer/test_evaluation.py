@@ -1,0 +1,145 @@
+"""Filtered ranks against their definition, and against PyKEEN's evaluator on a trained model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from emu_kernels.trainer import evaluation
+from emu_kernels.trainer.config import Config
+from emu_kernels.trainer.data import DIRECTIONS, SPLITS, Direction, Graph
+from emu_kernels.trainer.errors import TrainingError
+from emu_kernels.trainer.evaluation import Evaluator, Metrics
+from emu_kernels.trainer.loop import Trainer
+from emu_kernels.trainer.models import Model
+from emu_kernels.trainer.run import new_model
+
+
+def rank_by_definition(
+    model: Model, graph: Graph, triple: list[int], direction: Direction
+) -> float:
+    """The mean of the best and the worst rank among equals, one candidate at a time."""
+    known = {tuple(other) for split in SPLITS for other in graph.triples[split].tolist()}
+    h, r, t = triple
+    given, target = (h, t) if direction == "tail" else (t, h)
+    query = model.query(model.entity[[given]], model.relation[[r]], direction)
+    scores = model.score(query, model.entity)[0]
+    optimistic = pessimistic = 1
+    for candidate in range(graph.num_entities):
+        completed = (h, r, candidate) if direction == "tail" else (candidate, r, t)
+        if candidate == target or completed in known:
+            continue
+        optimistic += int(scores[candidate] > scores[target])
+        pessimistic += int(scores[candidate] >= scores[target])
+    return (optimistic + pessimistic) / 2
+
+
+@pytest.fixture(scope="module")
+def config() -> Config:
+    return Config(data="-", dim=8)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_ranks_follow_their_definition(graph, config, direction):
+    model = new_model(config, graph)
+    with torch.no_grad():  # few distinct values, so that many scores are equal
+        for table in model.parameters():
+            table.sign_()
+    triples = graph.triples["test"]
+    ranks = Evaluator(graph).ranks(model, triples, direction)
+    expected = [rank_by_definition(model, graph, triple, direction) for triple in triples.tolist()]
+    assert ranks.tolist() == expected
+    assert (ranks % 1 != 0).any()  # there were ties
+
+
+def test_chunks_change_nothing(graph, config, monkeypatch):
+    model = new_model(config, graph)
+    whole = Evaluator(graph).evaluate(model, "valid")
+    monkeypatch.setattr(evaluation, "_CHUNK_BYTES", 7 * 4 * graph.num_entities)
+    chunked = Evaluator(graph).evaluate(model, "valid")
+    assert vars(chunked) == pytest.approx(vars(whole), rel=1e-12)
+
+
+def test_a_model_that_scores_all_alike_gains_nothing(graph, config):
+    model = new_model(config, graph)
+    torch.nn.init.zeros_(model.entity)
+    metrics = Evaluator(graph).evaluate(model, "test")
+    assert metrics.hits_at_10 < 0.1
+    assert metrics.mr > graph.num_entities / 3
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_triple_given_twice_is_filtered_once(config, direction):
+    triple = ("a", "r", "b")
+    graph = Graph.from_names(
+        {"train": [triple, triple, ("a", "r", "c")], "valid": [triple], "test": []}
+    )
+    model = new_model(config, graph)
+    triples = graph.triples["valid"]
+    expected = [rank_by_definition(model, graph, triples[0].tolist(), direction)]
+    assert Evaluator(graph).ranks(model, triples, direction).tolist() == expected
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_have_no_rank(graph, config, value):
+    model = new_model(config, graph)
+    with torch.no_grad():
+        model.entity[3, 2] = value
+    with pytest.raises(TrainingError, match="entity embeddings hold NaN or infinity"):
+        Evaluator(graph).evaluate(model, "valid")
+
+
+def test_metrics_of_known_ranks():
+    metrics = Metrics.from_ranks(torch.tensor([1.0, 2.5, 3.0, 20.0], dtype=torch.float64))
+    assert metrics.mrr == pytest.approx((1 + 1 / 2.5 + 1 / 3 + 1 / 20) / 4)
+    assert (metrics.hits_at_1, metrics.hits_at_3, metrics.hits_at_10) == (0.25, 0.75, 0.75)
+    assert metrics.mr == pytest.approx(26.5 / 4)
+
+
+@pytest.mark.parametrize("name", ["DistMult", "ComplEx"])
+def test_agrees_with_pykeen_on_a_trained_model(nations, name):
+    from pykeen.evaluation import RankBasedEvaluator
+    from pykeen.models import ComplEx, DistMult
+    from pykeen.triples import CoreTriplesFactory
+
+    config = Config(
+        data="-", model=name, dim=16, batch_size=256, negatives=8, steps=120, eval_every=1000
+    )
+    trainer = Trainer(config, nations)
+    assert trainer.train()
+    ours = trainer.evaluator.evaluate(trainer.model, "test")
+    assert ours.mrr > 0.35  # trained: at random it is about 0.23
+
+    factory = CoreTriplesFactory(
+        nations.triples["train"],
+        num_entities=nations.num_entities,
+        num_relations=nations.num_relations,
+    )
+    theirs = {"DistMult": DistMult, "ComplEx": ComplEx}[name](
+        triples_factory=factory, embedding_dim=16, random_seed=0
+    )
+    with torch.no_grad():
+        for representations, table in (
+            (theirs.entity_representations, trainer.model.entity),
+            (theirs.relation_representations, trainer.model.relation),
+        ):
+            weights = representations[0]._embeddings.weight
+            if name == "ComplEx":  # real and imaginary parts side by side
+                weights.copy_(torch.stack(table.chunk(2, dim=1), dim=-1).reshape(weights.shape))
+            else:
+                weights.copy_(table)
+    result = RankBasedEvaluator(filtered=True).evaluate(
+        theirs,
+        mapped_triples=nations.triples["test"],
+        additional_filter_triples=[nations.triples["train"], nations.triples["valid"]],
+        use_tqdm=False,
+    )
+    names = {
+        "mrr": "inverse_harmonic_mean_rank",
+        "hits_at_1": "hits_at_1",
+        "hits_at_3": "hits_at_3",
+        "hits_at_10": "hits_at_10",
+        "mr": "arithmetic_mean_rank",
+    }
+    expected = {ours: result.get_metric(f"both.realistic.{key}") for ours, key in names.items()}
+    assert vars(ours) == pytest.approx(expected, abs=1e-6)

@@ -1,0 +1,383 @@
+"""The training loop: it learns, it repeats, and it continues to the same bits."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from emu_kernels import fused_emu_loss
+from emu_kernels.trainer import loop
+from emu_kernels.trainer.config import Config
+from emu_kernels.trainer.data import DIRECTIONS, Graph, split_triples
+from emu_kernels.trainer.errors import ConfigError, RunError, TrainingError
+from emu_kernels.trainer.loop import Trainer, add_l3_gradient, settle
+from emu_kernels.trainer.run import RunFolder
+from emu_kernels.trainer.sampling import derive_seed
+
+SMALL = Config(data="-", dim=16, batch_size=64, negatives=8, steps=60, eval_every=30, log_every=10)
+
+
+def small(**settings: Any) -> Config:
+    return dataclasses.replace(SMALL, **settings)
+
+
+def weights(trainer: Trainer) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in trainer.model.parameters()]
+
+
+def same_bits(a: Trainer, b: Trainer) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(weights(a), weights(b), strict=True))
+
+
+def start(path: Path, config: Config, graph: Graph) -> Trainer:
+    return Trainer(config, graph, RunFolder.create(path, config, graph))
+
+
+def resume(path: Path, **settings: Any) -> Trainer:
+    run = RunFolder.open(path)
+    return Trainer.resume(dataclasses.replace(run.read_config(), **settings), run.read_graph(), run)
+
+
+@pytest.mark.parametrize("name", ["DistMult", "ComplEx"])
+@pytest.mark.parametrize("loss", ["emu", "softmax"])
+@pytest.mark.parametrize("filter_negatives", [False, True])
+def test_it_learns(graph, name, loss, filter_negatives):
+    config = small(model=name, loss=loss, filter_negatives=filter_negatives, lr=0.5, steps=200)
+    trainer = Trainer(config, graph)
+    before = trainer.evaluator.evaluate(trainer.model, "test").mrr
+    assert trainer.train()
+    after = trainer.finish()
+    assert after is not None
+    assert before < 0.2
+    # DistMult is symmetric and cannot tell a direction; ComplEx can.
+    assert after.mrr > (0.35 if name == "DistMult" else 0.55)
+
+
+@pytest.mark.parametrize("name", ["DistMult", "ComplEx"])
+def test_gradient_is_that_of_plain_autograd(graph, name):
+    """The rows of the query are a leaf of their own in the loop; here they are not."""
+    config = small(model=name, steps=2)
+    trainer = Trainer(config, graph)
+    for step, direction in enumerate(DIRECTIONS):
+        table, relations = (x.detach().clone().requires_grad_() for x in trainer.model.parameters())
+        batch = trainer._batches(step)
+        given, relation, positive = split_triples(batch.T, direction)
+        fused_emu_loss(
+            trainer.model.query(table[given], relations[relation], direction),
+            table,
+            positive,
+            trainer._negatives(step),
+            similarity="dot",
+            mutation_rate=config.mutation_rate,
+            beta=config.beta,
+            alpha=config.alpha,
+            seed=derive_seed(config.seed, "mask", step),
+        ).backward()
+        trainer._train_step()
+        torch.testing.assert_close(trainer.model.entity.grad, table.grad)
+        torch.testing.assert_close(trainer.model.relation.grad, relations.grad)
+
+
+def test_l3_gradient_is_that_of_the_cubic_norm():
+    parameter = torch.randn(5, 4, requires_grad=True)
+    (expected,) = torch.autograd.grad(0.01 * parameter.abs().pow(3).sum(), parameter)
+    parameter.grad = torch.ones(5, 4)
+    add_l3_gradient(parameter, 0.01)
+    torch.testing.assert_close(parameter.grad, 1 + expected)
+
+
+def test_regularization_is_applied(graph):
+    norms = []
+    for regularization in (0.0, 1e-2):
+        trainer = Trainer(small(regularization=regularization), graph)
+        trainer.train()
+        norms.append(sum(float(x.abs().pow(3).sum()) for x in weights(trainer)))
+    assert norms[1] < 0.9 * norms[0]
+
+
+def test_the_seed_determines_everything(graph):
+    runs = [Trainer(small(seed=seed), graph) for seed in (1, 1, 2)]
+    for trainer in runs:
+        trainer.train()
+    assert same_bits(runs[0], runs[1])
+    assert not same_bits(runs[0], runs[2])
+
+
+@pytest.mark.parametrize("optimizer", ["Adagrad", "Adam"])
+@pytest.mark.parametrize("loss", ["emu", "softmax"])
+def test_resumed_run_equals_the_uninterrupted_one(graph, tmp_path, monkeypatch, optimizer, loss):
+    """Cut where neither an epoch, a block of negatives, a log line nor an evaluation ends."""
+    monkeypatch.setattr("emu_kernels.trainer.sampling._BLOCK_IDS", 64 * 8 * 4)
+    config = small(optimizer=optimizer, loss=loss, filter_negatives=True)
+    straight = start(tmp_path / "straight", config, graph)
+    straight.train()
+
+    first = start(tmp_path / "cut", config, graph)
+    for _ in range(37):
+        first._train_step()
+    first.save()
+    second = resume(tmp_path / "cut")
+    assert second.step == 37
+    second.train()
+
+    assert second.step == 60
+    assert same_bits(second, straight)
+    resumed, expected = (t.optimizer.state_dict()["state"] for t in (second, straight))
+    assert resumed.keys() == expected.keys()
+    for index, values in expected.items():
+        assert all(torch.equal(resumed[index][name], value) for name, value in values.items())
+
+
+def test_resumed_metrics_equal_the_uninterrupted_ones(graph, tmp_path):
+    straight = start(tmp_path / "straight", SMALL, graph)
+    straight.train()
+    cut = start(tmp_path / "cut", SMALL, graph)
+    cut.train(until=45)  # evaluates at 45 too, as a run's end does
+    # As a kill leaves them: logged after the last checkpoint, and a line cut short.
+    assert cut.run is not None
+    with cut.run.metrics_file.open("a") as file:
+        file.write('{"step": 50, "loss": 0.0}\n{"step": 60, "lo')
+    resumed = resume(tmp_path / "cut")
+    resumed.train()
+
+    def numbers(trainer: Trainer) -> list[dict[str, Any]]:
+        assert trainer.run is not None
+        metrics = trainer.run.read_metrics()
+        return [
+            {key: value for key, value in m.items() if key != "seconds"}
+            for m in metrics
+            if m["step"] != 45
+        ]
+
+    assert numbers(resumed) == numbers(straight)
+    assert resumed.seconds > 0
+
+
+def test_more_steps_after_the_end(graph, tmp_path):
+    straight = Trainer(SMALL, graph)
+    straight.train()
+    start(tmp_path / "run", small(steps=20), graph).train()
+    longer = resume(tmp_path / "run", steps=60)
+    assert longer.step == 20
+    longer.train()
+    assert same_bits(longer, straight)
+
+
+def test_resume_before_the_first_checkpoint_starts_anew(graph, tmp_path):
+    straight = Trainer(SMALL, graph)
+    straight.train()
+    start(tmp_path / "run", SMALL, graph)
+    resumed = resume(tmp_path / "run")
+    assert resumed.step == 0
+    resumed.train()
+    assert same_bits(resumed, straight)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interruption_saves(graph, tmp_path, monkeypatch, number):
+    straight = Trainer(SMALL, graph)
+    straight.train()
+    trainer = start(tmp_path / "run", SMALL, graph)
+    step = trainer._train_step
+
+    def interrupted_step() -> None:
+        if trainer.step == 12:
+            os.kill(os.getpid(), number)
+        step()
+
+    monkeypatch.setattr(trainer, "_train_step", interrupted_step)
+    before = signal.getsignal(number)
+    assert not trainer.train()
+    assert signal.getsignal(number) is before
+    assert trainer.step == 13
+    resumed = resume(tmp_path / "run")
+    assert resumed.step == 13
+    assert resumed.train()
+    assert same_bits(resumed, straight)
+
+
+def test_second_interruption_stops_at_once(graph, tmp_path, monkeypatch):
+    trainer = start(tmp_path / "run", SMALL, graph)
+
+    def interrupted_step() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(trainer, "_train_step", interrupted_step)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+
+
+def test_best_checkpoint_is_the_best_validation(graph, tmp_path, monkeypatch):
+    trainer = start(tmp_path / "run", small(eval_every=20), graph)
+    mrr = iter((0.2, 0.5, 0.3))
+    evaluate = trainer.evaluator.evaluate
+    monkeypatch.setattr(
+        trainer.evaluator,
+        "evaluate",
+        lambda model, split: dataclasses.replace(evaluate(model, split), mrr=next(mrr)),
+    )
+    trainer.train(until=40)
+    expected = weights(trainer)
+    trainer.train()
+    assert trainer.best is not None
+    assert (trainer.best["step"], trainer.best["mrr"]) == (40, 0.5)
+    assert all(
+        torch.equal(x, y) for x, y in zip(trainer.best_model().parameters(), expected, strict=True)
+    )
+    assert resume(tmp_path / "run").best == trainer.best
+
+
+def test_loss_that_is_not_finite_ends_the_run(graph, tmp_path, monkeypatch):
+    trainer = start(tmp_path / "run", SMALL, graph)
+    monkeypatch.setattr(
+        loop,
+        "fused_emu_loss",
+        lambda query, table, *_, **__: (query.sum() + table.sum()) * torch.nan,
+    )
+    with pytest.raises(TrainingError, match="the loss became nan by step 10: try a smaller lr"):
+        trainer.train()
+    assert not RunFolder.open(tmp_path / "run").last_file.exists()
+
+
+def test_run_folder_holds_what_it_should(graph, tmp_path):
+    trainer = start(tmp_path / "run", SMALL, graph)
+    trainer.train()
+    trainer.finish()
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "config.json",
+        "graph.safetensors",
+        "metrics.jsonl",
+        "plot.png",
+        "last.safetensors",
+        "best.safetensors",
+        "embeddings.safetensors",
+        "entities.tsv",
+        "relations.tsv",
+    }
+    record = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert record["config"]["mutation_rate"] == 0.61
+    assert record["mask_contract"] >= 1
+    assert set(record["versions"]) == {"emu-kernels", "torch", "python"}
+    assert record["graph"]["entities"] == graph.num_entities
+    assert (tmp_path / "run" / "plot.png").read_bytes().startswith(b"\x89PNG")
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    metrics = [json.loads(line) for line in lines]
+    assert [m["step"] for m in metrics if "loss" in m] == [10, 20, 30, 40, 50, 60]
+    assert [m["step"] for m in metrics if m.get("split") == "valid"] == [30, 60]
+    assert [m["split"] for m in metrics if "split" in m][-1] == "test"
+
+
+def test_embeddings_open_elsewhere(graph, tmp_path):
+    import numpy
+    from safetensors.numpy import load_file
+
+    trainer = start(tmp_path / "run", SMALL, graph)
+    trainer.train()
+    trainer.finish()
+    arrays = load_file(tmp_path / "run" / "embeddings.safetensors")
+    for kind, names, file in (
+        ("entity", graph.entities, "entities.tsv"),
+        ("relation", graph.relations, "relations.tsv"),
+    ):
+        assert bytes(arrays[f"{kind}_names"]).decode().split("\n") == names
+        rows = [line.split("\t") for line in (tmp_path / "run" / file).read_text().splitlines()]
+        assert [row[0] for row in rows] == names
+        values = numpy.array([row[1:] for row in rows], dtype=numpy.float32)
+        numpy.testing.assert_array_equal(values, arrays[kind])
+
+
+def test_no_validation_triples(named_triples, tmp_path):
+    graph = Graph.from_names({**named_triples, "valid": [], "test": []})
+    trainer = start(tmp_path / "run", SMALL, graph)
+    assert trainer.train()
+    assert trainer.finish() is None
+    assert (tmp_path / "run" / "entities.tsv").exists()
+
+
+def test_unwritable_run_folder(graph, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(RunError, match="cannot be made"):
+        RunFolder.create(tmp_path / "file" / "run", SMALL, graph)
+
+
+def test_disk_full_at_a_checkpoint_keeps_the_previous(graph, tmp_path, monkeypatch):
+    trainer = start(tmp_path / "run", SMALL, graph)
+    trainer.train(until=30)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("emu_kernels.trainer.checkpoint.save_file", full)
+    with pytest.raises(RunError, match="No space left on device; the previous one is intact"):
+        trainer.train()
+    monkeypatch.undo()
+    resumed = resume(tmp_path / "run")
+    assert resumed.step == 30
+    assert resumed.train()
+
+
+def test_checkpoint_of_another_model(graph, tmp_path):
+    start(tmp_path / "run", SMALL, graph).train(until=1)
+    with pytest.raises(RunError, match=r"expected model\.entity of shape \(48, 32\), got shape"):
+        resume(tmp_path / "run", dim=32)
+
+
+def test_other_mask_contract_cannot_be_continued(graph, tmp_path, monkeypatch):
+    RunFolder.create(tmp_path / "run", SMALL, graph)
+    monkeypatch.setattr("emu_kernels.trainer.run.CONTRACT_VERSION", 999)
+    with pytest.raises(RunError, match="mask contract"):
+        resume(tmp_path / "run")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"config": 3}', '{"config": {"dim": "x"}}'])
+def test_damaged_config(graph, tmp_path, content):
+    run = RunFolder.create(tmp_path / "run", SMALL, graph)
+    run.config_file.write_text(content)
+    with pytest.raises((RunError, ConfigError)):
+        run.read_config()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"dataset": "nations"}, "either a dataset's name or a data folder"),
+        ({"data": None}, "either a dataset's name or a data folder"),
+        ({"model": "TransX"}, "unknown model 'TransX'; known: DistMult, ComplEx"),
+        ({"loss": "hinge"}, "unknown loss 'hinge'; known: emu, softmax"),
+        ({"optimizer": "SGD"}, "unknown optimizer 'SGD'; known: Adagrad, Adam"),
+        ({"dim": 0}, "dim must be at least 1, got 0"),
+        ({"negatives": 0}, "negatives must be at least 1"),
+        ({"batch_size": -5}, "batch_size must be at least 1, got -5"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"lr": 0.0}, "lr must be a finite number above 0"),
+        ({"lr": float("nan")}, "lr must be a finite number above 0"),
+        ({"beta": -0.1}, "beta must be a finite number of at least 0"),
+        ({"alpha": float("inf")}, "alpha must be a finite number"),
+        ({"mutation_rate": 1.5}, r"mutation_rate must be in \[0, 1\], got 1.5"),
+        ({"mutation_rate": float("nan")}, r"mutation_rate must be in \[0, 1\], got nan"),
+        ({"regularization": -1.0}, "regularization must be a finite number"),
+    ],
+)
+def test_settings_that_cannot_work(settings, said):
+    with pytest.raises(ConfigError, match=said):
+        small(**settings)
+
+
+def test_config_survives_json():
+    assert Config.from_json(json.loads(json.dumps(SMALL.to_json()))) == SMALL
+    with pytest.raises(ConfigError, match="colour"):
+        Config.from_json(SMALL.to_json() | {"colour": "red"})
+
+
+@pytest.mark.parametrize("settings", [{"device": "abacus"}, {"backend": "abacus"}])
+def test_device_or_backend_that_cannot_run(settings):
+    with pytest.raises(ConfigError, match=r"cannot run on device .*abacus"):
+        settle(small(**settings))
