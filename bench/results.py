@@ -1,0 +1,157 @@
+"""Measurements as rows of a CSV file for each device, which only ever grows."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import datetime
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import emu_kernels
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = Path(__file__).with_name("results")
+
+TIME, RATIO, MEMORY = "step time", "step time over fused-emu's", "step peak memory"
+"""What a row tells of a rival, in ms, in times and in MiB."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement. All rows of one run bear the same date."""
+
+    date: str  # when the run began, UTC
+    commit: str  # of this repository, "-dirty" where files differ from it
+    what: str
+    rival: str
+    B: int
+    K: int
+    D: int
+    N: int
+    dtype: str
+    threads: int
+    median: float
+    q20: float
+    q80: float
+    unit: str
+    device: str
+    instruction_set: str
+    emu_kernels: str
+    torch: str
+    python: str
+
+
+COLUMNS = tuple(field.name for field in dataclasses.fields(Row))
+_TYPES: dict[str, type] = {"int": int, "float": float, "str": str}
+
+
+def _cpu_model() -> str:
+    try:
+        cpuinfo = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        cpuinfo = ""
+    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def device() -> str:
+    """This machine's CPU, with the number of cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count()
+    return f"{_cpu_model()}, {cores} core{'s' if cores != 1 else ''}"
+
+
+def slug(name: str) -> str:
+    """A device's name as a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def commit() -> str:
+    """The commit that is checked out, or "unknown"."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        name = git("rev-parse", "--short=12", "HEAD")
+        # The results themselves change with every run.
+        changed = git("status", "--porcelain", "--", ".", ":(exclude)bench/results")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return name + ("-dirty" if changed else "")
+
+
+def environment() -> dict[str, Any]:
+    """The columns that are the same for all rows of a run that begins now."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "device": device(),
+        "emu_kernels": emu_kernels.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def append(folder: Path, rows: Iterable[Row]) -> list[Path]:
+    """Add rows to the files of their devices; returns these.
+
+    Raises:
+        ValueError: a file that has other columns.
+    """
+    by_device: dict[str, list[Row]] = {}
+    for row in rows:
+        by_device.setdefault(row.device, []).append(row)
+    paths = []
+    for name, of_device in by_device.items():
+        path = folder / f"{slug(name)}.csv"
+        fresh = not path.exists()
+        if not fresh:
+            read(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        with path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            if fresh:
+                writer.writeheader()
+            for row in of_device:
+                values = dataclasses.asdict(row)
+                writer.writerow(
+                    {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()}
+                )
+        paths.append(path)
+    return paths
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a file or, in the order of their names, of a folder's files.
+
+    Raises:
+        ValueError: a file that is not of this form, with the line.
+    """
+    if path.is_dir():
+        return [row for file in sorted(path.glob("*.csv")) for row in read(file)]
+    rows = []
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != COLUMNS:
+            raise ValueError(f"{path}: expected the columns {', '.join(COLUMNS)}")
+        for record in reader:
+            try:
+                values = {
+                    field.name: _TYPES[str(field.type)](record[field.name])
+                    for field in dataclasses.fields(Row)
+                }
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{path}: line {reader.line_num}: {error}") from error
+            rows.append(Row(**values))
+    return rows

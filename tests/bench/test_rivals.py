@@ -1,0 +1,102 @@
+"""What is compared computes the same thing."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from bench import eager, native
+from bench.inputs import TINY, Inputs, Shape, make
+from bench.rivals import EMU, RIVALS, Rival
+from emu_kernels import fused_emu_loss, fused_softmax_loss
+from emu_kernels.mask import mutation_mask, rate_to_threshold
+from tests.ops.support import Inputs as OperatorInputs
+from tests.ops.support import assert_agree, evaluate
+
+SEED = 5
+
+
+@pytest.fixture
+def inputs() -> OperatorInputs:
+    made = make(TINY)
+    return OperatorInputs(made.query, made.table, made.positive, made.negative)
+
+
+def test_eager_emu_is_the_fused_loss_given_the_same_mask(inputs, backend):
+    mask = mutation_mask(
+        TINY.batch,
+        TINY.negatives,
+        TINY.dim,
+        seed=torch.tensor(SEED),
+        row_offset=0,
+        threshold=rate_to_threshold(EMU["mutation_rate"]),
+    )
+    fused = evaluate(fused_emu_loss, inputs, seed=SEED, backend=backend, **EMU)
+    assert_agree(evaluate(eager.emu_loss, inputs, mask=mask, **EMU), fused)
+
+
+def test_eager_softmax_is_the_fused_loss(inputs, backend):
+    fused = evaluate(fused_softmax_loss, inputs, backend=backend)
+    assert_agree(evaluate(eager.softmax_loss, inputs), fused)
+
+
+def test_eager_emu_draws_masks_at_the_rate():
+    """With all components from the positive, mutated scores are the positive's: L_emu is known."""
+    inputs = make(TINY)
+    loss = eager.emu_loss(
+        inputs.query, inputs.table, inputs.positive, inputs.negative,
+        mutation_rate=1.0, beta=0.5, alpha=0.0,
+    )  # fmt: skip
+    count = TINY.negatives
+    expected = torch.tensor(count + 1.0).log() * (1 + 0.5 * count) / count
+    torch.testing.assert_close(loss, expected)
+
+
+# One row without neighbours; cache lines not full; rows of the table that nothing names; negatives
+# that no tile holds, and more ids than are looked at in one go.
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+@pytest.mark.parametrize("by_segment", [False, True])
+@pytest.mark.parametrize(
+    "shape",
+    [Shape(1, 1, 1, 1), Shape(7, 5, 19, 11), Shape(4, 3, 64, 1000), Shape(3, 2000, 50, 20)],
+    ids=str,
+)
+def test_bare_scatter(shape: Shape, by_segment: bool, threads: None) -> None:
+    inputs: Inputs = make(shape)
+    rows = inputs.query.repeat_interleave(shape.negatives, dim=0)
+    expected = torch.zeros_like(inputs.table).index_add(0, inputs.negative.flatten(), rows)
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        got = native.gather_scatter(inputs, by_segment=by_segment)
+        torch.testing.assert_close(got, expected)
+
+
+def test_no_compiler_is_said(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    native.library.cache_clear()
+    reason = native.unavailable()
+    native.library.cache_clear()
+    assert reason is not None
+    assert "no-such-compiler" in reason
+
+
+def test_a_compiler_that_refuses_is_said(monkeypatch):
+    monkeypatch.setattr(native, "FLAGS", ("--no-such-flag",))
+    native.library.cache_clear()
+    reason = native.unavailable()
+    native.library.cache_clear()
+    assert reason is not None
+    assert "--no-such-flag" in reason or "no C++ compiler" in reason
+
+
+@pytest.mark.parametrize("rival", RIVALS, ids=lambda rival: rival.name)
+def test_rivals_run_and_name_their_instruction_set(rival: Rival) -> None:
+    reason = rival.unavailable()
+    if reason is not None:
+        pytest.skip(reason)
+    step = rival.prepare(make(TINY))
+    step()
+    step()
+    assert rival.instruction_set().islower()
