@@ -103,60 +103,79 @@ static void write_row(DType dtype, void* out, int64_t at, const Real* from, int6
 constexpr int kMaskLanes = kVectorBytes / 8;  // (row, negative) pairs drawn at once
 
 // One byte a component: 0xFF where mutated, else 0.
-struct Masks {
-  U64 key0[kPhiloxRounds], key1[kPhiloxRounds];  // ready in every lane
-  int threshold;
-
-  Masks(uint64_t seed, int threshold_) : threshold(threshold_) {
+//
+// The counter's words are (block, k, row, 0). After the first round two words depend on the block alone and
+// two on (k, row) alone, so two of the rounds are done once a block and once a pair, not once for both.
+class Masks {
+ public:
+  Masks(uint64_t seed, int threshold, int64_t dim)
+      : threshold_(threshold), blocks_memory_(1, padded(dim) / kComponentsPerCall * int64_t{sizeof(Block)}) {
     for (int r = 0; r < kPhiloxRounds; ++r) {
-      key0[r] = U64{} + (static_cast<uint32_t>(seed) + static_cast<uint32_t>(r) * kPhiloxW0);
-      key1[r] = U64{} + (static_cast<uint32_t>(seed >> 32) + static_cast<uint32_t>(r) * kPhiloxW1);
+      key0_[r] = U64{} + (static_cast<uint32_t>(seed) + static_cast<uint32_t>(r) * kPhiloxW0);
+      key1_[r] = U64{} + (static_cast<uint32_t>(seed >> 32) + static_cast<uint32_t>(r) * kPhiloxW1);
+    }
+    blocks_ = reinterpret_cast<Block*>(blocks_memory_.slot(0));
+    for (int64_t i = 0; i < padded(dim) / kComponentsPerCall; ++i) {
+      const uint64_t p0 = static_cast<uint64_t>(kPhiloxM0) * static_cast<uint32_t>(i);
+      const uint64_t c2 = (p0 >> 32) ^ key1_[0][0];
+      const uint64_t p1 = kPhiloxM1 * c2;
+      blocks_[i] = {(p1 >> 32) ^ key0_[1][0], p1, (p0 & 0xFFFFFFFFu) ^ key1_[1][0]};
     }
   }
-
-  bool constant() const { return threshold <= 0 || threshold >= 256; }
 
   // Masks of kMaskLanes pairs, `stride` bytes apart; k and row in 64-bit lanes.
   void draw(U64 k, U64 row, int64_t dim_padded, uint8_t* out, int64_t stride) const {
-    if (constant()) {
+    if (threshold_ <= 0 || threshold_ >= 256) {
       for (int i = 0; i < kMaskLanes; ++i) {
-        __builtin_memset(out + i * stride, threshold > 0 ? 0xFF : 0, static_cast<size_t>(dim_padded));
+        __builtin_memset(out + i * stride, threshold_ > 0 ? 0xFF : 0, static_cast<size_t>(dim_padded));
       }
       return;
     }
+    const U64 p1 = multiply_low_halves(U64{} + kPhiloxM1, row);
+    const U64 p0 = multiply_low_halves(U64{} + kPhiloxM0, (p1 >> 32) ^ k ^ key0_[0]);
     int64_t block = 0;
     for (; block + 2 <= dim_padded / kComponentsPerCall; block += 2) {
-      draw_blocks<2>(block, k, row, out, stride);
+      draw_blocks<2>(block, p0, p1, out, stride);
     }
-    for (; block < dim_padded / kComponentsPerCall; ++block) draw_blocks<1>(block, k, row, out, stride);
+    for (; block < dim_padded / kComponentsPerCall; ++block) draw_blocks<1>(block, p0, p1, out, stride);
   }
+
+ private:
+  struct Block {  // what the second round adds to a pair's words
+    uint64_t c0, c1, c2;
+  };
 
   // Components 16·block .. 16·(block + N) − 1. Two independent chains hide the latency of one.
   template <int N>
-  __attribute__((always_inline)) void draw_blocks(int64_t block, U64 k, U64 row, uint8_t* out,
+  __attribute__((always_inline)) void draw_blocks(int64_t block, U64 pair_p0, U64 pair_p1, uint8_t* out,
                                                   int64_t stride) const {
     const U64 m0 = U64{} + kPhiloxM0, m1 = U64{} + kPhiloxM1;
-    const U8 last = U8{} + static_cast<uint8_t>(threshold - 1);
+    const U8 last = U8{} + static_cast<uint8_t>(threshold_ - 1);
     U64 c0[N], c1[N], c2[N], c3[N];
     for (int n = 0; n < N; ++n) {
-      c0[n] = U64{} + static_cast<uint64_t>(block + n), c1[n] = k, c2[n] = row, c3[n] = U64{};
+      const Block& own = blocks_[block + n];
+      c0[n] = pair_p1 ^ own.c0, c1[n] = U64{} + own.c1, c2[n] = (pair_p0 >> 32) ^ own.c2, c3[n] = pair_p0;
     }
-    for (int r = 0; r < kPhiloxRounds; ++r) {
+    for (int r = 2; r < kPhiloxRounds; ++r) {
       for (int n = 0; n < N; ++n) {
         const U64 p0 = multiply_low_halves(m0, c0[n]), p1 = multiply_low_halves(m1, c2[n]);
-        c0[n] = (p1 >> 32) ^ c1[n] ^ key0[r];
+        c0[n] = (p1 >> 32) ^ c1[n] ^ key0_[r];
         c1[n] = p1;
-        c2[n] = (p0 >> 32) ^ c3[n] ^ key1[r];
+        c2[n] = (p0 >> 32) ^ c3[n] ^ key1_[r];
         c3[n] = p0;
       }
     }
     for (int n = 0; n < N; ++n) {
-      const U64 low = (c0[n] & 0xFFFFFFFFu) | (c1[n] << 32);
-      const U64 high = (c2[n] & 0xFFFFFFFFu) | (c3[n] << 32);
-      store_pairs((U64)((U8)low <= last), (U64)((U8)high <= last),
+      store_pairs((U64)((U8)join_low_halves(c0[n], c1[n]) <= last),
+                  (U64)((U8)join_low_halves(c2[n], c3[n]) <= last),
                   out + (block + n) * kComponentsPerCall, stride);
     }
   }
+
+  U64 key0_[kPhiloxRounds], key1_[kPhiloxRounds];  // ready in every lane
+  int threshold_;
+  Scratch blocks_memory_;
+  Block* blocks_;
 };
 
 // --- a tile of gathered negatives -----------------------------------------------------------------------
@@ -553,7 +572,7 @@ static RowLoss<typename F::Real> row_loss(const LossArgs& a, typename F::Real po
 template <class F, class Sim, bool kMutated>
 static void loss_forward(const Problem& p, const LossArgs& a) {
   using Real = typename F::Real;
-  const Masks draw(p.seed, p.threshold);
+  const Masks draw(p.seed, p.threshold, p.D);
   const int64_t K = p.K, kp = (K + 15) / 16 * 16;
   Workers<F> workers(p);
   Scratch rows_scratch(1, 2 * p.B * static_cast<int64_t>(sizeof(Real)));
@@ -624,7 +643,7 @@ static void loss_forward(const Problem& p, const LossArgs& a) {
 template <class F, class Sim, bool kMutated>
 static void scores_forward(const Problem& p, const ScoreArgs& a) {
   using Real = typename F::Real;
-  const Masks draw(p.seed, p.threshold);
+  const Masks draw(p.seed, p.threshold, p.D);
   Workers<F> workers(p);
   parallel(p.threads, p.B, [&](int64_t b, int slot) {
     RowScratch<F>& s = workers[slot];
@@ -640,7 +659,7 @@ static void scores_forward(const Problem& p, const ScoreArgs& a) {
 template <class F, class Sim, bool kMutated>
 static void query_gradient(const Problem& p, const QueryGradientArgs& a) {
   using Real = typename F::Real;
-  const Masks draw(p.seed, p.threshold);
+  const Masks draw(p.seed, p.threshold, p.D);
   Workers<F> workers(p);
   parallel(p.threads, p.B, [&](int64_t b, int slot) {
     RowScratch<F>& s = workers[slot];
@@ -715,7 +734,7 @@ struct TableGradient {
   TableGradient(const Problem& problem, const TableGradientArgs& args)
       : p(problem),
         a(args),
-        draw(problem.seed, problem.threshold),
+        draw(problem.seed, problem.threshold, problem.D),
         dp(padded(problem.D)),
         group_rows(problem.rows_per_group()),
         entries_per_piece(max64(1, kPiecePairs / max64(1, problem.rows_per_group()))),
@@ -918,7 +937,7 @@ EMU_INLINE void draw_row_masks(const Masks& draw, const MutateArgs& a, int64_t b
 // T: an unsigned integer as wide as an element, whose value does not matter.
 template <class T>
 static void mutate_forward_as(const MutateArgs& a) {
-  const Masks draw(a.seed, a.threshold);
+  const Masks draw(a.seed, a.threshold, a.D);
   const int64_t dp = padded(a.D);
   Scratch scratch(a.threads, kMaskLanes * dp);
   parallel(a.threads, a.B, [&](int64_t b, int slot) {
@@ -946,7 +965,7 @@ static void mutate_forward(const MutateArgs& a) {
 
 template <class T, class Real>
 static void mutate_backward_as(const MutateArgs& a) {
-  const Masks draw(a.seed, a.threshold);
+  const Masks draw(a.seed, a.threshold, a.D);
   const int64_t dp = padded(a.D);
   Scratch scratch(a.threads, kMaskLanes * dp + dp * static_cast<int64_t>(sizeof(Real)));
   parallel(a.threads, a.B, [&](int64_t b, int slot) {

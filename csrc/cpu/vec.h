@@ -161,6 +161,17 @@ EMU_INLINE U64 multiply_low_halves(U64 a, U64 b) {
 #endif
 }
 
+// The low halves of `low` with those of `high` above them.
+EMU_INLINE U64 join_low_halves(U64 low, U64 high) {
+#if defined(__AVX512F__)
+  return (U64)_mm512_mask_mov_epi32((__m512i)low, 0xAAAA, (__m512i)(high << 32));
+#elif defined(__AVX2__)
+  return (U64)_mm256_blend_epi32((__m256i)low, (__m256i)(high << 32), 0xAA);
+#else
+  return (low & 0xFFFFFFFFu) | (high << 32);
+#endif
+}
+
 // out[lane * stride + 0..15] = the 16 bytes a[lane], b[lane].
 EMU_INLINE void store_pairs(U64 a, U64 b, uint8_t* out, int64_t stride) {
 #if defined(__AVX512F__)
