@@ -41,30 +41,54 @@ struct Batch {
   py::object keep;
 };
 
+// The place of a similarity in the list of common/similarity.h.
+int place(List<>, const std::string& name, int) { throw std::invalid_argument("unknown similarity " + name); }
+template <class First, class... Rest>
+int place(List<First, Rest...>, const std::string& name, int index) {
+  return name == First::name ? index : place(List<Rest...>{}, name, index + 1);
+}
+
+MaskSpec mask_spec(const std::string& mutation, int64_t seed, int64_t row_offset, int threshold,
+                   uintptr_t thresholds) {
+  return {static_cast<uint64_t>(seed), static_cast<uint32_t>(row_offset), threshold,
+          static_cast<const int16_t*>(pointer(thresholds)), mutation == "pair"};
+}
+
 Batch make_batch(py::object keep, uintptr_t query, uintptr_t table, const std::string& table_dtype,
-                 int64_t table_stride, int64_t table_rows, uintptr_t positive, uintptr_t negative,
-                 int64_t batch, int64_t dim, int64_t groups, int64_t count, int64_t seed,
-                 int64_t row_offset, int threshold, const std::string& similarity, int threads) {
-  if (similarity != Dot::name) throw std::invalid_argument("unknown similarity " + similarity);
+                 int64_t table_stride, int64_t table_rows, uintptr_t scale, uintptr_t weights,
+                 uintptr_t positive, uintptr_t negative, int64_t batch, int64_t dim, int64_t groups,
+                 int64_t count, int64_t seed, uintptr_t thresholds, int64_t row_offset,
+                 const std::string& mutation, int threshold, const std::string& similarity,
+                 double phase_scale, int threads) {
   Problem p{};
   p.query = pointer(query);
   p.table = pointer(table);
+  p.scale = pointer(scale);
+  p.weights = pointer(weights);
   p.positive = static_cast<const int64_t*>(pointer(positive));
   p.negative = static_cast<const int64_t*>(pointer(negative));
   p.dtype = dtype(table_dtype);
   p.table_stride = table_stride;
   p.N = table_rows, p.B = batch, p.D = dim, p.G = groups, p.K = count;
-  p.seed = static_cast<uint64_t>(seed);
-  p.row_offset = static_cast<uint32_t>(row_offset);
-  p.threshold = threshold;
+  p.similarity = place(Similarities{}, similarity, 0);
+  p.phase_scale = phase_scale;
+  p.mutation = mutation == "none"    ? Mutation::kNone
+               : mutation == "mixup" ? Mutation::kMixup
+                                     : Mutation::kMask;
+  p.mask = mask_spec(mutation, seed, row_offset, threshold, thresholds);
   p.threads = threads < 1 ? 1 : threads;
   return {p, std::move(keep)};
 }
 
+// weight, mutated_weight, grad_query, grad_positive, grad_scale, grad_weights
+using GradientAddresses = std::array<uintptr_t, 6>;
+GradientArgs gradient_args(const GradientAddresses& a) {
+  return {pointer(a[0]), pointer(a[1]), pointer(a[2]), pointer(a[3]), pointer(a[4]), pointer(a[5])};
+}
+
 void loss_forward(const Batch& batch, double beta, double alpha, uintptr_t sample_weight,
                   const std::string& reduction_name, uintptr_t loss, uintptr_t terms, uintptr_t row_scale,
-                  uintptr_t weight, uintptr_t mutated_weight, uintptr_t grad_query,
-                  uintptr_t grad_positive, bool need_grad) {
+                  const GradientAddresses& gradient, bool need_grad) {
   const LossArgs a{beta,
                    alpha,
                    pointer(sample_weight),
@@ -73,10 +97,7 @@ void loss_forward(const Batch& batch, double beta, double alpha, uintptr_t sampl
                    pointer(loss),
                    pointer(terms),
                    pointer(row_scale),
-                   pointer(weight),
-                   pointer(mutated_weight),
-                   pointer(grad_query),
-                   pointer(grad_positive)};
+                   gradient_args(gradient)};
   const py::gil_scoped_release release;
   kernels().loss_forward(batch.problem, a);
 }
@@ -87,10 +108,11 @@ void scores_forward(const Batch& batch, uintptr_t positive, uintptr_t negative, 
 }
 
 void query_gradient(const Batch& batch, uintptr_t positive_weight, uintptr_t weight,
-                    uintptr_t mutated_weight, uintptr_t grad_query, uintptr_t grad_positive) {
+                    uintptr_t mutated_weight, const GradientAddresses& gradient) {
+  const QueryGradientArgs a{pointer(positive_weight), pointer(weight), pointer(mutated_weight),
+                            gradient_args(gradient)};
   const py::gil_scoped_release release;
-  kernels().query_gradient(batch.problem, {pointer(positive_weight), pointer(weight), pointer(mutated_weight),
-                                           pointer(grad_query), pointer(grad_positive)});
+  kernels().query_gradient(batch.problem, a);
 }
 
 void table_gradient(const Batch& batch, const Segments& segments, uintptr_t row_scale, uintptr_t weight,
@@ -108,31 +130,28 @@ void table_gradient(const Batch& batch, const Segments& segments, uintptr_t row_
   kernels().table_gradient(batch.problem, a);
 }
 
-MutateArgs mutate_args(const std::string& dtype_name, std::array<int64_t, 3> shape, int64_t seed,
-                       int64_t row_offset, int threshold, int threads) {
+MutateArgs mutate_args(const std::string& dtype_name, std::array<int64_t, 3> shape, const MaskSpec& mask,
+                       int threads) {
   MutateArgs a{};
   a.dtype = dtype(dtype_name);
   a.B = shape[0], a.K = shape[1], a.D = shape[2];
-  a.seed = static_cast<uint64_t>(seed);
-  a.row_offset = static_cast<uint32_t>(row_offset);
-  a.threshold = threshold;
+  a.mask = mask;
   a.threads = threads < 1 ? 1 : threads;
   return a;
 }
 
 void mutate_forward(uintptr_t positive, uintptr_t negative, uintptr_t out, const std::string& dtype_name,
-                    std::array<int64_t, 3> shape, int64_t seed, int64_t row_offset, int threshold,
-                    int threads) {
-  MutateArgs a = mutate_args(dtype_name, shape, seed, row_offset, threshold, threads);
+                    std::array<int64_t, 3> shape, const MaskSpec& mask, int threads) {
+  MutateArgs a = mutate_args(dtype_name, shape, mask, threads);
   a.positive = pointer(positive), a.negative = pointer(negative), a.out = pointer(out);
   const py::gil_scoped_release release;
   kernels().mutate_forward(a);
 }
 
 void mutate_backward(uintptr_t grad, uintptr_t grad_positive, uintptr_t grad_negative,
-                     const std::string& dtype_name, std::array<int64_t, 3> shape, int64_t seed,
-                     int64_t row_offset, int threshold, int threads) {
-  MutateArgs a = mutate_args(dtype_name, shape, seed, row_offset, threshold, threads);
+                     const std::string& dtype_name, std::array<int64_t, 3> shape, const MaskSpec& mask,
+                     int threads) {
+  MutateArgs a = mutate_args(dtype_name, shape, mask, threads);
   a.negative = pointer(grad), a.grad_positive = pointer(grad_positive);
   a.grad_negative = pointer(grad_negative);
   const py::gil_scoped_release release;
@@ -161,10 +180,15 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<Batch>(m, "Batch")
       .def(py::init(&make_batch), py::kw_only(), py::arg("keep"), py::arg("query"), py::arg("table"),
-           py::arg("table_dtype"), py::arg("table_stride"), py::arg("table_rows"), py::arg("positive"),
-           py::arg("negative"), py::arg("batch"), py::arg("dim"), py::arg("groups"), py::arg("count"),
-           py::arg("seed"), py::arg("row_offset"), py::arg("threshold"), py::arg("similarity"),
-           py::arg("threads"));
+           py::arg("table_dtype"), py::arg("table_stride"), py::arg("table_rows"), py::arg("scale"),
+           py::arg("weights"), py::arg("positive"), py::arg("negative"), py::arg("batch"), py::arg("dim"),
+           py::arg("groups"), py::arg("count"), py::arg("seed"), py::arg("thresholds"),
+           py::arg("row_offset"), py::arg("mutation"), py::arg("threshold"), py::arg("similarity"),
+           py::arg("phase_scale"), py::arg("threads"));
+
+  py::class_<MaskSpec>(m, "MaskSpec")
+      .def(py::init(&mask_spec), py::kw_only(), py::arg("mutation"), py::arg("seed"), py::arg("row_offset"),
+           py::arg("threshold"), py::arg("thresholds"));
 
   py::class_<Segments>(m, "Segments")
       .def(py::init([](const Batch& batch) {
@@ -176,19 +200,17 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("loss_forward", &loss_forward, py::arg("batch"), py::kw_only(), py::arg("beta"), py::arg("alpha"),
         py::arg("sample_weight"), py::arg("reduction"), py::arg("loss"), py::arg("terms"),
-        py::arg("row_scale"), py::arg("weight"), py::arg("mutated_weight"), py::arg("grad_query"),
-        py::arg("grad_positive"), py::arg("need_grad"));
+        py::arg("row_scale"), py::arg("gradient"), py::arg("need_grad"));
   m.def("scores_forward", &scores_forward);
   m.def("query_gradient", &query_gradient);
   m.def("table_gradient", &table_gradient, py::arg("batch"), py::arg("segments"), py::arg("row_scale"),
         py::arg("weight"), py::arg("mutated_weight"), py::arg("grad_positive"), py::kw_only(),
         py::arg("ids"), py::arg("sparse"), py::arg("out"));
   m.def("mutate_forward", &mutate_forward, py::arg("positive"), py::arg("negative"), py::arg("out"),
-        py::kw_only(), py::arg("dtype"), py::arg("shape"), py::arg("seed"), py::arg("row_offset"),
-        py::arg("threshold"), py::arg("threads"));
+        py::kw_only(), py::arg("dtype"), py::arg("shape"), py::arg("mask"), py::arg("threads"));
   m.def("mutate_backward", &mutate_backward, py::arg("grad"), py::arg("grad_positive"),
-        py::arg("grad_negative"), py::kw_only(), py::arg("dtype"), py::arg("shape"), py::arg("seed"),
-        py::arg("row_offset"), py::arg("threshold"), py::arg("threads"));
+        py::arg("grad_negative"), py::kw_only(), py::arg("dtype"), py::arg("shape"), py::arg("mask"),
+        py::arg("threads"));
 
   m.def("philox", &philox, py::arg("counter"), py::arg("seed"));
   m.def("instruction_sets", &instruction_sets);

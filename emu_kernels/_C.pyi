@@ -13,6 +13,8 @@ class Batch:
         table_dtype: str,
         table_stride: int,
         table_rows: int,
+        scale: int,
+        weights: int,
         positive: int,
         negative: int,
         batch: int,
@@ -20,10 +22,18 @@ class Batch:
         groups: int,
         count: int,
         seed: int,
+        thresholds: int,
         row_offset: int,
+        mutation: str,
         threshold: int,
         similarity: str,
+        phase_scale: float,
         threads: int,
+    ) -> None: ...
+
+class MaskSpec:
+    def __init__(
+        self, *, mutation: str, seed: int, row_offset: int, threshold: int, thresholds: int
     ) -> None: ...
 
 class Segments:
@@ -40,10 +50,7 @@ def loss_forward(
     loss: int,
     terms: int,
     row_scale: int,
-    weight: int,
-    mutated_weight: int,
-    grad_query: int,
-    grad_positive: int,
+    gradient: tuple[int, ...],
     need_grad: bool,
 ) -> None: ...
 def scores_forward(batch: Batch, positive: int, negative: int, mutated: int) -> None: ...
@@ -52,8 +59,7 @@ def query_gradient(
     positive_weight: int,
     weight: int,
     mutated_weight: int,
-    grad_query: int,
-    grad_positive: int,
+    gradient: tuple[int, ...],
 ) -> None: ...
 def table_gradient(
     batch: Batch,
@@ -74,9 +80,7 @@ def mutate_forward(
     *,
     dtype: str,
     shape: tuple[int, int, int],
-    seed: int,
-    row_offset: int,
-    threshold: int,
+    mask: MaskSpec,
     threads: int,
 ) -> None: ...
 def mutate_backward(
@@ -86,9 +90,7 @@ def mutate_backward(
     *,
     dtype: str,
     shape: tuple[int, int, int],
-    seed: int,
-    row_offset: int,
-    threshold: int,
+    mask: MaskSpec,
     threads: int,
 ) -> None: ...
 def philox(counter: list[int], seed: int) -> list[int]: ...

@@ -10,10 +10,12 @@ from emu_kernels.api import (
     uls_cross_entropy,
 )
 from emu_kernels.module import EMULoss
+from emu_kernels.mutation import Mixup
 
 __all__ = [
     "EMULoss",
     "EmuScores",
+    "Mixup",
     "__version__",
     "emu_mutate",
     "emu_scores",

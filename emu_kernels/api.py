@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from emu_kernels import backends, ops, reference, validate
-from emu_kernels.mask import mutation_mask, rate_to_threshold
+from emu_kernels.backends.base import Batch
+from emu_kernels.mutation import NONE, Mixup, Mutation, parse
 
 __all__ = [
     "EmuScores",
@@ -42,12 +43,14 @@ def fused_emu_loss(
     negative: Tensor,  # (G, K) or (K,)
     *,
     similarity: str = "dot",
-    mutation_rate: float,
+    mutation_rate: float | Tensor | Mixup,
     beta: float | Tensor,
     alpha: float | Tensor,
-    scale: Tensor | None = None,
+    scale: Tensor | None = None,  # (B, D), or (B, D/2)
     similarity_weights: Tensor | None = None,
+    phase_scale: float = 1.0,
     sample_weight: Tensor | None = None,  # (B,)
+    mask_unit: str = "component",
     seed: int | Tensor | None = None,
     row_offset: int = 0,
     reduction: str = "mean",
@@ -63,9 +66,9 @@ def fused_emu_loss(
         L_emu = (1/K) · [(l̂ − s⁺) + β Σ_k (l̂ − ŝ_k)]     l̂ = logsumexp(s⁺, ŝ_1..ŝ_K)
         L_van = l − s⁺                                     l = logsumexp(s⁺, s⁻_1..s⁻_K)
 
-    Nothing of size B·K·D is allocated; gradients flow into ``query`` and ``table`` (into the
-    positive through every mutated component too) and have no second derivative, except on
-    ``reference``.
+    Nothing of size B·K·D is allocated; gradients flow into ``query``, ``table`` (into the positive
+    through every mutated component too), ``scale`` and ``similarity_weights`` and have no second
+    derivative, except on ``reference``.
 
     Args:
         query: (B, D) fp32, bf16, fp16 or fp64: all of the model except the entity being corrupted.
@@ -77,14 +80,29 @@ def fused_emu_loss(
             is then the row's count of real negatives; a row without any has loss 0). G divides B: G
             = B is a set for each row, G = 1 (or shape (K,)) one for the batch, between them one for
             each block of B/G rows.
-        similarity: φ; "dot" is Σ_j q_j c_j.
+        similarity: φ(q, c) of query and candidate, with a, w, κ of the arguments below:
+
+            - "dot": Σ_j q_j c_j (DistMult, ComplEx)
+            - "l1": −Σ_j |q_j − a_j c_j| (TransE, PairRE)
+            - "l2": −‖q − a ⊙ c‖₂
+            - "rotate": −Σ_j |q_j − c_j|, complex numbers, re‖im (RotatE)
+            - "hake": −w_0 Σ_j |sin((q_j − c_j) κ/2)| of the phases − w_1 ‖q − a ⊙ c‖₂ of the
+              moduli, phase‖modulus (HAKE)
+            - "protate": −w_0 Σ_j |sin((q_j − c_j) κ/2)| of phases (pRotatE)
+
+            Where a distance is 0 its subgradient is 0.
         mutation_rate: in [0, 1], effective in steps of 1/256
-            (:func:`emu_kernels.mask.effective_rate`).
+            (:func:`emu_kernels.mask.effective_rate`); a tensor holds one rate a component (D,), or
+            a pair (D/2,), and gets no gradient; a :class:`Mixup` mixes instead.
         beta: the label β ≥ 0 of a mutated negative under unbounded label smoothing; a number, or a
             one-element tensor (for schedules), which gets no gradient.
         alpha: the weight α ≥ 0 of the vanilla term; likewise.
-        scale, similarity_weights: for similarities that take them; "dot" takes none.
+        scale: a, (B, D) for "l1" and "l2", (B, D/2) for "hake"; None is ones.
+        similarity_weights: w, (2,) for "hake", (1,) for "protate"; None is ones.
+        phase_scale: κ, for "hake" and "protate": π over the range that the phases' embeddings have.
         sample_weight: (B,) weight of each row's loss, not differentiated.
+        mask_unit: "component", or "pair": components j and D/2 + j, the parts of a complex number
+            in "rotate" (and in ComplEx's "dot"), are mutated together.
         seed: of the masks: an int in [0, 2^63), a one-element int64 tensor on the table's device,
             or None to draw from torch's default generator of that device.
         row_offset: global index of row 0, so that sharding a batch changes no mask.
@@ -105,18 +123,18 @@ def fused_emu_loss(
         IndexError: an id out of range.
         RuntimeError: a backend that cannot run here.
     """
-    validate.rate("mutation_rate", mutation_rate)  # None, below, would be no mutation
     loss, _ = loss_and_terms(
         query,
         table,
         positive,
         negative,
         similarity=similarity,
-        mutation_rate=mutation_rate,
+        mutation=("mutation_rate", mutation_rate, mask_unit),
         beta=beta,
         alpha=alpha,
         scale=scale,
         similarity_weights=similarity_weights,
+        phase_scale=phase_scale,
         sample_weight=sample_weight,
         seed=seed,
         row_offset=row_offset,
@@ -134,8 +152,9 @@ def fused_softmax_loss(
     negative: Tensor,  # (G, K) or (K,)
     *,
     similarity: str = "dot",
-    scale: Tensor | None = None,
+    scale: Tensor | None = None,  # (B, D), or (B, D/2)
     similarity_weights: Tensor | None = None,
+    phase_scale: float = 1.0,
     sample_weight: Tensor | None = None,  # (B,)
     reduction: str = "mean",
     sparse_grad: bool = False,
@@ -151,11 +170,12 @@ def fused_softmax_loss(
         positive,
         negative,
         similarity=similarity,
-        mutation_rate=None,
+        mutation=None,
         beta=0.0,
         alpha=1.0,
         scale=scale,
         similarity_weights=similarity_weights,
+        phase_scale=phase_scale,
         sample_weight=sample_weight,
         seed=None,
         row_offset=0,
@@ -173,10 +193,12 @@ def emu_scores(
     negative: Tensor,  # (G, K) or (K,)
     *,
     similarity: str = "dot",
-    mutation: float,
+    mutation: float | Tensor | Mixup,
     margin: float = 0.0,
-    scale: Tensor | None = None,
+    scale: Tensor | None = None,  # (B, D), or (B, D/2)
     similarity_weights: Tensor | None = None,
+    phase_scale: float = 1.0,
+    mask_unit: str = "component",
     seed: int | Tensor | None = None,
     row_offset: int = 0,
     sparse_grad: bool = False,
@@ -187,7 +209,7 @@ def emu_scores(
     The backward pass is fused for any upstream gradients and allocates nothing of size B·K·D.
 
     Args:
-        mutation: the mutation rate in [0, 1].
+        mutation: the mutation rate in [0, 1], rates or a :class:`Mixup`, as ``mutation_rate``.
         margin: γ, added to every score.
 
     The other arguments and the errors are those of :func:`fused_emu_loss`.
@@ -204,43 +226,28 @@ def emu_scores(
         similarity=similarity,
         scale=scale,
         similarity_weights=similarity_weights,
+        phase_scale=phase_scale,
     )
-    validate.rate("mutation", mutation)
+    mutated = parse("mutation", mutation, mask_unit, query.shape[1], table.device)
     validate.seed(seed, table.device)
     validate.row_offset(row_offset, query.shape[0])
     if isinstance(margin, bool) or not isinstance(margin, (int, float)):
         raise TypeError(f"margin: expected a number, got {type(margin).__name__}")
     name = backends.resolve(backend, table.device)
-    query, positive, negative = _canonical(query, table, positive, negative)
-    seed = _seed_tensor(seed, table.device)
-    threshold = rate_to_threshold(mutation)
+    batch = _canonical(
+        query, table, scale, similarity_weights, positive, negative,
+        _seed_tensor(seed, table.device), row_offset, mutated, similarity, phase_scale,
+    )  # fmt: skip
     if name == backends.REFERENCE:
-        positive, negative, poison = _reference_ids(positive, negative, table)
-        scored = reference.scores(
-            query,
-            _maybe_sparse(table, sparse_grad),
-            positive,
-            negative,
-            similarity=similarity,
-            seed=seed,
-            row_offset=row_offset,
-            threshold=threshold,
-        )
+        scored, poison = _reference_scores(batch, sparse_grad)
         assert scored.mutated is not None
         out = EmuScores(scored.positive, scored.negative, scored.mutated)
         if poison is not None:
             out = EmuScores(*(s * poison.view(-1, *[1] * (s.ndim - 1)) for s in out))
-    elif _wants_grad(query, table):
-        out = EmuScores(*ops.Scores.apply(
-            query, table, positive, negative, seed, row_offset, threshold, similarity, name,
-            sparse_grad,
-        ))  # fmt: skip
+    elif _wants_grad(*batch[:4]):
+        out = EmuScores(*ops.Scores.apply(sparse_grad, *batch, name))
     else:
-        out = EmuScores(
-            *ops.OPS.scores_forward(
-                query, table, positive, negative, seed, row_offset, threshold, similarity, name
-            )
-        )
+        out = EmuScores(*ops.OPS.scores_forward(*batch, name))
     return EmuScores(*(s + margin for s in out)) if margin else out
 
 
@@ -248,7 +255,8 @@ def emu_mutate(
     positive: Tensor,  # (B, D)
     negative: Tensor,  # (B, K, D)
     *,
-    mutation_rate: float,
+    mutation_rate: float | Tensor,
+    mask_unit: str = "component",
     seed: int | Tensor | None = None,
     row_offset: int = 0,
     backend: str | None = None,
@@ -260,7 +268,7 @@ def emu_mutate(
     Args:
         positive: (B, D) embeddings, fp32, bf16, fp16 or fp64.
         negative: (B, K, D) embeddings of the same dtype.
-        mutation_rate, seed, row_offset, backend: as in :func:`fused_emu_loss`.
+        mutation_rate, mask_unit, seed, row_offset, backend: as in :func:`fused_emu_loss`.
 
     Returns:
         (B, K, D) in the inputs' dtype, differentiable in both inputs any number of times.
@@ -283,18 +291,19 @@ def emu_mutate(
             f"negative: expected shape ({rows}, K, {dim}) to go with positive, "
             f"got {tuple(negative.shape)}"
         )
-    validate.rate("mutation_rate", mutation_rate)
+    if isinstance(mutation_rate, Mixup):
+        raise TypeError("mutation_rate: expected a rate or a tensor of rates, got Mixup")
+    mutation = parse("mutation_rate", mutation_rate, mask_unit, dim, positive.device)
     validate.seed(seed, positive.device)
     validate.row_offset(row_offset, rows)
     name = backends.resolve(backend, positive.device)
     seed = _seed_tensor(seed, positive.device)
-    threshold = rate_to_threshold(mutation_rate)
     if name == backends.REFERENCE:
-        mask = mutation_mask(
-            rows, negative.shape[1], dim, seed=seed, row_offset=row_offset, threshold=threshold
-        )
-        return reference.mutate(positive, negative, mask)
-    out: Tensor = ops.Mutate.apply(positive, negative, seed, row_offset, threshold, name)
+        return reference.mutate(positive, negative, mutation, seed=seed, row_offset=row_offset)
+    out: Tensor = ops.Mutate.apply(
+        positive, negative, seed, mutation.thresholds, row_offset, mutation.kind,
+        mutation.threshold, name,
+    )  # fmt: skip
     return out
 
 
@@ -352,11 +361,12 @@ def loss_and_terms(
     negative: Tensor,
     *,
     similarity: str,
-    mutation_rate: float | None,
+    mutation: tuple[str, object, object] | None,
     beta: float | Tensor,
     alpha: float | Tensor,
     scale: Tensor | None,
     similarity_weights: Tensor | None,
+    phase_scale: float,
     sample_weight: Tensor | None,
     seed: int | Tensor | None,
     row_offset: int,
@@ -364,7 +374,11 @@ def loss_and_terms(
     sparse_grad: bool,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    """The loss, and detached (2,) weighted means of its terms L_emu and L_van, for logging."""
+    """The loss, and detached (2,) weighted means of its terms L_emu and L_van, for logging.
+
+    ``mutation``: the rate argument's name and value and the mask's unit; None is the vanilla term
+    alone.
+    """
     validate.batch(
         query,
         table,
@@ -373,6 +387,7 @@ def loss_and_terms(
         similarity=similarity,
         scale=scale,
         similarity_weights=similarity_weights,
+        phase_scale=phase_scale,
     )
     validate.sample_weight(sample_weight, query)
     validate.coefficient("beta", beta)
@@ -380,62 +395,98 @@ def loss_and_terms(
     validate.one_of("reduction", reduction, validate.REDUCTIONS)
     validate.seed(seed, table.device)
     validate.row_offset(row_offset, query.shape[0])
-    threshold = None
-    if mutation_rate is not None:
-        threshold = rate_to_threshold(mutation_rate)
+    mutated = NONE
+    if mutation is not None:
+        argument, value, unit = mutation
+        mutated = parse(argument, value, unit, query.shape[1], table.device)
     name = backends.resolve(backend, table.device)
-    query, positive, negative = _canonical(query, table, positive, negative)
-    if sample_weight is not None:
-        sample_weight = sample_weight.detach().to(query.dtype).contiguous()
     # Without mutation no mask is drawn, and torch's generator is left alone.
-    seed = _seed_tensor(0 if threshold is None else seed, table.device)
+    seed = _seed_tensor(0 if mutation is None else seed, table.device)
+    batch = _canonical(
+        query, table, scale, similarity_weights, positive, negative, seed, row_offset, mutated,
+        similarity, phase_scale,
+    )  # fmt: skip
+    if sample_weight is not None:
+        sample_weight = sample_weight.detach().to(batch.query.dtype).contiguous()
     if name == backends.REFERENCE:
-        positive, negative, poison = _reference_ids(positive, negative, table)
-        scored = reference.scores(
-            query,
-            _maybe_sparse(table, sparse_grad),
-            positive,
-            negative,
-            similarity=similarity,
-            seed=seed,
-            row_offset=row_offset,
-            threshold=threshold,
-        )
-        beta = _reference_coefficient("beta", beta, query)
-        alpha = _reference_coefficient("alpha", alpha, query)
-        terms, rows = reference.loss_rows(scored, negative, beta=beta, alpha=alpha)
+        scored, poison = _reference_scores(batch, sparse_grad)
+        beta = _reference_coefficient("beta", beta, batch.query)
+        alpha = _reference_coefficient("alpha", alpha, batch.query)
+        terms, rows = reference.loss_rows(scored, batch.negative, beta=beta, alpha=alpha)
         if poison is not None:
             rows = rows * poison
         means = [reference.reduce(term, sample_weight, "mean") for term in terms.detach()]
         return reference.reduce(rows, sample_weight, reduction), torch.stack(means)
     coefficients = None
     if isinstance(beta, Tensor) or isinstance(alpha, Tensor):
-        coefficients = torch.stack([_scalar(beta, query), _scalar(alpha, query)])
+        coefficients = torch.stack([_scalar(beta, batch.query), _scalar(alpha, batch.query)])
         beta = alpha = 0.0
-    extra = (float(beta), float(alpha), coefficients, sample_weight, reduction)
-    rest = (row_offset, threshold, similarity, name)
-    if _wants_grad(query, table):
-        loss, terms = ops.Loss.apply(
-            query, table, positive, negative, seed, *rest, sparse_grad, *extra
-        )
+    arguments = (
+        *batch, name, float(beta), float(alpha), coefficients, sample_weight, reduction
+    )  # fmt: skip
+    if _wants_grad(*batch[:4]):
+        loss, terms = ops.Loss.apply(sparse_grad, len(batch) + 1, *arguments)
     else:
-        loss, terms, *_ = ops.OPS.loss_forward(
-            query, table, positive, negative, seed, *rest, *extra, False
-        )
+        loss, terms, *_ = ops.OPS.loss_forward(*arguments, False)
     return loss, terms
 
 
-def _wants_grad(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+def _reference_scores(batch: Batch, sparse: bool) -> tuple[reference.Scores, Tensor | None]:
+    """The specification's scores; on a GPU a (B,) factor too, NaN where an id is out of range."""
+    positive, negative, poison = _reference_ids(batch.positive, batch.negative, batch.table)
+    scored = reference.scores(
+        batch.query,
+        _maybe_sparse(batch.table, sparse),
+        positive,
+        negative,
+        similarity=batch.similarity,
+        options=reference.Options(batch.scale, batch.weights, batch.phase_scale),
+        mutation=Mutation(batch.mutation, batch.threshold, batch.thresholds),
+        seed=batch.seed,
+        row_offset=batch.row_offset,
+    )
+    return scored, poison
+
+
+def _wants_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _canonical(
-    query: Tensor, table: Tensor, positive: Tensor, negative: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Query contiguous in the accumulation dtype, ids contiguous int64, negative (G, K)."""
-    query = query.to(reference.accumulation_dtype(table.dtype)).contiguous()
+    query: Tensor,
+    table: Tensor,
+    scale: Tensor | None,
+    weights: Tensor | None,
+    positive: Tensor,
+    negative: Tensor,
+    seed: Tensor,
+    row_offset: int,
+    mutation: Mutation,
+    similarity: str,
+    phase_scale: float,
+) -> Batch:
+    """Contiguous but for the table; floats in the sums' dtype, ids int64, negative (G, K)."""
+    dtype = reference.accumulation_dtype(table.dtype)
+
+    def real(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype).contiguous()
+
     negative = negative[None] if negative.ndim == 1 else negative
-    return query, positive.to(torch.int64).contiguous(), negative.to(torch.int64).contiguous()
+    return Batch(
+        query=real(query),
+        table=table,
+        scale=None if scale is None else real(scale),
+        weights=None if weights is None else real(weights),
+        positive=positive.to(torch.int64).contiguous(),
+        negative=negative.to(torch.int64).contiguous(),
+        seed=seed,
+        thresholds=mutation.thresholds,
+        row_offset=row_offset,
+        mutation=mutation.kind,
+        threshold=mutation.threshold,
+        similarity=similarity,
+        phase_scale=phase_scale,
+    )
 
 
 def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:

@@ -5,7 +5,13 @@ sharding. Philox-4x32 (Salmon et al., "Parallel random numbers: as easy as 1, 2,
 rounds; key = (seed low 32, seed high 32), counter = (j div 16, k, row_offset + b, stream 0). The
 four little-endian words of one call are sixteen bytes, one for each of the components 16 * (j div
 16) + 0..15. Component j of negative k of row b is taken from the positive exactly when its byte is
-below the threshold round(256 * mutation_rate).
+below the threshold round(256 * mutation_rate). The rate, and so the threshold, may differ from
+component to component. Where a mask's unit is the pair, component j < D/2 (a complex number's real
+part) decides for component D/2 + j (its imaginary part) too.
+
+Mixup draws from the same generator, counter = (0, k, row_offset + b, stream 1): negative k of row b
+keeps the share max(first ``order`` words div 2^8) / 2^24 of itself, which is distributed as
+Beta(order, 1).
 
 This module is the readable form of the contract, in PyTorch integer arithmetic.
 csrc/common/philox.h is its C++ twin.
@@ -23,6 +29,8 @@ ROUNDS = 7
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 COMPONENTS_PER_CALL = 16
+MASK_STREAM, MIXUP_STREAM = 0, 1
+MAX_MIXUP_ORDER = 4  # words a call
 _LOW = 0xFFFFFFFF
 
 
@@ -58,8 +66,20 @@ def philox4x32(
     return torch.stack(torch.broadcast_tensors(c0, c1, c2, c3), dim=-1)
 
 
+def rates_to_thresholds(mutation_rate: Tensor) -> Tensor:
+    """:func:`rate_to_threshold` of each element, as int16."""
+    return (mutation_rate.to(torch.float64) * 256).round().to(torch.int16)
+
+
 def mutation_mask(
-    batch: int, count: int, dim: int, *, seed: Tensor, row_offset: int, threshold: int
+    batch: int,
+    count: int,
+    dim: int,
+    *,
+    seed: Tensor,
+    row_offset: int,
+    threshold: int | Tensor,
+    unit: str = "component",
 ) -> Tensor:
     """The mask λ of design equation ẑ = λ ⊙ z⁺ + (1 − λ) ⊙ z⁻.
 
@@ -67,20 +87,39 @@ def mutation_mask(
         batch, count, dim: B, K, D.
         seed: one-element int64 tensor; its device is the mask's.
         row_offset: global index of row 0.
-        threshold: 0..256, see :func:`rate_to_threshold`.
+        threshold: 0..256, see :func:`rate_to_threshold`; a tensor holds one a component, or a pair.
+        unit: "component" or "pair".
 
     Returns:
         (B, K, D) bool, True where the component comes from the positive.
     """
-    device = seed.device
+    if unit == "pair":
+        half = mutation_mask(
+            batch, count, dim // 2, seed=seed, row_offset=row_offset, threshold=threshold
+        )
+        return torch.cat([half, half], dim=-1)
     blocks = -(-dim // COMPONENTS_PER_CALL)
+    words = _words(batch, count, blocks, seed, row_offset, MASK_STREAM)
+    shifts = torch.arange(0, 32, 8, device=seed.device)
+    draws = (words[..., None] >> shifts) & 0xFF  # (B, K, blocks, 4, 4)
+    return draws.reshape(batch, count, blocks * COMPONENTS_PER_CALL)[..., :dim] < threshold
+
+
+def mixup_share(batch: int, count: int, *, seed: Tensor, row_offset: int, order: int) -> Tensor:
+    """(B, K) fp32 in [0, 1): the share μ ~ Beta(order, 1) of itself that a negative keeps."""
+    words = _words(batch, count, 1, seed, row_offset, MIXUP_STREAM)[:, :, 0, :order]
+    return (words >> 8).amax(dim=-1).to(torch.float32) * 2.0**-24
+
+
+def _words(
+    batch: int, count: int, blocks: int, seed: Tensor, row_offset: int, stream: int
+) -> Tensor:
+    """(B, K, blocks, 4): the output words of counter (block, k, row_offset + b, stream)."""
+    device = seed.device
     seed = seed.reshape(())
     row = torch.arange(batch, device=device, dtype=torch.int64)[:, None, None] + row_offset
     column = torch.arange(count, device=device, dtype=torch.int64)[None, :, None]
     block = torch.arange(blocks, device=device, dtype=torch.int64)[None, None, :]
-    words = philox4x32(
-        (block, column, row, torch.zeros_like(block)), (seed & _LOW, (seed >> 32) & _LOW)
-    )  # (B, K, blocks, 4)
-    shifts = torch.arange(0, 32, 8, device=device)
-    draws = (words[..., None] >> shifts) & 0xFF  # (B, K, blocks, 4, 4)
-    return draws.reshape(batch, count, blocks * COMPONENTS_PER_CALL)[..., :dim] < threshold
+    return philox4x32(
+        (block, column, row, torch.full_like(block, stream)), (seed & _LOW, (seed >> 32) & _LOW)
+    )

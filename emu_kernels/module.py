@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from emu_kernels import validate
 from emu_kernels.api import loss_and_terms
+from emu_kernels.mutation import Mixup
 
 
 class EMULoss(nn.Module):
@@ -16,8 +16,9 @@ class EMULoss(nn.Module):
     L_emu and L_van, for logging; reading it into Python synchronises, keeping it does not.
 
     Args:
-        mutation_rate, beta, alpha, similarity, reduction, sparse_grad, backend: as in
-            :func:`emu_kernels.fused_emu_loss`. May be reassigned between calls (schedules).
+        mutation_rate, beta, alpha, similarity, phase_scale, mask_unit, reduction, sparse_grad,
+            backend: as in :func:`emu_kernels.fused_emu_loss`. May be reassigned between calls
+            (schedules).
 
     Shapes: as in :func:`emu_kernels.fused_emu_loss`.
     """
@@ -27,10 +28,12 @@ class EMULoss(nn.Module):
     def __init__(
         self,
         *,
-        mutation_rate: float,
+        mutation_rate: float | Tensor | Mixup,
         beta: float | Tensor,
         alpha: float | Tensor,
         similarity: str = "dot",
+        phase_scale: float = 1.0,
+        mask_unit: str = "component",
         reduction: str = "mean",
         sparse_grad: bool = False,
         backend: str | None = None,
@@ -40,6 +43,8 @@ class EMULoss(nn.Module):
         self.beta = beta
         self.alpha = alpha
         self.similarity = similarity
+        self.phase_scale = phase_scale
+        self.mask_unit = mask_unit
         self.reduction = reduction
         self.sparse_grad = sparse_grad
         self.backend = backend
@@ -52,24 +57,24 @@ class EMULoss(nn.Module):
         positive: Tensor,  # (B,)
         negative: Tensor,  # (G, K) or (K,)
         *,
-        scale: Tensor | None = None,
+        scale: Tensor | None = None,  # (B, D), or (B, D/2)
         similarity_weights: Tensor | None = None,
         sample_weight: Tensor | None = None,  # (B,)
         seed: int | Tensor | None = None,
         row_offset: int = 0,
     ) -> Tensor:
-        validate.rate("mutation_rate", self.mutation_rate)
         loss, terms = loss_and_terms(
             query,
             table,
             positive,
             negative,
             similarity=self.similarity,
-            mutation_rate=self.mutation_rate,
+            mutation=("mutation_rate", self.mutation_rate, self.mask_unit),
             beta=self.beta,
             alpha=self.alpha,
             scale=scale,
             similarity_weights=similarity_weights,
+            phase_scale=self.phase_scale,
             sample_weight=sample_weight,
             seed=seed,
             row_offset=row_offset,

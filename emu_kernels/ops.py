@@ -2,9 +2,8 @@
 call.
 
 The operators carry no autograd of their own. Each public function has one Function whose backward
-goes
-through a second one that refuses to be differentiated again: a second derivative raises instead of
-being dropped in silence.
+goes through a second one that refuses to be differentiated again: a second derivative raises
+instead of being dropped in silence.
 """
 
 from __future__ import annotations
@@ -15,13 +14,23 @@ import torch
 from torch import Tensor
 
 from emu_kernels import backends
-from emu_kernels.backends.base import Backend, Batch, LossState
-from emu_kernels.validate import check_ids, coefficient
+from emu_kernels.backends.base import (
+    Backend,
+    Batch,
+    LossState,
+    MaskSpec,
+    ScoresGradient,
+    new_loss_state,
+    new_scores_gradient,
+)
+from emu_kernels.mask import rates_to_thresholds
+from emu_kernels.validate import check_ids, check_rates, coefficient
 
 _LIB = torch.library.Library("emu_kernels", "DEF")
 _BATCH = (
-    "Tensor query, Tensor table, Tensor positive, Tensor negative, Tensor seed, "
-    "SymInt row_offset, SymInt? threshold, str similarity, str backend"
+    "Tensor query, Tensor table, Tensor? scale, Tensor? weights, Tensor positive, Tensor negative, "
+    "Tensor seed, Tensor? thresholds, SymInt row_offset, str mutation, SymInt threshold, "
+    "str similarity, float phase_scale, str backend"
 )
 
 
@@ -67,25 +76,14 @@ def _loss_forward(*arguments: Any) -> LossState:
 def _loss_forward_fake(*arguments: Any) -> LossState:
     *common, _beta, _alpha, _coefficients, _sample_weight, reduction, need_grad = arguments
     batch = Batch(*common[:-1])
-    rows, dim = batch.query.shape
-    count = batch.negative.shape[1]
-    new = batch.query.new_empty
-    return LossState(
-        loss=new((rows,) if reduction == "none" else ()),
-        terms=new((2,)),
-        row_scale=new((rows,)),
-        weight=new((rows, count) if need_grad else (0,)),
-        mutated_weight=new((rows, count) if need_grad and batch.threshold is not None else (0,)),
-        grad_query=new((rows, dim) if need_grad else (0,)),
-        grad_positive=new((rows, dim) if need_grad else (0,)),
-    )
+    return new_loss_state(batch, reduction, need_grad)
 
 
 _define(
     "loss_forward",
     f"{_BATCH}, float beta, float alpha, Tensor? coefficients, Tensor? sample_weight, "
     "str reduction, bool need_grad",
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _loss_forward,
     _loss_forward_fake,
 )
@@ -109,20 +107,19 @@ def _scores_forward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 _define("scores_forward", _BATCH, "(Tensor, Tensor, Tensor)", _scores_forward, _scores_forward_fake)
 
 
-def _query_gradient(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _query_gradient(*arguments: Any) -> ScoresGradient:
     batch, backend = _batch(*arguments[:-3])
-    return backend.query_gradient(batch, *arguments[-3:])
+    return ScoresGradient(*backend.query_gradient(batch, *arguments[-3:]))
 
 
-def _query_gradient_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
-    query = arguments[0]
-    return query.new_empty(query.shape), query.new_empty(query.shape)
+def _query_gradient_fake(*arguments: Any) -> ScoresGradient:
+    return new_scores_gradient(Batch(*arguments[:-4]))
 
 
 _define(
     "query_gradient",
     f"{_BATCH}, Tensor positive_weight, Tensor weight, Tensor mutated_weight",
-    "(Tensor, Tensor)",
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _query_gradient,
     _query_gradient_fake,
 )
@@ -154,7 +151,7 @@ def _table_gradient_sparse(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _table_gradient_sparse_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
-    table, positive = arguments[1], arguments[2]
+    table, positive = arguments[1], arguments[4]
     touched = torch.library.get_ctx().new_dynamic_size()
     return positive.new_empty((touched,)), table.new_empty((touched, table.shape[1]))
 
@@ -171,43 +168,40 @@ _define(
 # --- mutation alone -------------------------------------------------------------------------------
 
 
-def _mutate_forward(
-    positive: Tensor, negative: Tensor, seed: Tensor, row_offset: int, threshold: int, backend: str
-) -> Tensor:
-    return backends.get(backend).mutate_forward(positive, negative, seed, row_offset, threshold)
+_MASK = (
+    "Tensor seed, Tensor? thresholds, SymInt row_offset, str mutation, SymInt threshold, "
+    "str backend"
+)
 
 
-def _mutate_forward_fake(
-    positive: Tensor, negative: Tensor, seed: Tensor, row_offset: int, threshold: int, backend: str
-) -> Tensor:
+def _mutate_forward(positive: Tensor, negative: Tensor, *rest: Any) -> Tensor:
+    return backends.get(rest[-1]).mutate_forward(positive, negative, MaskSpec(*rest[:-1]))
+
+
+def _mutate_forward_fake(positive: Tensor, negative: Tensor, *rest: Any) -> Tensor:
     return negative.new_empty(negative.shape)
 
 
 _define(
     "mutate_forward",
-    "Tensor positive, Tensor negative, Tensor seed, SymInt row_offset, SymInt threshold, "
-    "str backend",
+    f"Tensor positive, Tensor negative, {_MASK}",
     "Tensor",
     _mutate_forward,
     _mutate_forward_fake,
 )
 
 
-def _mutate_backward(
-    grad: Tensor, seed: Tensor, row_offset: int, threshold: int, backend: str
-) -> tuple[Tensor, Tensor]:
-    return backends.get(backend).mutate_backward(grad, seed, row_offset, threshold)
+def _mutate_backward(grad: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return backends.get(rest[-1]).mutate_backward(grad, MaskSpec(*rest[:-1]))
 
 
-def _mutate_backward_fake(
-    grad: Tensor, seed: Tensor, row_offset: int, threshold: int, backend: str
-) -> tuple[Tensor, Tensor]:
+def _mutate_backward_fake(grad: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return grad.new_empty((grad.shape[0], grad.shape[2])), grad.new_empty(grad.shape)
 
 
 _define(
     "mutate_backward",
-    "Tensor grad, Tensor seed, SymInt row_offset, SymInt threshold, str backend",
+    f"Tensor grad, {_MASK}",
     "(Tensor, Tensor)",
     _mutate_backward,
     _mutate_backward_fake,
@@ -252,6 +246,25 @@ _define(
     _checked_coefficient_fake,
 )
 
+
+def _rates_to_thresholds(mutation_rate: Tensor, name: str) -> Tensor:
+    if mutation_rate.device.type == "cpu":
+        check_rates(name, mutation_rate)
+    return rates_to_thresholds(mutation_rate)
+
+
+def _rates_to_thresholds_fake(mutation_rate: Tensor, name: str) -> Tensor:
+    return mutation_rate.new_empty(mutation_rate.shape, dtype=torch.int16)
+
+
+_define(
+    "rates_to_thresholds",
+    "Tensor mutation_rate, str name",
+    "Tensor",
+    _rates_to_thresholds,
+    _rates_to_thresholds_fake,
+)
+
 OPS = torch.ops.emu_kernels
 
 
@@ -283,27 +296,30 @@ class _LossGradient(torch.autograd.Function):
     def forward(
         ctx: Any,
         grad: Tensor,
-        query: Tensor,
-        table: Tensor,
-        positive: Tensor,
-        negative: Tensor,
-        seed: Tensor,
         row_scale: Tensor,
         weight: Tensor,
         mutated_weight: Tensor,
         grad_query: Tensor,
         grad_positive: Tensor,
+        grad_scale: Tensor,
+        grad_weights: Tensor,
         need_query: bool,
         need_table: bool,
+        need_scale: bool,
+        need_weights: bool,
         sparse: bool,
-        *rest: Any,  # row_offset, threshold, similarity, backend
-    ) -> tuple[Tensor | None, Tensor | None]:
+        *common: Any,  # the operators' common arguments
+    ) -> tuple[Tensor | None, ...]:
         scale = grad * row_scale
         grad_table = None
         if need_table:
-            common = (query, table, positive, negative, seed, *rest)
             grad_table = _table_grad(sparse, *common, scale, weight, mutated_weight, grad_positive)
-        return grad_query * scale[:, None] if need_query else None, grad_table
+        return (
+            grad_query * scale[:, None] if need_query else None,
+            grad_table,
+            grad_scale * scale[:, None] if need_scale else None,
+            (grad_weights * scale[:, None]).sum(dim=0) if need_weights else None,
+        )
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -311,39 +327,23 @@ class _LossGradient(torch.autograd.Function):
 
 
 class Loss(torch.autograd.Function):
-    """(loss, terms) of one call; differentiable in query and table."""
+    """(loss, terms) of one call; differentiable in query, table, scale and weights."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        table: Tensor,
-        positive: Tensor,
-        negative: Tensor,
-        seed: Tensor,
-        row_offset: int,
-        threshold: int | None,
-        similarity: str,
-        backend: str,
-        sparse: bool,
-        *extra: Any,  # beta, alpha, coefficients, sample_weight, reduction
-    ) -> tuple[Tensor, Tensor]:
-        rest = (row_offset, threshold, similarity, backend)
-        loss, terms, *saved = OPS.loss_forward(
-            query, table, positive, negative, seed, *rest, *extra, True
-        )
-        ctx.save_for_backward(query, table, positive, negative, seed, *saved)
-        ctx.rest, ctx.sparse, ctx.inputs = rest, sparse, 10 + len(extra)
+    def forward(ctx: Any, sparse: bool, count: int, *arguments: Any) -> tuple[Tensor, Tensor]:
+        """``arguments``: the operators' common ones, ``count`` of them, then the loss's own."""
+        loss, terms, *saved = OPS.loss_forward(*arguments, True)
+        _save(ctx, arguments[:count], *saved)
+        ctx.sparse, ctx.inputs = sparse, 2 + len(arguments)
         ctx.mark_non_differentiable(terms)
         return loss, terms
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _terms: Tensor) -> tuple[Any, ...]:
-        need_query, need_table = ctx.needs_input_grad[:2]
-        grads = _LossGradient.apply(
-            grad, *ctx.saved_tensors, need_query, need_table, ctx.sparse, *ctx.rest
-        )
-        return (*grads, *[None] * (ctx.inputs - 2))
+        common, saved = _saved(ctx)
+        need = ctx.needs_input_grad[2:6]
+        grads = _LossGradient.apply(grad, *saved, *need, ctx.sparse, *common)
+        return (None, None, *grads, *[None] * (ctx.inputs - 6))
 
 
 class _ScoresGradient(torch.autograd.Function):
@@ -353,30 +353,27 @@ class _ScoresGradient(torch.autograd.Function):
         positive_weight: Tensor,
         weight: Tensor,
         mutated_weight: Tensor,
-        query: Tensor,
-        table: Tensor,
-        positive: Tensor,
-        negative: Tensor,
-        seed: Tensor,
         need_query: bool,
         need_table: bool,
+        need_scale: bool,
+        need_weights: bool,
         sparse: bool,
-        *rest: Any,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        common = (query, table, positive, negative, seed, *rest)
-        # Nothing flows into padding, whatever comes from above (its score is -inf).
-        groups, count = negative.shape
-        real = negative[:, None, :] >= 0
-        shape = (groups, -1, count) if weight.numel() else (groups, 0, count)
-        weight = torch.where(real, weight.reshape(shape), 0).reshape(weight.shape)
-        mutated_weight = torch.where(real, mutated_weight.reshape(shape), 0).reshape(weight.shape)
+        *common: Any,
+    ) -> tuple[Tensor | None, ...]:
         weights = (positive_weight.contiguous(), weight.contiguous(), mutated_weight.contiguous())
-        grad_query, grad_positive = OPS.query_gradient(*common, *weights)
+        state = ScoresGradient(*OPS.query_gradient(*common, *weights))
         grad_table = None
         if need_table:
-            scale = query.new_ones(query.shape[0])
-            grad_table = _table_grad(sparse, *common, scale, weight, mutated_weight, grad_positive)
-        return grad_query if need_query else None, grad_table
+            ones = positive_weight.new_ones(positive_weight.shape[0])
+            grad_table = _table_grad(
+                sparse, *common, ones, state.weight, state.mutated_weight, state.grad_positive
+            )
+        return (
+            state.grad_query if need_query else None,
+            grad_table,
+            state.grad_scale if need_scale else None,
+            state.grad_weights.sum(dim=0) if need_weights else None,
+        )
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -384,66 +381,63 @@ class _ScoresGradient(torch.autograd.Function):
 
 
 class Scores(torch.autograd.Function):
-    """The three scores of one call; differentiable in query and table."""
+    """The three scores of one call; differentiable in query, table, scale and weights."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        table: Tensor,
-        positive: Tensor,
-        negative: Tensor,
-        seed: Tensor,
-        row_offset: int,
-        threshold: int,
-        similarity: str,
-        backend: str,
-        sparse: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.save_for_backward(query, table, positive, negative, seed)
-        ctx.rest, ctx.sparse = (row_offset, threshold, similarity, backend), sparse
-        scored: tuple[Tensor, Tensor, Tensor] = OPS.scores_forward(
-            query, table, positive, negative, seed, *ctx.rest
-        )
+    def forward(ctx: Any, sparse: bool, *common: Any) -> tuple[Tensor, Tensor, Tensor]:
+        _save(ctx, common)
+        ctx.sparse, ctx.inputs = sparse, 1 + len(common)
+        scored: tuple[Tensor, Tensor, Tensor] = OPS.scores_forward(*common)
         return scored
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        need_query, need_table = ctx.needs_input_grad[:2]
-        out = _ScoresGradient.apply(
-            *grads, *ctx.saved_tensors, need_query, need_table, ctx.sparse, *ctx.rest
-        )
-        return (*out, *[None] * 8)
+        common, _ = _saved(ctx)
+        need = ctx.needs_input_grad[1:5]
+        out = _ScoresGradient.apply(*grads, *need, ctx.sparse, *common)
+        return (None, *out, *[None] * (ctx.inputs - 5))
+
+
+def _save(ctx: Any, common: tuple[Any, ...], *tensors: Tensor) -> None:
+    """Keep an operator's common arguments, tensors as autograd wants them, and more tensors."""
+    kept = [value if isinstance(value, Tensor) else None for value in common]
+    ctx.save_for_backward(*kept, *tensors)
+    ctx.others = tuple(None if isinstance(value, Tensor) else value for value in common)
+
+
+def _saved(ctx: Any) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
+    count = len(ctx.others)
+    kept, tensors = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+    common = tuple(
+        other if tensor is None else tensor for tensor, other in zip(kept, ctx.others, strict=True)
+    )
+    return common, tensors
 
 
 class _MutateGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, grad: Tensor, seed: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(seed)
-        ctx.rest = rest
-        grads: tuple[Tensor, Tensor] = OPS.mutate_backward(grad.contiguous(), seed, *rest)
+    def forward(ctx: Any, grad: Tensor, *mask: Any) -> tuple[Tensor, Tensor]:
+        _save(ctx, mask)
+        grads: tuple[Tensor, Tensor] = OPS.mutate_backward(grad.contiguous(), *mask)
         return grads
 
     @staticmethod
     def backward(ctx: Any, grad_positive: Tensor, grad_negative: Tensor) -> tuple[Any, ...]:
         # Mutation is linear: its gradient's adjoint is mutation itself.
-        (seed,) = ctx.saved_tensors
-        out = Mutate.apply(grad_positive, grad_negative, seed, *ctx.rest)
-        return (out, None, *[None] * len(ctx.rest))
+        mask, _ = _saved(ctx)
+        return (Mutate.apply(grad_positive, grad_negative, *mask), *[None] * len(mask))
 
 
 class Mutate(torch.autograd.Function):
     """ẑ of one call; differentiable any number of times in positive and negative."""
 
     @staticmethod
-    def forward(ctx: Any, positive: Tensor, negative: Tensor, seed: Tensor, *rest: Any) -> Tensor:
-        ctx.save_for_backward(seed)
-        ctx.rest = rest  # row_offset, threshold, backend
-        out: Tensor = OPS.mutate_forward(positive.contiguous(), negative.contiguous(), seed, *rest)
+    def forward(ctx: Any, positive: Tensor, negative: Tensor, *mask: Any) -> Tensor:
+        _save(ctx, mask)
+        out: Tensor = OPS.mutate_forward(positive.contiguous(), negative.contiguous(), *mask)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        (seed,) = ctx.saved_tensors
-        grads = _MutateGradient.apply(grad, seed, *ctx.rest)
-        return (*grads, None, *[None] * len(ctx.rest))
+        mask, _ = _saved(ctx)
+        return (*_MutateGradient.apply(grad, *mask), *[None] * len(mask))

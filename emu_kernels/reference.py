@@ -10,20 +10,106 @@ Shapes everywhere: query (B, D), table (N, D), positive (B,), negative (G, K) wi
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from emu_kernels.mask import mutation_mask
+from emu_kernels.mask import mixup_share, mutation_mask
+
+if TYPE_CHECKING:
+    from emu_kernels.mutation import Mutation
 
 
-def _dot(query: Tensor, candidate: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class Similarity:
+    """φ(query, candidate), written to be read, and what it takes.
+
+    ``phi(query, candidate, options)`` broadcasts over all dimensions but the last, D or, for
+    ``options.scale``, ``scale_parts`` · D / ``parts``.
+    """
+
+    phi: Callable[[Tensor, Tensor, Options], Tensor]
+    parts: int = 1  # 2: a row is two halves of D / 2 (re‖im, phase‖modulus)
+    scale_parts: int = 0  # how many of them, the last ones, an optional ``scale`` multiplies
+    weights: int = 0  # how many ``similarity_weights`` it takes
+    phases: bool = False  # whether it takes a ``phase_scale``
+    sums: int = 1  # over components, of which it is a function
+
+
+class Options(NamedTuple):
+    """What a similarity may take beside query and candidate."""
+
+    scale: Tensor | None = None  # a
+    weights: Tensor | None = None  # w, or None for ones
+    phase_scale: float = 1.0  # κ
+
+    def weight(self, index: int) -> Tensor | float:
+        return 1.0 if self.weights is None else self.weights[index]
+
+
+def _difference(query: Tensor, candidate: Tensor, options: Options) -> Tensor:
+    """q − a ⊙ c; the product is rounded before it is subtracted, in every backend."""
+    return query - (candidate if options.scale is None else options.scale * candidate)
+
+
+def _norm(x: Tensor, dim: int = -1) -> Tensor:
+    """The 2-norm, whose subgradient at 0 is 0."""
+    norm: Tensor = torch.linalg.vector_norm(x, dim=dim)
+    return norm
+
+
+def _sines(query: Tensor, candidate: Tensor, options: Options) -> Tensor:
+    """Σ_j |sin((q_j − c_j) κ/2)|."""
+    half = options.phase_scale / 2
+    return (query * half - candidate * half).sin().abs().sum(-1)
+
+
+def _dot(query: Tensor, candidate: Tensor, options: Options) -> Tensor:
+    """Σ_j q_j c_j."""
     return (query * candidate).sum(-1)
 
 
-SIMILARITIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"dot": _dot}
-"""φ(query (..., D), candidate (..., D)) -> (...): the one list of similarities that exist."""
+def _l1(query: Tensor, candidate: Tensor, options: Options) -> Tensor:
+    """−Σ_j |q_j − a_j c_j|."""
+    return -_difference(query, candidate, options).abs().sum(-1)
+
+
+def _l2(query: Tensor, candidate: Tensor, options: Options) -> Tensor:
+    """−‖q − a ⊙ c‖₂."""
+    return -_norm(_difference(query, candidate, options))
+
+
+def _rotate(query: Tensor, candidate: Tensor, options: Options) -> Tensor:
+    """−Σ_j |q_j − c_j| of complex numbers, re‖im (RotatE, Sun et al., 2019)."""
+    real, imaginary = (query - candidate).chunk(2, dim=-1)
+    return -_norm(torch.stack([real, imaginary]), dim=0).sum(-1)
+
+
+def _hake(query: Tensor, candidate: Tensor, options: Options) -> Tensor:
+    """−w_0 Σ_j |sin((q_j − c_j) κ/2)| of the phases − w_1 ‖q − a ⊙ c‖₂ of the moduli, phase‖modulus
+    (HAKE, Zhang et al., 2020)."""
+    (q_phase, q_modulus), (c_phase, c_modulus) = query.chunk(2, -1), candidate.chunk(2, -1)
+    phase = _sines(q_phase, c_phase, options)
+    modulus = _norm(_difference(q_modulus, c_modulus, options))
+    return -options.weight(0) * phase - options.weight(1) * modulus
+
+
+def _protate(query: Tensor, candidate: Tensor, options: Options) -> Tensor:
+    """−w_0 Σ_j |sin((q_j − c_j) κ/2)| of phases (pRotatE, Sun et al., 2019)."""
+    return -options.weight(0) * _sines(query, candidate, options)
+
+
+SIMILARITIES: dict[str, Similarity] = {
+    "dot": Similarity(_dot),
+    "l1": Similarity(_l1, scale_parts=1),
+    "l2": Similarity(_l2, scale_parts=1),
+    "rotate": Similarity(_rotate, parts=2),
+    "hake": Similarity(_hake, parts=2, scale_parts=1, weights=2, phases=True, sums=2),
+    "protate": Similarity(_protate, weights=1, phases=True),
+}
+"""The one list of similarities that exist."""
 
 
 class Scores(NamedTuple):
@@ -39,9 +125,28 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def mutate(positive: Tensor, negative: Tensor, mask: Tensor) -> Tensor:
-    """ẑ = λ ⊙ z⁺ + (1 − λ) ⊙ z⁻ for positive (B, D), negative (B, K, D), mask (B, K, D) bool."""
-    return torch.where(mask, positive[:, None, :], negative)
+def mutate(
+    positive: Tensor, negative: Tensor, mutation: Mutation, *, seed: Tensor, row_offset: int
+) -> Tensor:
+    """ẑ (B, K, D) of positive z⁺ (B, D) and negative z⁻ (B, K, D): λ ⊙ z⁺ + (1 − λ) ⊙ z⁻, or for
+    Mixup z⁺ + μ (z⁻ − z⁺)."""
+    batch, count, dim = negative.shape
+    positive = positive[:, None, :]
+    if mutation.kind == "mixup":
+        share = mixup_share(
+            batch, count, seed=seed, row_offset=row_offset, order=mutation.threshold
+        ).to(negative.dtype)
+        return positive + share[..., None] * (negative - positive)
+    mask = mutation_mask(
+        batch,
+        count,
+        dim,
+        seed=seed,
+        row_offset=row_offset,
+        threshold=mutation.threshold if mutation.thresholds is None else mutation.thresholds,
+        unit=mutation.kind,
+    )
+    return torch.where(mask, positive, negative)
 
 
 def scores(
@@ -51,13 +156,14 @@ def scores(
     negative: Tensor,
     *,
     similarity: str,
-    seed: Tensor | None,
+    options: Options,
+    mutation: Mutation,
+    seed: Tensor,
     row_offset: int,
-    threshold: int | None,
 ) -> Scores:
-    """Score positive, negatives and (unless ``threshold`` is None) mutated negatives."""
-    batch, dim = query.shape
-    phi = SIMILARITIES[similarity]
+    """Score positive, negatives and (unless the mutation is none) mutated negatives."""
+    batch = query.shape[0]
+    phi = SIMILARITIES[similarity].phi
     dtype = accumulation_dtype(table.dtype)
     # Upcast before indexing, so that autograd sums the contributions to a row in fp32.
     wide = table.to(dtype)
@@ -68,16 +174,16 @@ def scores(
     z_pos = wide[positive]  # (B, D)
     z_neg = torch.where(real[..., None], wide[ids.clamp(min=0)], 0)  # (B, K, D)
     minus_inf = float("-inf")
-    s_pos = phi(query, z_pos)
-    s_neg = phi(query[:, None, :], z_neg).masked_fill(~real, minus_inf)
-    if threshold is None:
+    s_pos = phi(query, z_pos, options)
+    query = query[:, None, :]
+    if options.scale is not None:
+        options = options._replace(scale=options.scale[:, None, :])
+    s_neg = phi(query, z_neg, options).masked_fill(~real, minus_inf)
+    if mutation.kind == "none":
         return Scores(s_pos, s_neg, None)
-    assert seed is not None
-    mask = mutation_mask(
-        batch, ids.shape[1], dim, seed=seed, row_offset=row_offset, threshold=threshold
-    )
-    z_mut = torch.where(real[..., None], mutate(z_pos, z_neg, mask), 0)
-    s_mut = phi(query[:, None, :], z_mut).masked_fill(~real, minus_inf)
+    z_mut = mutate(z_pos, z_neg, mutation, seed=seed, row_offset=row_offset)
+    z_mut = torch.where(real[..., None], z_mut, 0)
+    s_mut = phi(query, z_mut, options).masked_fill(~real, minus_inf)
     return Scores(s_pos, s_neg, s_mut)
 
 

@@ -78,6 +78,7 @@ def batch(
     similarity: object,
     scale: object,
     similarity_weights: object,
+    phase_scale: object,
 ) -> None:
     """Shapes, dtypes and devices of what every fused function takes."""
     one_of("similarity", similarity, tuple(SIMILARITIES))
@@ -111,9 +112,43 @@ def batch(
             f"negative: expected (G, K) with G dividing the batch size {rows}, "
             f"got shape {tuple(negative.shape)}"
         )
-    for name, value in (("scale", scale), ("similarity_weights", similarity_weights)):
-        if value is not None:
-            raise ValueError(f"{name}: similarity {similarity!r} takes none, expected None")
+    assert isinstance(similarity, str)
+    _similarity_options(similarity, query, scale, similarity_weights, phase_scale)
+
+
+def _similarity_options(
+    name: str, query: Tensor, scale: object, weights: object, phase_scale: object
+) -> None:
+    takes = SIMILARITIES[name]
+    rows, dim = query.shape
+    if dim % takes.parts:
+        raise ValueError(
+            f"query: similarity {name!r} needs an even number of components, got {dim}"
+        )
+    shapes = (
+        ("scale", scale, (rows, dim // takes.parts * takes.scale_parts), "(B, {1})"),
+        ("similarity_weights", weights, (takes.weights,), "({0},)"),
+    )
+    for argument, value, shape, text in shapes:
+        if value is None:
+            continue
+        if not shape[-1]:
+            raise ValueError(f"{argument}: similarity {name!r} takes none, expected None")
+        value = tensor(argument, value)
+        floating(argument, value)
+        same_precision(argument, value, "query", query)
+        same_device("query", query, **{argument: value})
+        if tuple(value.shape) != shape:
+            raise ValueError(
+                f"{argument}: similarity {name!r} expects shape {text.format(*shape)}"
+                f"{f' with B = {rows}' if len(shape) > 1 else ''}, got {tuple(value.shape)}"
+            )
+    if isinstance(phase_scale, bool) or not isinstance(phase_scale, (int, float)):
+        raise TypeError(f"phase_scale: expected a number, got {type(phase_scale).__name__}")
+    if not -math.inf < phase_scale < math.inf:
+        raise ValueError(f"phase_scale: expected a finite number, got {phase_scale}")
+    if phase_scale != 1 and not takes.phases:
+        raise ValueError(f"phase_scale: similarity {name!r} takes none, expected 1")
 
 
 def sample_weight(value: object, query: Tensor) -> None:
@@ -193,3 +228,13 @@ def check_ids(name: str, ids: Tensor, *, rows: int, lowest: int) -> None:
         f"{name}: expected ids from {lowest} to {rows - 1}{padding}, "
         f"got {int(ids[at])} at index {at if len(at) > 1 else at[0]}"
     )
+
+
+def check_rates(name: str, rates: Tensor) -> None:
+    """Raise ValueError unless every rate is in [0, 1]. Synchronises a GPU."""
+    bad = ((rates < 0) | (rates > 1) | rates.isnan()).nonzero()
+    if len(bad):
+        at = int(bad[0, 0])
+        raise ValueError(
+            f"{name}: expected rates in [0, 1], got {float(rates[at])} at component {at}"
+        )

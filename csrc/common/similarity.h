@@ -1,7 +1,15 @@
-// The similarities φ(query, candidate), one small functor each, for scalars and vectors alike.
+// The similarities φ(query, candidate), one small functor each, for scalars and vectors, host and device.
+// To add one, write its functor here and put it into the list at the end.
 //
-// φ is a sum of terms, one a component, so a mutated candidate's term is either the candidate's or the
-// positive's, and the gradients are component-wise too.
+// φ = Σ_s w_s S_s, where S_s is a sum of terms over components, or minus the root of a sum of squares. A term
+// is a function of u, which is q·c or q − a·c. A row may be two halves, D/2 components each, with a sum each;
+// or a term may be a function of both halves (kCoupled), as of a complex number's parts.
+//
+// Each functor has: name, kHalves, kCoupled, kBilinear, kWeights (how many w it takes), root(h) (whether
+// half h's sum is of squares under a root), factor(h), and, with M the mathematics of a V, slopes by which
+// every gradient goes:
+//   uncoupled: term<h, M>(u), slope<h, M>(u) = −∂term/∂u (of a square: half of it)
+//   coupled:   term<M>(u0, u1), slopes<M>(u0, u1, s0, s1)
 #pragma once
 
 #if defined(__CUDACC__)
@@ -12,21 +20,109 @@
 
 namespace emu {
 
-// φ = Σ_j q_j c_j
-struct Dot {
+// What multiplies a half's candidate: nothing, the query's scale a, or κ/2 (and the query too).
+enum class Factor { kNone, kScale, kPhase };
+
+struct OneSum {
+  static constexpr int kHalves = 1, kWeights = 0;
+  static constexpr bool kCoupled = false, kBilinear = false;
+  static constexpr bool root(int) { return false; }
+  static constexpr Factor factor(int) { return Factor::kScale; }
+};
+
+// Σ_j q_j c_j
+struct Dot : OneSum {
   static constexpr const char* name = "dot";
-  template <class V>
-  EMU_SIM V term(V q, V c) {
-    return q * c;
-  }
-  template <class V>
-  EMU_SIM V d_query(V, V c) {  // ∂term/∂q
-    return c;
-  }
-  template <class V>
-  EMU_SIM V d_candidate(V q) {  // ∂term/∂c
-    return q;
+  static constexpr bool kBilinear = true;
+  static constexpr Factor factor(int) { return Factor::kNone; }
+  template <int h, class M, class V>
+  EMU_SIM V term(V u) {
+    return u;
   }
 };
+
+// −Σ_j |q_j − a_j c_j|
+struct L1 : OneSum {
+  static constexpr const char* name = "l1";
+  template <int h, class M, class V>
+  EMU_SIM V term(V u) {
+    return -M::abs(u);
+  }
+  template <int h, class M, class V>
+  EMU_SIM V slope(V u) {
+    return M::sign(u);
+  }
+};
+
+// −‖q − a ⊙ c‖₂
+struct L2 : OneSum {
+  static constexpr const char* name = "l2";
+  static constexpr bool root(int) { return true; }
+  template <int h, class M, class V>
+  EMU_SIM V term(V u) {
+    return u * u;
+  }
+  template <int h, class M, class V>
+  EMU_SIM V slope(V u) {
+    return u;
+  }
+};
+
+// −Σ_j |q_j − c_j|, complex, re‖im
+struct Rotate : OneSum {
+  static constexpr const char* name = "rotate";
+  static constexpr int kHalves = 2;
+  static constexpr bool kCoupled = true;
+  static constexpr Factor factor(int) { return Factor::kNone; }
+  template <class M, class V>
+  EMU_SIM V term(V re, V im) {
+    const V square = re * re + im * im;
+    return -(square * M::inverse_root(square));
+  }
+  template <class M, class V>
+  EMU_SIM void slopes(V re, V im, V& s_re, V& s_im) {
+    const V inverse = M::inverse_root(re * re + im * im);
+    s_re = re * inverse;
+    s_im = im * inverse;
+  }
+};
+
+// −w_0 Σ_j |sin(u_j)| of the phases, u = (q − c) κ/2, − w_1 ‖q − a ⊙ c‖₂ of the moduli, phase‖modulus
+struct Hake {
+  static constexpr const char* name = "hake";
+  static constexpr int kHalves = 2, kWeights = 2;
+  static constexpr bool kCoupled = false, kBilinear = false;
+  static constexpr bool root(int h) { return h == 1; }
+  static constexpr Factor factor(int h) { return h == 1 ? Factor::kScale : Factor::kPhase; }
+  template <int h, class M, class V>
+  EMU_SIM V term(V u) {
+    if constexpr (h == 1) return u * u;
+    return -M::abs_sin(u);
+  }
+  template <int h, class M, class V>
+  EMU_SIM V slope(V u) {
+    if constexpr (h == 1) return u;
+    return M::abs_sin_slope(u);
+  }
+};
+
+// −w_0 Σ_j |sin(u_j)| of phases, u = (q − c) κ/2
+struct PRotate : OneSum {
+  static constexpr const char* name = "protate";
+  static constexpr int kWeights = 1;
+  static constexpr Factor factor(int) { return Factor::kPhase; }
+  template <int h, class M, class V>
+  EMU_SIM V term(V u) {
+    return -M::abs_sin(u);
+  }
+  template <int h, class M, class V>
+  EMU_SIM V slope(V u) {
+    return M::abs_sin_slope(u);
+  }
+};
+
+template <class... Ts>
+struct List {};
+using Similarities = List<Dot, L1, L2, Rotate, Hake, PRotate>;
 
 }  // namespace emu

@@ -7,6 +7,8 @@
 
 #include "cpu/instruction_set.h"
 
+#define EMU_DOUBLES
+
 namespace emu {
 namespace baseline {
 #include "cpu/vec.h"

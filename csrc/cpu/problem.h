@@ -10,21 +10,46 @@ namespace emu {
 enum class DType { kFloat, kBFloat16, kHalf, kDouble };
 enum class Reduction { kNone, kSum, kMean };
 
+// Which masks are drawn: emu_kernels/mask.py.
+struct MaskSpec {
+  uint64_t seed;
+  uint32_t row_offset;
+  int threshold;              // of all bytes, 0..256
+  const int16_t* thresholds;  // of each component (of each pair), or null
+  bool pairs;                 // component j decides for component D/2 + j too
+};
+
+enum class Mutation { kNone, kMask, kMixup };
+
 struct Problem {
   const void* query;        // (B, D) real
   const void* table;        // (N, D) of dtype, rows table_stride elements apart
+  const void* scale;        // (B, S) real, or null: ones
+  const void* weights;      // (W,) real, or null: ones
   const int64_t* positive;  // (B,) in [0, N)
   const int64_t* negative;  // (G, K) in [-1, N)
   DType dtype;
   int64_t table_stride;
   int64_t N, B, D, G, K;
-  uint64_t seed;
-  uint32_t row_offset;
-  int threshold;  // 0..256; -1 without mutation
+  int similarity;  // its place in the list of common/similarity.h
+  double phase_scale;
+  Mutation mutation;
+  MaskSpec mask;  // for Mixup, the threshold is the order
   int threads;
 
-  bool mutated() const { return threshold >= 0; }
+  bool mutated() const { return mutation != Mutation::kNone; }
   int64_t rows_per_group() const { return G ? B / G : 0; }
+};
+
+// What a backward pass needs, all real. A weight is what a sum's terms share (backends/base.py, LossState);
+// S is 2 for hake, else 1.
+struct GradientArgs {
+  void* weight;          // (S, B, K)
+  void* mutated_weight;  // (S, B, K) with mutation
+  void* grad_query;      // (B, D)
+  void* grad_positive;   // (B, D)
+  void* grad_scale;      // (B, scale's width) or null
+  void* grad_weights;    // (B, W) or null
 };
 
 struct LossArgs {
@@ -32,14 +57,11 @@ struct LossArgs {
   const void* sample_weight;  // (B,) real or null
   Reduction reduction;
   bool need_grad;
-  // Outputs, all real. Those from weight on are written if need_grad.
-  void* loss;            // (1,) or (B,)
-  void* terms;           // (2,)
-  void* row_scale;       // (B,)
-  void* weight;          // (B, K)
-  void* mutated_weight;  // (B, K) with mutation
-  void* grad_query;      // (B, D)
-  void* grad_positive;   // (B, D)
+  // Outputs, all real; those of gradient are written if need_grad.
+  void* loss;       // (1,) or (B,)
+  void* terms;      // (2,)
+  void* row_scale;  // (B,)
+  GradientArgs gradient;
 };
 
 struct ScoreArgs {
@@ -49,11 +71,10 @@ struct ScoreArgs {
 };
 
 struct QueryGradientArgs {
-  const void* positive_weight;  // (B,) real
+  const void* positive_weight;  // (B,) real, of scores, as the next two
   const void* weight;           // (B, K)
-  const void* mutated_weight;   // (B, K)
-  void* grad_query;             // (B, D)
-  void* grad_positive;          // (B, D)
+  const void* mutated_weight;   // (B, K) with mutation
+  GradientArgs gradient;
 };
 
 class Segments;
@@ -61,8 +82,8 @@ class Segments;
 struct TableGradientArgs {
   const Segments* segments;
   const void* row_scale;       // (B,) real
-  const void* weight;          // (B, K)
-  const void* mutated_weight;  // (B, K) with mutation
+  const void* weight;          // (S, B, K)
+  const void* mutated_weight;  // (S, B, K) with mutation
   const void* grad_positive;   // (B, D)
   int64_t* ids;                // (touched,): the sparse form; null: the dense form
   void* out;                   // (N, D) or (touched, D) of dtype
@@ -76,9 +97,7 @@ struct MutateArgs {
   void* grad_negative;   // backward: (B, K, D)
   DType dtype;
   int64_t B, K, D;
-  uint64_t seed;
-  uint32_t row_offset;
-  int threshold;
+  MaskSpec mask;
   int threads;
 };
 

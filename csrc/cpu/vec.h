@@ -14,6 +14,7 @@ constexpr int kVectorBytes = 16;
 #endif
 
 #define EMU_INLINE static inline __attribute__((always_inline))
+#define EMU_MEMBER inline __attribute__((always_inline))
 
 typedef float VF __attribute__((vector_size(kVectorBytes)));
 typedef double VD __attribute__((vector_size(kVectorBytes)));
@@ -72,6 +73,75 @@ struct F32 {
 #endif
 #endif
   EMU_INLINE V broadcast(float x) { return V{} + x; }
+
+  EMU_INLINE V abs(V x) { return (V)((VI)x & 0x7FFFFFFF); }
+  // 0 for 0.
+  EMU_INLINE V sign(V x) {
+    return (V)((((VI)x & INT32_MIN) | (VI)broadcast(1)) & (VI)(x != 0));
+  }
+  // x^(−1/2) to about 3 ulp; 0 below the smallest normal number.
+  EMU_INLINE V inverse_root(V x) {
+#if defined(__AVX512F__)
+    V y = (V)_mm512_rsqrt14_ps((__m512)x);
+#elif defined(__AVX2__)
+    V y = (V)_mm256_rsqrt_ps((__m256)x);
+#elif defined(__SSE2__)
+    V y = (V)_mm_rsqrt_ps((__m128)x);
+#elif defined(__aarch64__)
+    V y = (V)vrsqrteq_f32((float32x4_t)x);
+    y = y * (V)vrsqrtsq_f32((float32x4_t)(x * y), (float32x4_t)y);
+#else
+    V y;
+    for (int i = 0; i < kLanes; ++i) y[i] = 1 / __builtin_sqrtf(x[i]);
+#endif
+    y = y * (1.5f - 0.5f * x * y * y);  // Newton
+    return (V)((VI)y & ~(VI)(x < 1.17549435e-38f));
+  }
+  // x − n·π, |result| <= π/2, n whole.
+  EMU_INLINE V reduce_by_pi(V x) {
+    const V magic = broadcast(12582912.0f);  // 1.5·2^23: adding it rounds to a whole number
+    const V n = (x * 0.318309886f + magic) - magic;
+    // π in three parts, of which n times the first is exact.
+    return ((x - n * 3.140625f) - n * 9.67502593994140625e-4f) - n * 1.509957990978376432e-7f;
+  }
+  // sin of 0..π/2 (minimax of degree 9), and of −0..−π/2.
+  EMU_INLINE V sin_reduced(V r) {
+    const V s = r * r;
+    V y = broadcast(2.6083159809786593541503e-06f);
+    y = y * s - 0.0001981069071916863322258f;
+    y = y * s + 0.00833307858556509017944336f;
+    y = y * s - 0.166666597127914428710938f;
+    return r + r * (s * y);
+  }
+  EMU_INLINE bool far(V x) {  // where reduce_by_pi is not exact enough
+    const V beyond = (V)(abs(x) > 8192.0f);
+    int32_t lanes[kLanes], any = 0;
+    store(lanes, beyond);
+    for (int32_t lane : lanes) any |= lane;
+    return any != 0;
+  }
+  // |sin x|
+  EMU_INLINE V abs_sin(V x) {
+    if (far(x)) return abs_sin_far(x);
+    return abs(sin_reduced(reduce_by_pi(x)));
+  }
+  // Its derivative, 0 where sin x = 0.
+  EMU_INLINE V abs_sin_slope(V x) {
+    if (far(x)) return abs_sin_slope_far(x);
+    const V r = reduce_by_pi(x), one = sign(r);
+    return one * sin_reduced(1.57079633f - abs(r));
+  }
+  __attribute__((noinline)) static V abs_sin_far(V x) {
+    for (int i = 0; i < kLanes; ++i) x[i] = __builtin_fabsf(__builtin_sinf(x[i]));
+    return x;
+  }
+  __attribute__((noinline)) static V abs_sin_slope_far(V x) {
+    for (int i = 0; i < kLanes; ++i) {
+      const float s = __builtin_sinf(x[i]);
+      x[i] = s == 0 ? 0 : s > 0 ? __builtin_cosf(x[i]) : -__builtin_cosf(x[i]);
+    }
+    return x;
+  }
 };
 
 struct F64 {
@@ -88,6 +158,26 @@ struct F64 {
   EMU_INLINE V keep(M m, V v) { return (V)((VL)v & m); }
   EMU_INLINE V fma(V a, V b, V c) { return a * b + c; }
   EMU_INLINE V broadcast(double x) { return V{} + x; }
+
+  EMU_INLINE V abs(V x) { return (V)((VL)x & INT64_MAX); }
+  EMU_INLINE V sign(V x) {
+    return (V)((((VL)x & INT64_MIN) | (VL)broadcast(1)) & (VL)(x != 0));
+  }
+  EMU_INLINE V inverse_root(V x) {
+    for (int i = 0; i < kLanes; ++i) x[i] = x[i] > 0 ? 1 / __builtin_sqrt(x[i]) : x[i] * 0;
+    return x;
+  }
+  EMU_INLINE V abs_sin(V x) {
+    for (int i = 0; i < kLanes; ++i) x[i] = __builtin_fabs(__builtin_sin(x[i]));
+    return x;
+  }
+  EMU_INLINE V abs_sin_slope(V x) {
+    for (int i = 0; i < kLanes; ++i) {
+      const double s = __builtin_sin(x[i]);
+      x[i] = s == 0 ? 0 : s > 0 ? __builtin_cos(x[i]) : -__builtin_cos(x[i]);
+    }
+    return x;
+  }
 };
 
 template <class F>

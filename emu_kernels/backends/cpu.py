@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from emu_kernels._version import __version__
-from emu_kernels.backends.base import Batch, LossState
+from emu_kernels.backends.base import (
+    Batch,
+    LossState,
+    MaskSpec,
+    ScoresGradient,
+    new_loss_state,
+    new_scores_gradient,
+)
 from emu_kernels.validate import coefficient
 
 _UNAVAILABLE: str | None = None
@@ -40,6 +47,27 @@ def _shape3(tensor: Tensor) -> tuple[int, int, int]:
     return first, second, third
 
 
+def _gradient(state: LossState | ScoresGradient) -> tuple[int, ...]:
+    return (
+        _pointer(state.weight),
+        _pointer(state.mutated_weight),
+        _pointer(state.grad_query),
+        _pointer(state.grad_positive),
+        _pointer(state.grad_scale),
+        _pointer(state.grad_weights),
+    )
+
+
+def _mask(mask: MaskSpec) -> _C.MaskSpec:
+    return _C.MaskSpec(
+        mutation=mask.mutation,
+        seed=int(mask.seed),
+        row_offset=mask.row_offset,
+        threshold=mask.threshold,
+        thresholds=_pointer(mask.thresholds),
+    )
+
+
 class CpuBackend:
     """Multi-threaded vector code; the same bits for any number of threads."""
 
@@ -59,6 +87,8 @@ class CpuBackend:
             table_dtype=_dtype(table),
             table_stride=table.stride(0),
             table_rows=table.shape[0],
+            scale=_pointer(batch.scale),
+            weights=_pointer(batch.weights),
             positive=_pointer(batch.positive),
             negative=_pointer(batch.negative),
             batch=batch.query.shape[0],
@@ -66,9 +96,12 @@ class CpuBackend:
             groups=batch.negative.shape[0],
             count=batch.negative.shape[1],
             seed=int(batch.seed),
+            thresholds=_pointer(batch.thresholds),
             row_offset=batch.row_offset,
-            threshold=-1 if batch.threshold is None else batch.threshold,
+            mutation=batch.mutation,
+            threshold=batch.threshold,
             similarity=batch.similarity,
+            phase_scale=batch.phase_scale,
             threads=torch.get_num_threads(),
         )
 
@@ -87,19 +120,7 @@ class CpuBackend:
             beta, alpha = coefficients.tolist()
             coefficient("beta", beta)
             coefficient("alpha", alpha)
-        rows, dim = batch.query.shape
-        count = batch.negative.shape[1]
-        new = batch.query.new_empty
-        mutated = batch.threshold is not None
-        state = LossState(
-            loss=new((rows,) if reduction == "none" else ()),
-            terms=new((2,)),
-            row_scale=new((rows,)),
-            weight=new((rows, count) if need_grad else (0,)),
-            mutated_weight=new((rows, count) if need_grad and mutated else (0,)),
-            grad_query=new((rows, dim) if need_grad else (0,)),
-            grad_positive=new((rows, dim) if need_grad else (0,)),
-        )
+        state = new_loss_state(batch, reduction, need_grad)
         _C.loss_forward(
             self._native(batch),
             beta=beta,
@@ -109,10 +130,7 @@ class CpuBackend:
             loss=_pointer(state.loss),
             terms=_pointer(state.terms),
             row_scale=_pointer(state.row_scale),
-            weight=_pointer(state.weight),
-            mutated_weight=_pointer(state.mutated_weight),
-            grad_query=_pointer(state.grad_query),
-            grad_positive=_pointer(state.grad_positive),
+            gradient=_gradient(state),
             need_grad=need_grad,
         )
         return state
@@ -126,17 +144,16 @@ class CpuBackend:
 
     def query_gradient(
         self, batch: Batch, positive_weight: Tensor, weight: Tensor, mutated_weight: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        grad_query, grad_positive = torch.empty_like(batch.query), torch.empty_like(batch.query)
+    ) -> ScoresGradient:
+        state = new_scores_gradient(batch)
         _C.query_gradient(
             self._native(batch),
             _pointer(positive_weight),
             _pointer(weight),
             _pointer(mutated_weight),
-            _pointer(grad_query),
-            _pointer(grad_positive),
+            _gradient(state),
         )
-        return grad_query, grad_positive
+        return state
 
     def _table_gradient(
         self, batch: Batch, weights: tuple[Tensor, ...], sparse: bool
@@ -181,9 +198,7 @@ class CpuBackend:
         assert ids is not None
         return ids, values
 
-    def mutate_forward(
-        self, positive: Tensor, negative: Tensor, seed: Tensor, row_offset: int, threshold: int
-    ) -> Tensor:
+    def mutate_forward(self, positive: Tensor, negative: Tensor, mask: MaskSpec) -> Tensor:
         out = torch.empty_like(negative)
         _C.mutate_forward(
             _pointer(positive),
@@ -191,16 +206,12 @@ class CpuBackend:
             _pointer(out),
             dtype=_dtype(negative),
             shape=_shape3(negative),
-            seed=int(seed),
-            row_offset=row_offset,
-            threshold=threshold,
+            mask=_mask(mask),
             threads=torch.get_num_threads(),
         )
         return out
 
-    def mutate_backward(
-        self, grad: Tensor, seed: Tensor, row_offset: int, threshold: int
-    ) -> tuple[Tensor, Tensor]:
+    def mutate_backward(self, grad: Tensor, mask: MaskSpec) -> tuple[Tensor, Tensor]:
         grad_negative = torch.empty_like(grad)
         grad_positive = grad.new_empty((grad.shape[0], grad.shape[2]))
         _C.mutate_backward(
@@ -209,9 +220,7 @@ class CpuBackend:
             _pointer(grad_negative),
             dtype=_dtype(grad),
             shape=_shape3(grad),
-            seed=int(seed),
-            row_offset=row_offset,
-            threshold=threshold,
+            mask=_mask(mask),
             threads=torch.get_num_threads(),
         )
         return grad_positive, grad_negative

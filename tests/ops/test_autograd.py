@@ -30,13 +30,44 @@ def samples(name: str, backend: str, device: torch.device) -> list[tuple[Any, ..
     """Arguments for one private operator, as the public functions would give them."""
     seed = torch.tensor(2**40 + 1, device=device)
     batches = [
-        (*make(6, 5, 20, groups=groups, dtype=dtype, padding=True, device=device), seed, 3)
+        make(6, 5, 20, groups=groups, dtype=dtype, padding=True, device=device)
         for groups, dtype in ((6, torch.float32), (2, torch.bfloat16), (1, torch.float64))
     ]
-    mutated = [(*batch, 128, "dot", backend) for batch in batches]
-    plain = [(*batch, None, "dot", backend) for batch in batches]
-    query = [batch[0] for batch in batches]
+
+    def common(index: int, similarity: str, mutation: str, **options: Any) -> tuple[Any, ...]:
+        query, table, positive, negative = batches[index]
+        scaled, weighted = options.get("scaled"), options.get("weighted")
+        return (
+            query,
+            table,
+            query.new_ones(6, scaled) if scaled else None,
+            query.new_ones(weighted) if weighted else None,
+            positive,
+            negative,
+            seed,
+            options.get("thresholds"),
+            3,
+            mutation,
+            2 if mutation == "mixup" else 128,
+            similarity,
+            1.0,
+            backend,
+        )
+
+    thresholds = torch.arange(20, dtype=torch.int16, device=device)
+    mutated = [
+        common(0, "dot", "component"),
+        common(1, "l1", "component", scaled=20, thresholds=thresholds),
+        common(2, "rotate", "pair"),
+        common(0, "hake", "mixup", scaled=10, weighted=2),
+    ]
+    plain = common(0, "dot", "none")
+    query = [batches[i][0] for i in (0, 1, 2, 0)]
     scores = [(q.new_ones(6), q.new_ones(6, 5), q.new_ones(6, 5)) for q in query]
+    sums = [
+        (q.new_ones(6), q.new_ones(n, 6, 5), q.new_ones(n, 6, 5), q)
+        for q, n in zip(query, (1, 1, 1, 2), strict=True)
+    ]
     positive, negative = torch.ones(2, 20, device=device), torch.zeros(2, 5, 20, device=device)
     if name == "loss_forward":
         coefficients = query[0].new_tensor([0.3, 0.2])
@@ -46,24 +77,32 @@ def samples(name: str, backend: str, device: torch.device) -> list[tuple[Any, ..
             (*mutated[0], 0.0, 0.0, coefficients, weight, "none", True),
             (*mutated[1], 0.3, 0.2, None, None, "sum", False),
             (*mutated[2], 0.3, 0.2, None, None, "mean", True),
-            (*plain[0], 0.0, 1.0, None, weight, "mean", True),
+            (*mutated[3], 0.3, 0.2, None, None, "mean", True),
+            (*plain, 0.0, 1.0, None, weight, "mean", True),
         ]
     if name == "scores_forward":
         return [*mutated]
     if name == "query_gradient":
         return [(*m, *s) for m, s in zip(mutated, scores, strict=True)]
     if name in ("table_gradient", "table_gradient_sparse"):
-        grads = [(*m, *s, q) for m, s, q in zip(mutated, scores, query, strict=True)]
-        return [*grads, (*plain[0], *scores[0][:2], query[0].new_empty(0), query[0])]
+        grads = [(*m, *s) for m, s in zip(mutated, sums, strict=True)]
+        return [*grads, (*plain, *sums[0][:2], query[0].new_empty(0), query[0])]
     if name == "mutate_forward":
         return [
-            (positive.to(dtype), negative.to(dtype), seed, 3, 128, backend)
-            for dtype in (torch.float32, torch.bfloat16, torch.float64)
+            (positive.to(dtype), negative.to(dtype), seed, None, 3, unit, 128, backend)
+            for dtype, unit in (
+                (torch.float32, "component"),
+                (torch.bfloat16, "pair"),
+                (torch.float64, "component"),
+            )
         ]
     if name == "mutate_backward":
         return [
-            (negative.to(dtype), seed, 3, 128, backend) for dtype in (torch.float32, torch.half)
+            (negative.to(dtype), seed, thresholds, 3, "component", 0, backend)
+            for dtype in (torch.float32, torch.half)
         ]
+    if name == "rates_to_thresholds":
+        return [(torch.linspace(0, 1, 20, device=device), "mutation_rate")]
     if name == "checked_ids":
         return [(make(padding=True, device=device).negative, 9, -1, "negative")]
     if name == "checked_coefficient":

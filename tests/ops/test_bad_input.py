@@ -100,7 +100,7 @@ def rate(name: str) -> list[Case]:
         (name, always("0.5"), TypeError, "str"),
         (name, always(True), TypeError, "bool"),
         (name, always(None), TypeError, "NoneType"),
-        (name, lambda a: torch.tensor(0.5), TypeError, "Tensor"),
+        (name, lambda a: torch.tensor(0.5), ValueError, r"got shape \(\)"),
     ]
 
 

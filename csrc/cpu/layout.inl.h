@@ -1,0 +1,102 @@
+// How rows lie in scratch memory, and the arithmetic that all inner loops share.
+
+// How a negative is mutated in the inner loops. Where a term is a function of one component, its mutated term
+// is its own or the positive's (kSelect); else the candidate itself is mixed.
+enum Mode { kPlain, kSelect, kMask, kMixup };
+
+// Halves padded each: component j of half h is at h·half_padded + j. Mask bytes are in the table's order.
+template <class Sim>
+struct Layout {
+  static constexpr int H = Sim::kHalves;
+  static constexpr int kSums = Sim::kCoupled ? 1 : H;
+  // Whether scores are the sums themselves.
+  static constexpr bool kDirect = kSums == 1 && !Sim::root(0) && Sim::kWeights == 0;
+
+  int64_t half, half_padded, row, mask_row;
+
+  explicit Layout(int64_t dim)
+      : half(dim / H),
+        half_padded(padded(dim / H)),
+        row(H * padded(dim / H)),
+        mask_row(padded(dim) + (H > 1 ? 16 : 0)) {}  // a vector of half 1's masks may read beyond
+
+  static bool scaled() {
+    for (int h = 0; h < H; ++h) {
+      if (Sim::factor(h) == Factor::kScale) return true;
+    }
+    return false;
+  }
+};
+
+// From a row of components in order to a padded one (beyond whose halves are zeros) and back.
+template <class Sim, class Real>
+EMU_INLINE void spread(const Layout<Sim>& at, Real* to, const Real* from) {
+  for (int h = 0; h < at.H; ++h) {
+    const size_t bytes = sizeof(Real) * static_cast<size_t>(at.half);
+    __builtin_memcpy(to + h * at.half_padded, from + h * at.half, bytes);
+  }
+}
+template <class Sim, class Real>
+EMU_INLINE void collect(const Layout<Sim>& at, Real* to, const Real* from) {
+  for (int h = 0; h < at.H; ++h) {
+    const size_t bytes = sizeof(Real) * static_cast<size_t>(at.half);
+    __builtin_memcpy(to + h * at.half, from + h * at.half_padded, bytes);
+  }
+}
+
+// The table's row `id`, widened.
+template <class F, class Sim>
+EMU_INLINE void gather(const Problem& p, const Layout<Sim>& at, int64_t id, typename F::Real* to) {
+  with_table<F>(p, [&](auto* table) {
+    for (int h = 0; h < at.H; ++h) {
+      gather_row<F>(to + h * at.half_padded, table + id * p.table_stride + h * at.half, at.half);
+    }
+  });
+}
+
+// Row b's query as the inner loops take it: that of phases times κ/2.
+template <class F, class Sim>
+EMU_INLINE void load_query(const Problem& p, const Layout<Sim>& at, int64_t b, typename F::Real* to) {
+  using Real = typename F::Real;
+  spread(at, to, static_cast<const Real*>(p.query) + b * p.D);
+  const Real half_scale = static_cast<Real>(p.phase_scale / 2);
+  for (int h = 0; h < at.H; ++h) {
+    if (Sim::factor(h) != Factor::kPhase) continue;
+    for (int64_t j = 0; j < at.half; ++j) to[h * at.half_padded + j] *= half_scale;
+  }
+}
+
+// What multiplies row b's candidates: a, or ones without a scale, and κ/2 for phases.
+template <class F, class Sim>
+EMU_INLINE void load_factor(const Problem& p, const Layout<Sim>& at, int64_t b, typename F::Real* to) {
+  using Real = typename F::Real;
+  int64_t width = 0;  // of the scale
+  for (int h = 0; h < at.H; ++h) width += Sim::factor(h) == Factor::kScale ? at.half : 0;
+  const Real* scale = static_cast<const Real*>(p.scale) + b * width;
+  for (int h = 0; h < at.H; ++h) {
+    Real* half = to + h * at.half_padded;
+    if (Sim::factor(h) == Factor::kScale && p.scale != nullptr) {
+      for (int64_t j = 0; j < at.half; ++j) half[j] = scale[j];
+      scale += at.half;
+    } else {
+      const Real value = Sim::factor(h) == Factor::kPhase ? static_cast<Real>(p.phase_scale / 2) : Real{1};
+      for (int64_t j = 0; j < at.half; ++j) half[j] = value;
+    }
+  }
+}
+
+// --- what the inner loops share ------------------------------------------------------------------------
+
+template <class Sim, int h, class V>
+EMU_INLINE V difference(V q, V a, V c) {
+  if constexpr (Sim::kBilinear) return q * c;
+  if constexpr (Sim::factor(h) == Factor::kNone) return q - c;
+  return q - a * c;
+}
+
+// The mixed candidate: by a mask, or by Mixup's share of the negative.
+template <class F, int kMode, class V>
+EMU_INLINE V mix(V positive, V negative, const uint8_t* masks, V share) {
+  if constexpr (kMode == kMask) return F::select(F::load_mask(masks), positive, negative);
+  return positive + share * (negative - positive);
+}

@@ -1,0 +1,375 @@
+// A row's negatives in the cache, and their scores.
+
+constexpr int64_t kTileBytes = 256 * 1024;     // of a gathered tile: half of a common L2 cache
+constexpr int kStreamRows = 8;                 // gathered, masked and scored together
+constexpr int kPrefetchRows = 8;               // ahead of them
+constexpr int64_t kPrefetchBytes = 1024;       // of a row; the processor goes on by itself
+
+template <class F, class Sim, int kMode>
+struct Tile {
+  using Real = typename F::Real;
+  static constexpr bool kMasked = kMode == kSelect || kMode == kMask;
+  Real* rows;      // (capacity, row), zero beyond a half's end and where padding
+  uint8_t* masks;  // (capacity, mask_row)
+  Real* shares;    // (capacity,) of Mixup
+  int64_t capacity;
+  int64_t group = -1, first = -1, mutated_row = -1;  // what the arrays hold now
+
+  static int64_t rows_that_fit(const Problem& p) {
+    const int64_t fit = kTileBytes / (Layout<Sim>(p.D).row * static_cast<int64_t>(sizeof(Real)));
+    return max64(16, min64(fit / 16 * 16, (p.K + 15) / 16 * 16));
+  }
+
+  void carve(const Problem& p, Carver& carver) {
+    const Layout<Sim> at(p.D);
+    capacity = rows_that_fit(p);
+    rows = carver.take<Real>(capacity * at.row);
+    masks = carver.take<uint8_t>(kMasked ? capacity * at.mask_row : 0);
+    shares = carver.take<Real>(kMode == kMixup ? capacity : 0);
+    if (rows != nullptr) __builtin_memset(rows, 0, sizeof(Real) * capacity * at.row);
+  }
+
+  // Whether the arrays hold the negatives from `from` on of group g, mutated as row b's.
+  bool holds(int64_t g, int64_t b, int64_t from) const {
+    return group == g && first == from && (kMode == kPlain || mutated_row == b);
+  }
+
+  // Makes the arrays hold them, a few at a time, and has body(k, n) use negatives k .. k + n of the tile
+  // while they are in the L1.
+  template <class Body>
+  void stream(const Problem& p, const Random& random, int64_t g, int64_t b, int64_t from, int64_t count,
+              Body&& body) {
+    const Layout<Sim> at(p.D);
+    const bool gathered = group == g && first == from, complete = holds(g, b, from);
+    group = g, first = from, mutated_row = b;
+    U64 lane;
+    for (int i = 0; i < kMaskLanes; ++i) lane[i] = static_cast<uint64_t>(from + i);
+    const U64 row = U64{} + (p.mask.row_offset + static_cast<uint64_t>(b));
+    for (int64_t k = 0; k < count; k += kStreamRows) {
+      const int64_t n = min64(kStreamRows, count - k);
+      if (!gathered) gather_rows(p, at, p.negative + g * p.K + from, k, n, count);
+      if (kMode != kPlain && !complete) {
+        for (int64_t i = k; i < k + n; i += kMaskLanes) {
+          const U64 ks = lane + static_cast<uint64_t>(i);
+          if (kMasked) random.draw_masks(ks, row, masks + i * at.mask_row, at.mask_row);
+          if (kMode == kMixup) random.draw_shares(ks, row, shares + i);
+        }
+      }
+      body(k, n);
+    }
+  }
+
+  void gather_rows(const Problem& p, const Layout<Sim>& at, const int64_t* ids, int64_t k, int64_t n,
+                   int64_t count) {
+    const int64_t ahead = min64(k + kPrefetchRows + n, count);
+    with_table<F>(p, [&](auto* table) {
+      const int64_t bytes = min64(p.D * static_cast<int64_t>(sizeof(*table)), kPrefetchBytes);
+      for (int64_t i = k + kPrefetchRows; i < ahead; ++i) {
+        if (ids[i] >= 0) prefetch_row(table + ids[i] * p.table_stride, bytes);
+      }
+    });
+    for (int64_t i = k; i < k + n; ++i) {
+      if (ids[i] >= 0) {
+        gather<F, Sim>(p, at, ids[i], rows + i * at.row);
+      } else {
+        __builtin_memset(rows + i * at.row, 0, sizeof(Real) * static_cast<size_t>(at.row));
+      }
+    }
+  }
+};
+
+// What one thread needs to work on a row.
+template <class F, class Sim, int kMode>
+struct RowScratch {
+  using Real = typename F::Real;
+  static constexpr int kSums = Layout<Sim>::kSums;
+  Tile<F, Sim, kMode> tile;
+  // (row,) each. positive_term: terms, and of coupled ones nothing. For kSelect, share: Σ_k ŵ_k λ_k;
+  // else the positive's gradient by way of the mutated negatives.
+  Real *query, *factor, *positive, *positive_term, *gradient, *share, *factor_gradient;
+  // (K rounded up to a vector,) each. Sums become scores, then weights of scores. Where scores are more than
+  // a sum: `value` the sums (or minus their roots), `weight` the weights of the sums.
+  Real *plain, *mutated;
+  Real *plain_value[kSums], *mutated_value[kSums], *plain_weight[kSums], *mutated_weight[kSums];
+  Real positive_value[kSums], positive_weight[kSums];
+
+  RowScratch(const Problem& p, Carver& carver) {
+    const int64_t row = Layout<Sim>(p.D).row, kp = (p.K + 15) / 16 * 16;
+    tile.carve(p, carver);
+    Real** const arrays[] = {&query,    &factor, &positive,       &positive_term,
+                             &gradient, &share,  &factor_gradient};
+    for (Real** a : arrays) {
+      *a = carver.take<Real>(row);
+      if (*a != nullptr) __builtin_memset(*a, 0, sizeof(Real) * row);
+    }
+    plain = carver.take<Real>(kp);
+    mutated = carver.take<Real>(kp);
+    for (int s = 0; s < kSums; ++s) {
+      const bool own = !Layout<Sim>::kDirect;
+      plain_value[s] = plain_weight[s] = plain;
+      mutated_value[s] = mutated_weight[s] = mutated;
+      if (own) {
+        plain_value[s] = carver.take<Real>(kp);
+        mutated_value[s] = carver.take<Real>(kp);
+        plain_weight[s] = carver.take<Real>(kp);
+        mutated_weight[s] = carver.take<Real>(kp);
+      }
+    }
+    if (carver.base != nullptr && !Sim::kBilinear) load_factor<F, Sim>(p, Layout<Sim>(p.D), 0, factor);
+  }
+
+  static int64_t bytes(const Problem& p) {
+    Carver counter{nullptr};
+    RowScratch counted(p, counter);
+    return counter.used;
+  }
+
+  void load_row(const Problem& p, int64_t b) {
+    const Layout<Sim> at(p.D);
+    load_query<F, Sim>(p, at, b, query);
+    if (p.scale != nullptr) load_factor<F, Sim>(p, at, b, factor);
+    gather<F, Sim>(p, at, p.positive[b], positive);
+  }
+};
+
+// A RowScratch for each thread slot.
+template <class F, class Sim, int kMode>
+class Workers {
+  using Worker = RowScratch<F, Sim, kMode>;
+
+ public:
+  explicit Workers(const Problem& p)
+      : memory_(p.threads, static_cast<int64_t>(sizeof(Worker)) + 64 + Worker::bytes(p)) {
+    for (int t = 0; t < p.threads; ++t) {
+      Carver carver{memory_.slot(t)};
+      Worker* place = carver.take<Worker>(1);
+      new (place) Worker(p, carver);
+    }
+  }
+  Worker& operator[](int slot) const { return *reinterpret_cast<Worker*>(memory_.slot(slot)); }
+
+ private:
+  Scratch memory_;
+};
+
+// --- scores --------------------------------------------------------------------------------------------
+
+// Sums of half h over R consecutive rows of a tile: Σ_j term(u), plain and mutated. Two accumulators a sum
+// would be more; R = 4 rows hide the latency already.
+template <class F, class Sim, int kMode, int h, int R>
+EMU_INLINE void score_half(const RowScratch<F, Sim, kMode>& s, const Layout<Sim>& at, int64_t k,
+                           typename F::Real* plain, typename F::Real* mutated) {
+  using V = typename F::V;
+  const int64_t first = h * at.half_padded;
+  const typename F::Real* rows = s.tile.rows + k * at.row + first;
+  const uint8_t* masks = s.tile.masks + k * at.mask_row + h * at.half;
+  V sum[R] = {}, mutated_sum[R] = {}, share[R] = {};
+  if (kMode == kMixup) {
+    for (int r = 0; r < R; ++r) share[r] = F::broadcast(s.tile.shares[k + r]);
+  }
+  for (int64_t j = 0; j < at.half; j += F::kLanes) {
+    const V q = load<V>(s.query + first + j);
+    const V a = Sim::kBilinear ? V{} : load<V>(s.factor + first + j);
+    const V positive = kMode == kMixup ? load<V>(s.positive + first + j) : V{};
+    const V from_positive = kMode == kSelect ? load<V>(s.positive_term + first + j) : V{};
+    for (int r = 0; r < R; ++r) {
+      const V c = load<V>(rows + r * at.row + j);
+      const V term = Sim::template term<h, F>(difference<Sim, h>(q, a, c));
+      sum[r] += term;
+      if (kMode == kSelect) {
+        mutated_sum[r] += F::select(F::load_mask(masks + r * at.mask_row + j), from_positive, term);
+      } else if (kMode == kMixup) {
+        const V mixed = mix<F, kMixup>(positive, c, nullptr, share[r]);
+        mutated_sum[r] += Sim::template term<h, F>(difference<Sim, h>(q, a, mixed));
+      }
+    }
+  }
+  horizontal_sums<F, R>(sum, plain);
+  if (kMode != kPlain) horizontal_sums<F, R>(mutated_sum, mutated);
+}
+
+// The same where a term is a function of both halves.
+template <class F, class Sim, int kMode, int R>
+EMU_INLINE void score_coupled(const RowScratch<F, Sim, kMode>& s, const Layout<Sim>& at, int64_t k,
+                              typename F::Real* plain, typename F::Real* mutated) {
+  using V = typename F::V;
+  const typename F::Real* rows = s.tile.rows + k * at.row;
+  const uint8_t* masks = s.tile.masks + k * at.mask_row;
+  V sum[R] = {}, mutated_sum[R] = {}, share[R] = {};
+  if (kMode == kMixup) {
+    for (int r = 0; r < R; ++r) share[r] = F::broadcast(s.tile.shares[k + r]);
+  }
+  for (int64_t j = 0; j < at.half; j += F::kLanes) {
+    V q[2], a[2], positive[2];
+    for (int h = 0; h < 2; ++h) {
+      q[h] = load<V>(s.query + h * at.half_padded + j);
+      a[h] = load<V>(s.factor + h * at.half_padded + j);
+      positive[h] = load<V>(s.positive + h * at.half_padded + j);
+    }
+    for (int r = 0; r < R; ++r) {
+      V u[2], mixed[2];
+      for (int h = 0; h < 2; ++h) {
+        const V c = load<V>(rows + r * at.row + h * at.half_padded + j);
+        u[h] = difference<Sim, 0>(q[h], a[h], c);
+        if (kMode != kPlain) {
+          const V z = mix<F, kMode>(positive[h], c, masks + r * at.mask_row + h * at.half + j, share[r]);
+          mixed[h] = difference<Sim, 0>(q[h], a[h], z);
+        }
+      }
+      sum[r] += Sim::template term<F>(u[0], u[1]);
+      if (kMode != kPlain) mutated_sum[r] += Sim::template term<F>(mixed[0], mixed[1]);
+    }
+  }
+  horizontal_sums<F, R>(sum, plain);
+  if (kMode != kPlain) horizontal_sums<F, R>(mutated_sum, mutated);
+}
+
+template <class F, class Sim, int kMode, int R>
+EMU_INLINE void score_rows(const RowScratch<F, Sim, kMode>& s, const Layout<Sim>& at, int64_t k, int64_t to) {
+  if constexpr (Sim::kCoupled) {
+    score_coupled<F, Sim, kMode, R>(s, at, k, s.plain_value[0] + to, s.mutated_value[0] + to);
+  } else {
+    score_half<F, Sim, kMode, 0, R>(s, at, k, s.plain_value[0] + to, s.mutated_value[0] + to);
+    if constexpr (Sim::kHalves > 1) {
+      score_half<F, Sim, kMode, 1, R>(s, at, k, s.plain_value[1] + to, s.mutated_value[1] + to);
+    }
+  }
+}
+
+// The positive's terms of half h, and their sum.
+template <class F, class Sim, int kMode, int h>
+EMU_INLINE typename F::Real positive_half(RowScratch<F, Sim, kMode>& s, const Layout<Sim>& at) {
+  using V = typename F::V;
+  V sum = {};
+  for (int64_t j = h * at.half_padded; j < (h + 1) * at.half_padded; j += F::kLanes) {
+    const V a = Sim::kBilinear ? V{} : load<V>(s.factor + j);
+    const V u = difference<Sim, h>(load<V>(s.query + j), a, load<V>(s.positive + j));
+    const V term = Sim::template term<h, F>(u);
+    store(s.positive_term + j, term);
+    sum += term;
+  }
+  return horizontal_sum<F>(sum);
+}
+
+template <class F, class Sim, int kMode>
+EMU_INLINE void score_positive(RowScratch<F, Sim, kMode>& s, const Layout<Sim>& at) {
+  using V = typename F::V;
+  if constexpr (Sim::kCoupled) {
+    V sum = {};
+    for (int64_t j = 0; j < at.half_padded; j += F::kLanes) {
+      V u[2];
+      for (int h = 0; h < 2; ++h) {
+        const int64_t i = h * at.half_padded + j;
+        u[h] = difference<Sim, 0>(load<V>(s.query + i), load<V>(s.factor + i), load<V>(s.positive + i));
+      }
+      sum += Sim::template term<F>(u[0], u[1]);
+    }
+    s.positive_value[0] = horizontal_sum<F>(sum);
+  } else {
+    s.positive_value[0] = positive_half<F, Sim, kMode, 0>(s, at);
+    if constexpr (Sim::kHalves > 1) s.positive_value[1] = positive_half<F, Sim, kMode, 1>(s, at);
+  }
+}
+
+// From sums to scores: Σ_s w_s S_s. Leaves in `weight` the derivatives of the scores by the sums (by half the
+// squares), and returns the positive's score.
+template <class F, class Sim, int kMode>
+static typename F::Real finish_scores(const Problem& p, RowScratch<F, Sim, kMode>& s) {
+  using Real = typename F::Real;
+  constexpr int kSums = Layout<Sim>::kSums;
+  if constexpr (Layout<Sim>::kDirect) {
+    return s.positive_value[0];
+  } else {
+    using V = typename F::V;
+    const Real* weights = static_cast<const Real*>(p.weights);
+    Real positive = 0;
+    for (int i = 0; i < kSums; ++i) {
+      const Real w = Sim::kWeights > 0 && weights != nullptr ? weights[i] : Real{1};
+      const V w_v = F::broadcast(w);
+      const auto finish = [&](V& value, V& weight) {
+        weight = w_v;
+        if (Sim::root(i)) {
+          const V inverse = F::inverse_root(value);
+          value = -(value * inverse);
+          weight = w_v * inverse;
+        }
+      };
+      const auto finish_all = [&](Real* score, Real* values, Real* weights_of) {
+        for (int64_t k = 0; k < p.K; k += F::kLanes) {  // the arrays are padded to whole vectors
+          V value = load<V>(values + k), weight;
+          finish(value, weight);
+          store(values + k, value);
+          store(weights_of + k, weight);
+          store(score + k, i > 0 ? load<V>(score + k) + w_v * value : w_v * value);
+        }
+      };
+      V value = F::broadcast(s.positive_value[i]), weight;
+      finish(value, weight);
+      s.positive_value[i] = value[0];
+      s.positive_weight[i] = weight[0];
+      positive += w * value[0];
+      finish_all(s.plain, s.plain_value[i], s.plain_weight[i]);
+      if (kMode != kPlain) finish_all(s.mutated, s.mutated_value[i], s.mutated_weight[i]);
+    }
+    return positive;
+  }
+}
+
+// From the weights of scores (in scratch.plain and .mutated) to those of the sums, and the gradient of w.
+template <class F, class Sim, int kMode>
+static void finish_weights(const Problem& p, RowScratch<F, Sim, kMode>& s, typename F::Real positive_weight,
+                           typename F::Real* grad_weights) {
+  using Real = typename F::Real;
+  using V = typename F::V;
+  if constexpr (Layout<Sim>::kDirect) {
+    s.positive_weight[0] = positive_weight;
+    return;
+  }
+  for (int i = 0; i < Layout<Sim>::kSums; ++i) {
+    Real sum = positive_weight * s.positive_value[i];
+    s.positive_weight[i] *= positive_weight;
+    const auto apply = [&](const Real* of_score, const Real* values, Real* weights) {
+      for (int64_t k = 0; k < p.K; k += F::kLanes) {
+        store(weights + k, load<V>(weights + k) * load<V>(of_score + k));
+      }
+      if (grad_weights == nullptr) return;
+      for (int64_t k = 0; k < p.K; ++k) sum += of_score[k] * values[k];
+    };
+    apply(s.plain, s.plain_value[i], s.plain_weight[i]);
+    if (kMode != kPlain) apply(s.mutated, s.mutated_value[i], s.mutated_weight[i]);
+    if (grad_weights != nullptr) grad_weights[i] = sum;
+  }
+}
+
+// Scores of row b into scratch.plain and scratch.mutated; returns s⁺.
+template <class F, class Sim, int kMode>
+static typename F::Real score_row(const Problem& p, const Random& random, RowScratch<F, Sim, kMode>& s,
+                                  int64_t b) {
+  const Layout<Sim> at(p.D);
+  const int64_t g = b / p.rows_per_group();
+  score_positive<F, Sim, kMode>(s, at);
+  for (int64_t from = 0; from < p.K; from += s.tile.capacity) {
+    const int64_t count = min64(s.tile.capacity, p.K - from);
+    s.tile.stream(p, random, g, b, from, count, [&](int64_t k, int64_t n) {
+      const int64_t end = k + n;
+      for (; k + 4 <= end; k += 4) score_rows<F, Sim, kMode, 4>(s, at, k, from + k);
+      for (; k < end; ++k) score_rows<F, Sim, kMode, 1>(s, at, k, from + k);
+    });
+  }
+  return finish_scores<F, Sim, kMode>(p, s);
+}
+
+// Sets the scores of padding to −inf; returns how many negatives are real.
+template <class Real, bool kMutated>
+static int64_t blank_padding(const Problem& p, int64_t b, Real* plain, Real* mutated) {
+  const int64_t* ids = p.negative + b / p.rows_per_group() * p.K;
+  int64_t real = 0;
+  for (int64_t k = 0; k < p.K; ++k) real += ids[k] >= 0;
+  if (real == p.K) return real;
+  for (int64_t k = 0; k < p.K; ++k) {
+    if (ids[k] >= 0) continue;
+    plain[k] = -static_cast<Real>(__builtin_inf());
+    if (kMutated) mutated[k] = -static_cast<Real>(__builtin_inf());
+  }
+  return real;
+}

@@ -1,0 +1,375 @@
+// Entity-major: the gradient of the table, each touched row written once.
+
+constexpr int64_t kPiecePairs = 2048;  // contributions that one task sums
+constexpr int kBuffer = 64;            // contributions at a time, masks and weights at hand
+
+// Contributions to rows of the table: of negative k of row b, or (k = −1) of row b's positive.
+template <class F, class Sim>
+struct Pairs {
+  using Real = typename F::Real;
+  static constexpr int kSums = Layout<Sim>::kSums;
+  uint32_t key[kBuffer];
+  int64_t row[kBuffer];
+  int64_t k[kBuffer];
+  Real plain[kSums][kBuffer];    // g_b w_bk
+  Real mutated[kSums][kBuffer];  // g_b ŵ_bk; for kSelect g_b (w_bk + ŵ_bk)
+  Real shares[kBuffer];          // of Mixup
+  uint8_t* masks;                // (kBuffer, mask_row)
+  int count;
+};
+
+// Rows of all queries, of what multiplies candidates, and of positives where candidates are mixed with them.
+template <class Real>
+struct RowData {
+  Real *queries, *factors, *positives;  // (B, row)
+  int64_t factor_stride;                // 0 where all rows' are the same
+};
+
+// Σ over pairs of (w + ŵ (1 − λ)) ∂φ/∂c, for N vectors of half h's components; `candidate` and `sum` from
+// component j of the half on.
+template <class F, class Sim, int kMode, int h, int N>
+static void accumulate_candidate(const Pairs<F, Sim>& pairs, int from, int to,
+                                 const RowData<typename F::Real>& rows, const Layout<Sim>& at, int64_t j,
+                                 const typename F::Real* candidate, typename F::Real* sum) {
+  using V = typename F::V;
+  const int64_t first = h * at.half_padded + j;
+  V s[N], c[N];
+  for (int n = 0; n < N; ++n) {
+    s[n] = load<V>(sum + first + n * F::kLanes);
+    c[n] = Sim::kBilinear ? V{} : load<V>(candidate + first + n * F::kLanes);
+  }
+  for (int i = from; i < to; ++i) {
+    V w = F::broadcast(pairs.plain[h][i]);
+    const V hat = kMode != kPlain ? F::broadcast(pairs.mutated[h][i]) : V{};
+    const V share = kMode == kMixup ? F::broadcast(pairs.shares[i]) : V{};
+    if (Sim::kBilinear && kMode == kMixup) w += hat * share;
+    const typename F::Real* query = rows.queries + pairs.row[i] * at.row + first;
+    const typename F::Real* factor = rows.factors + pairs.row[i] * rows.factor_stride + first;
+    for (int n = 0; n < N; ++n) {
+      const V q = load<V>(query + n * F::kLanes);
+      V d = q, a = {};
+      if constexpr (!Sim::kBilinear) {
+        a = load<V>(factor + n * F::kLanes);
+        d = a * Sim::template slope<h, F>(difference<Sim, h>(q, a, c[n]));
+      }
+      if constexpr (kMode == kSelect) {
+        const auto mask = F::load_mask(pairs.masks + i * at.mask_row + h * at.half + j + n * F::kLanes);
+        s[n] = F::fma(F::select(mask, w, hat), d, s[n]);
+      } else {
+        s[n] = F::fma(w, d, s[n]);
+      }
+      if constexpr (kMode == kMixup && !Sim::kBilinear) {
+        const V positive = load<V>(rows.positives + pairs.row[i] * at.row + first + n * F::kLanes);
+        const V mixed = mix<F, kMixup>(positive, c[n], nullptr, share);
+        s[n] = F::fma(hat * share, a * Sim::template slope<h, F>(difference<Sim, h>(q, a, mixed)), s[n]);
+      }
+    }
+  }
+  for (int n = 0; n < N; ++n) store(sum + first + n * F::kLanes, s[n]);
+}
+
+template <class F, class Sim, int kMode, int N>
+static void accumulate_candidate_coupled(const Pairs<F, Sim>& pairs, int from, int to,
+                                         const RowData<typename F::Real>& rows, const Layout<Sim>& at,
+                                         int64_t j, const typename F::Real* candidate,
+                                         typename F::Real* sum) {
+  using V = typename F::V;
+  const int64_t first[2] = {j, at.half_padded + j};
+  V s[2][N], c[2][N];
+  for (int h = 0; h < 2; ++h) {
+    for (int n = 0; n < N; ++n) {
+      s[h][n] = load<V>(sum + first[h] + n * F::kLanes);
+      c[h][n] = load<V>(candidate + first[h] + n * F::kLanes);
+    }
+  }
+  for (int i = from; i < to; ++i) {
+    const V w = F::broadcast(pairs.plain[0][i]);
+    const V hat = kMode != kPlain ? F::broadcast(pairs.mutated[0][i]) : V{};
+    const V share = kMode == kMixup ? F::broadcast(pairs.shares[i]) : V{};
+    const typename F::Real* query = rows.queries + pairs.row[i] * at.row;
+    const typename F::Real* factor = rows.factors + pairs.row[i] * rows.factor_stride;
+    const typename F::Real* positives = rows.positives + pairs.row[i] * at.row;
+    for (int n = 0; n < N; ++n) {
+      const int64_t l = n * F::kLanes;
+      V u[2], mixed[2], slope[2], mixed_slope[2];
+      for (int h = 0; h < 2; ++h) {
+        const V q = load<V>(query + first[h] + l), a = load<V>(factor + first[h] + l);
+        u[h] = difference<Sim, 0>(q, a, c[h][n]);
+        if (kMode != kPlain) {
+          const uint8_t* mask = pairs.masks + i * at.mask_row + h * at.half + j + l;
+          mixed[h] = difference<Sim, 0>(
+              q, a, mix<F, kMode>(load<V>(positives + first[h] + l), c[h][n], mask, share));
+        }
+      }
+      Sim::template slopes<F>(u[0], u[1], slope[0], slope[1]);
+      if (kMode != kPlain) Sim::template slopes<F>(mixed[0], mixed[1], mixed_slope[0], mixed_slope[1]);
+      for (int h = 0; h < 2; ++h) {
+        s[h][n] = F::fma(w, slope[h], s[h][n]);
+        if (kMode == kMask) {
+          const auto mask = F::load_mask(pairs.masks + i * at.mask_row + h * at.half + j + l);
+          s[h][n] = F::fma(F::select(mask, V{}, hat), mixed_slope[h], s[h][n]);
+        } else if (kMode == kMixup) {
+          s[h][n] = F::fma(hat * share, mixed_slope[h], s[h][n]);
+        }
+      }
+    }
+  }
+  for (int h = 0; h < 2; ++h) {
+    for (int n = 0; n < N; ++n) store(sum + first[h] + n * F::kLanes, s[h][n]);
+  }
+}
+
+template <class F, class Sim, int kMode>
+struct TableGradient {
+  using Real = typename F::Real;
+  using V = typename F::V;
+
+  const Problem& p;
+  const TableGradientArgs& a;
+  const Random random;
+  const Layout<Sim> at;
+  const int64_t group_rows, entries_per_piece, pieces;
+  const uint64_t* sorted;
+  const int64_t size;
+  // A piece is a fixed number of sorted entries, so its sums do not depend on the threads. A segment that
+  // crosses pieces leaves partial sums, which are added up in order at the end.
+  Scratch rows_memory, partials_memory, ordinals_memory, slots_memory;
+  RowData<Real> rows;
+  Real* partials;     // (pieces, 2, row): of the first and of the last segment
+  int64_t* ordinals;  // (pieces,) which touched row a piece begins in
+
+  TableGradient(const Problem& problem, const TableGradientArgs& args)
+      : p(problem),
+        a(args),
+        random(problem.mask, problem.D),
+        at(problem.D),
+        group_rows(problem.rows_per_group()),
+        entries_per_piece(max64(1, kPiecePairs / max64(1, problem.rows_per_group()))),
+        pieces((args.segments->size() + entries_per_piece - 1) / entries_per_piece),
+        sorted(args.segments->sorted()),
+        size(args.segments->size()),
+        rows_memory(1, row_bytes(nullptr)),
+        partials_memory(1, pieces * 2 * at.row * static_cast<int64_t>(sizeof(Real))),
+        ordinals_memory(1, pieces * 8),
+        slots_memory(problem.threads, slot_bytes()) {
+    row_bytes(rows_memory.slot(0));
+    partials = reinterpret_cast<Real*>(partials_memory.slot(0));
+    ordinals = reinterpret_cast<int64_t*>(ordinals_memory.slot(0));
+  }
+
+  static constexpr bool kMasked = kMode == kSelect || kMode == kMask;
+  static constexpr bool kMixed = kMode != kPlain && kMode != kSelect && !Sim::kBilinear;
+
+  // Lays out `rows` from base on; returns the bytes that takes.
+  int64_t row_bytes(uint8_t* base) {
+    Carver carver{base};
+    rows.queries = carver.take<Real>(p.B * at.row);
+    rows.factor_stride = p.scale != nullptr ? at.row : 0;
+    rows.factors = carver.take<Real>((p.scale != nullptr ? p.B : 1) * at.row);
+    rows.positives = carver.take<Real>(kMixed ? p.B * at.row : 0);
+    return carver.used;
+  }
+
+  int64_t slot_bytes() const {
+    return static_cast<int64_t>(sizeof(Pairs<F, Sim>)) + 256 + (kMasked ? kBuffer * at.mask_row : 0) +
+           2 * at.row * static_cast<int64_t>(sizeof(Real));
+  }
+
+  void run() {
+    const size_t row_size = sizeof(Real) * static_cast<size_t>(at.row);
+    parallel(p.threads, (p.B + 63) / 64, [&](int64_t block, int) {
+      for (int64_t b = block * 64; b < min64(p.B, block * 64 + 64); ++b) {
+        __builtin_memset(rows.queries + b * at.row, 0, row_size);
+        load_query<F, Sim>(p, at, b, rows.queries + b * at.row);
+        if (!Sim::kBilinear && (b == 0 || p.scale != nullptr)) {
+          __builtin_memset(rows.factors + b * at.row, 0, row_size);
+          load_factor<F, Sim>(p, at, b, rows.factors + b * at.row);
+        }
+        if (kMixed) {
+          __builtin_memset(rows.positives + b * at.row, 0, row_size);
+          gather<F, Sim>(p, at, p.positive[b], rows.positives + b * at.row);
+        }
+      }
+    });
+    if (a.ids != nullptr) {
+      int64_t ordinal = -1;
+      for (int64_t e = 0; e < size; ++e) {
+        ordinal += e == 0 || key_at(e) != key_at(e - 1);
+        if (e % entries_per_piece == 0) ordinals[e / entries_per_piece] = ordinal;
+      }
+    } else if (size == 0) {
+      zero_rows(0, p.N);
+    }
+    parallel(p.threads, pieces, [&](int64_t piece, int slot) { sum_piece(piece, slot); });
+    join_partials();
+  }
+
+  uint32_t key_at(int64_t e) const { return static_cast<uint32_t>(sorted[e] >> 32); }
+  int64_t begin(int64_t piece) const { return piece * entries_per_piece; }
+  int64_t end(int64_t piece) const { return min64(size, begin(piece) + entries_per_piece); }
+  // Whether the piece's first segment began in the one before, and its last goes on in the one after.
+  bool continues(int64_t piece) const {
+    return begin(piece) > 0 && key_at(begin(piece) - 1) == key_at(begin(piece));
+  }
+  bool goes_on(int64_t piece) const {
+    return end(piece) < size && key_at(end(piece)) == key_at(end(piece) - 1);
+  }
+  bool one_segment(int64_t piece) const { return key_at(begin(piece)) == key_at(end(piece) - 1); }
+
+  void zero_rows(int64_t from, int64_t to) {
+    const int64_t bytes_a_row = p.D * element_size(p.dtype);
+    if (to > from) {
+      __builtin_memset(static_cast<char*>(a.out) + from * bytes_a_row, 0,
+                       static_cast<size_t>((to - from) * bytes_a_row));
+    }
+  }
+
+  void write(uint32_t key, int64_t ordinal, const Real* sum) {
+    if (a.ids != nullptr) a.ids[ordinal] = key;
+    const int64_t to = (a.ids != nullptr ? ordinal : static_cast<int64_t>(key)) * p.D;
+    for (int h = 0; h < at.H; ++h) {
+      write_row(p.dtype, a.out, to + h * at.half, sum + h * at.half_padded, at.half);
+    }
+  }
+
+  void sum_piece(int64_t piece, int slot) {
+    Carver carver{slots_memory.slot(slot)};
+    Pairs<F, Sim>& pairs = *carver.take<Pairs<F, Sim>>(1);
+    pairs.masks = carver.take<uint8_t>(kMasked ? kBuffer * at.mask_row : 0);
+    Real* sum = carver.take<Real>(at.row);
+    Real* candidate = carver.take<Real>(at.row);
+
+    const int64_t first = begin(piece), last = end(piece);
+    int64_t ordinal = a.ids != nullptr ? ordinals[piece] : 0;
+    uint32_t key = key_at(first);
+    bool at_first = true;
+    if (a.ids == nullptr && !continues(piece)) zero_rows(first ? key_at(first - 1) + int64_t{1} : 0, key);
+    const size_t row_size = sizeof(Real) * static_cast<size_t>(at.row);
+    __builtin_memset(sum, 0, row_size);
+    __builtin_memset(candidate, 0, row_size);
+    if (!Sim::kBilinear) gather<F, Sim>(p, at, key, candidate);
+
+    int64_t entry = first, row_in_group = 0;
+    while (entry < last) {
+      fill(pairs, entry, row_in_group, last);
+      for (int from = 0, to; from < pairs.count; from = to) {
+        for (to = from + 1; to < pairs.count && pairs.key[to] == pairs.key[from];) ++to;
+        if (pairs.key[from] != key) {
+          finish_segment(piece, key, ordinal, at_first, false, sum);
+          if (a.ids == nullptr) zero_rows(key + int64_t{1}, pairs.key[from]);
+          key = pairs.key[from];
+          ++ordinal;
+          at_first = false;
+          __builtin_memset(sum, 0, row_size);
+          if (!Sim::kBilinear) gather<F, Sim>(p, at, key, candidate);
+        }
+        add_run(pairs, from, to, candidate, sum);
+      }
+    }
+    finish_segment(piece, key, ordinal, at_first, true, sum);
+    if (a.ids == nullptr && last == size) zero_rows(key + int64_t{1}, p.N);
+  }
+
+  void finish_segment(int64_t piece, uint32_t key, int64_t ordinal, bool is_first, bool is_last,
+                      const Real* sum) {
+    if (is_first && continues(piece)) {
+      __builtin_memcpy(partials + piece * 2 * at.row, sum, sizeof(Real) * static_cast<size_t>(at.row));
+    } else if (is_last && goes_on(piece)) {
+      __builtin_memcpy(partials + (piece * 2 + 1) * at.row, sum, sizeof(Real) * static_cast<size_t>(at.row));
+    } else {
+      write(key, ordinal, sum);
+    }
+  }
+
+  // The next contributions, at most kBuffer, with their weights and masks.
+  void fill(Pairs<F, Sim>& pairs, int64_t& entry, int64_t& row_in_group, int64_t last) {
+    const Real* weight = static_cast<const Real*>(a.weight);
+    const Real* mutated_weight = static_cast<const Real*>(a.mutated_weight);
+    const Real* scale = static_cast<const Real*>(a.row_scale);
+    const int64_t negatives = p.G * p.K;
+    int n = 0;
+    while (n < kBuffer && entry < last) {
+      const uint32_t e = static_cast<uint32_t>(sorted[entry]);
+      pairs.key[n] = key_at(entry);
+      if (e >= negatives) {
+        pairs.row[n] = e - negatives;
+        pairs.k[n] = -1;
+        ++entry;
+      } else {
+        const uint32_t g = e / static_cast<uint32_t>(p.K);
+        const int64_t k = e - int64_t{g} * p.K, row = g * group_rows + row_in_group;
+        pairs.row[n] = row;
+        pairs.k[n] = k;
+        for (int i = 0; i < at.kSums; ++i) {
+          const int64_t from = (i * p.B + row) * p.K + k;
+          pairs.plain[i][n] = scale[row] * weight[from];
+          if (kMode == kSelect) pairs.mutated[i][n] = scale[row] * (weight[from] + mutated_weight[from]);
+          if (kMode == kMask || kMode == kMixup) pairs.mutated[i][n] = scale[row] * mutated_weight[from];
+        }
+        __builtin_prefetch(rows.queries + row * at.row);
+        if (++row_in_group == group_rows) row_in_group = 0, ++entry;
+      }
+      ++n;
+    }
+    pairs.count = n;
+    if (kMode == kPlain) return;
+    for (int i = 0; i < n; i += kMaskLanes) {
+      U64 k, row;
+      for (int lane = 0; lane < kMaskLanes; ++lane) {
+        const int at = i + lane < n ? i + lane : n - 1;
+        k[lane] = static_cast<uint64_t>(pairs.k[at]);
+        row[lane] = p.mask.row_offset + static_cast<uint64_t>(pairs.row[at]);
+      }
+      if (kMasked) random.draw_masks(k, row, pairs.masks + i * at.mask_row, at.mask_row);
+      if (kMode == kMixup) random.draw_shares(k, row, pairs.shares + i);
+    }
+  }
+
+  // Contributions from .. to, all of one segment, in which negatives come before positives.
+  void add_run(const Pairs<F, Sim>& pairs, int from, int to, const Real* candidate, Real* sum) {
+    int negatives = from;
+    while (negatives < to && pairs.k[negatives] >= 0) ++negatives;
+    if (negatives > from) {
+      const int64_t vectors = (at.half + F::kLanes - 1) / F::kLanes;
+      for_blocks<accumulators<Sim, kMode>()>(vectors, [&](int64_t first, auto n) {
+        constexpr int N = decltype(n)::value;
+        const int64_t j = first * F::kLanes;
+        if constexpr (Sim::kCoupled) {
+          accumulate_candidate_coupled<F, Sim, kMode, N>(pairs, from, negatives, rows, at, j, candidate, sum);
+        } else {
+          accumulate_candidate<F, Sim, kMode, 0, N>(pairs, from, negatives, rows, at, j, candidate, sum);
+          if constexpr (Sim::kHalves > 1) {
+            accumulate_candidate<F, Sim, kMode, 1, N>(pairs, from, negatives, rows, at, j, candidate, sum);
+          }
+        }
+      });
+    }
+    for (int i = negatives; i < to; ++i) {
+      const Real scale = static_cast<const Real*>(a.row_scale)[pairs.row[i]];
+      const Real* own = static_cast<const Real*>(a.grad_positive) + pairs.row[i] * p.D;
+      for (int h = 0; h < at.H; ++h) {
+        for (int64_t j = 0; j < at.half; ++j) sum[h * at.half_padded + j] += scale * own[h * at.half + j];
+      }
+    }
+  }
+
+  void join_partials() {
+    Real* sum = nullptr;
+    for (int64_t piece = 0; piece < pieces; ++piece) {
+      Real* head = partials + piece * 2 * at.row;
+      const bool through = one_segment(piece) && goes_on(piece);
+      if (continues(piece)) {
+        for (int64_t j = 0; j < at.row; ++j) sum[j] += head[j];
+        if (!through) {
+          write(key_at(begin(piece)), a.ids != nullptr ? ordinals[piece] : 0, sum);
+        }
+      }
+      if (goes_on(piece) && !(one_segment(piece) && continues(piece))) sum = head + at.row;
+    }
+  }
+};
+
+template <class F, class Sim, int kMode>
+static void table_gradient(const Problem& p, const TableGradientArgs& a) {
+  TableGradient<F, Sim, kMode>(p, a).run();
+}

@@ -1,0 +1,371 @@
+"""Every similarity with every mutation: against formulas, and kernels against the specification."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from emu_kernels import Mixup, emu_mutate, emu_scores, fused_emu_loss, fused_softmax_loss
+from emu_kernels.mask import mixup_share, mutation_mask, rates_to_thresholds
+from emu_kernels.reference import SIMILARITIES
+from tests.ops.support import Options, assert_near, make, random_like
+
+KAPPA = 2.5
+LOSS: Options = {"beta": 0.3, "alpha": 0.7, "seed": 2**40 + 7, "row_offset": 3}
+MUTATIONS: dict[str, Callable[[int], Options]] = {
+    "rate": lambda dim: {"mutation_rate": 0.4},
+    "rates": lambda dim: {"mutation_rate": torch.linspace(0, 1, dim)},
+    "pairs": lambda dim: {"mutation_rate": 0.4, "mask_unit": "pair"},
+    "rates of pairs": lambda dim: {
+        "mutation_rate": torch.linspace(0, 1, dim // 2),
+        "mask_unit": "pair",
+    },
+    "mixup": lambda dim: {"mutation_rate": Mixup()},
+    "mixup 1": lambda dim: {"mutation_rate": Mixup(1)},
+    "all": lambda dim: {"mutation_rate": 1.0},
+}
+SHAPES: list[Options] = [
+    {"batch": 1, "count": 1, "dim": 2, "rows": 4},
+    {"batch": 3, "count": 9, "dim": 14, "rows": 5},
+    {"batch": 4, "count": 40, "dim": 100, "rows": 30, "groups": 2},
+    {"batch": 5, "count": 70, "dim": 258, "rows": 20, "groups": 1},
+    {"batch": 30, "count": 200, "dim": 36, "rows": 3},
+    {"batch": 2, "count": 3, "dim": 2000, "rows": 5},
+]
+IDS = ["smallest", "part of a vector", "two sets", "one set", "hubs", "long rows"]
+
+
+class Case(NamedTuple):
+    leaves: dict[
+        str, Tensor
+    ]  # query, table and, where the similarity takes them, scale and weights
+    ids: tuple[Tensor, Tensor]
+    options: Options
+
+    def wide(self) -> Case:
+        return self._replace(leaves={name: leaf.double() for name, leaf in self.leaves.items()})
+
+
+def case(similarity: str, dtype: torch.dtype = torch.float32, **shape: Any) -> Case:
+    inputs = make(dtype=dtype, padding=True, **shape)
+    takes = SIMILARITIES[similarity]
+    generator = torch.Generator().manual_seed(3)
+    rows, dim = inputs.query.shape
+    leaves = {"query": inputs.query * inputs.table.double().std().float(), "table": inputs.table}
+    if takes.scale_parts:
+        width = dim // takes.parts * takes.scale_parts
+        leaves["scale"] = 0.5 + torch.rand(rows, width, generator=generator)
+    if takes.weights:
+        leaves["similarity_weights"] = 0.5 + torch.rand(takes.weights, generator=generator)
+    options: Options = {"similarity": similarity}
+    if takes.phases:
+        options["phase_scale"] = KAPPA
+    if dtype == torch.float64:
+        leaves = {name: leaf.double() for name, leaf in leaves.items()}
+    return Case(leaves, (inputs.positive, inputs.negative), options)
+
+
+def run(
+    function: Callable[..., Any],
+    made: Case,
+    upstream: list[Tensor] | None = None,
+    **options: Any,
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Outputs and gradients by name, and the upstream gradients that were used."""
+    leaves = {name: leaf.detach().requires_grad_() for name, leaf in made.leaves.items()}
+    rest = {name: leaf for name, leaf in leaves.items() if name not in ("query", "table")}
+    out = function(leaves["query"], leaves["table"], *made.ids, **made.options, **rest, **options)
+    outputs = [out] if isinstance(out, Tensor) else list(out)
+    outputs = [o.masked_fill(o == -math.inf, 0) for o in outputs]
+    upstream = random_like(outputs) if upstream is None else upstream
+    grads = torch.autograd.grad(
+        outputs, list(leaves.values()), [u.to(o) for u, o in zip(upstream, outputs, strict=True)]
+    )
+    named = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
+    named |= {f"gradient of {name}": g for name, g in zip(leaves, grads, strict=True)}
+    return named, upstream
+
+
+def assert_agree(function: Callable[..., Any], made: Case, kernel: str, **options: Any) -> None:
+    expected, upstream = run(function, made.wide(), backend="reference", **options)
+    actual, _ = run(function, made, upstream, backend=kernel, **options)
+    for name, value in expected.items():
+        # A gradient's terms cancel: those of the weights are sums over all components.
+        floor = {"output": 0.0, "gradient": 0.3}[name.split()[0]]
+        if name.endswith("similarity_weights"):
+            floor = 3.0
+        assert_near(actual[name], value, name, floor=floor, loose=3)
+
+
+def scores(*arguments: Any, mutation_rate: Any, **options: Any) -> Any:
+    return emu_scores(*arguments, mutation=mutation_rate, **options)
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+@pytest.mark.parametrize("shape", SHAPES, ids=IDS)
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_loss(similarity: str, shape: Options, mutation: str, kernel: str) -> None:
+    made = case(similarity, **shape)
+    options = LOSS | MUTATIONS[mutation](shape["dim"])
+    assert_agree(fused_emu_loss, made, kernel, reduction="none", **options)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=IDS)
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_softmax_loss(similarity: str, shape: Options, kernel: str) -> None:
+    assert_agree(fused_softmax_loss, case(similarity, **shape), kernel)
+
+
+@pytest.mark.parametrize("mutation", ["rate", "mixup"])
+@pytest.mark.parametrize("shape", SHAPES, ids=IDS)
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_scores(similarity: str, shape: Options, mutation: str, kernel: str) -> None:
+    options = MUTATIONS[mutation](shape["dim"])
+    assert_agree(scores, case(similarity, **shape), kernel, seed=5, margin=2.0, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_table_dtypes(similarity: str, dtype: torch.dtype, kernel: str) -> None:
+    made = case(similarity, dtype, **SHAPES[2])
+    for mutation in ("rate", "mixup"):
+        assert_agree(fused_emu_loss, made, kernel, **LOSS, **MUTATIONS[mutation](100))
+        assert_agree(scores, made, kernel, seed=1, **MUTATIONS[mutation](100))
+
+
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_without_scale_and_weights(similarity: str, kernel: str) -> None:
+    made = case(similarity, **SHAPES[1])
+    made = made._replace(leaves={name: made.leaves[name] for name in ("query", "table")})
+    assert_agree(fused_emu_loss, made, kernel, **LOSS, mutation_rate=0.4)
+
+
+@pytest.mark.parametrize("mutation", ["rate", "rates of pairs", "mixup"])
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_gradcheck(similarity: str, mutation: str, backend: str) -> None:
+    made = case(similarity, torch.float64, batch=4, count=3, dim=6, groups=2, rows=6)
+    options = made.options | LOSS | MUTATIONS[mutation](6)
+    names = list(made.leaves)
+    loss_of: Callable[..., Tensor] = fused_emu_loss
+
+    def call(*leaves: Tensor) -> Tensor:
+        named = dict(zip(names, leaves, strict=True))
+        query, table = named.pop("query"), named.pop("table")
+        return loss_of(
+            query, table, *made.ids, **named, **options, reduction="none", backend=backend
+        )
+
+    assert torch.autograd.gradcheck(call, [leaf.requires_grad_() for leaf in made.leaves.values()])
+
+
+@pytest.mark.parametrize("mutation", ["rate", "mixup"])
+@pytest.mark.parametrize("similarity", [s for s in SIMILARITIES if s != "dot"])
+def test_zero_distances(similarity: str, mutation: str, backend: str) -> None:
+    """Where q = a ⊙ c the subgradient is 0: finite, and the same on every backend."""
+    made = case(similarity, batch=3, count=4, dim=8, rows=5)
+    table = made.leaves["table"]
+    made.leaves["query"].copy_(table[made.ids[0]])
+    made.ids[1][:, 0] = made.ids[0]  # the positive among the negatives
+    if "scale" in made.leaves:
+        made.leaves["scale"].fill_(1)
+    options = LOSS | MUTATIONS[mutation](8)
+    actual, upstream = run(fused_emu_loss, made, backend=backend, reduction="none", **options)
+    expected, _ = run(
+        fused_emu_loss, made, upstream, backend="reference", reduction="none", **options
+    )
+    for name, value in actual.items():
+        assert value.isfinite().all()
+        assert_near(value, expected[name], name, floor=0.3, loose=3)
+    if similarity != "hake":  # the maximum: nothing pulls the positive away from it
+        outputs, _ = run(scores, made, backend=backend, seed=1, mutation_rate=0.0)
+        assert (outputs["output 0"] == 0).all()
+
+
+def by_hand(
+    similarity: str, q: list[float], c: list[float], a: list[float], w: list[float]
+) -> float:
+    """φ of one query and one candidate, in Python's own arithmetic."""
+    half = len(q) // 2
+    if similarity == "dot":
+        return sum(x * y for x, y in zip(q, c, strict=True))
+    if similarity == "rotate":
+        both = [complex(*pair) for pair in zip(q[:half], q[half:], strict=True)]
+        other = [complex(*pair) for pair in zip(c[:half], c[half:], strict=True)]
+        return -sum(abs(x - y) for x, y in zip(both, other, strict=True))
+    if similarity == "l1":
+        return -sum(abs(x - s * y) for x, y, s in zip(q, c, a, strict=True))
+    if similarity == "l2":
+        return -math.dist(q, [s * y for s, y in zip(a, c, strict=True)])
+    if similarity == "protate":
+        return -w[0] * sum(abs(math.sin((y - x) * KAPPA / 2)) for x, y in zip(q, c, strict=True))
+    assert similarity == "hake"
+    phases = zip(q[:half], c[:half], strict=True)
+    phase = sum(abs(math.sin((y - x) * KAPPA / 2)) for x, y in phases)
+    modulus = math.dist(q[half:], [s * y for s, y in zip(a, c[half:], strict=True)])
+    return -w[0] * phase - w[1] * modulus
+
+
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_scores_are_the_formulas(similarity: str, backend: str) -> None:
+    made = case(similarity, torch.float64, batch=3, count=4, dim=10, rows=6)
+    leaves = {name: leaf.tolist() for name, leaf in made.leaves.items()}
+    cases: list[Options] = [{}, {"mask_unit": "pair"}, {"mutation_rate": Mixup(3)}]
+    for options in cases:
+        options = Options(mutation_rate=0.5, mask_unit="component") | options
+        mutation = options["mutation_rate"]
+        outputs, _ = run(scores, made, seed=9, backend=backend, **options)
+        s_pos, s_neg, s_mut = (outputs[f"output {i}"] for i in range(3))
+        seed = torch.tensor(9)
+        drawn = mutation_mask(
+            3, 4, 10, seed=seed, row_offset=0, threshold=128, unit=options["mask_unit"]
+        ).tolist()
+        shares = mixup_share(3, 4, seed=seed, row_offset=0, order=3).tolist()
+        for b in range(3):
+            query, positive = leaves["query"][b], leaves["table"][int(made.ids[0][b])]
+            a, w = leaves.get("scale", [[]] * 3)[b], leaves.get("similarity_weights", [])
+            assert float(s_pos[b]) == pytest.approx(by_hand(similarity, query, positive, a, w))
+            for k in range(4):
+                index = int(made.ids[1][b, k])
+                if index < 0:
+                    continue
+                negative = leaves["table"][index]
+                if isinstance(mutation, Mixup):
+                    mu = shares[b][k]
+                    mutated = [
+                        mu * n + (1 - mu) * z for n, z in zip(negative, positive, strict=True)
+                    ]
+                else:
+                    triples = zip(drawn[b][k], positive, negative, strict=True)
+                    mutated = [z if take else n for take, z, n in triples]
+                expected = by_hand(similarity, query, negative, a, w)
+                assert float(s_neg[b, k]) == pytest.approx(expected, abs=1e-12)
+                expected = by_hand(similarity, query, mutated, a, w)
+                assert float(s_mut[b, k]) == pytest.approx(expected, abs=1e-12)
+
+
+def test_large_phases(kernel: str) -> None:
+    """Thousands of turns: the sine is still that of the argument."""
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(6, 20, generator=generator) * 3e4
+    table[:, 10:] = 0
+    query = torch.zeros(2, 20)
+    ids = torch.tensor([0, 1]), torch.tensor([[2, 3], [4, 5]])
+    out = emu_scores(query, table, *ids, similarity="hake", mutation=0.0, seed=1, backend=kernel)
+    expected = -(table[2:, :10].double() * 0.5).sin().abs().sum(dim=1)
+    torch.testing.assert_close(out.negative.flatten().double(), expected, rtol=1e-4, atol=1e-2)
+
+
+def test_masks_of_pairs_and_rates_are_bit_exact(backend: str, device: torch.device) -> None:
+    """emu_mutate of zeros and ones is the mask itself."""
+    dim = 52
+    positive, negative = torch.ones(3, dim), torch.zeros(3, 9, dim)
+    cases: list[Options] = [
+        {"mutation_rate": 0.3, "mask_unit": "pair"},
+        {"mutation_rate": torch.rand(dim), "mask_unit": "component"},
+        {"mutation_rate": torch.rand(dim // 2), "mask_unit": "pair"},
+    ]
+    for options in cases:
+        rate = options["mutation_rate"]
+        threshold = rates_to_thresholds(rate) if isinstance(rate, Tensor) else round(256 * rate)
+        expected = mutation_mask(
+            3, 9, dim, seed=torch.tensor(11), row_offset=7, threshold=threshold,
+            unit=str(options["mask_unit"]),
+        )  # fmt: skip
+        actual = emu_mutate(
+            positive.to(device),
+            negative.to(device),
+            seed=11,
+            row_offset=7,
+            backend=backend,
+            **options,
+        )
+        assert torch.equal(actual.cpu().bool(), expected)
+        if options["mask_unit"] == "pair":
+            assert torch.equal(expected[..., : dim // 2], expected[..., dim // 2 :])
+
+
+def test_rates_are_the_shares_that_mutate(backend: str) -> None:
+    rates = torch.tensor([0.0, 1.0, 0.25, 0.5])
+    drawn = emu_mutate(
+        torch.ones(64, 4), torch.zeros(64, 500, 4), mutation_rate=rates, seed=3, backend=backend
+    ).mean(dim=(0, 1))
+    assert drawn[0] == 0
+    assert drawn[1] == 1
+    torch.testing.assert_close(drawn, rates, rtol=0, atol=0.01)  # 4 standard deviations
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
+def test_mixup_shares_have_their_distribution(order: int) -> None:
+    """Beta(order, 1) has mean order / (order + 1) and P(μ < x) = x^order."""
+    shares = mixup_share(200, 500, seed=torch.tensor(1), row_offset=0, order=order)
+    assert float(shares.mean()) == pytest.approx(order / (order + 1), abs=0.005)
+    for x in (0.25, 0.5, 0.75):
+        assert float((shares < x).float().mean()) == pytest.approx(x**order, abs=0.01)
+
+
+def test_thresholds_of_rates_are_those_of_numbers() -> None:
+    rates = torch.linspace(0, 1, 1001, dtype=torch.float64)
+    expected = [round(256 * float(rate)) for rate in rates]
+    assert rates_to_thresholds(rates).tolist() == expected
+
+
+BAD: list[tuple[Options, type[Exception], str]] = [
+    ({"scale": torch.ones(6, 20)}, ValueError, "scale: similarity 'dot' takes none"),
+    (
+        {"similarity": "l1", "scale": torch.ones(6, 19)},
+        ValueError,
+        r"scale: .* expects shape \(B, 20\)",
+    ),
+    ({"similarity": "hake", "scale": torch.ones(6, 20)}, ValueError, r"scale: .*\(B, 10\)"),
+    (
+        {"similarity": "hake", "similarity_weights": torch.ones(3)},
+        ValueError,
+        r"_weights: .*\(2,\)",
+    ),
+    (
+        {"similarity": "l1", "similarity_weights": torch.ones(1)},
+        ValueError,
+        "weights: .*takes none",
+    ),
+    ({"similarity": "l2", "scale": torch.ones(6, 20).long()}, TypeError, "scale: expected float32"),
+    ({"similarity": "l2", "scale": torch.ones(6, 20).double()}, TypeError, "scale: float64"),
+    ({"phase_scale": 2.0}, ValueError, "phase_scale: similarity 'dot' takes none"),
+    ({"similarity": "hake", "phase_scale": math.inf}, ValueError, "phase_scale: expected a finite"),
+    ({"mask_unit": "bit"}, ValueError, "mask_unit: expected one of 'component', 'pair'"),
+    ({"mutation_rate": torch.ones(19)}, ValueError, r"mutation_rate: .*shape \(20,\)"),
+    ({"mutation_rate": torch.ones(20), "mask_unit": "pair"}, ValueError, r"shape \(10,\)"),
+    ({"mutation_rate": torch.full((20,), 1.5)}, ValueError, r"rates in \[0, 1\], got 1.5"),
+    ({"mutation_rate": torch.full((20,), math.nan)}, ValueError, "got nan at component 0"),
+    ({"mutation_rate": torch.ones(20).long()}, ValueError, "mutation_rate: expected a number"),
+    ({"mutation_rate": torch.ones(20).requires_grad_()}, ValueError, "is not differentiated"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "message"), BAD, ids=[str(b[2]) for b in BAD])
+def test_bad_input(options: Options, error: type[Exception], message: str, backend: str) -> None:
+    options = LOSS | {"mutation_rate": 0.5, "backend": backend} | options
+    with pytest.raises(error, match=message):
+        fused_emu_loss(*make(), **options)
+
+
+@pytest.mark.parametrize("similarity", ["rotate", "hake"])
+def test_odd_rows(similarity: str, backend: str) -> None:
+    with pytest.raises(ValueError, match="even number of components, got 7"):
+        fused_softmax_loss(*make(dim=7), similarity=similarity, backend=backend)
+    with pytest.raises(ValueError, match="'pair' needs an even number"):
+        emu_scores(*make(dim=7), mutation=0.5, mask_unit="pair", backend=backend)
+
+
+def test_bad_mixup() -> None:
+    for order in (0, 5):
+        with pytest.raises(ValueError, match="order: expected 1 to 4"):
+            Mixup(order)
+    with pytest.raises(TypeError, match="order: expected an int"):
+        Mixup(1.5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="got Mixup"):
+        emu_mutate(torch.ones(1, 2), torch.ones(1, 1, 2), mutation_rate=Mixup())  # type: ignore[arg-type]
