@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from emu_kernels import emu_scores, fused_emu_loss, fused_softmax_loss
+from emu_kernels import Mixup, emu_scores, fused_emu_loss, fused_softmax_loss
+from emu_kernels.reference import SIMILARITIES
 from tests.ops.support import LOSS, Inputs, make
 
 BATCH, COUNT, DIM, ROWS = 512, 512, 128, 2000
@@ -59,6 +60,15 @@ def sparse(inputs: Inputs, backend: str) -> object:
     return torch.autograd.grad(loss, inputs[:2])
 
 
+def similar(similarity: str, rate: float | Mixup) -> Callable[[Inputs, str], object]:
+    def step(inputs: Inputs, backend: str) -> object:
+        options = LOSS | {"mutation_rate": rate, "similarity": similarity}
+        loss = fused_emu_loss(*inputs, backend=backend, **options)
+        return torch.autograd.grad(loss, inputs[:2])
+
+    return step
+
+
 CASES: dict[str, Callable[[Inputs, str], object]] = {
     "emu": emu,
     "softmax": softmax,
@@ -67,6 +77,9 @@ CASES: dict[str, Callable[[Inputs, str], object]] = {
     "bfloat16": emu,
     "sparse": sparse,
 }
+for name in SIMILARITIES:
+    CASES[name] = similar(name, 0.5)
+    CASES[f"{name} mixup"] = similar(name, Mixup())
 
 
 def build(case: str) -> Inputs:

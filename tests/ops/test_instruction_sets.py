@@ -8,7 +8,13 @@ from emu_kernels import _C
 from tests.ops.support import run_python
 
 SETS = ("baseline", "avx2", "avx512")
-MODULES = ("test_mask", "test_agreement", "test_precision", "test_not_finite")
+MODULES = (
+    "test_mask",
+    "test_agreement",
+    "test_similarities",
+    "test_precision",
+    "test_not_finite",
+)
 REPORT = "from emu_kernels import _C; print(_C.instruction_set())"
 
 

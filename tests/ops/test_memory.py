@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from emu_kernels import emu_scores, fused_emu_loss, fused_softmax_loss
+from emu_kernels.reference import SIMILARITIES
 from tests.ops.peak_memory import CASES, CUBE, PROCESS
 from tests.ops.support import LOSS, Inputs, Options, make, run_python
 
@@ -26,7 +27,7 @@ def peaks(backend: str, *cases: str) -> dict[str, int]:
         pytest.skip("peak resident memory is read from Linux's /proc/self")
     done = run_python("-m", "tests.ops.peak_memory", backend, *cases)
     assert done.returncode == 0, done.stderr
-    measured = dict(line.split() for line in done.stdout.splitlines())
+    measured = dict(line.rsplit(maxsplit=1) for line in done.stdout.splitlines())
     return {case: int(added) for case, added in measured.items()}
 
 
@@ -71,6 +72,22 @@ def test_saved_for_backward(kernel: str, device: torch.device) -> None:
     assert emu - vanilla <= 2 * scores
     built = saved_bytes(emu_scores, inputs, mutation=0.5, seed=1, **options)
     assert built <= 2 * scores + 2 * vectors + 1024
+
+
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_saved_for_backward_of_similarities(
+    similarity: str, kernel: str, device: torch.device
+) -> None:
+    """A weight a sum and negative, and EMU's as many again."""
+    batch, count, dim = 64, 48, 100
+    inputs = make(batch, count, dim, rows=50, device=device)
+    options: Options = {"backend": kernel, "similarity": similarity}
+    weights = batch * count * 4 * SIMILARITIES[similarity].sums
+    vectors = batch * dim * 4
+    vanilla = saved_bytes(fused_softmax_loss, inputs, **options)
+    emu = saved_bytes(fused_emu_loss, inputs, **LOSS, **options)
+    assert 0 < vanilla <= weights + 2 * vectors + 1024
+    assert emu - vanilla <= min(weights, 2 * batch * count * 4)
 
 
 def test_nothing_is_saved_without_gradients(kernel: str, device: torch.device) -> None:
