@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from bench import measure, memory, report, results
 from bench.inputs import TINY, Shape, make
 from bench.measure import Spread
 from bench.rivals import BY_NAME, OURS, RIVALS, Rival
+from emu_kernels.reference import SIMILARITIES
 
 MIB = 2**20
 
@@ -41,6 +43,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--negatives", type=_positive, default=Shape.negatives, help="K, a row")
     run.add_argument("--dim", type=_positive, default=Shape.dim, help="D, components")
     run.add_argument("--entities", type=_positive, default=Shape.entities, help="N, table rows")
+    run.add_argument(
+        "--similarity", choices=[*SIMILARITIES, "all"], default="dot", help="one, or each in turn"
+    )
     run.add_argument("--rivals", nargs="+", choices=BY_NAME, default=list(BY_NAME), metavar="NAME")
     run.add_argument("--rounds", type=_positive, default=20, help="turns that each rival gets")
     run.add_argument(
@@ -81,6 +86,7 @@ def _measure(
 ) -> list[results.Row]:
     inputs = make(shape)
     common = results.environment() | {
+        "similarity": shape.similarity,
         "B": shape.batch,
         "K": shape.negatives,
         "D": shape.dim,
@@ -119,13 +125,14 @@ def _measure(
 
 def _run(options: argparse.Namespace) -> int:
     shape = Shape(options.batch, options.negatives, options.dim, options.entities)
+    similarities = list(SIMILARITIES) if options.similarity == "all" else [options.similarity]
     rounds, memory_runs = options.rounds, options.memory_runs
     save = not options.no_save
     if options.tiny:
         shape, rounds, memory_runs = TINY, 2, min(memory_runs, 1)
         save = save and options.results != results.FOLDER
     torch.set_num_threads(options.threads)
-    print(f"forward + backward; {shape}; {options.threads} threads; {results.device()}")
+    print(f"forward + backward; {options.threads} threads; {results.device()}")
     rivals = _runnable(options.rivals)
     if not rivals:
         return 1
@@ -133,12 +140,16 @@ def _run(options: argparse.Namespace) -> int:
     if no_memory is not None:
         print(f"skipped: memory: {no_memory}")
         memory_runs = 0
-    sys.stdout.flush()
-    rows = _measure(rivals, shape, rounds=rounds, threads=options.threads, memory_runs=memory_runs)
-    print(f"\n{report.table(rows)}\n")
-    if save:
-        for path in results.append(options.results, rows):
-            print(f"appended {len(rows)} rows to {path}")
+    for similarity in similarities:
+        shape = dataclasses.replace(shape, similarity=similarity)
+        print(f"\n{shape}", flush=True)
+        rows = _measure(
+            rivals, shape, rounds=rounds, threads=options.threads, memory_runs=memory_runs
+        )
+        print(f"\n{report.table(rows)}\n")
+        if save:
+            for path in results.append(options.results, rows):
+                print(f"appended {len(rows)} rows to {path}")
     return 0
 
 

@@ -10,15 +10,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of one training step. The default is the paper's setting on FB15k-237."""
+    """One training step. The default is the paper's setting on FB15k-237."""
 
     batch: int = 1000  # B
     negatives: int = 256  # K
     dim: int = 100  # D
     entities: int = 14541  # N
+    similarity: str = "dot"
 
     def __str__(self) -> str:
-        return f"B={self.batch}, K={self.negatives}, D={self.dim}, N={self.entities}"
+        sizes = f"B={self.batch}, K={self.negatives}, D={self.dim}, N={self.entities}"
+        return f"{self.similarity}, {sizes}"
 
 
 TINY = Shape(batch=8, negatives=5, dim=20, entities=50)
@@ -33,6 +35,7 @@ class Inputs:
     table: Tensor  # (N, D) fp32
     positive: Tensor  # (B,) int64
     negative: Tensor  # (B, K) int64
+    similarity: str = "dot"
 
 
 def make(shape: Shape, seed: int = 0) -> Inputs:
@@ -44,4 +47,5 @@ def make(shape: Shape, seed: int = 0) -> Inputs:
         table=table.requires_grad_(),
         positive=torch.randint(shape.entities, (shape.batch,), generator=generator),
         negative=torch.randint(shape.entities, (shape.batch, shape.negatives), generator=generator),
+        similarity=shape.similarity,
     )

@@ -42,13 +42,13 @@ def table(rows: Sequence[Row]) -> str:
     return tabulate(body, _HEADER, "pipe", disable_numparse=True, colalign=align)
 
 
-def caption(rows: Sequence[Row]) -> str:
-    """What a run's numbers are of."""
+def caption(rows: Sequence[Row], *, several: bool = False) -> str:
+    """What the numbers of a run are of, or those of ``several`` of different similarities."""
     first = rows[0]
     sets = dict.fromkeys(row.instruction_set for row in rows if row.rival.startswith("fused"))
     used = f", {' '.join(sets)}" if sets else ""
     return (
-        f"B={first.B}, K={first.K}, D={first.D}, N={first.N}, {first.dtype}. {first.device} "
+        f"{'' if several else f'{first.similarity}, '}B={first.B}, K={first.K}, D={first.D}, N={first.N}, {first.dtype}. {first.device} "
         f"({first.threads} thread{'s' if first.threads != 1 else ''}{used}); "
         f"emu-kernels {first.emu_kernels} ({first.commit}), torch {first.torch}, "
         f"Python {first.python}; {first.date[:10]}."
@@ -56,16 +56,59 @@ def caption(rows: Sequence[Row]) -> str:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The latest run of each device, number of threads, shape and dtype."""
-    latest: dict[tuple[object, ...], str] = {}
+    """The latest run of each device, number of threads, shape and dtype.
+
+    Where such a setting was run with several similarities, all but the first share a table.
+    """
+    settings: dict[tuple[object, ...], dict[str, str]] = {}
 
     def key(row: Row) -> tuple[object, ...]:
         return row.device, row.threads, row.dtype, row.B, row.K, row.D, row.N
 
     for row in rows:
-        latest[key(row)] = max(row.date, latest.get(key(row), ""))
-    runs = [[r for r in rows if key(r) == k and r.date == date] for k, date in latest.items()]
-    return "\n\n".join(f"{table(run)}\n\n{caption(run)}" for run in runs)
+        latest = settings.setdefault(key(row), {})
+        latest[row.similarity] = max(row.date, latest.get(row.similarity, ""))
+    parts = []
+    for setting, latest in settings.items():
+        first, *others = [
+            [r for r in rows if (key(r), r.similarity, r.date) == (setting, similarity, date)]
+            for similarity, date in latest.items()
+        ]
+        parts.append(f"{table(first)}\n\n{caption(first)}")
+        if others:
+            parts.append(f"{similarities(others)}\n\n{caption(others[0], several=True)}")
+    return "\n\n".join(parts)
+
+
+def similarities(runs: Sequence[Sequence[Row]]) -> str:
+    """A line for each run: ours, and what the eager twins take of it."""
+    header = (
+        "similarity",
+        "EMU, fused, ms",
+        "softmax, fused, ms",
+        "eager EMU × ours",
+        "20–80 %",
+        "eager softmax × ours",
+        "20–80 %",
+        "peak MiB, ours",
+        "eager EMU",
+    )
+    body = []
+    for run in runs:
+        known = {(row.rival, row.what): row for row in run}
+        body.append(
+            [
+                run[0].similarity,
+                *_cells(known.get(("fused-emu", TIME)), spread=False),
+                *_cells(known.get(("fused-softmax", TIME)), spread=False),
+                *_cells(known.get(("eager-emu", RATIO))),
+                *_cells(known.get(("eager-softmax", RATIO))),
+                *_cells(known.get(("fused-emu", MEMORY)), spread=False),
+                *_cells(known.get(("eager-emu", MEMORY)), spread=False),
+            ]
+        )
+    align = ("left", *["right"] * (len(header) - 1))
+    return tabulate(body, header, "pipe", disable_numparse=True, colalign=align)
 
 
 def insert(text: str, block: str) -> str:

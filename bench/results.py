@@ -33,6 +33,7 @@ class Row:
     commit: str  # of this repository, "-dirty" where files differ from it
     what: str
     rival: str
+    similarity: str
     B: int
     K: int
     D: int

@@ -37,7 +37,14 @@ def _gradients(loss: Callable[..., Tensor], **options: Any) -> Callable[[Inputs]
         query, table = inputs.query, inputs.table
 
         def step() -> tuple[Tensor, ...]:
-            value = loss(query, table, inputs.positive, inputs.negative, **options)
+            value = loss(
+                query,
+                table,
+                inputs.positive,
+                inputs.negative,
+                similarity=inputs.similarity,
+                **options,
+            )
             return torch.autograd.grad(value, (query, table))
 
         return step

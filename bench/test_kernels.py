@@ -11,10 +11,11 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from bench.inputs import Inputs, Shape, make
 from bench.rivals import EMU
 from emu_kernels import emu_mutate, ops
+from emu_kernels.backends.base import Batch, LossState
 from emu_kernels.mask import rate_to_threshold
+from emu_kernels.reference import SIMILARITIES
 
 SHAPE = Shape()
-Batch = tuple[Any, ...]
 
 
 @pytest.fixture(scope="module")
@@ -22,17 +23,34 @@ def inputs() -> Inputs:
     return make(SHAPE)
 
 
+@pytest.fixture(params=SIMILARITIES)
+def similarity(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(params=["emu", "softmax"])
-def batch(request: pytest.FixtureRequest, inputs: Inputs) -> Batch:
+def batch(request: pytest.FixtureRequest, similarity: str, inputs: Inputs) -> Batch:
     """What the private operators take first."""
-    threshold = rate_to_threshold(EMU["mutation_rate"]) if request.param == "emu" else None
-    tensors = (inputs.query.detach(), inputs.table.detach(), inputs.positive, inputs.negative)
-    return (*tensors, torch.tensor(1), 0, threshold, "dot", "cpu")
+    return Batch(
+        query=inputs.query.detach(),
+        table=inputs.table.detach(),
+        scale=None,
+        weights=None,
+        positive=inputs.positive,
+        negative=inputs.negative,
+        seed=torch.tensor(1),
+        thresholds=None,
+        row_offset=0,
+        mutation="component" if request.param == "emu" else "none",
+        threshold=rate_to_threshold(EMU["mutation_rate"]),
+        similarity=similarity,
+        phase_scale=1.0,
+    )
 
 
 def loss_forward(batch: Batch, *, need_grad: bool) -> Any:
     extra = (EMU["beta"], EMU["alpha"], None, None, "mean", need_grad)
-    return ops.OPS.loss_forward(*batch, *extra)
+    return LossState(*ops.OPS.loss_forward(*batch, "cpu", *extra))
 
 
 def test_loss_alone(benchmark: BenchmarkFixture, batch: Batch) -> None:
@@ -47,15 +65,15 @@ def test_forward(benchmark: BenchmarkFixture, batch: Batch) -> None:
 @pytest.mark.parametrize("form", ["dense", "sparse"])
 def test_table_gradient(benchmark: BenchmarkFixture, batch: Batch, form: str) -> None:
     state = loss_forward(batch, need_grad=True)
-    _loss, _terms, row_scale, weight, mutated_weight, _grad_query, grad_positive = state
+    weights = (state.row_scale, state.weight, state.mutated_weight, state.grad_positive)
     run = ops.OPS.table_gradient if form == "dense" else ops.OPS.table_gradient_sparse
-    benchmark(run, *batch, row_scale, weight, mutated_weight, grad_positive)
+    benchmark(run, *batch, "cpu", *weights)
 
 
 def test_scores(benchmark: BenchmarkFixture, batch: Batch) -> None:
-    if batch[6] is None:
+    if not batch.mutated:
         pytest.skip("emu_scores always mutates")
-    benchmark(ops.OPS.scores_forward, *batch)
+    benchmark(ops.OPS.scores_forward, *batch, "cpu")
 
 
 def test_mutate(benchmark: BenchmarkFixture, inputs: Inputs) -> None:

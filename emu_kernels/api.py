@@ -104,7 +104,8 @@ def fused_emu_loss(
         mask_unit: "component", or "pair": components j and D/2 + j, the parts of a complex number
             in "rotate" (and in ComplEx's "dot"), are mutated together.
         seed: of the masks: an int in [0, 2^63), a one-element int64 tensor on the table's device,
-            or None to draw from torch's default generator of that device.
+            or None to draw from torch's default generator of that device. Under torch.compile a
+            tensor or None never recompiles; ints do once, at the second value.
         row_offset: global index of row 0, so that sharding a batch changes no mask.
         reduction: "mean" (divides by the sum of ``sample_weight``; 0 for an empty batch), "sum" or
             "none".

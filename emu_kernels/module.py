@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from emu_kernels import validate
 from emu_kernels.api import loss_and_terms
 from emu_kernels.mutation import Mixup
 
@@ -19,6 +20,10 @@ class EMULoss(nn.Module):
         mutation_rate, beta, alpha, similarity, phase_scale, mask_unit, reduction, sparse_grad,
             backend: as in :func:`emu_kernels.fused_emu_loss`. May be reassigned between calls
             (schedules).
+
+    Raises:
+        TypeError, ValueError: a rate or coefficient that is no such number; at a call, as
+            :func:`emu_kernels.fused_emu_loss`.
 
     Shapes: as in :func:`emu_kernels.fused_emu_loss`.
     """
@@ -39,6 +44,10 @@ class EMULoss(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
+        if isinstance(mutation_rate, (int, float)):
+            validate.rate("mutation_rate", mutation_rate)
+        validate.coefficient("beta", beta)
+        validate.coefficient("alpha", alpha)
         self.mutation_rate = mutation_rate
         self.beta = beta
         self.alpha = alpha

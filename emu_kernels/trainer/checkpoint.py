@@ -15,7 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load as deserialize
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from torch import Tensor
 
 from .errors import RunError
@@ -52,7 +52,9 @@ def save(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
     """Write tensors and a JSON-serialisable state as one file."""
     contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"state": json.dumps(state)}
-    write_atomically(path, lambda temporary: save_file(contents, temporary, metadata=metadata))
+    # Not save_file, whose files only their owner may read.
+    content = serialize(contents, metadata)
+    write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

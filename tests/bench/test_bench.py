@@ -14,6 +14,7 @@ from bench.inputs import TINY, Shape
 from bench.report import MARKERS
 from bench.results import COLUMNS, MEMORY, RATIO, TIME, Row
 from bench.rivals import OURS, RIVALS
+from emu_kernels.reference import SIMILARITIES
 from tests.ops.support import run_python
 
 RUNNABLE = [rival.name for rival in RIVALS if rival.unavailable() is None]
@@ -25,8 +26,8 @@ def bench(*arguments: object) -> int:
 
 def row(**changes: object) -> Row:
     base = Row(
-        "2026-01-02T03:04:05+00:00", "0123456789ab", TIME, "fused-emu", 1000, 256, 100, 14541,
-        "float32", 2, 12.5, 12.0, 13.25, "ms", "Some CPU @ 2 GHz, 2 cores", "avx2", "0.1.0",
+        "2026-01-02T03:04:05+00:00", "0123456789ab", TIME, "fused-emu", "dot", 1000, 256, 100,
+        14541, "float32", 2, 12.5, 12.0, 13.25, "ms", "Some CPU @ 2 GHz, 2 cores", "avx2", "0.1.0",
         "2.13.0", "3.11.7",
     )  # fmt: skip
     return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
@@ -35,7 +36,7 @@ def row(**changes: object) -> Row:
 def well_formed(row: Row) -> None:
     assert row.what in (TIME, RATIO, MEMORY)
     assert row.unit == {TIME: "ms", RATIO: "x", MEMORY: "MiB"}[row.what]
-    assert Shape(row.B, row.K, row.D, row.N) == TINY
+    assert Shape(row.B, row.K, row.D, row.N, row.similarity) == TINY
     assert row.dtype == "float32"
     assert row.threads >= 1
     assert 0 <= row.q20 <= row.median <= row.q80 < math.inf
@@ -135,7 +136,7 @@ REPORT = """\
 | **EMU, fused**       |        12.5 | 12.0–13.2 |     1.00 | 1.00–1.00 |       9.00 |
 | EMU, eager PyTorch   |         800 |   790–812 |     64.1 | 62.0–66.0 |          – |
 
-B=1000, K=256, D=100, N=14541, float32. Some CPU @ 2 GHz, 2 cores (2 threads, avx2); \
+dot, B=1000, K=256, D=100, N=14541, float32. Some CPU @ 2 GHz, 2 cores (2 threads, avx2); \
 emu-kernels 0.1.0 (0123456789ab), torch 2.13.0, Python 3.11.7; 2026-01-02.
 """
 
@@ -164,6 +165,28 @@ def test_report_is_the_latest_run_and_nothing_else(kept, capsys):
     out = capsys.readouterr().out
     assert out.startswith(REPORT)  # another shape has a table of its own
     assert "B=8, K=256" in out.removeprefix(REPORT)
+
+
+def test_similarities_share_a_table(kept, capsys):
+    for similarity in ("l1", "rotate"):
+        options = {"similarity": similarity, "date": "2026-01-03T00:00:00+00:00"}
+        results.append(kept.parent, [row(**options, median=21.0)])
+        ratio = row(**options, rival="eager-emu", what=RATIO, unit="x", median=55.0)
+        results.append(kept.parent, [ratio])
+    assert bench("report", "--results", kept) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(REPORT)
+    for similarity in ("l1", "rotate"):
+        assert f"| {similarity} " in out
+    line = next(line for line in out.splitlines() if line.startswith("| l1 "))
+    assert line.split("|")[2].strip() == "21.0"
+    assert line.split("|")[4].strip() == "55.0"
+
+
+def test_every_similarity_runs(tmp_path):
+    options = ("--tiny", "--memory-runs", 0, "--results", tmp_path, "--rivals", OURS.name)
+    assert bench(*options, "--similarity", "all") == 0
+    assert {r.similarity for r in results.read(tmp_path)} == set(SIMILARITIES)
 
 
 def test_report_into_a_file(kept, tmp_path, capsys):

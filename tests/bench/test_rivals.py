@@ -12,6 +12,7 @@ from bench.inputs import TINY, Inputs, Shape, make
 from bench.rivals import EMU, RIVALS, Rival
 from emu_kernels import fused_emu_loss, fused_softmax_loss
 from emu_kernels.mask import mutation_mask, rate_to_threshold
+from emu_kernels.reference import SIMILARITIES
 from tests.ops.support import Inputs as OperatorInputs
 from tests.ops.support import assert_agree, evaluate
 
@@ -24,7 +25,8 @@ def inputs() -> OperatorInputs:
     return OperatorInputs(made.query, made.table, made.positive, made.negative)
 
 
-def test_eager_emu_is_the_fused_loss_given_the_same_mask(inputs, backend):
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_eager_emu_is_the_fused_loss_given_the_same_mask(inputs, similarity, backend):
     mask = mutation_mask(
         TINY.batch,
         TINY.negatives,
@@ -33,13 +35,16 @@ def test_eager_emu_is_the_fused_loss_given_the_same_mask(inputs, backend):
         row_offset=0,
         threshold=rate_to_threshold(EMU["mutation_rate"]),
     )
-    fused = evaluate(fused_emu_loss, inputs, seed=SEED, backend=backend, **EMU)
-    assert_agree(evaluate(eager.emu_loss, inputs, mask=mask, **EMU), fused)
+    options = EMU | {"similarity": similarity}
+    fused = evaluate(fused_emu_loss, inputs, seed=SEED, backend=backend, **options)
+    assert_agree(evaluate(eager.emu_loss, inputs, mask=mask, **options), fused)
 
 
-def test_eager_softmax_is_the_fused_loss(inputs, backend):
-    fused = evaluate(fused_softmax_loss, inputs, backend=backend)
-    assert_agree(evaluate(eager.softmax_loss, inputs), fused)
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_eager_softmax_is_the_fused_loss(inputs, similarity, backend):
+    options = {"similarity": similarity}
+    fused = evaluate(fused_softmax_loss, inputs, backend=backend, **options)
+    assert_agree(evaluate(eager.softmax_loss, inputs, **options), fused)
 
 
 def test_eager_emu_draws_masks_at_the_rate():

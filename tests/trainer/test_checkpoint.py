@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import signal
 import subprocess
@@ -111,3 +112,10 @@ def test_a_kill_at_any_moment_leaves_a_whole_file(tmp_path):
     tensors, state = checkpoint.load(path)
     assert state["step"] > 1
     assert (tensors["x"] == state["step"]).all()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions are POSIX's")
+def test_a_checkpoint_may_be_read_by_whom_other_files_may(tmp_path):
+    checkpoint.save(tmp_path / "saved", {"x": torch.zeros(2)}, {})
+    (tmp_path / "other").touch()
+    assert (tmp_path / "saved").stat().st_mode == (tmp_path / "other").stat().st_mode
