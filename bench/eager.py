@@ -1,9 +1,9 @@
 """The two losses as one writes them in PyTorch, at the fastest of the usual spellings.
 
 That is what took the least time, forward and backward, on a CPU: of {``table[ids]``, ``embedding``,
-``index_select``}; for dot of {product and sum, ``einsum``, ``bmm``}; for l1 and l2 of {difference and
-sum, ``vector_norm``, ``cdist``}; for rotate of {``vector_norm`` of the stacked parts, root of the sum
-of squares, ``hypot``, complex ``abs``}.
+``index_select``}; for dot of {product and sum, ``einsum``, ``bmm``}; for l1 and l2 of {difference
+and sum, ``vector_norm``, ``cdist``}; for rotate of {``vector_norm`` of the stacked parts, root of the
+sum of squares, ``hypot``, complex ``abs``}.
 """
 
 from __future__ import annotations

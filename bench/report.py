@@ -47,8 +47,9 @@ def caption(rows: Sequence[Row], *, several: bool = False) -> str:
     first = rows[0]
     sets = dict.fromkeys(row.instruction_set for row in rows if row.rival.startswith("fused"))
     used = f", {' '.join(sets)}" if sets else ""
+    what = "" if several else f"{first.similarity}, "
     return (
-        f"{'' if several else f'{first.similarity}, '}B={first.B}, K={first.K}, D={first.D}, N={first.N}, {first.dtype}. {first.device} "
+        f"{what}B={first.B}, K={first.K}, D={first.D}, N={first.N}, {first.dtype}. {first.device} "
         f"({first.threads} thread{'s' if first.threads != 1 else ''}{used}); "
         f"emu-kernels {first.emu_kernels} ({first.commit}), torch {first.torch}, "
         f"Python {first.python}; {first.date[:10]}."
