@@ -33,7 +33,7 @@ class EmuScores(NamedTuple):
     negative: Tensor
     """(B, K) scores of the negatives as they are; −inf where padding."""
     mutated: Tensor
-    """(B, K) scores of the mutated negatives; −inf where padding."""
+    """(B, K) scores of the mutated negatives; −inf where padding. ``negative`` without mutation."""
 
 
 def fused_emu_loss(
@@ -194,7 +194,7 @@ def emu_scores(
     negative: Tensor,  # (G, K) or (K,)
     *,
     similarity: str = "dot",
-    mutation: float | Tensor | Mixup,
+    mutation: float | Tensor | Mixup | None,
     margin: float = 0.0,
     scale: Tensor | None = None,  # (B, D), or (B, D/2)
     similarity_weights: Tensor | None = None,
@@ -210,7 +210,8 @@ def emu_scores(
     The backward pass is fused for any upstream gradients and allocates nothing of size B·K·D.
 
     Args:
-        mutation: the mutation rate in [0, 1], rates or a :class:`Mixup`, as ``mutation_rate``.
+        mutation: the mutation rate in [0, 1], rates or a :class:`Mixup`, as ``mutation_rate``; None
+            mutates nothing, so that ``mutated`` is ``negative`` itself, at no cost.
         margin: γ, added to every score.
 
     The other arguments and the errors are those of :func:`fused_emu_loss`.
@@ -229,7 +230,9 @@ def emu_scores(
         similarity_weights=similarity_weights,
         phase_scale=phase_scale,
     )
-    mutated = parse("mutation", mutation, mask_unit, query.shape[1], table.device)
+    mutated = NONE
+    if mutation is not None:
+        mutated = parse("mutation", mutation, mask_unit, query.shape[1], table.device)
     validate.seed(seed, table.device)
     validate.row_offset(row_offset, query.shape[0])
     if isinstance(margin, bool) or not isinstance(margin, (int, float)):
@@ -237,19 +240,22 @@ def emu_scores(
     name = backends.resolve(backend, table.device)
     batch = _canonical(
         query, table, scale, similarity_weights, positive, negative,
-        _seed_tensor(seed, table.device), row_offset, mutated, similarity, phase_scale,
+        _seed_tensor(0 if mutation is None else seed, table.device), row_offset, mutated,
+        similarity, phase_scale,
     )  # fmt: skip
+    scores: tuple[Tensor | None, ...]
     if name == backends.REFERENCE:
-        scored, poison = _reference_scores(batch, sparse_grad)
-        assert scored.mutated is not None
-        out = EmuScores(scored.positive, scored.negative, scored.mutated)
+        scores, poison = _reference_scores(batch, sparse_grad)
         if poison is not None:
-            out = EmuScores(*(s * poison.view(-1, *[1] * (s.ndim - 1)) for s in out))
+            scores = tuple(s if s is None else (s.T * poison).T for s in scores)
     elif _wants_grad(*batch[:4]):
-        out = EmuScores(*ops.Scores.apply(sparse_grad, *batch, name))
+        scores = ops.Scores.apply(sparse_grad, *batch, name)
     else:
-        out = EmuScores(*ops.OPS.scores_forward(*batch, name))
-    return EmuScores(*(s + margin for s in out)) if margin else out
+        scores = ops.OPS.scores_forward(*batch, name)
+    s_pos, s_neg, s_mut = (s + margin if margin and s is not None else s for s in scores)
+    assert s_pos is not None
+    assert s_neg is not None
+    return EmuScores(s_pos, s_neg, s_neg if mutation is None or s_mut is None else s_mut)
 
 
 def emu_mutate(

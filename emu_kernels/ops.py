@@ -21,6 +21,7 @@ from emu_kernels.backends.base import (
     MaskSpec,
     ScoresGradient,
     new_loss_state,
+    new_scores,
     new_scores_gradient,
 )
 from emu_kernels.mask import rates_to_thresholds
@@ -98,10 +99,7 @@ def _scores_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _scores_forward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    batch = Batch(*arguments[:-1])
-    rows, count = batch.query.shape[0], batch.negative.shape[1]
-    new = batch.query.new_empty
-    return new((rows,)), new((rows, count)), new((rows, count))
+    return new_scores(Batch(*arguments[:-1]))
 
 
 _define("scores_forward", _BATCH, "(Tensor, Tensor, Tensor)", _scores_forward, _scores_forward_fake)

@@ -71,6 +71,13 @@ class ScoresGradient(NamedTuple):
     mutated_weight: Tensor  # (S, B, K)
 
 
+def new_scores(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised (B,), (B, K) and (B, K), the last (0,) without mutation."""
+    rows, count = batch.query.shape[0], batch.negative.shape[1]
+    new = batch.query.new_empty
+    return new((rows,)), new((rows, count)), new((rows, count) if batch.mutated else (0,))
+
+
 def new_scores_gradient(batch: Batch) -> ScoresGradient:
     """Uninitialised."""
     rows, dim = batch.query.shape
@@ -128,7 +135,7 @@ class Backend(Protocol):
     ) -> LossState: ...
 
     def scores_forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores (B,), (B, K) and (B, K); −inf where padding."""
+        """Scores (B,), (B, K) and (B, K), the last (0,) without mutation; −inf where padding."""
 
     def query_gradient(
         self,

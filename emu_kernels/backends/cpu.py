@@ -12,6 +12,7 @@ from emu_kernels.backends.base import (
     MaskSpec,
     ScoresGradient,
     new_loss_state,
+    new_scores,
     new_scores_gradient,
 )
 from emu_kernels.validate import coefficient
@@ -136,9 +137,7 @@ class CpuBackend:
         return state
 
     def scores_forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        rows, count = batch.query.shape[0], batch.negative.shape[1]
-        new = batch.query.new_empty
-        scores = new((rows,)), new((rows, count)), new((rows, count))
+        scores = new_scores(batch)
         _C.scores_forward(self._native(batch), *map(_pointer, scores))
         return scores
 

@@ -81,9 +81,10 @@ def samples(name: str, backend: str, device: torch.device) -> list[tuple[Any, ..
             (*plain, 0.0, 1.0, None, weight, "mean", True),
         ]
     if name == "scores_forward":
-        return [*mutated]
+        return [*mutated, plain]
     if name == "query_gradient":
-        return [(*m, *s) for m, s in zip(mutated, scores, strict=True)]
+        unmutated = (*plain, *scores[0][:2], query[0].new_empty(0))
+        return [*((*m, *s) for m, s in zip(mutated, scores, strict=True)), unmutated]
     if name in ("table_gradient", "table_gradient_sparse"):
         grads = [(*m, *s) for m, s in zip(mutated, sums, strict=True)]
         return [*grads, (*plain, *sums[0][:2], query[0].new_empty(0), query[0])]

@@ -139,6 +139,24 @@ def test_scores(similarity: str, shape: Options, mutation: str, kernel: str) -> 
     assert_agree(scores, case(similarity, **shape), kernel, seed=5, margin=2.0, **options)
 
 
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_scores_without_mutation(similarity: str, backend: str) -> None:
+    """The negatives' own scores and gradients, with no random number drawn."""
+    made = case(similarity, **SHAPES[1])
+    state = torch.get_rng_state()
+    options = Options(backend=backend, margin=1.5)
+    actual, _ = run(lambda *a, **o: emu_scores(*a, mutation=None, **o)[:2], made, **options)
+    assert torch.equal(torch.get_rng_state(), state)
+    expected, _ = run(lambda *a, **o: emu_scores(*a, mutation=0.5, **o)[:2], made, **options)
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value)
+    with torch.no_grad():
+        out = emu_scores(
+            made.leaves["query"], made.leaves["table"], *made.ids, mutation=None, backend=backend
+        )
+    assert out.mutated is out.negative
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("similarity", SIMILARITIES)
 def test_table_dtypes(similarity: str, dtype: torch.dtype, kernel: str) -> None:
