@@ -6,6 +6,8 @@ A thin trainer: ordinary PyTorch around one call of :func:`emu_kernels.fused_emu
 ``data``        triples, vocabularies, files and archives
 ``datasets``    the public datasets by name: checksums, download, cache
 ``models``      a query for each model, and the similarity that it is compared with
+``losses``      what a step minimises
+``presets``     the settings of a model on a dataset, by name
 ``sampling``    batches and negatives as functions of (seed, step)
 ``evaluation``  filtered ranking in both directions
 ``loop``        the training loop

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,13 +14,16 @@ from typing import Any
 import torch
 
 from emu_kernels.mask import effective_rate
+from emu_kernels.mutation import MASK_UNITS
 
-from .config import ADJUSTABLE, DEFAULT_REGULARIZATION, LOSSES, OPTIMIZERS, Config
+from .config import ADJUSTABLE, BASELINE, CORRUPTIONS, OPTIMIZERS, SAMPLERS, Config
 from .data import Graph, load_graph
 from .datasets import CHECKSUMS, FOLDER_VARIABLE, load_dataset
 from .errors import ConfigError, TrainerError
 from .loop import Trainer, settle
+from .losses import LOSSES
 from .models import MODELS
+from .presets import PRESETS
 from .report import metrics_table
 from .run import RunFolder
 
@@ -29,13 +33,17 @@ EXAMPLES = """\
 examples:
   emu-train --dataset FB15k-237 --model DistMult
   emu-train --dataset FB15k-237 --model DistMult --loss softmax
+  emu-train --preset rotate-fb15k-237 --loss selfadv --margin 9
   emu-train --data my-graph/ --model ComplEx --dim 200 --run-dir runs/mine
   emu-train --resume runs/mine
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = vars(_parser().parse_args(arguments))
+    parser = _parser()
+    options = vars(parser.parse_args(arguments))
+    if not options.keys() & {"dataset", "data", "preset", "resume"}:
+        parser.error("give one of --dataset, --data, --preset and --resume")
     try:
         return _train(options)
     except TrainerError as error:
@@ -69,7 +77,11 @@ def _train(options: dict[str, Any]) -> int:
     return 0
 
 
-def _start(settings: dict[str, Any], run_dir: str | None) -> Trainer:
+def _start(options: dict[str, Any], run_dir: str | None) -> Trainer:
+    settings = dict(PRESETS.get(options.pop("preset", ""), {}))
+    if "data" in options:
+        settings.pop("dataset", None)
+    settings |= options
     settings.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
     config = settle(Config(**settings))
     graph = load_source(config)
@@ -101,12 +113,24 @@ def _resume(path: Path, settings: dict[str, Any], run_dir: str | None) -> Traine
 
 def _summary(config: Config) -> str:
     """What is trained how, on one line."""
-    method = "sampled softmax"
-    if config.loss == "emu":
-        rate = effective_rate(config.mutation_rate)
-        method = f"EMU (mutation rate {rate:.4f}, β {config.beta:g}, α {config.alpha:g})"
+    labels = f"β {config.beta:g}, α {config.alpha:g}"
+    unit = "" if config.mask_unit == "component" else f" of {config.mask_unit}s"
+    method = {
+        "emu": f"EMU (mutation rate {effective_rate(config.mutation_rate):.4f}{unit}, {labels})",
+        "uls": f"EMU without mutation ({labels})",
+        "mixup": f"EMU with Mixup (order {config.mixup_order}, {labels})",
+        "softmax": "sampled softmax",
+        "selfadv": "self-adversarial negative sampling "
+        f"(γ {config.margin:g}, temperature {config.adversarial_temperature:g})",
+        "onevsall": "softmax over all entities",
+    }[config.loss]
+    if config.sampler != "uniform":
+        method += f", {config.sampler} negatives ({config.hops} hops)"
+    if config.subsampling:
+        method += ", subsampling weights"
+    norm = f", {config.norm}-norm" if MODELS[config.model].norms else ""
     return (
-        f"{config.model}, d = {config.dim}, {method}; {config.optimizer}, lr {config.lr:g}, "
+        f"{config.model}{norm}, d = {config.dim}, {method}; {config.optimizer}, lr {config.lr:g}, "
         f"L3 {config.regularization:g}, seed {config.seed}; backend {config.backend} on "
         f"{config.device}"
     )
@@ -121,16 +145,24 @@ def load_source(config: Config) -> Graph:
 
 
 def _parser() -> argparse.ArgumentParser:
+    presets = textwrap.indent("\n".join(PRESETS), "  ")
     parser = argparse.ArgumentParser(
         prog="emu-train",
         description="Train knowledge-graph embeddings with the fused EMU loss.",
-        epilog=EXAMPLES,
+        epilog=f"presets:\n{presets}\n\n{EXAMPLES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,  # what is not given is absent, not None
     )
     defaults = {field.name: field.default for field in dataclasses.fields(Config)}
 
-    source = parser.add_mutually_exclusive_group(required=True)
+    parser.add_argument(
+        "--preset",
+        choices=tuple(PRESETS),
+        metavar="NAME",
+        help="a model on a dataset as the paper trains it, of those below; options given beside "
+        "it override it",
+    )
+    source = parser.add_mutually_exclusive_group()
     source.add_argument(
         "--dataset",
         choices=tuple(CHECKSUMS),
@@ -156,24 +188,68 @@ def _parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("model")
     add(group, "model", "the scoring function", choices=tuple(MODELS))
     add(group, "dim", "dimension d")
+    add(group, "norm", "p-norm of the distance (TransE, PairRE)", choices=(1, 2))
+    add(group, "margin", "γ: initial values are in ±(γ+2)/d; selfadv's margin, with distances")
 
-    regularization = ", ".join(f"{v:g} for {k}" for k, v in DEFAULT_REGULARIZATION.items())
+    regularization = ", ".join(
+        f"{model.regularization:g} for {name}"
+        for name, model in MODELS.items()
+        if model.regularization
+    )
     group = parser.add_argument_group("loss")
-    add(group, "loss", "EMU, or the vanilla sampled softmax", choices=LOSSES)
+    add(
+        group,
+        "loss",
+        "EMU, EMU without mutation or with Mixup, sampled softmax, self-adversarial negative "
+        "sampling, softmax over all entities",
+        choices=tuple(LOSSES),
+    )
     add(group, "mutation_rate", "share of components taken from the positive, in steps of 1/256")
+    add(
+        group,
+        "mask_unit",
+        "what is mutated as a whole; a pair is a complex number's two parts",
+        choices=MASK_UNITS,
+    )
+    add(group, "mixup_order", "negatives' share in Mixup is drawn from Beta(order, 1)")
     add(group, "beta", "label of a mutated negative")
     add(group, "alpha", "weight of the vanilla term beside EMU")
     add(
         group,
         "regularization",
-        f"L3 (cubic) regularisation of both tables (default {regularization})",
+        f"L3 (cubic) regularisation of both tables (default with {BASELINE}: {regularization}; "
+        "otherwise 0)",
         type=float,
         metavar="X",
     )
 
+    add(group, "adversarial_temperature", "of selfadv; 0 weights all negatives alike")
+    add(
+        group,
+        "subsampling",
+        "weight triples by 1/√frequency, as RotatE's trainer does",
+        action="store_true",
+    )
+
     group = parser.add_argument_group("negatives and batches")
-    add(group, "batch_size", "triples a step; heads and tails are predicted in turn")
-    add(group, "negatives", "uniform negatives a triple")
+    add(group, "batch_size", "triples a step")
+    add(
+        group,
+        "corruption",
+        "predict tails and heads in turn, or by the relation's Bernoulli probability",
+        choices=CORRUPTIONS,
+    )
+    add(group, "negatives", "negatives a triple")
+    add(
+        group,
+        "sampler",
+        "negatives from all entities, or from the given entity's neighbourhood (SAN), which are "
+        "best filtered",
+        choices=SAMPLERS,
+    )
+    add(group, "hops", "of the neighbourhood")
+    add(group, "walks", "random walks an entity that find its neighbourhood; 0 for all of it")
+    add(group, "rows_per_set", "consecutive triples that share one set of uniform negatives")
     add(group, "filter_negatives", "leave out negatives true in training", action="store_true")
 
     group = parser.add_argument_group("optimisation")

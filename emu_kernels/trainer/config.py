@@ -6,14 +6,29 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from emu_kernels import Mixup
+from emu_kernels.mutation import MASK_UNITS
+
 from .errors import ConfigError
-from .models import MODELS
+from .losses import LOSSES
+from .models import MARGIN, MODELS
 
-LOSSES = ("emu", "softmax")
 OPTIMIZERS = ("Adagrad", "Adam")
+SAMPLERS = ("uniform", "structure-aware")
+CORRUPTIONS = ("alternate", "bernoulli")
 
-# L3 regularisation is part of the paper's baseline; EMU is trained without it.
-DEFAULT_REGULARIZATION = {"emu": 0.0, "softmax": 1e-5}
+BASELINE = "softmax"  # its L3 regularisation is the model's own; other losses have none by default
+
+_COUNTS = (
+    "dim",
+    "batch_size",
+    "negatives",
+    "steps",
+    "eval_every",
+    "log_every",
+    "hops",
+    "rows_per_set",
+)
 
 
 @dataclass(frozen=True)
@@ -24,16 +39,27 @@ class Config:
     data: str | None = None  # or a folder or archive with train.txt, valid.txt and test.txt
     model: str = "DistMult"
     dim: int = 100
+    norm: int = 1
+    margin: float = MARGIN
     loss: str = "emu"
     mutation_rate: float = 0.61
+    mask_unit: str = "component"
+    mixup_order: int = Mixup.order
     beta: float = 0.53
     alpha: float = 0.11
+    adversarial_temperature: float = 1.0
+    subsampling: bool = False
     batch_size: int = 1000
     negatives: int = 256
     filter_negatives: bool = False
+    sampler: str = "uniform"
+    hops: int = 3  # of the structure-aware sampler
+    walks: int = 1000  # an entity; 0 for the exact neighbourhood
+    rows_per_set: int = 1  # consecutive rows that share a set of negatives
+    corruption: str = "alternate"
     optimizer: str = "Adagrad"
     lr: float = 0.1
-    regularization: float | None = None  # None: the loss's default
+    regularization: float | None = None  # None: the default of model and loss
     steps: int = 20_000
     seed: int = 0
     eval_every: int = 1000
@@ -45,19 +71,42 @@ class Config:
         if (self.dataset is None) == (self.data is None):
             raise ConfigError("give either a dataset's name or a data folder, not both or neither")
         _one_of("model", self.model, tuple(MODELS))
-        _one_of("loss", self.loss, LOSSES)
+        _one_of("loss", self.loss, tuple(LOSSES))
+        _one_of("mask_unit", self.mask_unit, MASK_UNITS)
         _one_of("optimizer", self.optimizer, OPTIMIZERS)
-        for name in ("dim", "batch_size", "negatives", "steps", "eval_every", "log_every"):
+        _one_of("sampler", self.sampler, SAMPLERS)
+        _one_of("corruption", self.corruption, CORRUPTIONS)
+        for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.walks < 0:
+            raise ConfigError(f"walks must be at least 0, got {self.walks}")
+        if self.batch_size % self.rows_per_set:
+            raise ConfigError(
+                f"rows_per_set must divide the batch size {self.batch_size}, "
+                f"got {self.rows_per_set}"
+            )
+        if self.rows_per_set > 1 and self.sampler != "uniform":
+            raise ConfigError("rows_per_set: only uniform negatives can be shared between rows")
         if self.regularization is None:
-            object.__setattr__(self, "regularization", DEFAULT_REGULARIZATION[self.loss])
-        for name in ("beta", "alpha", "regularization"):
+            default = MODELS[self.model].regularization if self.loss == BASELINE else 0.0
+            object.__setattr__(self, "regularization", default)
+        for name in ("beta", "alpha", "margin", "adversarial_temperature", "regularization"):
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):
                 raise ConfigError(f"{name} must be a finite number of at least 0, got {value}")
         if not 0 <= self.mutation_rate <= 1:
             raise ConfigError(f"mutation_rate must be in [0, 1], got {self.mutation_rate}")
+        try:
+            Mixup(self.mixup_order)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"mixup_order: {error}") from error
+        norms = MODELS[self.model].norms
+        if self.norm not in (norms or (1,)):
+            known = f"1 or 2, got {self.norm}" if norms else f"left out: {self.model} has no choice"
+            raise ConfigError(f"norm must be {known}")
+        if self.mask_unit == "pair" and MODELS[self.model].entity_width * self.dim % 2:
+            raise ConfigError(f"mask_unit 'pair' needs an even dim with {self.model}")
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise ConfigError(f"lr must be a finite number above 0, got {self.lr}")
 

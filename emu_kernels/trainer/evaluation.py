@@ -100,13 +100,14 @@ class Evaluator:
         """
         for name, parameter in model.named_parameters():
             if not parameter.isfinite().all():
-                raise TrainingError(f"the model's {name} embeddings hold NaN or infinity")
+                raise TrainingError(f"the model's {name} values are not all finite")
         given, relation, target = split_triples(triples, direction)
         start, length = self._truth[direction].lists(given, relation)
+        candidates = model.candidates()
         chunk = max(1, _CHUNK_BYTES // (4 * self._graph.num_entities))
         return torch.cat(
             [
-                self._rank_chunk(model, direction, *columns)
+                self._rank_chunk(model, candidates, direction, *columns)
                 for columns in zip(
                     *(x.split(chunk) for x in (given, relation, target, start, length)),
                     strict=True,
@@ -117,6 +118,7 @@ class Evaluator:
     def _rank_chunk(
         self,
         model: Model,
+        candidates: Tensor,  # (N, D)
         direction: Direction,
         given: Tensor,  # (C,) and so are those that follow
         relation: Tensor,
@@ -125,7 +127,7 @@ class Evaluator:
         length: Tensor,
     ) -> Tensor:
         query = model.query(model.entity[given], model.relation[relation], direction)
-        scores = model.score(query, model.entity)  # (C, N)
+        scores = model.score(query, candidates)  # (C, N)
         true = scores.gather(1, target.unsqueeze(1))  # (C, 1)
         row, candidate = self._truth[direction].gather(start, length)
         known = scores[row, candidate]  # (P,)

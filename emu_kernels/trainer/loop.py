@@ -9,25 +9,38 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
+import pooch
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 from tqdm import tqdm
 
-from emu_kernels import backends, fused_emu_loss, fused_softmax_loss
+from emu_kernels import backends
 
 from . import checkpoint
 from .config import Config
-from .data import DIRECTIONS, Graph, split_triples
+from .data import Graph
 from .errors import ConfigError, RunError, TrainingError
 from .evaluation import Evaluator, Metrics
+from .frequency import BernoulliBatches, SubsamplingWeights
+from .losses import LOSSES, Step
 from .models import Model
+from .neighbourhood import StructureAwareNegatives, cached_neighbourhoods
 from .plot import plot_metrics
 from .run import RunFolder, new_model, restore_model
-from .sampling import Batches, KnownTriples, UniformNegatives, derive_seed
+from .sampling import (
+    AlternatingBatches,
+    BatchSampler,
+    FilteredNegatives,
+    KnownTriples,
+    NegativeSampler,
+    UniformNegatives,
+    derive_seed,
+)
 
 
 class Trainer:
@@ -52,14 +65,10 @@ class Trainer:
         self.evaluator = Evaluator(graph, self.device)
 
         train = graph.triples["train"].to(self.device)
-        self._batches = Batches(train, config.batch_size, config.seed)
-        self._negatives = UniformNegatives(
-            graph.num_entities, config.batch_size, config.negatives, config.seed, self.device
-        )
-        self._known = (
-            KnownTriples(train, graph.num_entities, graph.num_relations)
-            if config.filter_negatives
-            else None
+        self._batches = _new_batches(config, graph, train)
+        self._negatives = _new_negatives(config, graph, train)
+        self._weights = (
+            SubsamplingWeights(train, graph.num_relations) if config.subsampling else None
         )
 
         self.step = 0  # steps done
@@ -114,58 +123,40 @@ class Trainer:
         return self.step >= until
 
     def _train_step(self) -> None:
-        direction = DIRECTIONS[self.step % 2]  # tails and heads in turn
+        config, model = self.config, self.model
         batch = self._batches(self.step)
-        given, relation, positive = split_triples(batch.T, direction)
-        negative = self._negatives(self.step)
-        if self._known is not None:
-            negative = self._known.remove(given, relation, negative, direction)
+        negative = self._negatives(self.step, batch)
 
         # The query's rows are a leaf of their own: their gradient is (B, D) and is added to the
         # table's below, where autograd would build a second (N, D) buffer for it.
-        table = self.model.entity
-        rows = table.detach()[given].requires_grad_()
-        relations = embedding(relation, self.model.relation)
-        query = self.model.query(rows, relations, direction)
-        loss = self._loss(query, positive, negative)
+        rows = model.entity.detach()[batch.given].requires_grad_()
+        relations = embedding(batch.relation, model.relation)
+        loss = LOSSES[config.loss](
+            Step(
+                config=config,
+                model=model,
+                query=model.query(rows, relations, batch.direction),
+                table=model.candidates(),
+                positive=batch.positive,
+                negative=negative,
+                sample_weight=None if self._weights is None else self._weights(batch),
+                seed=derive_seed(config.seed, "mask", self.step),
+            )
+        )
 
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        assert table.grad is not None
+        assert model.entity.grad is not None
         assert rows.grad is not None
-        table.grad.index_add_(0, given, rows.grad)
-        if self.config.regularization:
-            for parameter in self.model.parameters():
-                add_l3_gradient(parameter, self.config.regularization)
+        model.entity.grad.index_add_(0, batch.given, rows.grad)
+        if config.regularization:
+            for table in (model.entity, model.relation):
+                add_l3_gradient(table, config.regularization)
         self.optimizer.step()
 
         self._loss_sum += loss.detach()
         self._loss_count += 1
         self.step += 1
-
-    def _loss(self, query: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
-        config, model = self.config, self.model
-        if config.loss == "softmax":
-            return fused_softmax_loss(
-                query,
-                model.entity,
-                positive,
-                negative,
-                similarity=model.similarity,
-                backend=config.backend,
-            )
-        return fused_emu_loss(
-            query,
-            model.entity,
-            positive,
-            negative,
-            similarity=model.similarity,
-            mutation_rate=config.mutation_rate,
-            beta=config.beta,
-            alpha=config.alpha,
-            seed=derive_seed(config.seed, "mask", self.step),
-            backend=config.backend,
-        )
 
     def _mean_loss(self) -> float:
         loss = float(self._loss_sum) / self._loss_count if self._loss_count else math.nan
@@ -298,6 +289,39 @@ def settle(config: Config) -> Config:
     except (RuntimeError, ValueError, AssertionError) as error:
         raise ConfigError(f"cannot run on device {config.device!r}: {error}") from error
     return dataclasses.replace(config, backend=backend)
+
+
+def _new_batches(config: Config, graph: Graph, train: Tensor) -> BatchSampler:
+    if config.corruption == "bernoulli":
+        return BernoulliBatches(train, graph.num_relations, config.batch_size, config.seed)
+    return AlternatingBatches(train, config.batch_size, config.seed)
+
+
+def _new_negatives(config: Config, graph: Graph, train: Tensor) -> NegativeSampler:
+    sampler: NegativeSampler
+    if config.sampler == "structure-aware":
+        neighbourhoods = cached_neighbourhoods(
+            train,
+            graph.num_entities,
+            hops=config.hops,
+            walks=config.walks,
+            seed=config.seed,
+            folder=Path(pooch.os_cache("emu-kernels")) / "neighbourhoods",
+        )
+        sampler = StructureAwareNegatives(
+            neighbourhoods, config.negatives, config.seed, train.device
+        )
+    else:
+        sampler = UniformNegatives(
+            graph.num_entities,
+            config.batch_size // config.rows_per_set,
+            config.negatives,
+            config.seed,
+            train.device,
+        )
+    if not config.filter_negatives:
+        return sampler
+    return FilteredNegatives(sampler, KnownTriples(train, graph.num_entities, graph.num_relations))
 
 
 def _new_optimizer(config: Config, model: Model) -> torch.optim.Optimizer:

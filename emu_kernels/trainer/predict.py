@@ -46,7 +46,7 @@ def predict(
     query = model.query(
         model.entity[given_id].unsqueeze(0), model.relation[relation_id].unsqueeze(0), direction
     )
-    scores = model.score(query, model.entity)[0]
+    scores = model.score(query, model.candidates())[0]
     best = scores.topk(min(top, graph.num_entities))
     known = _known(graph, given_id, relation_id, direction)
     return [

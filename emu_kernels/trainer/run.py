@@ -171,6 +171,8 @@ class RunFolder:
             "relation": (graph.relations, model.relation.detach().cpu()),
         }
         tensors = {name: values for name, (_, values) in tables.items()}
+        if model.similarity_weights is not None:
+            tensors["similarity_weights"] = model.similarity_weights.detach().cpu()
         tensors |= {f"{name}_names": encode_names(names) for name, (names, _) in tables.items()}
         checkpoint.save(self.path / "embeddings.safetensors", tensors, {})
         for file_name, key in (("entities.tsv", "entity"), ("relations.tsv", "relation")):
@@ -188,6 +190,8 @@ def new_model(config: Config, graph: Graph) -> Model:
         graph.num_relations,
         config.dim,
         generator(torch.device("cpu"), config.seed, "init"),
+        margin=config.margin,
+        norm=config.norm,
     )
 
 

@@ -93,7 +93,9 @@ def test_help_shows_the_defaults(capsys):
     with pytest.raises(SystemExit):
         train("--help")
     out = " ".join(capsys.readouterr().out.split())
-    for said in ("(default 0.61)", "(default 0 for emu, 1e-05 for softmax)", "--resume RUN"):
+    for said in ("(default 0.61)", "0.001 for RotatE; otherwise 0)", "--resume RUN"):
+        assert said in out
+    for said in ("distmult-fb15k-237", "hake-wn18rr", "{emu,uls,mixup,softmax,selfadv,onevsall}"):
         assert said in out
 
 
@@ -115,6 +117,51 @@ def test_resume_to_more_steps_without_the_data(run_folder, graph_folder, capsys)
     assert RunFolder.open(run_folder).read_config().steps == 60
     steps = [m["step"] for m in RunFolder.open(run_folder).read_metrics() if "loss" in m]
     assert steps == [10, 20, 30, 40, 50, 60]
+
+
+def test_resume_with_a_preset(run_folder, capsys):
+    assert train("--resume", run_folder, "--preset", "hake-wn18rr") == 1
+    assert "--preset cannot be given" in capsys.readouterr().err
+
+
+def test_a_preset_and_what_overrides_it(graph_folder, tmp_path, capsys):
+    """Its dataset too; and of a preset with another loss, the loss's own regularisation."""
+    path = tmp_path / "run"
+    options = ["--preset", "rotate-fb15k-237", "--loss", "softmax", "--data", graph_folder]
+    assert train(*options, "--run-dir", path, *QUICK) == 0
+    assert "RotatE, d = 8, sampled softmax; Adagrad, lr 0.05, L3 0.001" in capsys.readouterr().out
+    config = RunFolder.open(path).read_config()
+    assert (config.model, config.lr, config.negatives, config.dataset) == ("RotatE", 0.05, 8, None)
+
+
+def test_a_preset_alone_names_its_dataset(data_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("EMU_KERNELS_DATA", str(data_folder))
+    path = tmp_path / "run"
+    preset = ["--preset", "transe-wn18rr", "--run-dir", path]
+    assert train(*preset, *QUICK, "--steps=1", "--eval-every=9", "--dataset", "nations") == 0
+    assert "TransE, 1-norm, d = 8, EMU" in capsys.readouterr().out
+    config = RunFolder.open(path).read_config()
+    assert (config.model, config.dataset) == ("TransE", "nations")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--loss=uls"], "EMU without mutation (β 0.53, α 0.11);"),
+        (["--loss=mixup", "--mixup-order=3"], "EMU with Mixup (order 3, β 0.53, α 0.11);"),
+        (["--mask-unit=pair"], "EMU (mutation rate 0.6094 of pairs, β 0.53, α 0.11);"),
+        (
+            ["--loss=selfadv", "--margin=9", "--adversarial-temperature=0.5", "--subsampling"],
+            "negative sampling (γ 9, temperature 0.5), subsampling weights;",
+        ),
+        (["--loss=onevsall"], "softmax over all entities;"),
+        (["--model=PairRE", "--norm=2"], "PairRE, 2-norm, d = 8,"),
+    ],
+)
+def test_settings_are_told(graph_folder, tmp_path, capsys, options, said):
+    folder = ["--data", graph_folder, "--run-dir", tmp_path / "run"]
+    assert train(*folder, *QUICK, "--steps=2", *options) == 0
+    assert said in capsys.readouterr().out
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
@@ -174,6 +221,19 @@ def test_predict_heads(run_folder, named_triples, graph):
     torch.testing.assert_close(
         torch.tensor([p.score for p in predictions]), best.topk(5).values.detach()
     )
+
+
+@pytest.mark.parametrize("name", ["PairRE", "HAKE"])
+def test_predict_with_a_distance(graph_folder, tmp_path, graph, name):
+    """As the model of the checkpoint ranks: with its own candidates and its learned weights."""
+    path = tmp_path / "run"
+    assert train("--data", graph_folder, "--run-dir", path, *QUICK, "--model", name) == 0
+    model, _ = RunFolder.open(path).load_model(graph)
+    predictions = predict.predict(model, graph, "e3", "r1", "tail", top=5)
+    query = model.query(model.entity[[graph.entities.index("e3")]], model.relation[[1]], "tail")
+    best = model.score(query, model.candidates())[0].topk(5)
+    assert [p.entity for p in predictions] == [graph.entities[i] for i in best.indices.tolist()]
+    assert [p.score for p in predictions] == best.values.tolist()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from emu_kernels.trainer.data import DIRECTIONS, SPLITS, Direction, Graph
 from emu_kernels.trainer.errors import TrainingError
 from emu_kernels.trainer.evaluation import Evaluator, Metrics
 from emu_kernels.trainer.loop import Trainer
-from emu_kernels.trainer.models import Model
+from emu_kernels.trainer.models import MODELS, Model
 from emu_kernels.trainer.run import new_model
 
 
@@ -23,7 +25,7 @@ def rank_by_definition(
     h, r, t = triple
     given, target = (h, t) if direction == "tail" else (t, h)
     query = model.query(model.entity[[given]], model.relation[[r]], direction)
-    scores = model.score(query, model.entity)[0]
+    scores = model.score(query, model.candidates())[0]
     optimistic = pessimistic = 1
     for candidate in range(graph.num_entities):
         completed = (h, r, candidate) if direction == "tail" else (candidate, r, t)
@@ -52,8 +54,9 @@ def test_ranks_follow_their_definition(graph, config, direction):
     assert (ranks % 1 != 0).any()  # there were ties
 
 
-def test_chunks_change_nothing(graph, config, monkeypatch):
-    model = new_model(config, graph)
+@pytest.mark.parametrize("name", MODELS)
+def test_chunks_change_nothing(graph, config, monkeypatch, name):
+    model = new_model(dataclasses.replace(config, model=name), graph)
     whole = Evaluator(graph).evaluate(model, "valid")
     monkeypatch.setattr(evaluation, "_CHUNK_BYTES", 7 * 4 * graph.num_entities)
     chunked = Evaluator(graph).evaluate(model, "valid")
@@ -66,6 +69,16 @@ def test_a_model_that_scores_all_alike_gains_nothing(graph, config):
     metrics = Evaluator(graph).evaluate(model, "test")
     assert metrics.hits_at_10 < 0.1
     assert metrics.mr > graph.num_entities / 3
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_ranks_of_every_model(graph, config, name, direction):
+    model = new_model(dataclasses.replace(config, model=name), graph)
+    triples = graph.triples["test"][:30]
+    ranks = Evaluator(graph).ranks(model, triples, direction)
+    expected = [rank_by_definition(model, graph, triple, direction) for triple in triples.tolist()]
+    assert ranks.tolist() == expected
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -85,7 +98,7 @@ def test_values_that_are_not_finite_have_no_rank(graph, config, value):
     model = new_model(config, graph)
     with torch.no_grad():
         model.entity[3, 2] = value
-    with pytest.raises(TrainingError, match="entity embeddings hold NaN or infinity"):
+    with pytest.raises(TrainingError, match="the model's entity values are not all finite"):
         Evaluator(graph).evaluate(model, "valid")
 
 

@@ -7,7 +7,15 @@ import torch
 
 from emu_kernels.trainer import sampling
 from emu_kernels.trainer.data import DIRECTIONS
-from emu_kernels.trainer.sampling import Batches, KnownTriples, UniformNegatives, derive_seed
+from emu_kernels.trainer.sampling import (
+    AlternatingBatches,
+    Batch,
+    Batches,
+    FilteredNegatives,
+    KnownTriples,
+    UniformNegatives,
+    derive_seed,
+)
 
 CPU = torch.device("cpu")
 
@@ -55,6 +63,18 @@ def test_batches_are_a_function_of_seed_and_step():
     assert not torch.equal(Batches(data, 30, seed=2)(13), expected[13])
 
 
+def test_tails_and_heads_are_predicted_in_turn():
+    data = triples(100)
+    plain, alternating = Batches(data, 30, seed=1), AlternatingBatches(data, 30, seed=1)
+    for step in range(6):
+        batch = alternating(step)
+        assert torch.equal(torch.stack(batch[:3]), plain(step))
+        assert batch.direction == ("tail", "head")[step % 2]
+        given, positive = (batch.head, batch.tail) if step % 2 == 0 else (batch.tail, batch.head)
+        assert batch.given is given
+        assert batch.positive is positive
+
+
 def test_negatives_are_a_function_of_seed_and_step(monkeypatch):
     monkeypatch.setattr(sampling, "_BLOCK_IDS", 5 * 4 * 3)  # three steps a block
     straight = UniformNegatives(50, 5, 4, seed=1, device=CPU)
@@ -87,3 +107,41 @@ def test_known_triples_become_padding(prefilter):
                 triple = (g, r, candidate) if direction == "tail" else (candidate, r, g)
                 assert kept == (-1 if triple in truth else candidate)
     assert negative.min() == 0  # the input is left as it was
+
+
+@pytest.mark.parametrize("sets", [1, 4, 12])  # one for the batch, for each block of rows, a row
+def test_filtered_negatives_are_false_for_every_row_that_uses_them(sets):
+    data = triples(600)
+    truth = {tuple(triple) for triple in data.tolist()}
+    uniform = UniformNegatives(20, sets, 50, seed=3, device=CPU)
+    sampler = FilteredNegatives(uniform, KnownTriples(data, num_entities=20, num_relations=3))
+    for direction in DIRECTIONS:
+        head, relation, tail = data[:12].T
+        batch = Batch(head, relation, tail, direction)
+        before = uniform(0, batch).tolist()
+        after = sampler(0, batch)
+        assert after.shape == (sets, 50)
+        block = 12 // sets
+        for i, (drawn, kept) in enumerate(zip(before, after.tolist(), strict=True)):
+            rows = range(i * block, (i + 1) * block)
+            for candidate, result in zip(drawn, kept, strict=True):
+                known = any(
+                    (int(head[b]), int(relation[b]), candidate) in truth
+                    if direction == "tail"
+                    else (candidate, int(relation[b]), int(tail[b])) in truth
+                    for b in rows
+                )
+                assert result == (-1 if known else candidate)
+
+
+def test_filtered_negatives_stay_uniform_over_what_is_false():
+    data = torch.tensor([[0, 0, 1], [0, 0, 2]])
+    sampler = FilteredNegatives(
+        UniformNegatives(10, 2, 50_000, seed=0, device=CPU), KnownTriples(data, 10, 1)
+    )
+    head, relation, tail = data.T
+    drawn = sampler(0, Batch(head, relation, tail, "tail"))
+    counts = drawn[drawn >= 0].bincount(minlength=10)
+    assert counts[1] == counts[2] == 0
+    false = counts[[0, *range(3, 10)]]
+    assert ((false - 10_000).abs() < 5 * 10_000**0.5).all()
