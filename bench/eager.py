@@ -2,8 +2,8 @@
 
 That is what took the least time, forward and backward, on a CPU: of {``table[ids]``, ``embedding``,
 ``index_select``}; for dot of {product and sum, ``einsum``, ``bmm``}; for l1 and l2 of {difference
-and sum, ``vector_norm``, ``cdist``}; for rotate of {``vector_norm`` of the stacked parts, root of the
-sum of squares, ``hypot``, complex ``abs``}.
+and sum, ``vector_norm``, ``cdist``}; for rotate of {``vector_norm`` of the stacked parts, root of
+the sum of squares, ``hypot``, complex ``abs``}.
 """
 
 from __future__ import annotations

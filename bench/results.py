@@ -9,10 +9,10 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -52,6 +52,7 @@ class Row:
 
 
 COLUMNS = tuple(field.name for field in dataclasses.fields(Row))
+T = TypeVar("T")
 _TYPES: dict[str, type] = {"int": int, "float": float, "str": str}
 
 
@@ -115,21 +116,8 @@ def append(folder: Path, rows: Iterable[Row]) -> list[Path]:
         by_device.setdefault(row.device, []).append(row)
     paths = []
     for name, of_device in by_device.items():
-        path = folder / f"{slug(name)}.csv"
-        fresh = not path.exists()
-        if not fresh:
-            read(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        with path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            if fresh:
-                writer.writeheader()
-            for row in of_device:
-                values = dataclasses.asdict(row)
-                writer.writerow(
-                    {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()}
-                )
-        paths.append(path)
+        paths.append(folder / f"{slug(name)}.csv")
+        append_to(paths[-1], of_device)
     return paths
 
 
@@ -141,18 +129,47 @@ def read(path: Path) -> list[Row]:
     """
     if path.is_dir():
         return [row for file in sorted(path.glob("*.csv")) for row in read(file)]
+    return read_from(path, Row)
+
+
+def append_to(path: Path, rows: Sequence[Any]) -> None:
+    """Add dataclass instances, all of one class, to a file.
+
+    Raises:
+        ValueError: it has other columns.
+    """
+    fresh = not path.exists()
+    if not fresh:
+        read_from(path, type(rows[0]))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="", encoding="utf-8") as file:
+        columns = [field.name for field in dataclasses.fields(rows[0])]
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        if fresh:
+            writer.writeheader()
+        for row in rows:
+            values = dataclasses.asdict(row)
+            writer.writerow(
+                {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()}
+            )
+
+
+def read_from(path: Path, kind: type[T]) -> list[T]:
+    """What :func:`append_to` wrote.
+
+    Raises:
+        ValueError: a file that is not of this form, with the line.
+    """
+    fields = {field.name: _TYPES[str(field.type)] for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     rows = []
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
-            raise ValueError(f"{path}: expected the columns {', '.join(COLUMNS)}")
+        if tuple(reader.fieldnames or ()) != tuple(fields):
+            raise ValueError(f"{path}: expected the columns {', '.join(fields)}")
         for record in reader:
             try:
-                values = {
-                    field.name: _TYPES[str(field.type)](record[field.name])
-                    for field in dataclasses.fields(Row)
-                }
+                values = {name: convert(record[name]) for name, convert in fields.items()}
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{path}: line {reader.line_num}: {error}") from error
-            rows.append(Row(**values))
+            rows.append(kind(**values))
     return rows
