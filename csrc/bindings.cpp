@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <stdexcept>
 #include <string>
@@ -12,6 +13,7 @@
 #include "common/similarity.h"
 #include "cpu/problem.h"
 #include "cpu/segments.h"
+#include "cpu/threads.h"
 
 namespace py = pybind11;
 using namespace emu;
@@ -158,6 +160,52 @@ void mutate_backward(uintptr_t grad, uintptr_t grad_positive, uintptr_t grad_neg
   kernels().mutate_backward(a);
 }
 
+// The position of the first id outside [lowest, rows), or −1. Here and not by torch, whose OpenMP threads keep
+// the processor busy for a while after each of its operations, just when the kernels want it.
+int64_t find_bad_id(uintptr_t ids, int64_t count, int64_t lowest, int64_t rows, int threads) {
+  constexpr int64_t kBlock = 16384;
+  const int64_t* const from = static_cast<const int64_t*>(pointer(ids));
+  const int64_t blocks = (count + kBlock - 1) / kBlock;
+  std::vector<int64_t> found(static_cast<size_t>(blocks), -1);
+  const py::gil_scoped_release release;
+  const uint64_t allowed = static_cast<uint64_t>(rows - lowest);
+  parallel(threads < 1 ? 1 : threads, blocks, [&](int64_t block, int) {
+    const int64_t end = std::min(count, (block + 1) * kBlock);
+    bool bad = false;
+    for (int64_t i = block * kBlock; i < end; ++i) bad |= static_cast<uint64_t>(from[i] - lowest) >= allowed;
+    for (int64_t i = block * kBlock; bad && i < end; ++i) {
+      if (static_cast<uint64_t>(from[i] - lowest) < allowed) continue;
+      found[static_cast<size_t>(block)] = i;
+      bad = false;
+    }
+  });
+  for (int64_t at : found) {
+    if (at >= 0) return at;
+  }
+  return -1;
+}
+
+// out[b, j] = rows[b, j] · scale[b]
+template <class Real>
+void scale_rows_as(const void* rows, const void* scale, void* out, int64_t count, int64_t dim, int threads) {
+  constexpr int64_t kBlock = 64;
+  parallel(threads < 1 ? 1 : threads, (count + kBlock - 1) / kBlock, [&](int64_t block, int) {
+    for (int64_t b = block * kBlock; b < std::min(count, (block + 1) * kBlock); ++b) {
+      const Real factor = static_cast<const Real*>(scale)[b];
+      for (int64_t j = b * dim; j < (b + 1) * dim; ++j) {
+        static_cast<Real*>(out)[j] = static_cast<const Real*>(rows)[j] * factor;
+      }
+    }
+  });
+}
+
+void scale_rows(uintptr_t rows, uintptr_t scale, uintptr_t out, int64_t count, int64_t dim, bool wide,
+                int threads) {
+  const py::gil_scoped_release release;
+  (wide ? scale_rows_as<double> : scale_rows_as<float>)(pointer(rows), pointer(scale), pointer(out), count,
+                                                        dim, threads);
+}
+
 std::vector<std::string> instruction_sets() {
   const Kernels* runnable[3];
   const int count = runnable_kernels(runnable);
@@ -212,6 +260,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("grad_negative"), py::kw_only(), py::arg("dtype"), py::arg("shape"), py::arg("mask"),
         py::arg("threads"));
 
+  m.def("find_bad_id", &find_bad_id);
+  m.def("scale_rows", &scale_rows);
   m.def("philox", &philox, py::arg("counter"), py::arg("seed"));
   m.def("instruction_sets", &instruction_sets);
   m.def("instruction_set", [] { return std::string(kernels().name); });

@@ -48,10 +48,9 @@ def _batch(*arguments: Any) -> tuple[Batch, Backend]:
 
 def _checked_batch(*arguments: Any) -> tuple[Batch, Backend]:
     batch, backend = _batch(*arguments)
-    if batch.table.device.type == "cpu":
-        rows = batch.table.shape[0]
-        check_ids("positive", batch.positive, rows=rows, lowest=0)
-        check_ids("negative", batch.negative, rows=rows, lowest=-1)
+    rows = batch.table.shape[0]
+    backend.check_ids("positive", batch.positive, rows=rows, lowest=0)
+    backend.check_ids("negative", batch.negative, rows=rows, lowest=-1)
     return batch, backend
 
 
@@ -120,6 +119,23 @@ _define(
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _query_gradient,
     _query_gradient_fake,
+)
+
+
+def _scale_rows(rows: Tensor, scale: Tensor, backend: str) -> Tensor:
+    return backends.get(backend).scale_rows(rows, scale)
+
+
+def _scale_rows_fake(rows: Tensor, scale: Tensor, backend: str) -> Tensor:
+    return rows.new_empty(rows.shape)
+
+
+_define(
+    "scale_rows",
+    "Tensor rows, Tensor scale, str backend",
+    "Tensor",
+    _scale_rows,
+    _scale_rows_fake,
 )
 
 
@@ -313,9 +329,9 @@ class _LossGradient(torch.autograd.Function):
         if need_table:
             grad_table = _table_grad(sparse, *common, scale, weight, mutated_weight, grad_positive)
         return (
-            grad_query * scale[:, None] if need_query else None,
+            OPS.scale_rows(grad_query, scale, common[-1]) if need_query else None,
             grad_table,
-            grad_scale * scale[:, None] if need_scale else None,
+            OPS.scale_rows(grad_scale, scale, common[-1]) if need_scale else None,
             (grad_weights * scale[:, None]).sum(dim=0) if need_weights else None,
         )
 

@@ -221,10 +221,15 @@ def check_ids(name: str, ids: Tensor, *, rows: int, lowest: int) -> None:
     low, high = (int(v) for v in torch.aminmax(ids))
     if low >= lowest and high < rows:
         return
-    where = ((ids < lowest) | (ids >= rows)).nonzero()[0]
-    at = tuple(where.tolist())
+    where = ((ids < lowest) | (ids >= rows)).flatten().nonzero()[0]
+    raise bad_id(name, ids, int(where), rows=rows, lowest=lowest)
+
+
+def bad_id(name: str, ids: Tensor, flat: int, *, rows: int, lowest: int) -> IndexError:
+    """What to raise for the id at a place of the flattened ``ids``."""
+    at = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), ids.shape))
     padding = " (-1 is padding)" if lowest < 0 else ""
-    raise IndexError(
+    return IndexError(
         f"{name}: expected ids from {lowest} to {rows - 1}{padding}, "
         f"got {int(ids[at])} at index {at if len(at) > 1 else at[0]}"
     )

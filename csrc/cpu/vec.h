@@ -113,12 +113,22 @@ struct F32 {
     y = y * s - 0.166666597127914428710938f;
     return r + r * (s * y);
   }
-  EMU_INLINE bool far(V x) {  // where reduce_by_pi is not exact enough
-    const V beyond = (V)(abs(x) > 8192.0f);
+  EMU_INLINE bool far(V x) {  // whether in some lane reduce_by_pi is not exact enough
+    const auto beyond = abs(x) > 8192.0f;
+#if defined(__AVX512F__)
+    return _mm512_movepi32_mask((__m512i)beyond) != 0;
+#elif defined(__AVX2__)
+    return _mm256_movemask_ps((__m256)beyond) != 0;
+#elif defined(__SSE2__)
+    return _mm_movemask_ps((__m128)beyond) != 0;
+#elif defined(__aarch64__)
+    return vmaxvq_u32((uint32x4_t)beyond) != 0;
+#else
     int32_t lanes[kLanes], any = 0;
     store(lanes, beyond);
     for (int32_t lane : lanes) any |= lane;
     return any != 0;
+#endif
   }
   // |sin x|
   EMU_INLINE V abs_sin(V x) {

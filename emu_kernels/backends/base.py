@@ -122,6 +122,13 @@ class Backend(Protocol):
     def unavailable(self) -> str | None:
         """Why this backend cannot run here, or None where it can."""
 
+    def check_ids(self, name: str, ids: Tensor, *, rows: int, lowest: int) -> None:
+        """Raise IndexError unless ``lowest <= id < rows`` for every id, where that is known at
+        once."""
+
+    def scale_rows(self, rows: Tensor, scale: Tensor) -> Tensor:
+        """(B, X) times (B,) of one dtype, row by row."""
+
     def loss_forward(
         self,
         batch: Batch,

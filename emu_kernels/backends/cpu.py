@@ -15,7 +15,7 @@ from emu_kernels.backends.base import (
     new_scores,
     new_scores_gradient,
 )
-from emu_kernels.validate import coefficient
+from emu_kernels.validate import bad_id, coefficient
 
 _UNAVAILABLE: str | None = None
 try:
@@ -105,6 +105,25 @@ class CpuBackend:
             phase_scale=batch.phase_scale,
             threads=torch.get_num_threads(),
         )
+
+    def check_ids(self, name: str, ids: Tensor, *, rows: int, lowest: int) -> None:
+        at = _C.find_bad_id(_pointer(ids), ids.numel(), lowest, rows, torch.get_num_threads())
+        if at >= 0:
+            raise bad_id(name, ids, at, rows=rows, lowest=lowest)
+
+    def scale_rows(self, rows: Tensor, scale: Tensor) -> Tensor:
+        out = torch.empty_like(rows)
+        count, width = rows.shape
+        _C.scale_rows(
+            _pointer(rows),
+            _pointer(scale.contiguous()),
+            _pointer(out),
+            count,
+            width,
+            rows.dtype == torch.float64,
+            torch.get_num_threads(),
+        )
+        return out
 
     def loss_forward(
         self,

@@ -104,6 +104,8 @@ def samples(name: str, backend: str, device: torch.device) -> list[tuple[Any, ..
         ]
     if name == "rates_to_thresholds":
         return [(torch.linspace(0, 1, 20, device=device), "mutation_rate")]
+    if name == "scale_rows":
+        return [(q.detach(), q.new_ones(6), backend) for q in query]
     if name == "checked_ids":
         return [(make(padding=True, device=device).negative, 9, -1, "negative")]
     if name == "checked_coefficient":

@@ -431,7 +431,7 @@ def test_device_or_backend_that_cannot_run(settings):
         settle(small(**settings))
 
 
-SAMPLING = {
+SAMPLING: dict[str, dict[str, Any]] = {
     "structure-aware": {"sampler": "structure-aware", "hops": 2, "walks": 50},
     "shared": {"rows_per_set": 8},
     "bernoulli": {"corruption": "bernoulli", "subsampling": True},
