@@ -101,7 +101,7 @@ def train(config: Config, threads: int) -> Run:
 
 
 def table(runs: Sequence[Run]) -> str:
-    """A line for each run, sorted; of runs that were repeated the latest."""
+    """A line for each run, EMU below what it is compared with; of repeated runs the latest."""
     latest = {(r.dataset, r.model, r.steps, r.loss, r.seed): r for r in runs}
     order = list(LOSSES)
     body = [
@@ -113,10 +113,10 @@ def table(runs: Sequence[Run]) -> str:
             f"{r.best_step:,}",
             *(f"{x:.4f}" for x in (r.mrr, r.hits_at_1, r.hits_at_3, r.hits_at_10)),
             f"{r.mr:.0f}",
-            f"{r.seconds:.0f}",
         ]
         for r in sorted(
-            latest.values(), key=lambda r: (r.dataset, r.model, r.steps, order.index(r.loss))
+            latest.values(),
+            key=lambda r: (r.dataset, r.model, r.steps, r.loss == "emu", order.index(r.loss)),
         )
     ]
     header = [
@@ -130,7 +130,6 @@ def table(runs: Sequence[Run]) -> str:
         "Hits@3",
         "Hits@10",
         "MR",
-        "seconds",
     ]
     align = ["left"] * 3 + ["right"] * (len(header) - 3)
     return tabulate(body, header, "pipe", disable_numparse=True, colalign=align)
