@@ -285,15 +285,14 @@ static void gradient_row(const Problem& p, const Random& random, RowScratch<F, S
     Real* to = static_cast<Real*>(a.grad_scale) + b * width;
     for (int h = 0; h < at.H; ++h) {
       if (Sim::factor(h) != Factor::kScale) continue;
-      __builtin_memcpy(to, s.factor_gradient + h * at.half_padded, sizeof(Real) * static_cast<size_t>(at.half));
+      copy(to, s.factor_gradient + h * at.half_padded, at.half);
       to += at.half;
     }
   }
-  const size_t bytes = sizeof(Real) * static_cast<size_t>(p.K);
   for (int i = 0; i < at.kSums; ++i) {
-    __builtin_memcpy(static_cast<Real*>(a.weight) + (i * p.B + b) * p.K, s.plain_weight[i], bytes);
+    copy(static_cast<Real*>(a.weight) + (i * p.B + b) * p.K, s.plain_weight[i], p.K);
     if (kMode == kPlain) continue;
-    __builtin_memcpy(static_cast<Real*>(a.mutated_weight) + (i * p.B + b) * p.K, s.mutated_weight[i], bytes);
+    copy(static_cast<Real*>(a.mutated_weight) + (i * p.B + b) * p.K, s.mutated_weight[i], p.K);
   }
 }
 
@@ -419,9 +418,8 @@ static void scores_forward(const Problem& p, const ScoreArgs& a) {
     s.load_row(p, b);
     static_cast<Real*>(a.positive)[b] = score_row<F, Sim, kMode>(p, random, s, b);
     blank_padding<Real, kMode != kPlain>(p, b, s.plain, s.mutated);
-    const size_t bytes = sizeof(Real) * static_cast<size_t>(p.K);
-    __builtin_memcpy(static_cast<Real*>(a.negative) + b * p.K, s.plain, bytes);
-    if (kMode != kPlain) __builtin_memcpy(static_cast<Real*>(a.mutated) + b * p.K, s.mutated, bytes);
+      copy(static_cast<Real*>(a.negative) + b * p.K, s.plain, p.K);
+    if (kMode != kPlain) copy(static_cast<Real*>(a.mutated) + b * p.K, s.mutated, p.K);
   });
 }
 

@@ -32,15 +32,13 @@ struct Layout {
 template <class Sim, class Real>
 EMU_INLINE void spread(const Layout<Sim>& at, Real* to, const Real* from) {
   for (int h = 0; h < at.H; ++h) {
-    const size_t bytes = sizeof(Real) * static_cast<size_t>(at.half);
-    __builtin_memcpy(to + h * at.half_padded, from + h * at.half, bytes);
+    copy(to + h * at.half_padded, from + h * at.half, at.half);
   }
 }
 template <class Sim, class Real>
 EMU_INLINE void collect(const Layout<Sim>& at, Real* to, const Real* from) {
   for (int h = 0; h < at.H; ++h) {
-    const size_t bytes = sizeof(Real) * static_cast<size_t>(at.half);
-    __builtin_memcpy(to + h * at.half, from + h * at.half_padded, bytes);
+    copy(to + h * at.half, from + h * at.half_padded, at.half);
   }
 }
 

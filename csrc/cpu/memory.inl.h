@@ -31,6 +31,12 @@ struct Carver {
 
 EMU_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 EMU_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+// As memcpy, but for nothing the addresses may be null.
+template <class T>
+EMU_INLINE void copy(T* to, const T* from, int64_t count) {
+  if (count > 0) __builtin_memcpy(to, from, sizeof(T) * static_cast<size_t>(count));
+}
+
 // Components padded to whole calls of the random number generator, which is whole vectors too.
 EMU_INLINE int64_t padded(int64_t dim) { return (dim + 15) / 16 * 16; }
 

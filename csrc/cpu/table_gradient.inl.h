@@ -273,9 +273,9 @@ struct TableGradient {
   void finish_segment(int64_t piece, uint32_t key, int64_t ordinal, bool is_first, bool is_last,
                       const Real* sum) {
     if (is_first && continues(piece)) {
-      __builtin_memcpy(partials + piece * 2 * at.row, sum, sizeof(Real) * static_cast<size_t>(at.row));
+      copy(partials + piece * 2 * at.row, sum, at.row);
     } else if (is_last && goes_on(piece)) {
-      __builtin_memcpy(partials + (piece * 2 + 1) * at.row, sum, sizeof(Real) * static_cast<size_t>(at.row));
+      copy(partials + (piece * 2 + 1) * at.row, sum, at.row);
     } else {
       write(key, ordinal, sum);
     }
