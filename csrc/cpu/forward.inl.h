@@ -280,9 +280,7 @@ static void gradient_row(const Problem& p, const Random& random, RowScratch<F, S
   collect(at, static_cast<Real*>(a.grad_query) + b * p.D, s.gradient);
   collect(at, static_cast<Real*>(a.grad_positive) + b * p.D, s.share);
   if (a.grad_scale != nullptr) {
-    int64_t width = 0;
-    for (int h = 0; h < at.H; ++h) width += Sim::factor(h) == Factor::kScale ? at.half : 0;
-    Real* to = static_cast<Real*>(a.grad_scale) + b * width;
+    Real* to = static_cast<Real*>(a.grad_scale) + b * at.scale_width();
     for (int h = 0; h < at.H; ++h) {
       if (Sim::factor(h) != Factor::kScale) continue;
       copy(to, s.factor_gradient + h * at.half_padded, at.half);

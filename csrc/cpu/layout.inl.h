@@ -20,11 +20,10 @@ struct Layout {
         row(H * padded(dim / H)),
         mask_row(padded(dim) + (H > 1 ? 16 : 0)) {}  // a vector of half 1's masks may read beyond
 
-  static bool scaled() {
-    for (int h = 0; h < H; ++h) {
-      if (Sim::factor(h) == Factor::kScale) return true;
-    }
-    return false;
+  int64_t scale_width() const {  // of a query's scale
+    int64_t width = 0;
+    for (int h = 0; h < H; ++h) width += Sim::factor(h) == Factor::kScale ? half : 0;
+    return width;
   }
 };
 
@@ -68,9 +67,7 @@ EMU_INLINE void load_query(const Problem& p, const Layout<Sim>& at, int64_t b, t
 template <class F, class Sim>
 EMU_INLINE void load_factor(const Problem& p, const Layout<Sim>& at, int64_t b, typename F::Real* to) {
   using Real = typename F::Real;
-  int64_t width = 0;  // of the scale
-  for (int h = 0; h < at.H; ++h) width += Sim::factor(h) == Factor::kScale ? at.half : 0;
-  const Real* scale = static_cast<const Real*>(p.scale) + b * width;
+  const Real* scale = static_cast<const Real*>(p.scale) + b * at.scale_width();
   for (int h = 0; h < at.H; ++h) {
     Real* half = to + h * at.half_padded;
     if (Sim::factor(h) == Factor::kScale && p.scale != nullptr) {

@@ -229,8 +229,8 @@ class PairRE(Model):
     A relation holds r_h, then r_t. Entities are normalised to ‖·‖₂ = 1 where they are looked up, so
     what is mutated are normalised rows (a mutant's own norm is not 1). The kernels read rows of a
     table, so the whole table is normalised at each step: N·D more for it, N·D for its gradient, and
-    a few passes over both. On FB15k-237 (B·K = 256,000, N = 14,541) that is 9 to 10 ms of a step's
-    61 ms on one core; there a step needs nearly every row anyway.
+    a few passes over both. Where B·K is many times N, as on FB15k-237, a step needs nearly every
+    row anyway.
     """
 
     relation_width = 2

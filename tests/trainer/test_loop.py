@@ -46,6 +46,18 @@ def resume(path: Path, **settings: Any) -> Trainer:
     return Trainer.resume(dataclasses.replace(run.read_config(), **settings), run.read_graph(), run)
 
 
+def cut_and_resumed(folder: Path, config: Config, graph: Graph, step: int = 37) -> Trainer:
+    """Trained until a step, saved, and trained on to the end from what was saved."""
+    first = start(folder, config, graph)
+    for _ in range(step):
+        first._train_step()
+    first.save()
+    second = resume(folder)
+    assert second.step == step
+    second.train()
+    return second
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("loss", ["emu", "softmax"])
 @pytest.mark.parametrize("filter_negatives", [False, True])
@@ -150,13 +162,7 @@ def test_resumed_run_equals_the_uninterrupted_one(graph, tmp_path, monkeypatch, 
     straight = start(tmp_path / "straight", config, graph)
     straight.train()
 
-    first = start(tmp_path / "cut", config, graph)
-    for _ in range(37):
-        first._train_step()
-    first.save()
-    second = resume(tmp_path / "cut")
-    assert second.step == 37
-    second.train()
+    second = cut_and_resumed(tmp_path / "cut", config, graph)
 
     assert second.step == 60
     assert same_bits(second, straight)
@@ -446,12 +452,7 @@ def test_every_sampler_trains_with_every_loss(graph, tmp_path, monkeypatch, samp
     config = small(model="RotatE", loss=loss, filter_negatives=True, **SAMPLING[sampling])
     straight = start(tmp_path / "straight", config, graph)
     straight.train()
-    first = start(tmp_path / "cut", config, graph)
-    for _ in range(37):
-        first._train_step()
-    first.save()
-    second = resume(tmp_path / "cut")
-    second.train()
+    second = cut_and_resumed(tmp_path / "cut", config, graph)
     assert same_bits(second, straight)
     assert (tmp_path / "emu-kernels" / "neighbourhoods").exists() == (sampling == "structure-aware")
 
