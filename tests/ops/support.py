@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -27,6 +28,26 @@ bit or weight shows at 1e-3 and above in the shapes tested."""
 HALF_WIDTH = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
 """One unit in the last place, relative: a gradient rounded once from a sum that may be off by the
 tolerance above is the nearest low-precision number or its neighbour."""
+
+
+EMULATED = {"rows": 300, "components": 300_000}
+"""The most B and B·K·D for which a GPU's kernels are run on the CPU, some hundred times slower."""
+
+
+def emulated(backend: str, device: torch.device) -> bool:
+    """Whether a GPU's kernels run on the CPU, to be tested where there is no GPU."""
+    return backend not in ("reference", "cpu") and device.type == "cpu"
+
+
+def skip_if_too_slow(
+    backend: str, device: torch.device, *, batch: int, count: int, dim: int
+) -> None:
+    """Skip a test whose shape is too large for kernels that are emulated."""
+    components = batch * max(count, 1) * dim
+    if emulated(backend, device) and (
+        batch > EMULATED["rows"] or components > EMULATED["components"]
+    ):
+        pytest.skip(f"{backend} is emulated on the CPU: {components} components take too long")
 
 
 class Inputs(NamedTuple):

@@ -23,6 +23,7 @@ from tests.ops.support import (
     exact,
     make,
     random_like,
+    skip_if_too_slow,
 )
 
 
@@ -38,6 +39,9 @@ class Shape:
 
     def make(self, **options: Any) -> Inputs:
         return make(self.batch, self.count, self.dim, rows=self.rows, groups=self.groups, **options)
+
+    def skip_if_too_slow(self, kernel: str, device: torch.device) -> None:
+        skip_if_too_slow(kernel, device, batch=self.batch, count=self.count, dim=self.dim)
 
 
 SHAPES = [
@@ -61,6 +65,7 @@ TYPED = [SHAPES[3], SHAPES[4], SHAPES[6], SHAPES[8]]
 @pytest.mark.parametrize("padding", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=WHY)
 def test_loss(shape: Shape, padding: bool, kernel: str, device: torch.device) -> None:
+    shape.skip_if_too_slow(kernel, device)
     inputs = shape.make(padding=padding)
     options = LOSS | {"row_offset": 17, "reduction": "none"}
     upstream = random_like([inputs.positive])
@@ -73,6 +78,7 @@ def test_loss(shape: Shape, padding: bool, kernel: str, device: torch.device) ->
 
 @pytest.mark.parametrize("shape", SHAPES, ids=WHY)
 def test_softmax_loss(shape: Shape, kernel: str, device: torch.device) -> None:
+    shape.skip_if_too_slow(kernel, device)
     inputs = shape.make(padding=True)
     expected = exact(fused_softmax_loss, inputs)
     actual = evaluate(fused_softmax_loss, inputs.to(device), backend=kernel)
@@ -86,6 +92,7 @@ def finite_sums(*inputs: Tensor, **options: Any) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=WHY)
 def test_scores(shape: Shape, kernel: str, device: torch.device) -> None:
+    shape.skip_if_too_slow(kernel, device)
     inputs = shape.make(padding=True)
     options: Options = {"mutation": 0.61, "seed": 5, "row_offset": 17, "margin": 2.0}
     with torch.no_grad():
@@ -98,6 +105,7 @@ def test_scores(shape: Shape, kernel: str, device: torch.device) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", TYPED, ids=[s.why for s in TYPED])
 def test_table_dtypes(shape: Shape, dtype: torch.dtype, kernel: str, device: torch.device) -> None:
+    shape.skip_if_too_slow(kernel, device)
     inputs = shape.make(dtype=dtype, padding=True)
     calls: list[tuple[Callable[..., Any], Options]] = [
         (fused_emu_loss, LOSS),
