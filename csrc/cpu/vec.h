@@ -94,30 +94,38 @@ struct F32 {
     V y;
     for (int i = 0; i < kLanes; ++i) y[i] = 1 / __builtin_sqrtf(x[i]);
 #endif
-    y = y * (1.5f - 0.5f * x * y * y);  // Newton
+    y = y * fma(x * y, y * -0.5f, broadcast(1.5f));  // Newton
+#if defined(__AVX512F__)
+    // Not below, so that NaN stays.
+    return keep(_mm512_cmp_ps_mask((__m512)x, (__m512)broadcast(1.17549435e-38f), _CMP_NLT_UQ), y);
+#else
     return (V)((VI)y & ~(VI)(x < 1.17549435e-38f));
+#endif
   }
   // x − n·π, |result| <= π/2, n whole.
   EMU_INLINE V reduce_by_pi(V x) {
     const V magic = broadcast(12582912.0f);  // 1.5·2^23: adding it rounds to a whole number
-    const V n = (x * 0.318309886f + magic) - magic;
+    const V n = fma(x, broadcast(0.318309886f), magic) - magic;
     // π in three parts, of which n times the first is exact.
-    return ((x - n * 3.140625f) - n * 9.67502593994140625e-4f) - n * 1.509957990978376432e-7f;
+    V r = fma(n, broadcast(-3.140625f), x);
+    r = fma(n, broadcast(-9.67502593994140625e-4f), r);
+    return fma(n, broadcast(-1.509957990978376432e-7f), r);
   }
   // sin of 0..π/2 (minimax of degree 9), and of −0..−π/2.
   EMU_INLINE V sin_reduced(V r) {
     const V s = r * r;
     V y = broadcast(2.6083159809786593541503e-06f);
-    y = y * s - 0.0001981069071916863322258f;
-    y = y * s + 0.00833307858556509017944336f;
-    y = y * s - 0.166666597127914428710938f;
-    return r + r * (s * y);
+    y = fma(y, s, broadcast(-0.0001981069071916863322258f));
+    y = fma(y, s, broadcast(0.00833307858556509017944336f));
+    y = fma(y, s, broadcast(-0.166666597127914428710938f));
+    return fma(r, s * y, r);
   }
   EMU_INLINE bool far(V x) {  // whether in some lane reduce_by_pi is not exact enough
-    const auto beyond = abs(x) > 8192.0f;
 #if defined(__AVX512F__)
-    return _mm512_movepi32_mask((__m512i)beyond) != 0;
-#elif defined(__AVX2__)
+    return _mm512_cmp_ps_mask((__m512)abs(x), (__m512)broadcast(8192.0f), _CMP_GT_OQ) != 0;
+#else
+    const auto beyond = abs(x) > 8192.0f;
+#if defined(__AVX2__)
     return _mm256_movemask_ps((__m256)beyond) != 0;
 #elif defined(__SSE2__)
     return _mm_movemask_ps((__m128)beyond) != 0;
@@ -128,6 +136,7 @@ struct F32 {
     store(lanes, beyond);
     for (int32_t lane : lanes) any |= lane;
     return any != 0;
+#endif
 #endif
   }
   // |sin x|
