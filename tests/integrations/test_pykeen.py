@@ -667,3 +667,43 @@ def test_settings_may_change_between_epochs(nations):
 
     run(nations, training_kwargs={"callbacks": Schedule()})
     assert sorted(set(seen)) == pytest.approx([0.1, 0.2, 0.4])
+
+
+def trained(nations: Nations, kind: str, seed: int, **settings: Any) -> float:
+    """Filtered MRR on the test split after 30 epochs of 256 positives with 32 negatives each."""
+    free = {"entity_constrainer": None, "regularizer": None} if kind == "DistMult" else {}
+    result = run(
+        nations,
+        kind,
+        model_kwargs={"embedding_dim": 32, **free},
+        negative_sampler_kwargs={"num_negs_per_pos": 32},
+        optimizer_kwargs={"lr": 0.1},
+        training_kwargs={"num_epochs": 30, "batch_size": 256},
+        random_seed=seed,
+        **settings,
+    )
+    return float(result.get_metric("mrr"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["DistMult", "TransE", "PairRE"])
+def test_it_learns_as_well_as_pykeens_own_loop(nations, kind):
+    """Against softmax cross-entropy of the same samples, in the same number of steps.
+
+    Over seeds 0 to 4 the mean (and standard deviation) of the MRR was, PyKEEN's loop first:
+    DistMult 0.710 (0.013) and 0.747 (0.009), TransE 0.468 (0.013) and 0.507 (0.018), PairRE 0.759
+    (0.009) and 0.745 (0.023). So the difference of two means of three seeds has a standard
+    deviation of at most 0.015: three of them are noise.
+    """
+    settings = {"mutation_rate": 0.61, "beta": 0.53, "alpha": 0.11}
+    vanilla, emu = [], []
+    for seed in range(3):
+        own: dict[str, Any] = {
+            "training_loop": "slcwa",
+            "training_loop_kwargs": None,
+            "loss": "crossentropy",
+        }
+        vanilla.append(trained(nations, kind, seed, **own))
+        emu.append(trained(nations, kind, seed, training_loop_kwargs=settings))
+    assert sum(emu) / 3 > sum(vanilla) / 3 - 3 * 0.015
+    assert sum(emu) / 3 > 0.44
