@@ -1,17 +1,15 @@
-"""What the integrations' tests share: one thread, and graphs that lie on this machine."""
+"""What the integrations' tests share: one thread, and a real graph that PyKEEN brings along."""
 
 from __future__ import annotations
 
 import gc
-import os
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 import torch
+from pykeen.datasets import Nations
 
-from emu_kernels.trainer.data import Graph
-from emu_kernels.trainer.datasets import FOLDER_VARIABLE, load_dataset
+from emu_kernels.trainer.data import SPLITS, Graph
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -33,17 +31,17 @@ def frozen_garbage() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def load_public() -> Callable[[str], Graph]:
-    """``load_dataset`` on the public archives: $EMU_KERNELS_DATA, or the folder beside a checkout;
-    skips where there is neither."""
-    beside = Path(__file__).parents[3] / "shared" / "data"
-    folder = Path(os.environ.get(FOLDER_VARIABLE, beside))
+def nations() -> Nations:
+    """14 entities, 55 relations, 1592 training triples."""
+    return Nations()
 
-    def load(name: str) -> Graph:
-        if not folder.is_dir():
-            pytest.skip(f"no public datasets: set {FOLDER_VARIABLE} to a folder that holds them")
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv(FOLDER_VARIABLE, str(folder))
-            return load_dataset(name)
 
-    return load
+@pytest.fixture(scope="session")
+def nations_graph(nations: Nations) -> Graph:
+    """The same as this package's trainer has it."""
+    factories = (nations.training, nations.validation, nations.testing)
+    named = {}
+    for split, factory in zip(SPLITS, factories, strict=True):
+        assert factory is not None
+        named[split] = [(head, relation, tail) for head, relation, tail in factory.triples.tolist()]
+    return Graph.from_names(named)

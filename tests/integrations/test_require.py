@@ -20,7 +20,7 @@ def test_the_package_imports_no_integration():
     assert out.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("name", ["pykeen"])
+@pytest.mark.parametrize("name", ["pykeen", "pyg"])
 def test_a_missing_library_names_its_extra(name):
     code = (
         "import importlib.metadata as metadata\n"
@@ -34,14 +34,14 @@ def test_a_missing_library_names_its_extra(name):
     assert "ImportError" in out.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("found", ["1.10.2", "1.9", "0.11.3", "1", "unknown"])
+@pytest.mark.parametrize("found", ["1.11.0", "1.11", "1.9", "0.12", "1", "unknown"])
 def test_too_old(monkeypatch, found):
     monkeypatch.setattr(_require, "version", lambda name: found)
-    with pytest.raises(ImportError, match=rf"pykeen>=1.11 is needed, {found} .*emu-kernels\[extra"):
-        require("pykeen", (1, 11), extra="extra")
+    with pytest.raises(ImportError, match=rf"pykeen>=1.11.1 is needed, {found} .*kernels\[extra"):
+        require("pykeen", (1, 11, 1), extra="extra")
 
 
-@pytest.mark.parametrize("found", ["1.11", "1.11.0", "1.11.1.dev0", "1.12rc1", "2.0+cpu"])
+@pytest.mark.parametrize("found", ["1.11.1", "1.11.1.1", "1.11.2.dev0", "1.12rc1", "2.0+cpu"])
 def test_new_enough(monkeypatch, found):
     monkeypatch.setattr(_require, "version", lambda name: found)
-    require("pykeen", (1, 11), extra="pykeen")
+    require("pykeen", (1, 11, 1), extra="pykeen")

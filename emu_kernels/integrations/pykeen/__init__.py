@@ -5,7 +5,7 @@ Importing this module makes the loop known to PyKEEN by the name ``"emu"``.
 
 from emu_kernels.integrations._require import require
 
-MINIMUM = (1, 11)  # the first whose sLCWA batches are dictionaries
+MINIMUM = (1, 11, 1)  # 1.11.0 fails to import beside a recent class_resolver
 
 require("pykeen", MINIMUM, extra="pykeen")
 
