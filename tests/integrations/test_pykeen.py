@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from pykeen.datasets import Nations
+from pykeen.datasets import UMLS, Dataset, Kinships, Nations
 from pykeen.models import (
     CP,
     RESCAL,
@@ -84,9 +84,9 @@ OTHER: dict[str, tuple[type[ERModel], dict[str, Any]]] = {
 }
 
 
-def new_model(nations: Nations, kind: type[ERModel], **settings: Any) -> ERModel:
+def new_model(graph: Dataset, kind: type[ERModel], **settings: Any) -> ERModel:
     torch.manual_seed(0)
-    model = kind(triples_factory=nations.training, embedding_dim=DIM, **settings).double()
+    model = kind(triples_factory=graph.training, embedding_dim=DIM, **settings).double()
     model.post_parameter_update()  # constraints hold to this precision
     return model
 
@@ -274,22 +274,24 @@ OURS: dict[str, tuple[type[ERModel], dict[str, Any], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.parametrize("dataset", [Nations, Kinships, UMLS])
 @pytest.mark.parametrize("name", OURS)
-def test_loss_equals_our_trainers(nations, name):
+def test_loss_equals_our_trainers(dataset, name):
     """The same batches, seeds and first values: three steps of SGD with equal losses.
 
     ComplEx stores numbers as re, im in turn here and as halves there, so that equal masks need
     rates that tell the components: 0 or 1 for each.
     """
+    graph = dataset()
     kind, settings, ours_settings = OURS[name]
-    theirs = new_model(nations, kind, **settings).float()
+    theirs = new_model(graph, kind, **settings).float()
     config = Config(data="-", model=name.split()[0], dim=DIM, **SETTINGS, **ours_settings)
     ours = MODELS[config.model](
-        nations.num_entities, nations.num_relations, DIM, torch.Generator(), norm=config.norm
+        graph.num_entities, graph.num_relations, DIM, torch.Generator(), norm=config.norm
     )
     loop = EMUTrainingLoop(
         model=theirs,
-        triples_factory=nations.training,
+        triples_factory=graph.training,
         optimizer="sgd",
         optimizer_kwargs={"lr": 0.5},
         **SETTINGS,
@@ -303,13 +305,13 @@ def test_loss_equals_our_trainers(nations, name):
         relations = flat([_table_raw(r) for r in theirs.relation_representations])
         ours.relation.copy_(relations[:, order] if name == "ComplEx" else relations)
     optimizer = torch.optim.SGD(ours.parameters(), lr=0.5)
-    triples = nations.training.mapped_triples
+    triples = graph.training.mapped_triples
     directions: tuple[Direction, ...] = ("tail", "head", "tail")
     for step, direction in enumerate(directions):
         column = 2 if direction == "tail" else 0
         positives = triples[step * 50 : step * 50 + 50]
-        draws = torch.randint(1, nations.num_entities, (50, 8))
-        ids = (positives[:, column, None] + draws) % nations.num_entities  # never the positive
+        draws = torch.randint(1, graph.num_entities, (50, 8))
+        ids = (positives[:, column, None] + draws) % graph.num_entities  # never the positive
         negatives = positives[:, None].repeat(1, 8, 1)
         negatives[..., column] = ids
 
