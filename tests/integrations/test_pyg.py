@@ -153,6 +153,23 @@ def test_sparse_gradients(name, padding, batch, negative):
     assert set(ids.tolist()) <= set(touched.tolist())
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("name", KINDS)
+def test_a_gpu_gives_the_same(name, sparse, batch, negative):
+    losses, gradients = [], []
+    for device in ("cpu", "cuda"):
+        model = new_model(name, sparse=sparse).to(device)
+        ids = [x.to(device) for x in (*batch, negative)]
+        loss = emu_loss(model, *ids[:3], negative=ids[3], seed=5, **SETTINGS)
+        loss.backward()
+        losses.append(loss.cpu())
+        found = [p.grad for p in model.parameters() if p.grad is not None]
+        gradients.append([(g.to_dense() if sparse else g).cpu() for g in found])
+    torch.testing.assert_close(losses[0], losses[1])
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
 def test_negatives_are_drawn_from_torchs_generator(batch):
     model = new_model("DistMult")
 

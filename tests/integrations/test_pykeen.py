@@ -264,6 +264,25 @@ def test_other_models_take_the_building_blocks(nations, name):
         assert parameter.grad.isfinite().all()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["ComplEx", "TransE 1", "PairRE 2", "TransD"])
+def test_a_gpu_gives_the_same(nations, name):
+    def model() -> ERModel:
+        if name in OTHER:
+            return new_model(nations, OTHER[name][0], **OTHER[name][1])
+        return fused_model(nations, name)
+
+    batch = sampled(nations, "bernoulli", rows=33, filtered=True)
+    losses, gradients = [], []
+    for each in (model(), model().cuda()):
+        loss = emu_loss(each, *batch, **SETTINGS, seed=7)
+        loss.backward()
+        losses.append(loss.cpu())
+        gradients.append([p.grad.cpu() for p in each.parameters() if p.grad is not None])
+    torch.testing.assert_close(losses[0], losses[1])
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
 OURS: dict[str, tuple[type[ERModel], dict[str, Any], dict[str, Any]]] = {
     "DistMult": (DistMult, {"entity_constrainer": None, "regularizer": None}, {}),
     "ComplEx": (ComplEx, {"regularizer": None}, {}),
