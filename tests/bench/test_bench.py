@@ -334,6 +334,14 @@ def test_a_file_of_another_form_is_refused_and_kept(tmp_path, capsys):
     assert "expected the columns" in capsys.readouterr().err
 
 
+def test_the_committed_rows_can_be_read():
+    folder = Path(results.__file__).with_name("results")
+    rows = results.read(folder)
+    assert rows
+    for r in rows:
+        assert r.unit == UNITS[r.what]
+
+
 # --- the report -----------------------------------------------------------------------------------
 
 
