@@ -325,14 +325,14 @@ PARTS: dict[str, Callable[[argparse.Namespace], Measured]] = {
     "gpu": _gpu,
 }
 
-_QUICK_RIVALS = ("--rivals", *rivals.SCALED)
+_QUICK = ("--rounds", "10", "--rivals", *rivals.SCALED)
 
 DEFAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
     "cpu": (
         ("steps", "--phases", *PHASES),
-        ("steps", "--similarity", *[s for s in SIMILARITIES if s != "dot"], *_QUICK_RIVALS),
-        ("steps", "--gradient", "sparse", *_QUICK_RIVALS),
-        ("steps", "--dtype", "bfloat16", *_QUICK_RIVALS),
+        ("steps", "--similarity", *[s for s in SIMILARITIES if s != "dot"], *_QUICK),
+        ("steps", "--gradient", "sparse", *_QUICK),
+        ("steps", "--dtype", "bfloat16", *_QUICK),
         ("train", "--graph", "FB15k-237", "WN18RR", "zipf"),
         ("scale", "--axes", "N"),
         ("sampling",),

@@ -147,8 +147,12 @@ def rows(shape: Shape, *, rounds: int, threads: int, tiny: bool = False) -> list
         step = TrainingStep(triples, shape, relations, loss)
         steps[rival] = repeat(step.both)
         if on_gpu:
-            captured = TrainingStep(triples, shape, relations, loss).capture()
-            steps[f"{rival}, captured"] = repeat(captured)
+            try:
+                captured = TrainingStep(triples, shape, relations, loss).capture()
+            except RuntimeError as error:
+                print(f"skipped: {rival}, captured: {str(error).partition(chr(10))[0]}")
+            else:
+                steps[f"{rival}, captured"] = repeat(captured)
     clock = measure.wall_clock_synchronized if on_gpu else measure.wall_clock
     times = measure.alternate(steps, rounds, shape.device, clock=clock)
     common: dict[str, Any] = results.environment(shape.device) | {

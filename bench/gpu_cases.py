@@ -42,10 +42,10 @@ class Case:
     shared: bool = False  # one set of negatives for all rows, some of them padding
 
 
-def cases(device: str, dtypes: Sequence[str] = tuple(DTYPES)) -> Iterator[Case]:
-    """Every similarity in fp32, and dot and rotate in the other dtypes."""
-    for similarity in SIMILARITIES:
-        for dtype in dtypes:
+def cases(device: str, similarities: Sequence[str] = tuple(SIMILARITIES)) -> Iterator[Case]:
+    """The similarities in fp32, and dot and rotate in the other dtypes."""
+    for similarity in similarities:
+        for dtype in DTYPES:
             if dtype != "float32" and similarity not in ("dot", "rotate"):
                 continue
             kind: Any = {"similarity": similarity, "dtype": dtype, "device": device}
@@ -106,6 +106,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_cases", description=__doc__)
     parser.add_argument("--hot", action="store_true", help="the large cases")
     parser.add_argument("--backends", nargs="+", choices=OURS_DEVICES)
+    parser.add_argument(
+        "--similarities", nargs="+", choices=SIMILARITIES, default=list(SIMILARITIES)
+    )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--list", action="store_true", help="which backends can run; no more")
     options = parser.parse_args(arguments)
@@ -122,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.hot:
             _hot(backend, options.device, HOT)
             continue
-        for case in cases(options.device):
+        for case in cases(options.device, options.similarities):
             print(f"{backend}: {case.name}", flush=True)
             run(case, backend)
             if torch.device(options.device).type == "cuda":

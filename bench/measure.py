@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-MIN_SECONDS = {"cpu": 0.05, "cuda": 0.01}
+MIN_SECONDS = {"cpu": 0.05, "cuda": 0.002}
 """A turn lasts at least this long; a rival that needs less is called several times."""
 
 _HEAD_START = 2_000_000  # cycles, about a millisecond

@@ -131,6 +131,8 @@ def rows(
     del inputs, copy
     steps = {}  # they hold the inputs
     gc.collect()
+    if on_gpu:
+        torch.cuda.empty_cache()  # the next shape's tensors are of other sizes
     if memory_runs and not on_gpu and WHOLE in phases:
         peaks: dict[str, list[float]] = {rival.name: [] for rival in rivals}
         jobs = [rival.name for rival in rivals] * memory_runs

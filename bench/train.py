@@ -19,7 +19,7 @@ from tqdm import tqdm
 from bench import memory, results
 from bench.libraries import PYG, PYKEEN, TORCHKGE, Library, Pyg, Pykeen, TorchKge
 from bench.loops import FusedLoop, Loop, OurTrainer
-from bench.measure import MIN_SECONDS, Spread
+from bench.measure import Spread
 from bench.results import MEMORY, MIB, RATIO, SPEED, TIME, UNITS, Row
 from bench.tasks import Run, Task, tiny
 from emu_kernels.trainer.data import Graph
@@ -90,6 +90,9 @@ def runnable(names: Sequence[str], task: Task) -> tuple[list[Trainer], dict[str,
     return chosen, reasons
 
 
+TURN_SECONDS = 0.25
+
+
 def alternate(runs: Mapping[str, Run], rounds: int, min_seconds: float) -> dict[str, list[float]]:
     """Seconds a step of each in each round, after a warm-up; turns of ``min_seconds`` or a step."""
     lengths = {}
@@ -120,7 +123,7 @@ def rows(
         min_seconds: of a turn.
     """
     if min_seconds is None:
-        min_seconds = 5 * MIN_SECONDS[torch.device(task.device).type]
+        min_seconds = TURN_SECONDS
     graph = task.load()
     on_gpu = torch.device(task.device).type == "cuda"
     common = results.environment(task.device) | {
