@@ -1,0 +1,5 @@
+"""EMU in trainers that exist already. Nothing here is imported unless it is asked for.
+
+- :mod:`emu_kernels.integrations.pykeen`: a training loop for PyKEEN's pipeline (docs/pykeen.md)
+- :mod:`emu_kernels.integrations.pyg`: the loss of PyTorch Geometric's models (docs/pyg.md)
+"""

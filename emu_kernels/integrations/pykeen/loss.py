@@ -1,0 +1,250 @@
+"""EMU's loss of a PyKEEN model and a batch of PyKEEN's positives and negatives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from pykeen.models import ERModel, Model
+from pykeen.nn.representation import Representation
+from pykeen.typing import InductiveMode
+from torch import Tensor
+
+from emu_kernels import emu_mutate, fused_emu_loss, uls_cross_entropy
+from emu_kernels.reference import softmax_rows
+from emu_kernels.validate import MAX_SEED, one_of
+
+from .mapping import Mapping, Parts, Query, flat, map_model
+from .sides import Side, split_sides
+
+REDUCTIONS = ("mean", "sum")
+
+
+def emu_loss(
+    model: Model,
+    positives: Tensor,  # (B, 3)
+    negatives: Tensor,  # (B, K, 3)
+    masks: Tensor | None = None,  # (B, K)
+    *,
+    mutation_rate: float | Tensor,
+    beta: float | Tensor,
+    alpha: float | Tensor,
+    weights: Tensor | None = None,  # (B,)
+    seed: int | Tensor | None = None,
+    mode: InductiveMode | None = None,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    """:func:`emu_kernels.fused_emu_loss` of a PyKEEN model and what its samplers return.
+
+    By the fused kernels where :func:`fused_similarity` names one, else by
+    :func:`emu_kernels.emu_mutate` and PyKEEN's own interaction, which takes tensors of size B·K·D.
+    Regularisers of representations see the positives; their term is left for
+    ``model.collect_regularization_term()``.
+
+    Args:
+        model: an ``ERModel``.
+        positives: (B, 3) integer triples, best on the CPU, where PyKEEN's loader leaves them: what
+            :func:`split_sides` checks then costs no synchronisation of a GPU.
+        negatives: (B, K, 3) with the head or the tail replaced.
+        masks: (B, K) bool, False where a filter drops the negative.
+        mutation_rate, beta, alpha, seed, backend: as in :func:`emu_kernels.fused_emu_loss`.
+        weights: (B,) of each positive's loss; the mean does not divide by their sum, as PyKEEN's.
+        mode: PyKEEN's inductive mode.
+        reduction: "mean", over the B positives, or "sum".
+
+    Returns:
+        The loss, a scalar on the model's device.
+
+    Raises:
+        TypeError, ValueError: a model or a batch that cannot be mutated, or arguments as
+            :func:`emu_kernels.fused_emu_loss` refuses.
+    """
+    model = checked_model(model)
+    one_of("reduction", reduction, REDUCTIONS)
+    device = model.device
+    sides = [side.to(device) for side in split_sides(positives, negatives, masks, weights)]
+    triples = positives.to(device, non_blocking=True)
+    # Looked up once for both sides, and so do regularisers see each of them once.
+    head, relation, tail = (
+        _parts(x)
+        for x in model._get_representations(
+            h=triples[:, 0], r=triples[:, 1], t=triples[:, 2], mode=mode
+        )
+    )
+    if seed is None:
+        seed = torch.randint(MAX_SEED - 1, (), dtype=torch.int64, device=device)
+    mapping, _ = map_model(model)
+    score = _Batch(model, head, relation, tail, mode, mutation_rate, beta, alpha, seed, backend)
+    total = score.by_interaction(sides) if mapping is None else score.fused(mapping, sides)
+    return total / max(len(positives), 1) if reduction == "mean" else total
+
+
+def checked_model(model: object) -> ERModel:
+    """The model, whose score is an interaction of representations; else raises TypeError."""
+    if not isinstance(model, ERModel):
+        raise TypeError(
+            "model: expected a pykeen.models.ERModel, whose entities have representations to "
+            f"mutate, got {type(model).__name__}"
+        )
+    if type(model)._get_representations is not ERModel._get_representations:
+        raise TypeError(
+            f"model: {type(model).__name__} looks representations up in a way of its own, which "
+            "EMU cannot follow"
+        )
+    return model
+
+
+class _Batch:
+    """One batch: what a model's representations are for its positives, and the settings."""
+
+    def __init__(
+        self,
+        model: ERModel,
+        head: Parts,
+        relation: Parts,
+        tail: Parts,
+        mode: InductiveMode | None,
+        mutation_rate: float | Tensor,
+        beta: float | Tensor,
+        alpha: float | Tensor,
+        seed: int | Tensor,
+        backend: str | None,
+    ) -> None:
+        self.interaction = model.interaction
+        self.entities: Sequence[Representation] = (
+            model._get_entity_representations_from_inductive_mode(mode=mode)
+        )
+        self.head, self.relation, self.tail = head, relation, tail
+        self.mutation_rate, self.beta, self.alpha = mutation_rate, beta, alpha
+        self.seed, self.backend = seed, backend
+
+    def fused(self, mapping: Mapping, sides: list[Side]) -> Tensor:
+        """The sum of the rows' losses, by the kernels.
+
+        One call for both sides, tails first, unless heads and tails have tables of their own.
+        """
+        queries = [self._query(mapping, side) for side in sides]
+        indices = [self._candidates(side) for side in sides]
+        groups = [[0, 1]] if indices[0] == indices[1] else [[0], [1]]
+        total, offset = None, 0
+        for group in groups:
+            chosen = [sides[i] for i in group]
+            vectors, scales = zip(*(queries[i] for i in group), strict=True)
+            table = flat([_table(self.entities[i]) for i in indices[group[0]]])
+            vector = torch.cat([flat(v) for v in vectors])
+            loss = fused_emu_loss(
+                vector,
+                table,
+                torch.cat([side.positive for side in chosen]),
+                torch.cat([side.negative for side in chosen]),
+                similarity=mapping.similarity,
+                scale=None if scales[0] is None else torch.cat([flat(s) for s in scales]),
+                sample_weight=torch.cat([side.weight for side in chosen]).to(vector.dtype),
+                mutation_rate=self.mutation_rate,
+                beta=self.beta,
+                alpha=self.alpha,
+                seed=self.seed,
+                row_offset=offset,
+                reduction="sum",
+                backend=self.backend,
+            )
+            total = loss if total is None else total + loss
+            offset += len(vector)
+        assert total is not None
+        return total
+
+    def by_interaction(self, sides: list[Side]) -> Tensor:
+        """The same by PyKEEN's interaction: the positives as they are, then a side at a time."""
+        scores = self.interaction(
+            h=_unpack(self.head), r=_unpack(self.relation), t=_unpack(self.tail)
+        )
+        total, offset = scores.sum() * 0.0, 0
+        for side in sides:
+            if len(side.row):
+                total = total + self._side_by_interaction(side, scores[side.row], offset)
+                offset += len(side.row)
+        return total
+
+    def _side_by_interaction(self, side: Side, positive: Tensor, row_offset: int) -> Tensor:
+        own, other = (self.tail, self.head) if side.name == "tail" else (self.head, self.tail)
+        padding = side.negative < 0
+        ids = side.negative.clamp(min=0)
+        candidates = [_look_up(self.entities[i], ids) for i in self._candidates(side)]
+        mutated = _split_like(
+            emu_mutate(
+                flat([x[side.row] for x in own]),
+                flat(candidates, batch_dims=2),
+                mutation_rate=self.mutation_rate,
+                seed=self.seed,
+                row_offset=row_offset,
+                backend=self.backend,
+            ),
+            candidates,
+        )
+        given = _unpack([x[side.row, None] for x in other])
+        relation = _unpack([x[side.row, None] for x in self.relation])
+
+        def score(parts: Parts) -> Tensor:
+            entities = {"h": given, "t": given, side.name[0]: _unpack(parts)}
+            out: Tensor = self.interaction(r=relation, **entities)
+            return out.masked_fill(padding, float("-inf"))
+
+        rows = uls_cross_entropy(positive, score(mutated), beta=self.beta, reduction="none")
+        rows = rows + self.alpha * softmax_rows(positive, score(candidates))
+        return (side.weight.to(rows.dtype) * rows).sum()
+
+    def _query(self, mapping: Mapping, side: Side) -> Query:
+        given = self.head if side.name == "tail" else self.tail
+        return mapping.query(
+            side.name, [x[side.row] for x in given], [x[side.row] for x in self.relation]
+        )
+
+    def _candidates(self, side: Side) -> list[int]:
+        """Which of the entity representations this side's candidates consist of."""
+        interaction = self.interaction
+        return list(interaction.tail_indices if side.name == "tail" else interaction.head_indices)
+
+
+def _parts(representations: Tensor | Sequence[Tensor]) -> Parts:
+    return [representations] if isinstance(representations, Tensor) else list(representations)
+
+
+def _unpack(parts: Parts) -> Tensor | Parts:
+    return parts[0] if len(parts) == 1 else parts
+
+
+def _table(representation: Representation) -> Tensor:
+    """All of them as an interaction meets them; no regulariser sees them, and no dropout."""
+    table = representation._plain_forward()
+    return table if representation.normalizer is None else representation.normalizer(table)
+
+
+def _look_up(representation: Representation, ids: Tensor) -> Tensor:
+    """``representation(ids)``, which no regulariser sees.
+
+    A list of rows, as in PyKEEN's loop: torch's ``normalize`` takes dimension 1 by default.
+    """
+    rows, inverse = ids.flatten(), None
+    if representation.unique:
+        rows, inverse = rows.unique(return_inverse=True)
+    x = representation._plain_forward(indices=rows)
+    if representation.normalizer is not None:
+        x = representation.normalizer(x)
+    if inverse is not None:
+        x = x[inverse]
+    if representation.dropout is not None:
+        x = representation.dropout(x)
+    return x.reshape(*ids.shape, *x.shape[1:])
+
+
+def _split_like(rows: Tensor, parts: Parts) -> Parts:
+    """(B, K, D) undone into parts of the shapes of ``parts``."""
+    widths = [x[0, 0].numel() * (2 if x.is_complex() else 1) for x in parts]
+    out = []
+    for piece, like in zip(rows.split(widths, dim=-1), parts, strict=True):
+        if like.is_complex():
+            out.append(torch.view_as_complex(piece.reshape(*like.shape, 2)))
+        else:
+            out.append(piece.reshape(like.shape))
+    return out

@@ -1,0 +1,138 @@
+"""PyKEEN's interactions as similarities of a query and a candidate.
+
+Complex numbers stay in PyKEEN's order, re and im in turn: a dot product and a 2-norm do not mind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from pykeen.models import ERModel
+from pykeen.nn.modules import (
+    ClampedInteraction,
+    ComplExInteraction,
+    CPInteraction,
+    DistMultInteraction,
+    Interaction,
+    NormBasedInteraction,
+    PairREInteraction,
+    RESCALInteraction,
+    RotatEInteraction,
+    SimplEInteraction,
+    TransEInteraction,
+)
+from pykeen.utils import ensure_complex
+from torch import Tensor
+
+from .sides import SideName
+
+Parts = list[Tensor]  # representations of one kind, each (..., *its shape)
+
+
+class Query(NamedTuple):
+    """What candidates are compared with, in the interaction's shapes."""
+
+    vector: Parts  # each (B, ...)
+    scale: Parts | None = None
+
+
+MakeQuery = Callable[[SideName, Parts, Parts], Query]
+"""(side that is corrupted, the given entity, the relation) -> the query."""
+
+
+def flat(parts: Parts, batch_dims: int = 1) -> Tensor:
+    """(..., D): the parts side by side as real numbers, a complex one as re and im in turn."""
+    reals = [torch.view_as_real(x) if x.is_complex() else x for x in parts]
+    rows = [x.flatten(start_dim=batch_dims) for x in reals]
+    return rows[0] if len(rows) == 1 else torch.cat(rows, dim=-1)
+
+
+def _product(side: SideName, given: Parts, relation: Parts) -> Query:
+    return Query([given[0] * relation[0]])
+
+
+def _complex_product(side: SideName, given: Parts, relation: Parts) -> Query:
+    return Query([given[0] * (relation[0] if side == "tail" else relation[0].conj())])
+
+
+def _rotation(side: SideName, given: Parts, relation: Parts) -> Query:
+    return _complex_product(side, list(ensure_complex(*given)), list(ensure_complex(*relation)))
+
+
+def _translation(side: SideName, given: Parts, relation: Parts) -> Query:
+    return Query([given[0] + relation[0] if side == "tail" else given[0] - relation[0]])
+
+
+def _pair(side: SideName, given: Parts, relation: Parts) -> Query:
+    of_head, of_tail = relation
+    if side == "head":
+        of_head, of_tail = of_tail, of_head
+    return Query([given[0] * of_head], [of_tail])
+
+
+def _bilinear(side: SideName, given: Parts, relation: Parts) -> Query:
+    matrix = relation[0] if side == "tail" else relation[0].mT
+    return Query([torch.einsum("bd,bde->be", given[0], matrix)])
+
+
+def _average(side: SideName, given: Parts, relation: Parts) -> Query:
+    return Query([0.5 * x * r for x, r in zip(given, relation, strict=True)])
+
+
+def _norm(interaction: Interaction) -> str | None:
+    assert isinstance(interaction, NormBasedInteraction)
+    if interaction.p == 1:
+        return "l1"  # its own power
+    return "l2" if interaction.p == 2 and not interaction.power_norm else None
+
+
+class Mapping(NamedTuple):
+    """A similarity by the kernels' name, and the query that it takes."""
+
+    similarity: str
+    query: MakeQuery
+
+
+_QUERIES: dict[type[Interaction], tuple[Callable[[Interaction], str | None], MakeQuery]] = {
+    DistMultInteraction: (lambda _: "dot", _product),
+    ComplExInteraction: (lambda _: "dot", _complex_product),
+    CPInteraction: (lambda _: "dot", _product),
+    SimplEInteraction: (lambda _: "dot", _average),
+    RESCALInteraction: (lambda _: "dot", _bilinear),
+    TransEInteraction: (_norm, _translation),
+    # The plain 2-norm whatever its p says, as its forward has it.
+    RotatEInteraction: (lambda _: "l2", _rotation),
+    PairREInteraction: (_norm, _pair),
+}
+
+
+def map_model(model: ERModel) -> tuple[Mapping | None, str]:
+    """The mapping of a model and why there is none.
+
+    By the interaction's exact class: a subclass may score in another way.
+    """
+    interaction = model.interaction
+    if type(interaction) is ClampedInteraction and interaction.clamp_score is None:
+        interaction = interaction.base  # as SimplE comes
+    name = type(interaction).__name__
+    if type(interaction) not in _QUERIES:
+        return None, f"{name} is not a similarity that the kernels know"
+    similarity_of, query = _QUERIES[type(interaction)]
+    similarity = similarity_of(interaction)
+    if similarity is None:
+        assert isinstance(interaction, NormBasedInteraction)
+        return None, (
+            f"{name} with p={interaction.p}, power_norm={interaction.power_norm} is not a "
+            "similarity that the kernels know"
+        )
+    if any(representation.dropout is not None for representation in model.entity_representations):
+        return None, "the entity representations have a dropout, drawn at each look-up"
+    return Mapping(similarity, query), ""
+
+
+def fused_similarity(model: ERModel) -> str | None:
+    """The similarity by which the kernels score ``model``; None where it takes building blocks."""
+    mapping, _ = map_model(model)
+    return None if mapping is None else mapping.similarity

@@ -1,0 +1,86 @@
+"""PyKEEN's negatives, triple by triple, as sets of candidates for a query.
+
+PyKEEN's samplers return whole triples, and which entity of a triple was replaced differs from
+triple to triple, even between the negatives of one positive (``bernoulli``, ``pseudotyped``). A
+softmax is over the candidates of one query, so a positive whose negatives are of both kinds becomes
+two rows: one for (h, r, ?) and one for (?, r, t).
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+SideName = Literal["head", "tail"]
+
+
+class Side(NamedTuple):
+    """The rows of a batch in which one side was corrupted."""
+
+    name: SideName
+    row: Tensor  # (B',) int64, the positive's row in the batch
+    positive: Tensor  # (B',) int64, the entity to predict
+    negative: Tensor  # (B', K) int64, −1 is padding
+    weight: Tensor  # (B',) fp32, of the row's loss
+
+    def to(self, device: torch.device) -> Side:
+        return Side(self.name, *(x.to(device, non_blocking=True) for x in self[1:]))
+
+
+def split_sides(
+    positives: Tensor, negatives: Tensor, masks: Tensor | None, weights: Tensor | None
+) -> tuple[Side, Side]:
+    """Sort a batch's negatives by the entity that was replaced.
+
+    A negative that the sampler's filter masks is padding, and so is one that is the positive
+    itself. The two rows of a positive share its weight by their numbers of negatives.
+
+    Args:
+        positives: (B, 3) triples.
+        negatives: (B, K, 3) triples, where they are: no copy is made to another device.
+        masks: (B, K) bool, False where a negative takes no part.
+        weights: (B,) of the positives; None is ones.
+
+    Returns:
+        Tails, then heads.
+
+    Raises:
+        ValueError: a negative differs from its positive in the relation, or in both entities.
+    """
+    changed = negatives != positives[:, None, :]
+    if changed[..., 1].any():
+        raise ValueError(
+            "negatives: expected triples whose head or tail was replaced, got one with another "
+            "relation, which EMU does not mutate; give the negative sampler "
+            "corruption_scheme=('head', 'tail')"
+        )
+    head, tail = changed[..., 0], changed[..., 2]
+    if (head & tail).any():
+        raise ValueError(
+            "negatives: expected triples whose head or tail was replaced, got one with both: that "
+            "is a candidate of no query that EMU could mutate"
+        )
+    if masks is not None:
+        head, tail = head & masks, tail & masks
+    share = 1.0 / (head.sum(dim=1) + tail.sum(dim=1)).clamp(min=1)
+    if weights is not None:
+        share = share * weights
+    sides: tuple[tuple[SideName, int, Tensor], ...] = (("tail", 2, tail), ("head", 0, head))
+    return tuple(  # type: ignore[return-value]
+        _side(name, positives[:, column], negatives[..., column], corrupted, share)
+        for name, column, corrupted in sides
+    )
+
+
+def _side(name: SideName, positive: Tensor, negative: Tensor, here: Tensor, share: Tensor) -> Side:
+    row = here.any(dim=1).nonzero()[:, 0]
+    here = here[row]
+    return Side(
+        name=name,
+        row=row,
+        positive=positive[row],
+        negative=torch.where(here, negative[row], -1),
+        weight=share[row] * here.sum(dim=1),
+    )
