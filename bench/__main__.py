@@ -24,7 +24,7 @@ from emu_kernels.reference import SIMILARITIES
 
 TRAINERS = (
     "trainer-emu", "trainer-softmax", "fused-loop-emu", "loop-softmax", "loop-emu", "pykeen",
-    "pyg", "torchkge",
+    "pykeen-emu", "pyg", "pyg-emu", "torchkge",
 )  # fmt: skip
 """The names in bench.train, which needs the trainer's packages to be imported."""
 

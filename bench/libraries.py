@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from bench.loops import synchronize
-from bench.tasks import Task, new_optimizer
+from bench.tasks import EMU, Task, new_optimizer
 from emu_kernels.trainer.data import Graph
 
 
@@ -68,7 +68,6 @@ class Pykeen:
         import logging
 
         from pykeen.models import model_resolver
-        from pykeen.training import SLCWATrainingLoop
         from pykeen.triples import CoreTriplesFactory
 
         logging.getLogger("pykeen").setLevel(logging.ERROR)
@@ -86,7 +85,7 @@ class Pykeen:
             random_seed=0,
             **self.MODELS[task.model],
         ).to(task.device)
-        self.loop = SLCWATrainingLoop(
+        self.loop = self.new_loop(
             model=model,
             triples_factory=every,
             optimizer=new_optimizer(task, model.get_grad_params()),
@@ -95,6 +94,12 @@ class Pykeen:
             automatic_memory_optimization=False,
         )
         self.epoch = 0
+
+    @staticmethod
+    def new_loop(**arguments: Any) -> Any:
+        from pykeen.training import SLCWATrainingLoop
+
+        return SLCWATrainingLoop(**arguments)
 
     def __call__(self, steps: int) -> float:
         from pykeen.training import TrainingCallback
@@ -122,6 +127,16 @@ class Pykeen:
             callbacks=Watch(),
         )
         return times[steps] - times[0]
+
+
+class PykeenEmu(Pykeen):
+    """The same with EMU, by the loop that we give PyKEEN."""
+
+    @staticmethod
+    def new_loop(**arguments: Any) -> Any:
+        from emu_kernels.integrations.pykeen import EMUTrainingLoop
+
+        return EMUTrainingLoop(**EMU, **arguments)
 
 
 class Pyg:
@@ -166,21 +181,34 @@ class Pyg:
         return time.perf_counter() - start
 
     def _train_step(self) -> None:
-        task, model = self.task, self.model
         head, relation, tail = next(self.batches)
+        self.optimizer.zero_grad()
+        self._loss(head, relation, tail).backward()
+        self.optimizer.step()
+        self.step += 1
+
+    def _loss(self, head: Tensor, relation: Tensor, tail: Tensor) -> Tensor:
+        task, model = self.task, self.model
         shape = (len(head), task.negatives)
         sampled = torch.randint(model.num_nodes, shape, device=task.device)
-        others = head[:, None], relation[:, None], tail[:, None]
+        others: tuple[Tensor, ...] = (head[:, None], relation[:, None], tail[:, None])
         if not self.MODELS[task.model]:
             others = tuple(x.expand(shape).flatten() for x in others)
             sampled = sampled.flatten()
         corrupted = (others[0], others[1], sampled)
         if self.step % 2:
             corrupted = (sampled, others[1], others[2])
-        self.optimizer.zero_grad()
-        _first(model(head, relation, tail), model(*corrupted).view(shape)).backward()
-        self.optimizer.step()
-        self.step += 1
+        return _first(model(head, relation, tail), model(*corrupted).view(shape))
+
+
+class PygEmu(Pyg):
+    """The same with EMU, by the loss that we give PyG's models."""
+
+    def _loss(self, head: Tensor, relation: Tensor, tail: Tensor) -> Tensor:
+        from emu_kernels.integrations.pyg import emu_loss
+
+        model, count = self.model, self.task.negatives
+        return emu_loss(model, head, relation, tail, num_negatives=count, **EMU)
 
 
 class TorchKge:

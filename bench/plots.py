@@ -88,13 +88,14 @@ def _curves(runs: Sequence[Run], path: Path) -> Path:
 def _bars(run: Run, path: Path) -> Path:
     """Triples a second of each trainer."""
     from bench.train import BY_NAME as TRAINERS
+    from bench.train import OURS_IN
 
     speeds = [row for row in run if row.what == SPEED][::-1]
     row = run[0]
     figure, ((panel,),) = _figure(7, 0.4 * len(speeds) + 1.2, 1)
     names = [TRAINERS[s.rival].title.replace("*", "") for s in speeds]
     errors = [[s.median - s.q20 for s in speeds], [s.q80 - s.median for s in speeds]]
-    colours = ["C0" if s.rival.startswith(("trainer", "fused")) else "C7" for s in speeds]
+    colours = ["C0" if s.rival in OURS_IN else "C7" for s in speeds]
     panel.barh(names, [s.median for s in speeds], xerr=errors, color=colours)
     panel.set(xscale="log", xlabel="triples a second")
     panel.grid(alpha=0.3, axis="x")

@@ -17,7 +17,17 @@ import torch
 from tqdm import tqdm
 
 from bench import memory, results
-from bench.libraries import PYG, PYKEEN, TORCHKGE, Library, Pyg, Pykeen, TorchKge
+from bench.libraries import (
+    PYG,
+    PYKEEN,
+    TORCHKGE,
+    Library,
+    Pyg,
+    PygEmu,
+    Pykeen,
+    PykeenEmu,
+    TorchKge,
+)
 from bench.loops import FusedLoop, Loop, OurTrainer
 from bench.measure import Spread
 from bench.results import MEMORY, MIB, RATIO, SPEED, TIME, UNITS, Row
@@ -70,11 +80,22 @@ RIVALS = (
     ),
     Trainer("loop-softmax", "PyTorch loop", Loop.of("softmax"), gradients=BOTH),
     Trainer("loop-emu", "PyTorch loop with eager EMU", Loop.of("emu"), gradients=BOTH),
-    Trainer("pykeen", "PyKEEN, sLCWA", Pykeen, PYKEEN, models=tuple(Pykeen.MODELS)),
+    Trainer("pykeen", "PyKEEN (sLCWA)", Pykeen, PYKEEN, models=tuple(Pykeen.MODELS)),
+    Trainer("pykeen-emu", "PyKEEN with our EMU", PykeenEmu, PYKEEN, models=tuple(Pykeen.MODELS)),
     Trainer("pyg", "PyTorch Geometric", Pyg, PYG, models=tuple(Pyg.MODELS), gradients=BOTH),
+    Trainer(
+        "pyg-emu",
+        "PyTorch Geometric with our EMU",
+        PygEmu,
+        PYG,
+        models=tuple(Pyg.MODELS),
+        gradients=BOTH,
+    ),
     Trainer("torchkge", "TorchKGE", TorchKge, TORCHKGE, models=tuple(TorchKge.MODELS)),
 )
 BY_NAME = {rival.name: rival for rival in RIVALS}
+OURS_IN = ("trainer-emu", "trainer-softmax", "fused-loop-emu", "pykeen-emu", "pyg-emu")
+"""Those with our kernels in them."""
 
 
 def runnable(names: Sequence[str], task: Task) -> tuple[list[Trainer], dict[str, str]]:
