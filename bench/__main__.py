@@ -384,7 +384,7 @@ def _list(options: argparse.Namespace) -> int:
     print(f"on {results.device(options.device)}:")
 
     def tell(name: str, reason: str | None) -> None:
-        print(f"  {name:<24} {'can run' if reason is None else reason}")
+        print(f"  {name:<26} {'can run' if reason is None else reason}")
 
     print(" one step (steps, scale, gpu)")
     for rival in rivals.RIVALS:

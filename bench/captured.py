@@ -127,11 +127,12 @@ class TrainingStep:
 
 def rows(shape: Shape, *, rounds: int, threads: int, tiny: bool = False) -> list[Row]:
     """Measure whole steps, on a GPU captured and as they are launched one by one."""
-    relations = SIZES["relations"]
-    name, triples = load_triples()
     if tiny:
         relations, name = 3, "zipf"
         triples = zipf_triples(shape.entities, relations, 100)
+    else:
+        relations = SIZES["relations"]
+        name, triples = load_triples()
     on_gpu = torch.device(shape.device).type == "cuda"
     repeats = 20 if on_gpu else 1  # without waiting for the GPU in between, as training does
     steps: dict[str, Step] = {}

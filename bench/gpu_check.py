@@ -143,9 +143,9 @@ def exit_status(results: Sequence[Result]) -> int:
 # --- the stages -----------------------------------------------------------------------------------
 
 
-def test_folders() -> list[str]:
-    """Tests of the operators and of what runs them on a GPU."""
-    names = ("ops", "cuda", "triton", "gpu")
+def test_folders(*, quick: bool) -> list[str]:
+    """Tests of the operators and, unless quick, of the sources of a GPU's kernels."""
+    names = ("ops",) if quick else ("ops", "cuda", "triton")
     return [f"tests/{name}" for name in names if (ROOT / "tests" / name).is_dir()]
 
 
@@ -164,7 +164,7 @@ def stages(python: str, folder: Path, capability: str, *, quick: bool) -> list[S
     some = ("--similarities", "dot", "hake") if quick else ()
     sanitizer = ("compute-sanitizer", "--error-exitcode", "1", "--target-processes", "all")
     parallel = _pytest_parallel()
-    # Kernels that Triton emulates or a host executes are tested elsewhere, and take long.
+    # The parameters of tests that have a backend.
     selected = ("-k", "cuda or triton") if quick else ()
     return [
         Stage("environment", (python, "-m", "bench.gpu_check", "--environment"), 60, shown=True),
@@ -180,7 +180,16 @@ def stages(python: str, folder: Path, capability: str, *, quick: bool) -> list[S
         Stage("backends", (*cases, "--list"), 60, shown=True),
         Stage(
             "tests",
-            (python, "-m", "pytest", "-q", "--maxfail=20", *parallel, *selected, *test_folders()),
+            (
+                python,
+                "-m",
+                "pytest",
+                "-q",
+                "--maxfail=20",
+                *parallel,
+                *selected,
+                *test_folders(quick=quick),
+            ),
             limit(120, 900),
         ),
         Stage(

@@ -26,7 +26,7 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
             curves.setdefault((row.device, row.family), []).append(run)
         elif row.family == "train":
             name = slug(f"{row.device} train {row.graph} {row.N} {row.model} {row.D}")
-            paths.append(_bars(run, folder / f"{name}.png"))
+            paths.append(_speeds(run, folder / f"{name}.png"))
     for (device, family), runs in curves.items():
         paths.append(_curves(runs, folder / f"{slug(f'{device} {family}')}.png"))
     return paths
@@ -59,7 +59,7 @@ def _curves(runs: Sequence[Run], path: Path) -> Path:
     first = runs[0][0]
     axis = axis_of(first)
     assert axis is not None
-    figure, ((of_time, of_memory),) = _figure(10, 4, 2)
+    figure, ((of_time, of_memory),) = _figure(12, 4, 2)
     panels = {TIME: (of_time, "ms a step"), MEMORY: (of_memory, "peak MiB of a step")}
     for what, (panel, label) in panels.items():
         lines: dict[tuple[str, str], list[Row]] = {}
@@ -79,13 +79,13 @@ def _curves(runs: Sequence[Run], path: Path) -> Path:
             panel.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
         panel.set(xscale="log", yscale="log", xlabel=axis, ylabel=label)
         panel.grid(alpha=0.3)
-    of_time.legend(fontsize=7)
+    figure.legend(*of_time.get_legend_handles_labels(), loc="outside right", fontsize=7)
     fixed = ", ".join(f"{name}={getattr(first, name)}" for name in "BKDN" if name != axis)
     figure.suptitle(f"{first.similarity}, {fixed}, {first.dtype}; {first.device}", fontsize=10)
     return _save(figure, path)
 
 
-def _bars(run: Run, path: Path) -> Path:
+def _speeds(run: Run, path: Path) -> Path:
     """Triples a second of each trainer."""
     from bench.train import BY_NAME as TRAINERS
     from bench.train import OURS_IN
@@ -96,9 +96,11 @@ def _bars(run: Run, path: Path) -> Path:
     names = [TRAINERS[s.rival].title.replace("*", "") for s in speeds]
     errors = [[s.median - s.q20 for s in speeds], [s.q80 - s.median for s in speeds]]
     colours = ["C0" if s.rival in OURS_IN else "C7" for s in speeds]
-    panel.barh(names, [s.median for s in speeds], xerr=errors, color=colours)
+    medians = [s.median for s in speeds]
+    panel.errorbar(medians, names, xerr=errors, fmt="none", ecolor="0.6")
+    panel.scatter(medians, names, color=colours, zorder=3)
     panel.set(xscale="log", xlabel="triples a second")
-    panel.grid(alpha=0.3, axis="x")
+    panel.grid(alpha=0.3)
     title = f"{row.model} on {row.graph} ({row.N:,} entities), d={row.D}, B={row.B}, K={row.K}"
     panel.set_title(f"{title}\n{row.device}", fontsize=9)
     return _save(figure, path)

@@ -289,7 +289,7 @@ def test_everything_in_small(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(command_line.DEFAULTS, "cpu", parts)
     assert bench(*QUICK, "--results", tmp_path) == 0
     out = capsys.readouterr().out
-    assert "fused-emu                can run" in out
+    assert "fused-emu                  can run" in out
     families = {r.family for r in results.read(tmp_path)}
     assert families == {"steps", "scale-N", "sampling"}
     assert "walks of 3 hops" in out.partition("== all")[2]
