@@ -147,6 +147,9 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument(
         "--into", type=Path, metavar="FILE", help=f"put them into FILE after {report.MARKERS[0]}"
     )
+    show.add_argument(
+        "--parts", nargs="+", metavar="NAME", help="steps, train, scale-N, ...: these families only"
+    )
     show.add_argument("--plots", type=Path, help="folder (default: plots beside the results)")
     show.add_argument("--no-plots", action="store_true", help="tables only")
     return parser
@@ -333,8 +336,9 @@ DEFAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("steps", "--similarity", *[s for s in SIMILARITIES if s != "dot"], *_QUICK),
         ("steps", "--gradient", "sparse", *_QUICK),
         ("steps", "--dtype", "bfloat16", *_QUICK),
-        ("train", "--graph", "FB15k-237", "WN18RR", "zipf"),
-        ("scale", "--axes", "N"),
+        ("train", "--graph", "FB15k-237", "WN18RR"),
+        ("train", "--graph", "zipf", "--rounds", "5"),
+        ("scale", "--axes", "N", "--rounds", "3"),
         ("sampling",),
     ),
     "cuda": (("gpu",), ("captured",), ("train",), ("scale", "--axes", "N")),
@@ -404,8 +408,11 @@ def _list(options: argparse.Namespace) -> int:
 
 def _report(options: argparse.Namespace) -> int:
     rows = results.read(options.results)
+    if options.parts:
+        rows = [row for row in rows if row.family in options.parts]
     if not rows:
-        print(f"no results in {options.results}: run python -m bench first", file=sys.stderr)
+        what = f"no results of {', '.join(options.parts)}" if options.parts else "no results"
+        print(f"{what} in {options.results}: run python -m bench first", file=sys.stderr)
         return 1
     links: list[str] = []
     if not options.no_plots:

@@ -442,6 +442,14 @@ def test_report_into_a_file(kept, tmp_path, capsys):
     assert MARKERS[0] in capsys.readouterr().err
 
 
+def test_report_of_some_parts(kept, capsys):
+    results.append(kept.parent, [row(family="scale-N", N=5), row(family="plans")])
+    assert bench("report", "--results", kept, "--parts", "steps", "--no-plots") == 0
+    assert capsys.readouterr().out == REPORT
+    assert bench("report", "--results", kept, "--parts", "train") == 1
+    assert "no results of train" in capsys.readouterr().err
+
+
 def test_report_without_results(tmp_path, capsys):
     assert bench("report", "--results", tmp_path) == 1
     assert "python -m bench" in capsys.readouterr().err

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from bench import gpu_cases, gpu_check
+from bench.__main__ import _parser
 from bench.gpu_check import FAILED, OK, SKIPPED, TIMEOUT, Result, Stage, exit_status, run_stages
 from emu_kernels.reference import SIMILARITIES
 
@@ -129,6 +130,9 @@ def test_the_stages(quick, tmp_path):
         assert ("--quick" in by_name[name].command) == quick
     for name in ("captured", "main table", "summary"):
         assert str(tmp_path / "results") in by_name[name].command  # apart from the profiler's CSV
+    for s in stages:
+        if s.command[1:3] == ("-m", "bench"):
+            assert _parser().parse_args(s.command[3:]).results == tmp_path / "results"
     assert "90" in by_name["build"].environment["CMAKE_ARGS"]
     folders = gpu_check.test_folders(quick=quick)
     assert "tests/ops" in folders
