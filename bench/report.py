@@ -388,7 +388,7 @@ def markdown(rows: Sequence[Row], plots: Sequence[str] = ()) -> str:
 
 def captured(runs: Sequence[Run]) -> str:
     """A line for each whole training step that was captured as a CUDA graph, or that was not."""
-    header = ["training step", "µs", "20–80 %", "triples / s"]
+    header = ["training step", "µs", "20–80 %", "triples / s", "× ours", "20–80 %"]
     body = []
     for run in runs:
         known = _known(run)
@@ -397,7 +397,8 @@ def captured(runs: Sequence[Run]) -> str:
             assert row is not None
             median, low, high = (_number(1000 * x) for x in (row.median, row.q20, row.q80))
             speed = _cells(known(name, SPEED, "training step"), spread=False)
-            body.append([name, median, f"{low}–{high}", *speed])
+            ratio = _cells(known(name, RATIO, "training step"))
+            body.append([name, median, f"{low}–{high}", *speed, *ratio])
     row = runs[0][0]
     what = f"{row.model} on {row.graph}, {_sizes(row)}, {row.optimizer}"
     return f"{_table(body, header)}\n\n{what}. {_hardware(row)}"

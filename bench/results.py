@@ -94,7 +94,7 @@ def slug(name: str) -> str:
 
 
 def commit() -> str:
-    """The commit that is checked out, or "unknown"."""
+    """The commit that is checked out; where git cannot tell, BENCH_COMMIT or "unknown"."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(ROOT), *arguments]
@@ -105,7 +105,7 @@ def commit() -> str:
         # The results themselves change with every run.
         changed = git("status", "--porcelain", "--", ".", ":(exclude)bench/results")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("BENCH_COMMIT", "unknown")
     return name + ("-dirty" if changed else "")
 
 

@@ -8,6 +8,7 @@ A new rival is one entry in ``RIVALS``.
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import shutil
 from collections.abc import Callable
@@ -43,6 +44,13 @@ class Rival:
     dense_gradients: int = 1  # (N, D) buffers that it needs at once
     tiles: float = 0.0  # (B, K, D) buffers that it needs at once, about
     plan: bool = False  # ours, with the plan of the table's gradient forced
+    compiler: str | None = None  # a package that compiles it as it runs
+
+    def library(self) -> str:
+        """That package with its version, or ""."""
+        if self.compiler is None:
+            return ""
+        return f"{self.compiler} {importlib.metadata.version(self.compiler)}"
 
 
 def _step(
@@ -121,6 +129,7 @@ def _ours(what: str, title: str, loss: Callable[..., Tensor], **options: Any) ->
             _fused_unavailable(backend),
             _fused_instruction_set(backend),
             device=OURS_DEVICES[backend],
+            compiler="triton" if backend == "triton" else None,
         )
 
     return [of(backend) for backend in OURS_DEVICES]
@@ -147,6 +156,7 @@ def _planned(backend: str, plan: str) -> Rival:
         _fused_instruction_set(backend),
         device=OURS_DEVICES[backend],
         plan=True,
+        compiler="triton" if backend == "triton" else None,
     )
 
 

@@ -81,7 +81,7 @@ def rows(
     copy, copied = roofline.copy_step(shape.device, copy_bytes)
     on_gpu = torch.device(shape.device).type == "cuda"
     common = results.environment(shape.device) | {
-        "family": family, "graph": "", "model": "", "optimizer": "", "library": "",
+        "family": family, "graph": "", "model": "", "optimizer": "",
         "similarity": shape.similarity, "dtype": shape.dtype, "gradient": shape.gradient,
         "B": shape.batch, "K": shape.negatives, "D": shape.dim, "N": shape.entities,
         "threads": threads,
@@ -98,6 +98,7 @@ def rows(
                 phase=phase,
                 base=base,
                 unit=UNITS[what],
+                library="" if rival is None else rival.library(),
                 instruction_set=(eager_instruction_set if rival is None else rival.instruction_set)(
                     shape.device
                 ),

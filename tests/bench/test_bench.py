@@ -460,3 +460,11 @@ def test_micro_benchmarks_run():
         "-m", "pytest", "-q", "bench", "--benchmark-disable", "-p", "no:cacheprovider"
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_copy_without_git_is_told_its_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    monkeypatch.delenv("BENCH_COMMIT", raising=False)
+    assert results.commit() == "unknown"
+    monkeypatch.setenv("BENCH_COMMIT", "0123456789ab")
+    assert results.commit() == "0123456789ab"
