@@ -272,7 +272,7 @@ def print_environment() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_check", description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu-check", help="folder")
-    parser.add_argument("--quick", action="store_true", help="about ten minutes instead of an hour")
+    parser.add_argument("--quick", action="store_true", help="fewer settings, shorter limits")
     parser.add_argument("--minutes", type=float, help="for everything; stages are cut to fit")
     parser.add_argument("--stages", nargs="+", metavar="NAME", help="some of them only")
     parser.add_argument("--environment", action="store_true", help="print versions; no more")

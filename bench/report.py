@@ -296,7 +296,8 @@ def trainers(run: Run) -> str:
         first = known(rival.name, TIME, phase)
         if first is None:
             continue
-        title = f"{rival.title} {first.library.split()[-1]}" if first.library else rival.title
+        version = f" ({first.library.split()[-1]})" if first.library else ""
+        title = f"{rival.title}{version}"
         body.append(
             [
                 title,

@@ -80,7 +80,7 @@ RIVALS = (
     ),
     Trainer("loop-softmax", "PyTorch loop", Loop.of("softmax"), gradients=BOTH),
     Trainer("loop-emu", "PyTorch loop with eager EMU", Loop.of("emu"), gradients=BOTH),
-    Trainer("pykeen", "PyKEEN (sLCWA)", Pykeen, PYKEEN, models=tuple(Pykeen.MODELS)),
+    Trainer("pykeen", "PyKEEN, sLCWA", Pykeen, PYKEEN, models=tuple(Pykeen.MODELS)),
     Trainer("pykeen-emu", "PyKEEN with our EMU", PykeenEmu, PYKEEN, models=tuple(Pykeen.MODELS)),
     Trainer("pyg", "PyTorch Geometric", Pyg, PYG, models=tuple(Pyg.MODELS), gradients=BOTH),
     Trainer(
