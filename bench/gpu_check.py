@@ -11,6 +11,7 @@ Exit status: 0 where every stage passed or had no tool, 1 where one failed, 2 wi
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -51,28 +52,26 @@ Runner = Callable[[Stage, float, TextIO], tuple[int | None, str]]
 
 
 def run_command(stage: Stage, seconds: float, log: TextIO) -> tuple[int | None, str]:
-    """Run a stage's command with all that it starts; output goes to the log, line by line."""
+    """Run a stage's command with all that it starts; its output goes straight to the log."""
+    log.flush()
+    path = Path(log.name)
+    start = path.stat().st_size
     process = subprocess.Popen(
         stage.command,
         cwd=ROOT,
         env=os.environ | {"PYTHONUNBUFFERED": "1"} | dict(stage.environment),
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
+        stdout=log,
         stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
         start_new_session=True,
     )
-    try:
-        output, _ = process.communicate(timeout=seconds)
-        status: int | None = process.returncode
-    except subprocess.TimeoutExpired:
+    status: int | None = None
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        status = process.wait(timeout=seconds)
+    if status is None:
         os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        status = None
-    log.write(output)
-    log.flush()
-    return status, output
+        process.wait()
+    return status, path.read_bytes()[start:].decode(errors="replace")
 
 
 def run_stages(
@@ -88,7 +87,9 @@ def run_stages(
     folder.mkdir(parents=True, exist_ok=True)
     began = clock()
     results: list[Result] = []
-    with (folder / "log.txt").open("w", encoding="utf-8") as log:
+    path = folder / "log.txt"
+    path.write_text("")
+    with path.open("a", encoding="utf-8") as log:  # commands append to it too
         for place, stage in enumerate(stages):
             last = place == len(stages) - 1
             limit = stage.seconds
@@ -160,7 +161,7 @@ def stages(python: str, folder: Path, capability: str, *, quick: bool) -> list[S
 
     size = ("--quick",) if quick else ()
     cases = (python, "-m", "bench.gpu_cases")
-    # Under a sanitizer everything takes ten times as long: two that differ most in their sums.
+    # Everything takes far longer under a sanitizer: the two that differ most in their sums.
     some = ("--similarities", "dot", "hake") if quick else ()
     sanitizer = ("compute-sanitizer", "--error-exitcode", "1", "--target-processes", "all")
     parallel = _pytest_parallel()
