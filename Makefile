@@ -1,6 +1,7 @@
 # Two commands on a fresh machine, set-up included: `make demo` trains and compares, `make test` checks everything.
 # Each works in .venv, made as needed. Overridable:
 #   make test PYTHON=python3.13 TORCH=torch==2.11.0
+# `make gpu-check QUICK=1 OUT=folder` is for a machine with a GPU: it takes PYTHON as it is, with the torch in it.
 
 PYTHON ?= python3
 # One release, so that results can be repeated. Installed first and alone: then nothing else picks another build.
@@ -13,11 +14,16 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INPUTS := pyproject.toml setup.py CMakeLists.txt constraints.txt emu_kernels/_version.py \
 	$(shell find csrc -type f)
 
-.PHONY: help demo test lint bench clean FORCE
+# Of gpu-check: where to write, anything for the short variant, more of its options (bench/gpu_check.py).
+OUT ?= build/gpu-check
+QUICK ?=
+GPU_CHECK ?=
+
+.PHONY: help demo test lint bench gpu-check clean FORCE
 .SECONDARY:
 
 help:
-	@echo "make demo | test | lint | bench | clean"
+	@echo "make demo | test | lint | bench | gpu-check | clean"
 
 demo: $(VENV)/.installed-trainer
 	$(BIN)/python examples/demo.py
@@ -32,6 +38,9 @@ lint: $(VENV)/.installed-test
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m bench
+
+gpu-check:
+	$(PYTHON) -m bench.gpu_check --out $(OUT) $(if $(QUICK),--quick) $(GPU_CHECK)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info emu_kernels/_C.*.so

@@ -20,9 +20,15 @@ import emu_kernels
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = Path(__file__).with_name("results")
+MIB = 2**20
 
-TIME, RATIO, MEMORY = "step time", "step time over fused-emu's", "step peak memory"
-"""What a row tells of a rival, in ms, in times and in MiB."""
+TIME, RATIO, MEMORY = "time", "time ratio", "peak memory"
+SHARE, BANDWIDTH = "share of the copy bandwidth", "copy bandwidth"
+SPEED = "triples a second"
+UNITS = {
+    TIME: "ms", RATIO: "x", MEMORY: "MiB", SHARE: "share", BANDWIDTH: "GB/s", SPEED: "1/s",
+}  # fmt: skip
+"""What a row tells, and in which unit."""
 
 
 @dataclass(frozen=True)
@@ -31,21 +37,29 @@ class Row:
 
     date: str  # when the run began, UTC
     commit: str  # of this repository, "-dirty" where files differ from it
+    family: str  # of comparisons, as on the command line
     what: str
     rival: str
+    phase: str  # of what a step or a run consists of
+    base: str  # the rival by whose time a ratio divides, or ""
+    graph: str  # the triples' origin, or "" for random tensors
+    model: str  # or "" for the operator alone
+    optimizer: str  # or ""
     similarity: str
     B: int
     K: int
     D: int
     N: int
     dtype: str
-    threads: int
+    gradient: str  # of the table, "dense" or "sparse"
+    threads: int  # of the CPU
     median: float
     q20: float
     q80: float
     unit: str
     device: str
     instruction_set: str
+    library: str  # the rival's, with its version, or ""
     emu_kernels: str
     torch: str
     python: str
@@ -65,8 +79,10 @@ def _cpu_model() -> str:
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
-def device() -> str:
-    """This machine's CPU, with the number of cores that this process may use."""
+def device(of: str = "cpu") -> str:
+    """The GPU, or this machine's CPU with the number of cores that this process may use."""
+    if torch.device(of).type == "cuda":
+        return torch.cuda.get_device_name(of)
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count()
     return f"{_cpu_model()}, {cores} core{'s' if cores != 1 else ''}"
@@ -78,7 +94,7 @@ def slug(name: str) -> str:
 
 
 def commit() -> str:
-    """The commit that is checked out, or "unknown"."""
+    """The commit that is checked out; where git cannot tell, BENCH_COMMIT or "unknown"."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(ROOT), *arguments]
@@ -89,16 +105,16 @@ def commit() -> str:
         # The results themselves change with every run.
         changed = git("status", "--porcelain", "--", ".", ":(exclude)bench/results")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("BENCH_COMMIT", "unknown")
     return name + ("-dirty" if changed else "")
 
 
-def environment() -> dict[str, Any]:
-    """The columns that are the same for all rows of a run that begins now."""
+def environment(of: str = "cpu") -> dict[str, Any]:
+    """The columns that are the same for all rows of a run on a device that begins now."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
-        "device": device(),
+        "device": device(of),
         "emu_kernels": emu_kernels.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),

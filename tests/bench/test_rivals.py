@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from bench import eager, native
 from bench.inputs import TINY, Inputs, Shape, make
-from bench.rivals import EMU, RIVALS, Rival
+from bench.rivals import EMU, PHASES, RIVALS, Rival
 from emu_kernels import fused_emu_loss, fused_softmax_loss
 from emu_kernels.mask import mutation_mask, rate_to_threshold
 from emu_kernels.reference import SIMILARITIES
@@ -20,9 +21,9 @@ SEED = 5
 
 
 @pytest.fixture
-def inputs() -> OperatorInputs:
+def inputs(device: torch.device) -> OperatorInputs:
     made = make(TINY)
-    return OperatorInputs(made.query, made.table, made.positive, made.negative)
+    return OperatorInputs(made.query, made.table, made.positive, made.negative).to(device)
 
 
 @pytest.mark.parametrize("similarity", SIMILARITIES)
@@ -34,17 +35,21 @@ def test_eager_emu_is_the_fused_loss_given_the_same_mask(inputs, similarity, bac
         seed=torch.tensor(SEED),
         row_offset=0,
         threshold=rate_to_threshold(EMU["mutation_rate"]),
+    ).to(inputs.table.device)
+    fused = evaluate(
+        fused_emu_loss, inputs, seed=SEED, backend=backend, similarity=similarity, **EMU
     )
-    options = EMU | {"similarity": similarity}
-    fused = evaluate(fused_emu_loss, inputs, seed=SEED, backend=backend, **options)
-    assert_agree(evaluate(eager.emu_loss, inputs, mask=mask, **options), fused)
+    for scores in eager.SPELLINGS[similarity]:
+        for sparse in (False, True):
+            options = {**EMU, "scores": scores, "sparse": sparse}
+            assert_agree(evaluate(eager.emu_loss, inputs, mask=mask, **options), fused)
 
 
 @pytest.mark.parametrize("similarity", SIMILARITIES)
 def test_eager_softmax_is_the_fused_loss(inputs, similarity, backend):
-    options = {"similarity": similarity}
-    fused = evaluate(fused_softmax_loss, inputs, backend=backend, **options)
-    assert_agree(evaluate(eager.softmax_loss, inputs, **options), fused)
+    fused = evaluate(fused_softmax_loss, inputs, backend=backend, similarity=similarity)
+    for scores in eager.SPELLINGS[similarity]:
+        assert_agree(evaluate(eager.softmax_loss, inputs, scores=scores), fused)
 
 
 def test_eager_emu_draws_masks_at_the_rate():
@@ -96,12 +101,34 @@ def test_a_compiler_that_refuses_is_said(monkeypatch):
     assert "--no-such-flag" in reason or "no C++ compiler" in reason
 
 
+@pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("rival", RIVALS, ids=lambda rival: rival.name)
-def test_rivals_run_and_name_their_instruction_set(rival: Rival) -> None:
-    reason = rival.unavailable()
-    if reason is not None:
-        pytest.skip(reason)
-    step = rival.prepare(make(TINY))
+def test_rivals_run_and_name_their_instruction_set(rival: Rival, phase: str) -> None:
+    reason = rival.unavailable(TINY)
+    if reason is not None or phase not in rival.phases or rival.name == "compiled-emu":
+        pytest.skip(reason or "has no such phase, or is tested elsewhere")
+    step = rival.prepare(make(TINY), phase)
     step()
     step()
-    assert rival.instruction_set().islower()
+    assert rival.instruction_set("cpu").islower()
+
+
+@pytest.mark.parametrize("gradient", ["dense", "sparse"])
+def test_phases_are_parts_of_the_whole(gradient: str) -> None:
+    """Forward gives the loss, backward the gradients of a loss that is there."""
+    inputs = make(dataclasses.replace(TINY, gradient=gradient))
+    rival = next(r for r in RIVALS if r.name == "eager-softmax")
+    loss, of_backward, of_whole = (rival.prepare(inputs, phase)() for phase in PHASES)
+    assert loss.shape == ()
+    assert of_backward[1].is_sparse == (gradient == "sparse")
+    for part, whole in zip(of_backward, of_whole, strict=True):
+        assert torch.equal(part.to_dense(), whole.to_dense())
+
+
+def test_the_fastest_spelling_can_run_in_16_bits():
+    for similarity in SIMILARITIES:
+        shape = dataclasses.replace(TINY, similarity=similarity, dtype="bfloat16")
+        inputs = make(shape)
+        scores = eager.fastest(inputs)
+        assert scores in eager.SPELLINGS[similarity]
+        assert scores(inputs.query, inputs.table[inputs.negative]).dtype == torch.bfloat16
