@@ -5,11 +5,16 @@ from __future__ import annotations
 
 import triton.language as tl
 from emu_kernels.triton.tiles import (
+    components,
     draw,
     keep,
+    load_bounds,
     load_parts,
     load_scale,
     mix,
+    no_tile,
+    over_rows,
+    spread,
     store_parts,
     tile_terms,
 )
@@ -26,7 +31,8 @@ def contributions(
     scale,
     positive,
     seed_value,
-    thresholds,
+    bound0,
+    bound1,
     row_scale,
     weight,
     mutated_weight,
@@ -40,7 +46,6 @@ def contributions(
     K,
     N,
     row_offset,
-    threshold,
     D: tl.constexpr,
     STRIDE: tl.constexpr,
     PARTS: tl.constexpr,
@@ -51,31 +56,31 @@ def contributions(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """(ROWS, WIDTH) of both parts: the gradients of candidates k of rows b, 0 where not valid."""
+    """Tiles of both parts: the gradients of candidates k of rows b, 0 where not valid."""
     W: tl.constexpr = D // PARTS
     SCALED: tl.constexpr = scale is not None
     REAL: tl.constexpr = query.dtype.element_ty
-    j = (first + tl.arange(0, WIDTH))[None, :]
-    inside = valid[:, None] & (j < W)
-    b = rows[:, None]
+    j = components(first, WIDTH)
+    inside = spread(valid) & (j < W)
+    b = spread(rows)
     factor = tl.load(row_scale + rows, mask=valid, other=0.0)
     at = rows * K + k
-    w0 = (tl.load(weight + at, mask=valid, other=0.0) * factor)[:, None]
+    w0 = spread(tl.load(weight + at, mask=valid, other=0.0) * factor)
     w1 = w0
     sums = B.to(tl.int64) * K
     if SIM == "hake":
-        w1 = (tl.load(weight + sums + at, mask=valid, other=0.0) * factor)[:, None]
+        w1 = spread(tl.load(weight + sums + at, mask=valid, other=0.0) * factor)
     h0, h1 = w0, w1
     if MUTATION != "none":
-        h0 = (tl.load(mutated_weight + at, mask=valid, other=0.0) * factor)[:, None]
+        h0 = spread(tl.load(mutated_weight + at, mask=valid, other=0.0) * factor)
         h1 = h0
         if SIM == "hake":
-            h1 = (tl.load(mutated_weight + sums + at, mask=valid, other=0.0) * factor)[:, None]
+            h1 = spread(tl.load(mutated_weight + sums + at, mask=valid, other=0.0) * factor)
     q0, q1 = load_parts(query, b * D, j, inside, W, PARTS, REAL)
     a0, a1 = load_scale(scale, b, j, inside, q0, W, PARTS, SIM, REAL)
     if MUTATION != "none":
         l0, l1 = draw(
-            seed_value, thresholds, threshold, k, row_offset + rows, first,
+            seed_value, bound0, bound1, k, row_offset + rows, first,
             W, PARTS, MUTATION, ORDER, ROWS, WIDTH, REAL,
         )  # fmt: skip
     if (SIM == "dot") or (MUTATION == "none"):
@@ -91,7 +96,7 @@ def contributions(
             _, _, d0, d1 = tile_terms(q0, q1, a0, a1, c0, c1, HALF, SCALED, PARTS, SIM)
             g0, g1 = -x0 * d0, -x1 * d1
     elif (SIM == "rotate") or (MUTATION == "mixup"):
-        own = tl.load(positive + rows, mask=valid, other=0)[:, None]
+        own = spread(tl.load(positive + rows, mask=valid, other=0))
         own = tl.where((own >= 0) & (own < N), own, 0)
         z0, z1 = load_parts(table, own * STRIDE, j, inside, W, PARTS, REAL)
         _, _, d0, d1 = tile_terms(q0, q1, a0, a1, c0, c1, HALF, SCALED, PARTS, SIM)
@@ -161,13 +166,14 @@ def table_gradient(
     piece = (tl.program_id(0) // CHUNKS).to(tl.int64)
     begin = piece * PIECE
     end = tl.minimum(begin + PIECE, entries)
-    j = (first + tl.arange(0, WIDTH))[None, :]
+    j = components(first, WIDTH)
     lane = begin + tl.arange(0, PIECE)
     lane_key = tl.load(keys + lane, mask=lane < end, other=-1)
     lane_negative = tl.load(order + lane, mask=lane < end, other=negatives) < negatives
     before = tl.load(keys + begin - 1, mask=begin > 0, other=-1)
     after = tl.load(keys + end, mask=end < entries, other=-1)
     seed_value = tl.load(seed)
+    bound0, bound1 = load_bounds(thresholds, threshold, first, W, PARTS, MUTATION, WIDTH)
     entry = begin
     key = tl.load(keys + begin)
     while (entry < end) & (key < N):
@@ -175,17 +181,18 @@ def table_gradient(
         of_negatives = tl.sum((same & lane_negative).to(tl.int32), 0)
         following = entry + tl.sum(same.to(tl.int32), 0)
         c0, c1 = load_parts(table, key.to(tl.int64) * STRIDE, j, j < W, W, PARTS, REAL)
-        sum0 = tl.zeros((ROWS, WIDTH), REAL)
+        sum0 = no_tile(query, j, K, REAL, D, ROWS)
         sum1 = sum0
         for start in range(0, of_negatives * R, ROWS):
             pair = start + tl.arange(0, ROWS)
             valid = pair < of_negatives * R
-            origin = tl.load(order + entry + pair // R, mask=valid, other=0)
-            rows = (origin // K) * R + pair % R
+            # In 32 bits: a division in 64 is a function call.
+            origin = tl.load(order + entry + pair // R, mask=valid, other=0).to(tl.int32)
+            rows = (origin // K * R + pair % R).to(tl.int64)
             g0, g1 = contributions(
-                query, table, scale, positive, seed_value, thresholds, row_scale, weight,
+                query, table, scale, positive, seed_value, bound0, bound1, row_scale, weight,
                 mutated_weight, rows, origin % K, valid, c0, c1, first, B, K, N, row_offset,
-                threshold, D, STRIDE, PARTS, SIM, HALF, MUTATION, ORDER, ROWS, WIDTH,
+                D, STRIDE, PARTS, SIM, HALF, MUTATION, ORDER, ROWS, WIDTH,
             )  # fmt: skip
             sum0 += g0
             sum1 += g1
@@ -193,14 +200,14 @@ def table_gradient(
             at = start + tl.arange(0, ROWS)
             valid = at < following
             rows = tl.load(order + at, mask=valid, other=negatives) - negatives
-            factor = tl.load(row_scale + rows, mask=valid, other=0.0)[:, None]
+            factor = spread(tl.load(row_scale + rows, mask=valid, other=0.0))
             g0, g1 = load_parts(
-                grad_positive, (rows * D)[:, None], j, valid[:, None] & (j < W), W, PARTS, REAL
+                grad_positive, spread(rows * D), j, spread(valid) & (j < W), W, PARTS, REAL
             )
             sum0 = tl.fma(factor, g0, sum0)
             sum1 = tl.fma(factor, g1, sum1)
-        total0 = tl.sum(sum0, 0, keep_dims=True)
-        total1 = tl.sum(sum1, 0, keep_dims=True)
+        total0 = over_rows(sum0)
+        total1 = over_rows(sum1)
         head = (entry == begin) & (before == key)
         tail = (following == end) & (after == key)
         slot = tl.load(slots + entry).to(tl.int64)
@@ -290,16 +297,17 @@ def scatter(
     k = block * ROWS + tl.arange(0, ROWS)
     ids = tl.load(negative + (b // R) * K + k, mask=k < K, other=-1)
     real = (ids >= 0) & (ids < N)
-    j = (first + tl.arange(0, WIDTH))[None, :]
-    inside = real[:, None] & (j < W)
-    c0, c1 = load_parts(table, (ids * STRIDE)[:, None], j, inside, W, PARTS, REAL)
+    j = components(first, WIDTH)
+    inside = spread(real) & (j < W)
+    c0, c1 = load_parts(table, spread(ids * STRIDE), j, inside, W, PARTS, REAL)
     rows = b + tl.zeros((ROWS,), tl.int64)
+    bound0, bound1 = load_bounds(thresholds, threshold, first, W, PARTS, MUTATION, WIDTH)
     g0, g1 = contributions(
-        query, table, scale, positive, tl.load(seed), thresholds, row_scale, weight,
-        mutated_weight, rows, k, real, c0, c1, first, B, K, N, row_offset, threshold,
+        query, table, scale, positive, tl.load(seed), bound0, bound1, row_scale, weight,
+        mutated_weight, rows, k, real, c0, c1, first, B, K, N, row_offset,
         D, STRIDE, PARTS, SIM, HALF, MUTATION, ORDER, ROWS, WIDTH,
     )  # fmt: skip
-    at = (ids * D)[:, None] + j
+    at = spread(ids * D) + j
     tl.atomic_add(out + at, g0, mask=inside, sem="relaxed")
     if PARTS == 2:
         tl.atomic_add(out + (at + W), g1, mask=inside, sem="relaxed")

@@ -7,13 +7,18 @@ import triton.language as tl
 from emu_kernels.triton.similarities import value
 from emu_kernels.triton.tiles import (
     check_ids,
+    components,
     draw,
     give,
+    load_bounds,
     load_parts,
     load_scale,
     mix,
     mutated_terms,
+    no_tile,
+    over_rows,
     row_sums,
+    spread,
     store_parts,
     tile_terms,
 )
@@ -90,14 +95,12 @@ def scores(
     row = row_offset + b + tl.zeros((ROWS,), tl.int64)
     seed_value = tl.load(seed)
     for first in range(0, W, WIDTH):
-        j = (first + tl.arange(0, WIDTH))[None, :]
+        j = components(first, WIDTH)
         inside = j < W
         q0, q1 = load_parts(query, b * D, j, inside, W, PARTS, REAL)
         a0, a1 = load_scale(scale, b, j, inside, q0, W, PARTS, SIM, REAL)
         z0, z1 = load_parts(table, own * STRIDE, j, inside, W, PARTS, REAL)
-        c0, c1 = load_parts(
-            table, (ids * STRIDE)[:, None], j, inside & real[:, None], W, PARTS, REAL
-        )
+        c0, c1 = load_parts(table, spread(ids * STRIDE), j, inside & spread(real), W, PARTS, REAL)
         tz0, tz1, dz0, dz1 = tile_terms(q0, q1, a0, a1, z0, z1, HALF, SCALED, PARTS, SIM)
         t0, t1, d0, d1 = tile_terms(q0, q1, a0, a1, c0, c1, HALF, SCALED, PARTS, SIM)
         more0, more1 = row_sums(t0, t1, PARTS, SIM)
@@ -107,8 +110,9 @@ def scores(
         p0 += more0
         p1 += more1
         if MUTATION != "none":
+            bound0, bound1 = load_bounds(thresholds, threshold, first, W, PARTS, MUTATION, WIDTH)
             l0, l1 = draw(
-                seed_value, thresholds, threshold, k, row, first,
+                seed_value, bound0, bound1, k, row, first,
                 W, PARTS, MUTATION, ORDER, ROWS, WIDTH, REAL,
             )  # fmt: skip
             mt0, mt1, _, _ = mutated_terms(
@@ -187,7 +191,7 @@ def query_gradient(
     first = (pid % CHUNKS) * WIDTH
     split = pid // CHUNKS % SPLITS
     b = (pid // (CHUNKS * SPLITS)).to(tl.int64)
-    j = (first + tl.arange(0, WIDTH))[None, :]
+    j = components(first, WIDTH)
     inside = j < W
     own = tl.load(positive + b)
     own = tl.where((own >= 0) & (own < N), own, 0)  # a row to read: its weights are NaN
@@ -195,26 +199,25 @@ def query_gradient(
     a0, a1 = load_scale(scale, b, j, inside, q0, W, PARTS, SIM, REAL)
     z0, z1 = load_parts(table, own * STRIDE, j, inside, W, PARTS, REAL)
     tz0, tz1, dz0, dz1 = tile_terms(q0, q1, a0, a1, z0, z1, HALF, SCALED, PARTS, SIM)
-    gq0 = tl.zeros((ROWS, WIDTH), REAL)
+    gq0 = no_tile(table, j, K, REAL, STRIDE, ROWS)
     gq1, gz0, gz1, ga0, ga1 = gq0, gq0, gq0, gq0, gq0
     row = row_offset + b + tl.zeros((ROWS,), tl.int64)
     seed_value = tl.load(seed)
     sums = B.to(tl.int64) * K
+    bound0, bound1 = load_bounds(thresholds, threshold, first, W, PARTS, MUTATION, WIDTH)
     span = tl.cdiv(tl.cdiv(K, SPLITS), ROWS) * ROWS
     for start in range(split * span, tl.minimum(split * span + span, K), ROWS):
         k = start + tl.arange(0, ROWS)
         valid = k < K
         ids = tl.load(negative + (b // R) * K + k, mask=valid, other=-1)
         real = (ids >= 0) & (ids < N)
-        c0, c1 = load_parts(
-            table, (ids * STRIDE)[:, None], j, inside & real[:, None], W, PARTS, REAL
-        )
+        c0, c1 = load_parts(table, spread(ids * STRIDE), j, inside & spread(real), W, PARTS, REAL)
         t0, t1, d0, d1 = tile_terms(q0, q1, a0, a1, c0, c1, HALF, SCALED, PARTS, SIM)
         at = b * K + k
-        w0 = tl.load(weight + at, mask=valid, other=0.0)[:, None]
+        w0 = spread(tl.load(weight + at, mask=valid, other=0.0))
         w1 = w0
         if SIM == "hake":
-            w1 = tl.load(weight + sums + at, mask=valid, other=0.0)[:, None]
+            w1 = spread(tl.load(weight + sums + at, mask=valid, other=0.0))
         gq0 = tl.fma(w0, d0, gq0)
         if PARTS == 2:
             gq1 = tl.fma(w1, d1, gq1)
@@ -225,17 +228,17 @@ def query_gradient(
                 ga1 = tl.fma(-w1 * d1, c1, ga1)
         if MUTATION != "none":
             l0, l1 = draw(
-                seed_value, thresholds, threshold, k, row, first,
+                seed_value, bound0, bound1, k, row, first,
                 W, PARTS, MUTATION, ORDER, ROWS, WIDTH, REAL,
             )  # fmt: skip
             _, _, md0, md1 = mutated_terms(
                 q0, q1, a0, a1, c0, c1, z0, z1, tz0, tz1, dz0, dz1, t0, t1, d0, d1, l0, l1,
                 HALF, SCALED, PARTS, SIM, MUTATION,
             )  # fmt: skip
-            h0 = tl.load(mutated_weight + at, mask=valid, other=0.0)[:, None]
+            h0 = spread(tl.load(mutated_weight + at, mask=valid, other=0.0))
             h1 = h0
             if SIM == "hake":
-                h1 = tl.load(mutated_weight + sums + at, mask=valid, other=0.0)[:, None]
+                h1 = spread(tl.load(mutated_weight + sums + at, mask=valid, other=0.0))
             gq0 = tl.fma(h0, md0, gq0)
             if SIM == "dot":
                 gz0 += give(l0, h0, MUTATION)
@@ -254,9 +257,9 @@ def query_gradient(
                     ga1 = tl.fma(-h1 * md1, mix(z1, c1, l1, MUTATION), ga1)
     finish_gradient(
         q0, q1, a0, a1, z0, z1, dz0, dz1,
-        tl.sum(gq0, 0, keep_dims=True), tl.sum(gq1, 0, keep_dims=True),
-        tl.sum(gz0, 0, keep_dims=True), tl.sum(gz1, 0, keep_dims=True),
-        tl.sum(ga0, 0, keep_dims=True), tl.sum(ga1, 0, keep_dims=True),
+        over_rows(gq0), over_rows(gq1),
+        over_rows(gz0), over_rows(gz1),
+        over_rows(ga0), over_rows(ga1),
         positive_weight, split == 0, b, split * B.to(tl.int64) + b, B, j, inside,
         grad_query, grad_positive, grad_scale, W, PARTS, SIM,
     )  # fmt: skip

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from emu_kernels.triton import backward, forward, losses, mutate
+from emu_kernels.triton import backward, forward, losses, mutate, rows
 from torch import Tensor
 
 import triton
@@ -38,21 +38,20 @@ class Tile:
     warps: int
 
 
-def tile(width: int, parts: int, count: int) -> Tile:
-    """The tile of a kernel that walks over ``count`` candidates of ``parts`` × ``width`` components.
+def tile(width: int, count: int) -> Tile:
+    """The tile of a kernel that walks over ``count`` candidates, ``width`` components a part.
 
-    A tile is about 1024 components with four warps: eight a thread, so that the tile, its terms and
-    masks and a handful of accumulators as large stay in registers (the ahead-of-time tests assert
-    that nothing spills), and a row is split over programs only where it is longer than 512. One
-    dimension of freedom is left, rows against width, and the shape decides it; so there is nothing
-    to search for at run time, no first call that is slow, and the same sums in every run.
+    A Philox call's sixteen components are a thread's, so a tile has 2048 components of a part for
+    four warps, and as many rows as that leaves; a second part is a thread's as well. With wider
+    rows a warp's sum would become the warps'. Nothing is left to choose but the number of warps,
+    so there is nothing to search for at run time: no slow first call, the same sums in every run.
     """
     if INTERPRETED:
         # An operation costs the same on one element or thousands.
-        rows, wide = triton.next_power_of_2(min(max(count, 1), 64)), min(width, 512 // parts)
+        rows, wide = triton.next_power_of_2(min(max(count, 1), 64)), min(width, 512)
         return Tile(rows, max(16, triton.next_power_of_2(wide)), 1)
-    wide = max(16, min(triton.next_power_of_2(width), 512 // parts))
-    rows = max(1, min(1024 // (wide * parts), triton.next_power_of_2(max(count, 1))))
+    wide = max(16, min(triton.next_power_of_2(width), 512))
+    rows = max(1, min(2048 // wide, triton.next_power_of_2(max(count, 1))))
     return Tile(rows, wide, 4)
 
 
@@ -121,7 +120,7 @@ class Problem:
 
     @property
     def tile(self) -> Tile:
-        return tile(self.width, self.parts, self.count)
+        return tile(self.width, self.count)
 
     def chunks(self, tile: Tile) -> int:
         return -(-self.width // tile.width)
@@ -196,6 +195,82 @@ def _query_gradient(p: Problem, positive_weight: Tensor, state: LossState | Scor
             torch.sum(parts, 0, out=total)
 
 
+passes: int | None = None
+"""In how many passes over the candidates the loss and its gradients by the query's side are made:
+1, 2, or None to choose. For measurements: set it between calls."""
+
+
+def _one_pass(p: Problem) -> bool:
+    """Whether a row and its sums fit in registers: five sums of sixteen components a thread do,
+    with the tile itself; more, a scale's or a second part's, would be spilled (see the
+    ahead-of-time tests). Where they do not fit, candidates are read twice."""
+    if p.width > p.tile.width:
+        return False
+    fits = not p.batch.mutated or (p.parts == 1 and p.batch.scale is None)
+    return fits if passes is None else passes == 1
+
+
+def _accumulate(p: Problem, positive: Tensor, state: LossState) -> tuple[int, Tensor, Tensor]:
+    at = p.tile
+    splits = _splits(p, p.rows, at.rows)
+    vectors = (8 if p.batch.scale is not None else 5) if p.batch.mutated else 1
+    vectors = 6 if p.batch.scale is not None and not p.batch.mutated else vectors
+    maxima = p.new(2, p.rows, splits)
+    sums = p.new(vectors, p.rows, splits, p.dim)
+    run(
+        rows.accumulate,
+        p.rows * splits,
+        at.warps,
+        **p.inputs,
+        **p.shape,
+        **p.kind,
+        weights=p.batch.weights,
+        negative=p.batch.negative,
+        report=ids.report(p.batch.table.device),
+        positive_out=positive,
+        plain_out=state.weight,
+        mutated_out=state.mutated_weight,
+        maxima=maxima,
+        sums=sums,
+        SPLITS=splits,
+        ROWS=at.rows,
+        WIDTH=at.width,
+    )
+    return splits, maxima, sums
+
+
+def _merge(
+    p: Problem,
+    positive_weight: Tensor,
+    state: LossState,
+    statistics: Tensor,
+    splits: int,
+    maxima: Tensor,
+    sums: Tensor,
+) -> None:
+    wide = p.tile.width
+    inputs = {name: p.inputs[name] for name in ("query", "table", "scale", "positive")}
+    kind = {k: v for k, v in p.kind.items() if k != "ORDER"}
+    run(
+        rows.merge,
+        p.rows * -(-p.width // wide),
+        1,
+        **inputs,
+        **kind,
+        maxima=maxima,
+        sums=sums,
+        statistics=statistics,
+        positive_weight=positive_weight,
+        grad_query=state.grad_query,
+        grad_positive=state.grad_positive,
+        grad_scale=_optional(state.grad_scale),
+        B=p.rows,
+        N=p.shape["N"],
+        SPLITS=splits,
+        WIDTH=wide,
+    )
+
+
 def loss_forward(
     batch: Batch,
     *,
@@ -220,7 +295,12 @@ def loss_forward(
             positive_weight = p.new(p.sums, p.rows)
         else:
             positive, plain, mutated = new_scores(batch)
-        _scores(p, positive, plain, mutated, values=need_grad)
+        one_pass = need_grad and _one_pass(p)
+        if one_pass:
+            spans = _accumulate(p, positive, state)
+        else:
+            _scores(p, positive, plain, mutated, values=need_grad)
+        statistics = p.new(5, p.rows) if one_pass else None
         common = {"coefficients": coefficients, "alpha": alpha, "B": p.rows}
         run(
             losses.loss_rows,
@@ -236,7 +316,7 @@ def loss_forward(
             vanilla_out=vanilla,
             positive_weight=positive_weight if need_grad else None,
             grad_weights=_optional(state.grad_weights),
-            statistics=None,
+            statistics=statistics,
             K=p.count,
             R=p.shape["R"],
             beta=beta,
@@ -244,7 +324,9 @@ def loss_forward(
             MUTATED=batch.mutated,
             BLOCK=block(p.count),
         )
-        if need_grad:
+        if one_pass:
+            _merge(p, positive_weight, state, statistics, *spans)
+        elif need_grad:
             _query_gradient(p, positive_weight, state)
         run(
             losses.reduce_rows,
@@ -374,7 +456,7 @@ def backward_tile(p: Problem) -> tuple[int, Tile]:
     One warp: a program works on one entity at a time, and several would wait for each other.
     """
     if INTERPRETED:
-        return 256, tile(p.width, p.parts, p.count)
+        return 256, tile(p.width, p.count)
     wide = max(16, min(triton.next_power_of_2(p.width), 256 // p.parts))
     entities = min(p.shape["N"], p.batch.negative.numel())
     pairs = p.rows * p.count / max(entities, 1)  # of an entity, if all are drawn alike
@@ -453,7 +535,7 @@ def _scatter(p: Problem, weights: dict[str, Tensor], out: Tensor) -> None:
 def _mutate(mask: MaskSpec, tensor: Tensor) -> tuple[dict[str, Any], Tile, int]:
     _, count, dim = tensor.shape
     parts = 2 if mask.mutation == "pair" else 1
-    at = tile(dim // parts, parts, count)
+    at = tile(dim // parts, count)
     arguments = {
         "seed": mask.seed,
         "thresholds": mask.thresholds,

@@ -28,7 +28,8 @@ def draws(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """(ROWS, WIDTH) bytes of the components first + 0..WIDTH − 1.
+    """(4, ROWS, WIDTH / 16, 4) uint32 of components first + 0..WIDTH − 1, laid out as in tiles.py:
+    each one's byte is the highest, the bytes before it in its word come after it.
 
     Components that begin inside a block of sixteen take bytes of two calls; SHIFT is how far.
     """
@@ -51,9 +52,18 @@ def draws(
             w1 = (w1 >> LOW) | (w2 << (32 - LOW))
             w2 = (w2 >> LOW) | (w3 << (32 - LOW))
             w3 = (w3 >> LOW) | (w4 << (32 - LOW))
-    joined = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (ROWS, GROUPS, 4, 1))
-    shift = (tl.arange(0, 4) * 8).to(tl.uint32)[None, None, None, :]
-    return tl.reshape((joined >> shift) & 0xFF, (ROWS, WIDTH)).to(tl.int32)
+    joined = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (ROWS, GROUPS, 4))
+    joined = tl.permute(joined, (2, 0, 1))[:, :, :, None]
+    shift = (24 - tl.arange(0, 4) * 8).to(tl.uint32)[None, None, None, :]
+    return joined << shift
+
+
+@triton.jit
+def below(drawn, threshold):
+    """Whether the highest byte is below the threshold, 0..256: two instructions less than to
+    extract it."""
+    last = ((threshold.to(tl.int32) << 24) - 1).to(tl.uint32)  # 2^32 − 1 for 256, and for 0
+    return (drawn <= last) & (threshold > 0)
 
 
 @triton.jit

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import triton.language as tl
-from emu_kernels.triton.tiles import draw, load_parts, store_parts
+from emu_kernels.triton.tiles import (
+    components,
+    draw,
+    load_bounds,
+    load_parts,
+    over_rows,
+    spread,
+    store_parts,
+)
 
 import triton
 
@@ -35,14 +43,15 @@ def mutate_forward(
     blocks = tl.cdiv(K, ROWS)
     k = (pid // CHUNKS % blocks) * ROWS + tl.arange(0, ROWS)
     b = (pid // CHUNKS // blocks).to(tl.int64)
-    j = (first + tl.arange(0, WIDTH))[None, :]
-    inside = (k < K)[:, None] & (j < W)
-    base = ((b * K + k) * D)[:, None]
+    j = components(first, WIDTH)
+    inside = spread(k < K) & (j < W)
+    base = spread((b * K + k) * D)
     z0, z1 = load_parts(positive, b * D, j, j < W, W, PARTS, T)
     c0, c1 = load_parts(negative, base, j, inside, W, PARTS, T)
     row = row_offset + b + tl.zeros((ROWS,), tl.int64)
+    bound0, bound1 = load_bounds(thresholds, threshold, first, W, PARTS, MUTATION, WIDTH)
     l0, l1 = draw(
-        tl.load(seed), thresholds, threshold, k, row, first,
+        tl.load(seed), bound0, bound1, k, row, first,
         W, PARTS, MUTATION, 1, ROWS, WIDTH, T,
     )  # fmt: skip
     x0 = tl.where(l0, z0, c0)
@@ -73,18 +82,19 @@ def mutate_backward(
     REAL: tl.constexpr = tl.float64 if tl.float64 == T else tl.float32
     first = (tl.program_id(0) % CHUNKS) * WIDTH
     b = (tl.program_id(0) // CHUNKS).to(tl.int64)
-    j = (first + tl.arange(0, WIDTH))[None, :]
-    sum0 = tl.zeros((ROWS, WIDTH), REAL)
+    j = components(first, WIDTH)
+    sum0 = tl.zeros((4, ROWS, WIDTH // 16, 4), REAL)
     sum1 = sum0
     row = row_offset + b + tl.zeros((ROWS,), tl.int64)
+    bound0, bound1 = load_bounds(thresholds, threshold, first, W, PARTS, MUTATION, WIDTH)
     seed_value = tl.load(seed)
     for start in range(0, K, ROWS):
         k = start + tl.arange(0, ROWS)
-        inside = (k < K)[:, None] & (j < W)
-        base = ((b * K + k) * D)[:, None]
+        inside = spread(k < K) & (j < W)
+        base = spread((b * K + k) * D)
         g0, g1 = load_parts(grad, base, j, inside, W, PARTS, T)
         l0, l1 = draw(
-            seed_value, thresholds, threshold, k, row, first,
+            seed_value, bound0, bound1, k, row, first,
             W, PARTS, MUTATION, 1, ROWS, WIDTH, T,
         )  # fmt: skip
         sum0 += tl.where(l0, g0.to(REAL), 0.0)
@@ -92,6 +102,6 @@ def mutate_backward(
         store_parts(
             grad_negative, base, j, inside, tl.where(l0, 0.0, g0), tl.where(l1, 0.0, g1), W, PARTS
         )
-    total0 = tl.sum(sum0, 0, keep_dims=True)
-    total1 = tl.sum(sum1, 0, keep_dims=True)
+    total0 = over_rows(sum0)
+    total1 = over_rows(sum1)
     store_parts(grad_positive, b * D, j, j < W, total0, total1, W, PARTS)

@@ -2,16 +2,48 @@
 
 A row of D components is one part of W = D, or two halves of W = D/2 each, where the similarity has
 two or a mask's unit is the pair. The second part's variables end in 1, and are the first's where
-there is only one. Tiles are (ROWS, WIDTH); what belongs to one query is (1, WIDTH).
+there is only one.
+
+A tile of ROWS candidates and WIDTH components of a part is (4, ROWS, WIDTH / 16, 4): word, row,
+block of sixteen components, byte. The words and bytes are those of the blocks' Philox calls, so
+that a thread which holds a block's words holds its components too and nothing is exchanged; the
+four components of a word are a load of 16 bytes. What belongs to one query is
+(4, 1, WIDTH / 16, 4).
 """
 
 from __future__ import annotations
 
 import triton.language as tl
-from emu_kernels.triton.masks import draws, shares
+from emu_kernels.triton.masks import below, draws, shares
 from emu_kernels.triton.similarities import coupled_terms, terms
 
 import triton
+
+
+@triton.jit
+def components(first, WIDTH: tl.constexpr):
+    """(4, 1, WIDTH / 16, 4): their places in a part."""
+    word = tl.arange(0, 4)[:, None, None, None]
+    block = tl.arange(0, WIDTH // 16)[None, None, :, None]
+    byte = tl.arange(0, 4)[None, None, None, :]
+    return first + 16 * block + 4 * word + byte
+
+
+@triton.jit
+def spread(x):
+    """(ROWS,) to the rows of a tile."""
+    return x[None, :, None, None]
+
+
+@triton.jit
+def over_components(x):
+    """(ROWS,) sums."""
+    return tl.sum(tl.sum(tl.sum(x, 3), 0), 1)
+
+
+@triton.jit
+def over_rows(x):
+    return tl.sum(x, 1, keep_dims=True)
 
 
 @triton.jit
@@ -29,6 +61,15 @@ def load_parts(
     if PARTS == 2:
         second = tl.load(pointer + (base + (W + j)), mask=inside, other=0.0).to(REAL)
     return first, second
+
+
+@triton.jit
+def no_tile(pointer, j, K, REAL: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr):
+    """Zeros in the layout that tiles are loaded in. Sums that start from them keep it; else Triton
+    holds those that no candidate enters, and the masks they are made from, in another one too.
+    Nothing is read: K is not negative."""
+    row = spread(tl.arange(0, ROWS))
+    return tl.load(pointer + (row * STRIDE + j), mask=j < tl.minimum(K, 0), other=0.0).to(REAL)
 
 
 @triton.jit
@@ -91,20 +132,41 @@ def tile_terms(
 def row_sums(t0, t1, PARTS: tl.constexpr, SIM: tl.constexpr):
     """(ROWS,) sums of the terms; the second is hake's alone."""
     if SIM == "hake":
-        return tl.sum(t0, axis=1), tl.sum(t1, axis=1)
+        return over_components(t0), over_components(t1)
     elif (PARTS == 2) and (SIM != "rotate"):
-        total = tl.sum(t0 + t1, axis=1)
+        total = over_components(t0 + t1)
         return total, total
     else:
-        total = tl.sum(t0, axis=1)
+        total = over_components(t0)
         return total, total
+
+
+@triton.jit
+def load_bounds(
+    thresholds,
+    threshold,
+    first,  # component within a part
+    W: tl.constexpr,
+    PARTS: tl.constexpr,
+    MUTATION: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """The thresholds of both parts' components, or the one of all."""
+    bound0, bound1 = threshold, threshold
+    if thresholds is not None:
+        j = components(first, WIDTH)
+        bound0 = tl.load(thresholds + j, mask=j < W, other=0).to(tl.int32)
+        bound1 = bound0
+        if (PARTS == 2) and (MUTATION == "component"):
+            bound1 = tl.load(thresholds + (W + j), mask=j < W, other=0).to(tl.int32)
+    return bound0, bound1
 
 
 @triton.jit
 def draw(
     seed,
-    thresholds,
-    threshold,
+    bound0,
+    bound1,
     column,  # (ROWS,) k
     row,  # (ROWS,) row_offset + b
     first,  # component within a part, a multiple of 16
@@ -121,20 +183,14 @@ def draw(
     column = column.to(tl.uint32)
     row = row.to(tl.uint32)
     if MUTATION == "mixup":
-        first_part = shares(seed, column, row, ORDER).to(REAL)[:, None]
+        first_part = spread(shares(seed, column, row, ORDER).to(REAL))
         second_part = first_part
     else:
-        bound0, bound1 = threshold, threshold
-        if thresholds is not None:
-            j = first + tl.arange(0, WIDTH)
-            bound0 = tl.load(thresholds + j, mask=j < W, other=0).to(tl.int32)[None, :]
-            if (PARTS == 2) and (MUTATION == "component"):
-                bound1 = tl.load(thresholds + (W + j), mask=j < W, other=0).to(tl.int32)[None, :]
-        first_part = draws(seed, column, row, first, 0, ROWS, WIDTH) < bound0
+        first_part = below(draws(seed, column, row, first, 0, ROWS, WIDTH), bound0)
         second_part = first_part
         if (PARTS == 2) and (MUTATION == "component"):
             SHIFT: tl.constexpr = W % 16
-            second_part = draws(seed, column, row, W + first, SHIFT, ROWS, WIDTH) < bound1
+            second_part = below(draws(seed, column, row, W + first, SHIFT, ROWS, WIDTH), bound1)
     return first_part, second_part
 
 
