@@ -13,6 +13,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from emu_kernels import backends
+from emu_kernels.backends.triton import interpreted
 
 KERNELS = tuple(name for name in backends.NAMES if name != backends.REFERENCE)
 
@@ -71,6 +72,14 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     """Where the tensors of this test's ``backend`` or ``kernel`` have to be."""
     name = "backend" if "backend" in request.fixturenames else "kernel"
     return _device(request.getfixturevalue(name))
+
+
+@pytest.fixture
+def compiled(request: pytest.FixtureRequest, device: torch.device) -> None:
+    """Skips tests that would take minutes on kernels that are emulated, or tell nothing of them."""
+    name = "backend" if "backend" in request.fixturenames else "kernel"
+    if device.type == "cpu" and request.getfixturevalue(name) not in (backends.REFERENCE, "cpu"):
+        pytest.skip("these kernels are emulated")
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from emu_kernels.backends import ids
 from emu_kernels.backends.base import Batch, LossState, MaskSpec, ScoresGradient
+from emu_kernels.validate import coefficient
 
 if TYPE_CHECKING:
     from emu_kernels.triton import launch
@@ -99,6 +100,10 @@ class TritonBackend:
         reduction: str,
         need_grad: bool,
     ) -> LossState:
+        if coefficients is not None and coefficients.device.type == "cpu":
+            # Reading them waits for nothing. Elsewhere the kernels make NaN of what is out of range.
+            for name, value in zip(("beta", "alpha"), coefficients.tolist(), strict=True):
+                coefficient(name, value)
         return _kernels().loss_forward(
             batch,
             beta=beta,

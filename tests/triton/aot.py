@@ -46,6 +46,18 @@ class Launch:
     def name(self) -> str:
         return str(self.kernel.__name__)
 
+    @property
+    def kind(self) -> dict[str, Any]:
+        """The constants that it is compiled for."""
+        return {name: value for name, value in self.arguments.items() if name.isupper()}
+
+    @property
+    def types(self) -> tuple[str, ...]:
+        return tuple(
+            str(value.dtype) if isinstance(value, torch.Tensor) else str(value is None)
+            for value in self.arguments.values()
+        )
+
 
 @dataclass(frozen=True)
 class Compiled:
@@ -54,14 +66,13 @@ class Compiled:
     registers: int
     spilled: int  # registers, or bytes of them
     shared: int  # bytes
-    loops: tuple[int, ...]  # instructions of each innermost loop
+    longest: int  # instructions of the longest innermost loop, or of all where there is none
     components: int  # a thread has of a tile
-    seconds: float = 0.0
 
     @property
-    def in_loop(self) -> float:
-        """Instructions a component in the longest innermost loop, or of all where there is none."""
-        return max(self.loops, default=0) / max(self.components, 1)
+    def instructions(self) -> float:
+        """A component, in the loop."""
+        return self.longest / self.components
 
 
 def batch(
@@ -164,11 +175,11 @@ def inspect(launched: Launch, name: str) -> Compiled:
     tile = given.get("ROWS", 1) * given.get("WIDTH", given.get("BLOCK", 1)) * given.get("PARTS", 1)
     lanes = TARGETS[name].warp_size * launched.warps
     if name.startswith("gfx"):
-        registers, spilled, loops = read_amdgcn(kernel.asm["amdgcn"])
+        registers, spilled, longest = read_amdgcn(kernel.asm["amdgcn"])
     else:
-        registers, spilled, loops = read_cubin(kernel.asm["cubin"])
+        registers, spilled, longest = read_cubin(kernel.asm["cubin"])
     return Compiled(
-        launched.name, name, registers, spilled, kernel.metadata.shared, loops,
+        launched.name, name, registers, spilled, kernel.metadata.shared, longest,
         max(1, tile // lanes),
     )  # fmt: skip
 
@@ -179,7 +190,7 @@ def _run(tool: str, *arguments: str) -> str:
     ).stdout
 
 
-def read_cubin(cubin: bytes) -> tuple[int, int, tuple[int, ...]]:
+def read_cubin(cubin: bytes) -> tuple[int, int, int]:
     with tempfile.TemporaryDirectory() as folder:
         file = str(Path(folder) / "kernel.cubin")
         Path(file).write_bytes(cubin)
@@ -190,27 +201,27 @@ def read_cubin(cubin: bytes) -> tuple[int, int, tuple[int, ...]]:
     return registers, local, innermost(sass, r"^\s*/\*[0-9a-f]+\*/\s+(.*)", r"BRA\S* .*`\((\S+)\)")
 
 
-def read_amdgcn(text: str) -> tuple[int, int, tuple[int, ...]]:
+def read_amdgcn(text: str) -> tuple[int, int, int]:
     registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])  # type: ignore[index]
     spilled = sum(int(n) for n in re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", text))
     return registers, spilled, innermost(text, r"^\t([a-z].*)", r"s_c?branch\S*\s+(\S+)")
 
 
-def innermost(text: str, instruction: str, branch: str) -> tuple[int, ...]:
-    """Lengths of the loops that have no other inside."""
+def innermost(text: str, instruction: str, branch: str) -> int:
+    """Length of the longest loop that has no other inside; of all code where there is no loop."""
     labels: dict[str, int] = {}
-    loops: list[tuple[int, int]] = []
+    loops: set[tuple[int, int]] = set()
     count = 0
     for line in text.splitlines():
         if label := re.match(r"^(\.?\w[\w.$]*):", line):
             labels[label[1]] = count
         elif code := re.match(instruction, line):
             count += 1
-            if (jump := re.search(branch, code[1])) and jump[1] in labels:
-                loops.append((labels[jump[1]], count))
-    spans = [
-        (a, b)
-        for a, b in loops
-        if not any((c, d) != (a, b) and a <= c and d <= b for c, d in loops)
-    ]
-    return tuple(b - a for a, b in spans)
+            if (jump := re.search(branch, code[1])) and labels.get(jump[1], count) < count - 1:
+                loops.add((labels[jump[1]], count))
+    inner = (
+        end - start
+        for start, end in loops
+        if not any((a, b) != (start, end) and start <= a and b <= end for a, b in loops)
+    )
+    return max(inner, default=count)
