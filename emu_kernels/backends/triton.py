@@ -101,7 +101,7 @@ class TritonBackend:
         need_grad: bool,
     ) -> LossState:
         if coefficients is not None and coefficients.device.type == "cpu":
-            # Reading them waits for nothing. Elsewhere the kernels make NaN of what is out of range.
+            # Reading them waits for nothing; elsewhere the kernels make NaN of a bad one.
             for name, value in zip(("beta", "alpha"), coefficients.tolist(), strict=True):
                 coefficient(name, value)
         return _kernels().loss_forward(

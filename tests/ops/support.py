@@ -30,7 +30,7 @@ HALF_WIDTH = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
 tolerance above is the nearest low-precision number or its neighbour."""
 
 
-EMULATED = {"rows": 12, "columns": 1000, "components": 450_000}
+EMULATED = {"rows": 12, "columns": 256, "components": 170_000}
 """The most B, K and B·K·D for which a GPU's kernels are run on the CPU, some thousand times slower:
 a row, a tile of candidates and an entity take about 10 ms each."""
 

@@ -31,6 +31,13 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether the kernels run on the CPU, one NumPy call an operation (TRITON_INTERPRET=1)."""
 
 
+def _result(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Zeros for a result of the kernels in ``like``'s dtype, to be cast to it. The interpreter cuts
+    bf16 off where a GPU rounds to nearest: there torch rounds."""
+    cut = INTERPRETED and like.dtype == torch.bfloat16
+    return like.new_zeros(shape, dtype=torch.float32 if cut else like.dtype)
+
+
 @dataclass(frozen=True)
 class Tile:
     rows: int  # candidates
@@ -482,11 +489,11 @@ def table_gradient(
             summed = batch.query.new_zeros(shape)
             _scatter(p, weights, summed)
             return summed.to(batch.table.dtype)
-        out = batch.table.new_zeros(shape)
+        out = _result(batch.table, shape)
         if p.rows:
             segments = Segments(batch)
             _table_gradient(p, segments, weights, segments.keys, out)
-        return out
+        return out.to(batch.table.dtype)
 
 
 def table_gradient_sparse(
@@ -501,10 +508,10 @@ def table_gradient_sparse(
         weights = _contiguous(row_scale, weight, mutated_weight, grad_positive)
         segments = Segments(batch)
         touched, slots = segments.touched(batch.table.shape[0])
-        out = batch.table.new_empty((touched.numel(), p.dim))
+        out = _result(batch.table, (touched.numel(), p.dim))
         if p.rows:
             _table_gradient(p, segments, weights, slots, out)
-        return touched.to(torch.int64), out
+        return touched.to(torch.int64), out.to(batch.table.dtype)
 
 
 def _contiguous(*tensors: Tensor) -> dict[str, Tensor]:
@@ -571,7 +578,7 @@ def mutate_forward(positive: Tensor, negative: Tensor, mask: MaskSpec) -> Tensor
 def mutate_backward(grad: Tensor, mask: MaskSpec) -> tuple[Tensor, Tensor]:
     with _on(grad):
         grad_negative = torch.empty_like(grad)
-        grad_positive = grad.new_empty((grad.shape[0], grad.shape[2]))
+        grad_positive = _result(grad, (grad.shape[0], grad.shape[2]))
         arguments, at, chunks = _mutate(mask, grad)
         run(
             mutate.mutate_backward,
@@ -582,4 +589,4 @@ def mutate_backward(grad: Tensor, mask: MaskSpec) -> tuple[Tensor, Tensor]:
             grad_negative=grad_negative,
             **arguments,
         )
-        return grad_positive, grad_negative
+        return grad_positive.to(grad.dtype), grad_negative
