@@ -2,6 +2,7 @@
 
 With TRITON_INTERPRET=1 in the environment, from before Triton was first imported, the same kernels
 run on the CPU's tensors, some thousand times slower, so that they can be tested without a GPU.
+Nothing here imports Triton before it is used.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import functools
 import importlib.util
 import os
 from importlib import metadata
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +19,6 @@ from torch import Tensor
 from emu_kernels.backends import ids
 from emu_kernels.backends.base import Batch, LossState, MaskSpec, ScoresGradient
 from emu_kernels.validate import coefficient
-
-if TYPE_CHECKING:
-    from emu_kernels.triton import launch
 
 OLDEST = (3, 6)
 
@@ -65,7 +63,8 @@ def _no_gpu() -> str | None:
     return None
 
 
-def _kernels() -> launch:  # type: ignore[valid-type]
+def _kernels() -> Any:
+    """emu_kernels.triton.launch, whose import imports Triton: at the first call."""
     from emu_kernels.triton import launch
 
     return launch

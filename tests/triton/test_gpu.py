@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -11,13 +12,13 @@ from torch import Tensor
 from emu_kernels import backends, emu_scores, fused_emu_loss
 from emu_kernels.backends import ids
 from emu_kernels.backends import triton as backend
-from tests.ops.support import LOSS, Inputs, assert_agree, evaluate, exact, make, same_bits
+from tests.ops.support import LOSS, Inputs, Options, assert_agree, evaluate, exact, make, same_bits
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or backends.get("triton").unavailable() is not None,
     reason="needs a GPU and Triton",
 )
-RATES = {"mutation_rate": 0.5, "beta": 0.3, "alpha": 0.2, "backend": "triton"}
+RATES: Options = {"mutation_rate": 0.5, "beta": 0.3, "alpha": 0.2, "backend": "triton"}
 
 
 @pytest.fixture
@@ -32,11 +33,11 @@ def device() -> Iterator[torch.device]:
 
 def step(inputs: Inputs, seed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     loss = fused_emu_loss(*inputs, seed=seed, **RATES)
-    grads = torch.autograd.grad(loss, inputs[:2])
-    return loss.detach(), *grads
+    by_query, by_table = torch.autograd.grad(loss, inputs[:2])
+    return loss.detach(), by_query, by_table
 
 
-def leaves(device: torch.device, **options: int) -> Inputs:
+def leaves(device: torch.device, **options: Any) -> Inputs:
     inputs = make(64, 48, 100, rows=300, device=device, **options)
     query, table = (t.requires_grad_() for t in inputs[:2])
     return inputs._replace(query=query, table=table)

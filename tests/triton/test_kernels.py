@@ -10,7 +10,7 @@ import torch
 from emu_kernels import backends, emu_scores, fused_emu_loss
 from emu_kernels.backends import ids
 from emu_kernels.backends import triton as backend
-from tests.ops.support import LOSS, Inputs, assert_agree, evaluate, exact, make, same_bits
+from tests.ops.support import LOSS, Inputs, Options, assert_agree, evaluate, exact, make, same_bits
 
 if backends.get("triton").unavailable() is not None:
     pytest.skip("triton cannot run here", allow_module_level=True)
@@ -86,7 +86,7 @@ def test_atomic_additions_give_way_where_torch_wants_determinism(
 def test_masks_of_a_half_that_begins_inside_a_philox_block(half: int) -> None:
     """By every number of bytes, modulo four, and of words."""
     inputs = make(2, 3, 2 * half, rows=5)
-    options = {"similarity": "rotate", "mutation": 0.5, "seed": 2**40 + 3}
+    options: Options = {"similarity": "rotate", "mutation": 0.5, "seed": 2**40 + 3}
     expected = emu_scores(*inputs, backend="reference", **options)
     actual = emu_scores(*inputs.to(DEVICE), backend="triton", **options)
     torch.testing.assert_close(actual.mutated.cpu(), expected.mutated)

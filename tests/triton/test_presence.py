@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -85,10 +86,10 @@ def test_the_report_says_why(without: Path) -> None:
 
 @pytest.mark.skipif(not INSTALLED, reason="Triton is not installed")
 def test_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend.metadata, "version", lambda name: "3.5.1")
+    monkeypatch.setattr(metadata, "version", lambda name: "3.5.1")
     reason = backend._missing.__wrapped__()
     assert reason == "Triton 3.5.1 is too old: 3.6 or newer is needed"
-    monkeypatch.setattr(backend.metadata, "version", lambda name: "3.6.0")
+    monkeypatch.setattr(metadata, "version", lambda name: "3.6.0")
     assert backend._missing.__wrapped__() is None
 
 

@@ -14,7 +14,6 @@ import torch
 from emu_kernels.triton import backward, forward, losses, mutate, rows
 from torch import Tensor
 
-import triton
 from emu_kernels.backends import ids
 from emu_kernels.backends.base import (
     Batch,
@@ -25,10 +24,16 @@ from emu_kernels.backends.base import (
     new_scores,
     new_scores_gradient,
 )
+from emu_kernels.backends.triton import interpreted
 from emu_kernels.reference import SIMILARITIES
 
-INTERPRETED = bool(triton.knobs.runtime.interpret)
+INTERPRETED = interpreted()
 """Whether the kernels run on the CPU, one NumPy call an operation (TRITON_INTERPRET=1)."""
+
+
+def _power_of_2(number: int) -> int:
+    """The next one, or the number itself."""
+    return 1 << (number - 1).bit_length()
 
 
 def _result(like: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -55,16 +60,16 @@ def tile(width: int, count: int) -> Tile:
     """
     if INTERPRETED:
         # An operation costs the same on one element or thousands.
-        rows, wide = triton.next_power_of_2(min(max(count, 1), 64)), min(width, 512)
-        return Tile(rows, max(16, triton.next_power_of_2(wide)), 1)
-    wide = max(16, min(triton.next_power_of_2(width), 512))
-    rows = max(1, min(2048 // wide, triton.next_power_of_2(max(count, 1))))
+        rows, wide = _power_of_2(min(max(count, 1), 64)), min(width, 512)
+        return Tile(rows, max(16, _power_of_2(wide)), 1)
+    wide = max(16, min(_power_of_2(width), 512))
+    rows = max(1, min(2048 // wide, _power_of_2(max(count, 1))))
     return Tile(rows, wide, 4)
 
 
 def block(count: int) -> int:
     """Lanes that walk over ``count`` numbers."""
-    return max(16, min(1024, triton.next_power_of_2(max(count, 1))))
+    return max(16, min(1024, _power_of_2(max(count, 1))))
 
 
 @contextmanager
@@ -171,7 +176,7 @@ def scores_forward(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
 def _splits(p: Problem, programs: int, rows: int) -> int:
     """Over how many programs to split a row's negatives where rows alone are too few."""
     wanted = 1 if INTERPRETED else max(1, 1024 // max(programs, 1))
-    return min(triton.next_power_of_2(wanted), max(1, p.count // (4 * rows)))
+    return min(_power_of_2(wanted), max(1, p.count // (4 * rows)))
 
 
 def _query_gradient(p: Problem, positive_weight: Tensor, state: LossState | ScoresGradient) -> None:
@@ -331,7 +336,7 @@ def loss_forward(
             MUTATED=batch.mutated,
             BLOCK=block(p.count),
         )
-        if one_pass:
+        if statistics is not None:
             _merge(p, positive_weight, state, statistics, *spans)
         elif need_grad:
             _query_gradient(p, positive_weight, state)
@@ -464,12 +469,12 @@ def backward_tile(p: Problem) -> tuple[int, Tile]:
     """
     if INTERPRETED:
         return 256, tile(p.width, p.count)
-    wide = max(16, min(triton.next_power_of_2(p.width), 256 // p.parts))
+    wide = max(16, min(_power_of_2(p.width), 256 // p.parts))
     entities = min(p.shape["N"], p.batch.negative.numel())
     pairs = p.rows * p.count / max(entities, 1)  # of an entity, if all are drawn alike
     rows = 4 if pairs >= 3 else 1
     piece = max(1, min(32, 2048 // p.shape["R"]))
-    return triton.next_power_of_2(piece), Tile(rows, wide, 1)
+    return _power_of_2(piece), Tile(rows, wide, 1)
 
 
 def table_gradient(
