@@ -26,7 +26,7 @@ PER_COMPONENT = {
     ("accumulate", "dot", "none"): 13,
     ("accumulate", "dot", "component"): 34,
     ("accumulate", "dot", "mixup"): 29,
-    ("accumulate", "hake", "none"): 34,
+    ("accumulate", "rotate", "none"): 15,
     ("accumulate", "protate", "component"): 80,
     ("scores", "l1", "component"): 36,
     ("scores", "l2", "component"): 36,

@@ -21,7 +21,8 @@ from emu_kernels.triton.tiles import (
 
 import triton
 
-VARYING = ["entries", "B", "K", "R", "N", "negatives", "row_offset", "threshold"]
+VARYING = ["entries", "B", "K", "N", "negatives", "row_offset", "threshold"]
+"""Arguments on whose values no code depends. Where R is 1 nothing is divided by it."""
 
 
 @triton.jit

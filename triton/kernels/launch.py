@@ -403,6 +403,8 @@ class Segments:
     def __init__(self, batch: Batch) -> None:
         rows = batch.table.shape[0]
         found = torch.cat([batch.negative.flatten(), batch.positive])
+        if found.numel() >= 2**31:
+            raise RuntimeError(f"negative: expected fewer than 2^31 ids, got {found.numel()}")
         if rows < 2**31 - 1:
             found = found.clamp(-1, rows).to(torch.int32)
         found = torch.where((found < 0) | (found >= rows), rows, found)
