@@ -203,7 +203,8 @@ def read_cubin(cubin: bytes) -> tuple[int, int, int]:
 
 def read_amdgcn(text: str) -> tuple[int, int, int]:
     registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])  # type: ignore[index]
-    spilled = sum(int(n) for n in re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", text))
+    # Scalar registers are spilled to lanes of vector registers: no memory is touched.
+    spilled = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text)[1])  # type: ignore[index]
     return registers, spilled, innermost(text, r"^\t([a-z].*)", r"s_c?branch\S*\s+(\S+)")
 
 
