@@ -16,6 +16,7 @@ def every_number(dtype: torch.dtype) -> Tensor:
     return torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
 
 
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 def test_every_number_is_read_exactly(
     dtype: torch.dtype, backend: str, device: torch.device
@@ -47,6 +48,7 @@ def awkward_numbers(dtype: torch.dtype) -> Tensor:
     return torch.cat([values, torch.tensor([torch.inf, -torch.inf, torch.nan, 3.4e38, 65519.996])])
 
 
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 def test_gradient_is_rounded_as_torch_rounds(

@@ -68,7 +68,7 @@ def no_tile(pointer, j, K, REAL: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.co
     """Zeros in the layout that tiles are loaded in. Sums that start from them keep it; else Triton
     holds those that no candidate enters, and the masks they are made from, in another one too.
     Nothing is read: K is not negative."""
-    row = spread(tl.arange(0, ROWS))
+    row = spread(tl.arange(0, ROWS).to(tl.int64))
     return tl.load(pointer + (row * STRIDE + j), mask=j < tl.minimum(K, 0), other=0.0).to(REAL)
 
 
