@@ -18,13 +18,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from emu_kernels.triton import launch
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 import triton
 from emu_kernels.backends.base import Batch
 from emu_kernels.reference import SIMILARITIES
+from emu_kernels.triton import launch
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

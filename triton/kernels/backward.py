@@ -4,6 +4,8 @@ rival, query-major with atomic additions."""
 from __future__ import annotations
 
 import triton.language as tl
+
+import triton
 from emu_kernels.triton.tiles import (
     components,
     draw,
@@ -18,8 +20,6 @@ from emu_kernels.triton.tiles import (
     store_parts,
     tile_terms,
 )
-
-import triton
 
 VARYING = ["entries", "B", "K", "N", "negatives", "row_offset", "threshold"]
 """Arguments on whose values no code depends. Where R is 1 nothing is divided by it."""

@@ -4,6 +4,8 @@ sums, then gradients of the query from these weights, for a chunk of components 
 from __future__ import annotations
 
 import triton.language as tl
+
+import triton
 from emu_kernels.triton.similarities import value
 from emu_kernels.triton.tiles import (
     check_ids,
@@ -22,8 +24,6 @@ from emu_kernels.triton.tiles import (
     store_parts,
     tile_terms,
 )
-
-import triton
 
 VARYING = ["B", "K", "R", "N", "row_offset", "threshold"]
 """Arguments on whose values no code depends."""

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from emu_kernels.triton import backward, forward, losses, mutate, rows
 from torch import Tensor
 
 from emu_kernels.backends import ids
@@ -26,6 +25,7 @@ from emu_kernels.backends.base import (
 )
 from emu_kernels.backends.triton import interpreted
 from emu_kernels.reference import SIMILARITIES
+from emu_kernels.triton import backward, forward, losses, mutate, rows
 
 INTERPRETED = interpreted()
 """Whether the kernels run on the CPU, one NumPy call an operation (TRITON_INTERPRET=1)."""
@@ -55,8 +55,8 @@ def tile(width: int, count: int) -> Tile:
 
     A Philox call's sixteen components are a thread's, so a tile has 2048 components of a part for
     four warps, and as many rows as that leaves; a second part is a thread's as well. With wider
-    rows a warp's sum would become the warps'. Nothing is left to choose but the number of warps,
-    so there is nothing to search for at run time: no slow first call, the same sums in every run.
+    rows a warp's sum would become the warps'. So there is nothing to search for at run time: no
+    slow first call, the same sums in every run.
     """
     if INTERPRETED:
         # An operation costs the same on one element or thousands.
@@ -64,7 +64,7 @@ def tile(width: int, count: int) -> Tile:
         return Tile(rows, max(16, _power_of_2(wide)), 1)
     wide = max(16, min(_power_of_2(width), 512))
     rows = max(1, min(2048 // wide, _power_of_2(max(count, 1))))
-    return Tile(rows, wide, 4)
+    return Tile(rows, wide, max(1, rows * wide // 512))
 
 
 def block(count: int) -> int:

@@ -6,10 +6,10 @@ All of it is B·K numbers, a D-th of what the scores were made from.
 from __future__ import annotations
 
 import triton.language as tl
-from emu_kernels.triton.forward import combine
-from emu_kernels.triton.similarities import value_slope
 
 import triton
+from emu_kernels.triton.forward import combine
+from emu_kernels.triton.similarities import value_slope
 
 VARYING = ["B", "K", "R", "beta", "alpha"]
 

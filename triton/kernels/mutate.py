@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import triton.language as tl
+
+import triton
 from emu_kernels.triton.tiles import (
     components,
     draw,
@@ -12,8 +14,6 @@ from emu_kernels.triton.tiles import (
     spread,
     store_parts,
 )
-
-import triton
 
 VARYING = ["K", "row_offset", "threshold"]
 

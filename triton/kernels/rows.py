@@ -10,6 +10,8 @@ with e^(ŝ − m̂), and plain.
 from __future__ import annotations
 
 import triton.language as tl
+
+import triton
 from emu_kernels.triton.forward import VARYING, combine, finish_gradient
 from emu_kernels.triton.similarities import value, value_slope
 from emu_kernels.triton.tiles import (
@@ -29,8 +31,6 @@ from emu_kernels.triton.tiles import (
     store_parts,
     tile_terms,
 )
-
-import triton
 
 
 @triton.jit

@@ -14,10 +14,10 @@ four components of a word are a load of 16 bytes. What belongs to one query is
 from __future__ import annotations
 
 import triton.language as tl
-from emu_kernels.triton.masks import below, draws, shares
-from emu_kernels.triton.similarities import coupled_terms, terms
 
 import triton
+from emu_kernels.triton.masks import below, draws, shares
+from emu_kernels.triton.similarities import coupled_terms, terms
 
 
 @triton.jit
