@@ -14,6 +14,7 @@ from torch import Tensor
 
 from emu_kernels import emu_scores, fused_emu_loss, fused_softmax_loss
 from tests.ops.support import (
+    EMULATED,
     LOSS,
     Inputs,
     Options,
@@ -238,7 +239,7 @@ def test_every_element_is_written(kernel: str, device: torch.device) -> None:
         assert torch.empty(3).isnan().all()
         for shape in shapes:
             inputs = shape.make(padding=True).to(device)
-            if emulated(kernel, device) and shape.batch > 12:
+            if emulated(kernel, device) and shape.count > EMULATED["columns"]:
                 continue
             for function, options in calls:
                 results = [evaluate(function, inputs, backend=kernel, **options)]
