@@ -6,6 +6,8 @@
 PYTHON ?= python3
 # One release, so that results can be repeated. Installed first and alone: then nothing else picks another build.
 TORCH ?= torch==2.13.0
+# For the tests, where torch brings none: its builds for GPUs come with the Triton that they need.
+TRITON ?= triton==3.9.0
 VENV ?= .venv
 
 BIN := $(VENV)/bin
@@ -59,5 +61,6 @@ $(VENV)/.torch: FORCE
 	}
 
 $(VENV)/.installed-%: $(VENV)/.torch $(INPUTS)
+	$(if $(filter test,$*),$(PIP) show -q triton || $(PIP) install '$(TRITON)')
 	$(PIP) install --constraint constraints.txt $(firstword $(TORCH)) --editable '.[$*]'
 	touch $@

@@ -15,7 +15,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -87,4 +87,7 @@ def available_cores() -> int:
 setup(
     ext_modules=[Extension("emu_kernels._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
+    # The sources lie in a folder that must not be a package itself, see triton/kernels/__init__.py.
+    packages=[*find_packages(include=["emu_kernels*"]), "emu_kernels.triton"],
+    package_dir={"emu_kernels.triton": "triton/kernels"},
 )

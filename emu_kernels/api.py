@@ -111,7 +111,7 @@ def fused_emu_loss(
             "none".
         sparse_grad: give ``table`` a sparse (coalesced COO) gradient of its touched rows, with no
             N·D buffer. Eager only.
-        backend: "reference", "cpu" or None for the fastest
+        backend: a name of :data:`emu_kernels.backends.NAMES`, or None for the fastest
             (:func:`emu_kernels.backends.default_backend`).
 
     Returns:

@@ -170,6 +170,8 @@ def test_wheel_contents(wheel: Path) -> None:
         head = archive.read(f"{info}/METADATA").decode().split("\n\n")[0].splitlines()
         licence = archive.read(f"{info}/licenses/LICENSE").decode()
     modules = {str(path.relative_to(ROOT)) for path in ROOT.glob("emu_kernels/**/*.py")}
+    modules |= {f"emu_kernels/triton/{path.name}" for path in ROOT.glob("triton/kernels/*.py")}
+    assert "emu_kernels/triton/launch.py" in modules
     assert modules <= set(names)
     assert "emu_kernels/py.typed" in names
     assert len([name for name in names if EXTENSION.fullmatch(name)]) == 1
@@ -194,6 +196,7 @@ def test_sdist_has_all_that_the_build_reads(sdist: Path) -> None:
         names = {name.partition("/")[2] for name in archive.getnames()}
     sources = {str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*") if path.is_file()}
     assert any(source.endswith(".h") for source in sources)
+    sources |= {str(path.relative_to(ROOT)) for path in ROOT.glob("triton/kernels/*.py")}
     assert sources | {"CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE"} <= names
     assert not [name for name in names if name.endswith(".so")]
 

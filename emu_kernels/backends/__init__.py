@@ -11,9 +11,10 @@ import torch
 
 from emu_kernels.backends.base import Backend
 from emu_kernels.backends.cpu import CpuBackend
+from emu_kernels.backends.triton import TritonBackend
 
 REFERENCE = "reference"
-_KERNELS: tuple[Backend, ...] = (CpuBackend(),)  # fastest first
+_KERNELS: tuple[Backend, ...] = (TritonBackend(), CpuBackend())  # fastest first
 _BY_NAME = {backend.name: backend for backend in _KERNELS}
 NAMES = (REFERENCE, *_BY_NAME)
 
@@ -24,10 +25,15 @@ def get(name: str) -> Backend:
 
 
 def default_backend(device: torch.device | str) -> str:
-    """The name that ``backend=None`` stands for on tensors of ``device``."""
+    """The name that ``backend=None`` stands for on tensors of ``device``.
+
+    A GPU's kernels that are emulated on the CPU, for tests, are never it.
+    """
     device = torch.device(device)
     for backend in _KERNELS:
-        if backend.unavailable() is None and device.type in backend.device_types:
+        if device.type == "cpu" and backend.name != "cpu":
+            continue
+        if device.type in backend.device_types and backend.unavailable() is None:
             return backend.name
     return REFERENCE
 

@@ -30,8 +30,9 @@ HALF_WIDTH = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
 tolerance above is the nearest low-precision number or its neighbour."""
 
 
-EMULATED = {"rows": 300, "components": 300_000}
-"""The most B and B·K·D for which a GPU's kernels are run on the CPU, some hundred times slower."""
+EMULATED = {"rows": 12, "columns": 256, "components": 170_000}
+"""The most B, K and B·K·D for which a GPU's kernels are run on the CPU, some thousand times slower:
+a row, a tile of candidates and an entity take about 10 ms each."""
 
 
 def emulated(backend: str, device: torch.device) -> bool:
@@ -45,7 +46,9 @@ def skip_if_too_slow(
     """Skip a test whose shape is too large for kernels that are emulated."""
     components = batch * max(count, 1) * dim
     if emulated(backend, device) and (
-        batch > EMULATED["rows"] or components > EMULATED["components"]
+        batch > EMULATED["rows"]
+        or count > EMULATED["columns"]
+        or components > EMULATED["components"]
     ):
         pytest.skip(f"{backend} is emulated on the CPU: {components} components take too long")
 

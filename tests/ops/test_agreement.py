@@ -14,11 +14,13 @@ from torch import Tensor
 
 from emu_kernels import emu_scores, fused_emu_loss, fused_softmax_loss
 from tests.ops.support import (
+    EMULATED,
     LOSS,
     Inputs,
     Options,
     assert_agree,
     assert_near,
+    emulated,
     evaluate,
     exact,
     make,
@@ -150,7 +152,8 @@ def test_query_dtypes(
 )
 @pytest.mark.parametrize("shape", [SHAPES[2], SHAPES[6]], ids=["own", "shared"])
 def test_options(shape: Shape, options: Options, kernel: str, device: torch.device) -> None:
-    inputs, options = replace(shape, batch=8).make(), LOSS | options
+    batch = 4 if emulated(kernel, device) else 8
+    inputs, options = replace(shape, batch=batch).make(), LOSS | options
     expected = exact(fused_emu_loss, inputs, **options)
     assert_agree(evaluate(fused_emu_loss, inputs.to(device), backend=kernel, **options), expected)
 
@@ -207,7 +210,12 @@ def batches(draw: st.DrawFn) -> tuple[Inputs, Options]:
 
 
 def test_random_batches(kernel: str, device: torch.device) -> None:
-    @settings(max_examples=80, deadline=None, derandomize=True, database=None)
+    @settings(
+        max_examples=10 if emulated(kernel, device) else 80,
+        deadline=None,
+        derandomize=True,
+        database=None,
+    )
     @given(batches())
     def agree(batch: tuple[Inputs, Options]) -> None:
         inputs, options = batch
@@ -231,6 +239,8 @@ def test_every_element_is_written(kernel: str, device: torch.device) -> None:
         assert torch.empty(3).isnan().all()
         for shape in shapes:
             inputs = shape.make(padding=True).to(device)
+            if emulated(kernel, device) and shape.count > EMULATED["columns"]:
+                continue
             for function, options in calls:
                 results = [evaluate(function, inputs, backend=kernel, **options)]
                 results += [evaluate(function, inputs, backend=kernel, sparse_grad=True, **options)]

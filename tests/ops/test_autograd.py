@@ -120,6 +120,7 @@ def test_opcheck(name: str, kernel: str, device: torch.device) -> None:
         torch.library.opcheck(operator, arguments)
 
 
+@pytest.mark.usefixtures("compiled")
 def test_gradcheck_of_losses(backend: str, device: torch.device) -> None:
     inputs = make(4, 3, 5, groups=2, rows=6, dtype=torch.float64, padding=True, device=device)
     weight = torch.rand(4, dtype=torch.float64, device=device)
@@ -139,6 +140,7 @@ def test_gradcheck_of_losses(backend: str, device: torch.device) -> None:
         assert torch.autograd.gradcheck(call, leaves)
 
 
+@pytest.mark.usefixtures("compiled")
 def test_gradcheck_of_scores(backend: str, device: torch.device) -> None:
     inputs = make(4, 3, 5, groups=2, rows=6, dtype=torch.float64, padding=True, device=device)
 
@@ -149,6 +151,7 @@ def test_gradcheck_of_scores(backend: str, device: torch.device) -> None:
     assert torch.autograd.gradcheck(scores, [t.requires_grad_() for t in inputs[:2]])
 
 
+@pytest.mark.usefixtures("compiled")
 def test_gradcheck_of_mutate(backend: str, device: torch.device) -> None:
     """It is linear: every derivative exists."""
     generator = torch.Generator().manual_seed(0)

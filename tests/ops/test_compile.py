@@ -197,8 +197,9 @@ def test_module(backend: str, device: torch.device) -> None:
     torch.testing.assert_close(module.last_terms, eager.last_terms)
 
 
-def test_bad_ids_raise(backend: str, device: torch.device) -> None:
+def test_bad_ids_raise(backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where nothing uses the values until run time."""
+    monkeypatch.setenv("EMU_KERNELS_CHECK", "1")
     inputs = make(device=device)
 
     @torch.compile(fullgraph=True, backend="aot_eager")

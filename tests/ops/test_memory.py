@@ -31,6 +31,7 @@ def peaks(backend: str, *cases: str) -> dict[str, int]:
     return {case: int(added) for case, added in measured.items()}
 
 
+@pytest.mark.usefixtures("compiled")
 def test_peak(kernel: str, device: torch.device) -> None:
     if device.type != "cpu":
         pytest.skip("resident memory says nothing about a GPU's")

@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from emu_kernels import emu_scores, fused_emu_loss, fused_softmax_loss
-from tests.ops.support import LOSS, Inputs, assert_agree, evaluate, exact, make
+from tests.ops.support import (
+    LOSS,
+    Inputs,
+    assert_agree,
+    evaluate,
+    exact,
+    make,
+    skip_if_too_slow,
+)
 
 LOW = [torch.bfloat16, torch.float16]
 
@@ -16,6 +24,7 @@ def every_number(dtype: torch.dtype) -> Tensor:
     return torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
 
 
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 def test_every_number_is_read_exactly(
     dtype: torch.dtype, backend: str, device: torch.device
@@ -47,6 +56,7 @@ def awkward_numbers(dtype: torch.dtype) -> Tensor:
     return torch.cat([values, torch.tensor([torch.inf, -torch.inf, torch.nan, 3.4e38, 65519.996])])
 
 
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 def test_gradient_is_rounded_as_torch_rounds(
@@ -90,6 +100,7 @@ def test_contributions_are_summed_in_fp32(
 ) -> None:
     values, split = CONTRIBUTIONS[name]
     batch = values.numel()
+    skip_if_too_slow(backend, device, batch=batch, count=1, dim=20)
     query = values[:, None].expand(batch, 20)
     table = torch.ones(3, 20, dtype=dtype)
     own = torch.arange(batch) < {"positive": batch, "negative": 0, "both": split}[role]
@@ -109,6 +120,7 @@ def test_contributions_are_summed_in_fp32(
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 def test_hub(dtype: torch.dtype, backend: str, device: torch.device) -> None:
     """One entity is every negative of every row: 32,000 contributions, rounded once at the end."""
+    skip_if_too_slow(backend, device, batch=250, count=128, dim=36)
     inputs = make(250, 128, 36, rows=250, dtype=dtype)
     inputs.negative.fill_(7)
     for function, options in ((fused_emu_loss, LOSS), (fused_softmax_loss, {})):

@@ -13,7 +13,7 @@ from torch import Tensor
 from emu_kernels import Mixup, emu_mutate, emu_scores, fused_emu_loss, fused_softmax_loss
 from emu_kernels.mask import mixup_share, mutation_mask, rates_to_thresholds
 from emu_kernels.reference import SIMILARITIES
-from tests.ops.support import Options, assert_near, make, random_like
+from tests.ops.support import Options, assert_near, emulated, make, random_like
 
 KAPPA = 2.5
 LOSS: Options = {"beta": 0.3, "alpha": 0.7, "seed": 2**40 + 7, "row_offset": 3}
@@ -38,6 +38,15 @@ SHAPES: list[Options] = [
     {"batch": 2, "count": 3, "dim": 2000, "rows": 5},
 ]
 IDS = ["smallest", "part of a vector", "two sets", "one set", "hubs", "long rows"]
+EMULATED = [("part of a vector", mutation) for mutation in MUTATIONS]
+EMULATED += [("two sets", "rate"), ("long rows", "rates of pairs")]
+"""What of these is tested of kernels that are emulated."""
+
+
+def skip_if_too_slow(shape: Options, mutation: str, kernel: str, device: torch.device) -> None:
+    name = IDS[SHAPES.index(shape)]
+    if emulated(kernel, device) and (name, mutation) not in EMULATED:
+        pytest.skip(f"{kernel} is emulated on the CPU, and other shapes are tested")
 
 
 class Case(NamedTuple):
@@ -119,7 +128,10 @@ def scores(*arguments: Any, mutation_rate: Any, **options: Any) -> Any:
 @pytest.mark.parametrize("mutation", MUTATIONS)
 @pytest.mark.parametrize("shape", SHAPES, ids=IDS)
 @pytest.mark.parametrize("similarity", SIMILARITIES)
-def test_loss(similarity: str, shape: Options, mutation: str, kernel: str) -> None:
+def test_loss(
+    similarity: str, shape: Options, mutation: str, kernel: str, device: torch.device
+) -> None:
+    skip_if_too_slow(shape, mutation, kernel, device)
     made = case(similarity, **shape)
     options = LOSS | MUTATIONS[mutation](shape["dim"])
     assert_agree(fused_emu_loss, made, kernel, reduction="none", **options)
@@ -127,14 +139,18 @@ def test_loss(similarity: str, shape: Options, mutation: str, kernel: str) -> No
 
 @pytest.mark.parametrize("shape", SHAPES, ids=IDS)
 @pytest.mark.parametrize("similarity", SIMILARITIES)
-def test_softmax_loss(similarity: str, shape: Options, kernel: str) -> None:
+def test_softmax_loss(similarity: str, shape: Options, kernel: str, device: torch.device) -> None:
+    skip_if_too_slow(shape, "rates of pairs", kernel, device)
     assert_agree(fused_softmax_loss, case(similarity, **shape), kernel)
 
 
 @pytest.mark.parametrize("mutation", ["rate", "mixup"])
 @pytest.mark.parametrize("shape", SHAPES, ids=IDS)
 @pytest.mark.parametrize("similarity", SIMILARITIES)
-def test_scores(similarity: str, shape: Options, mutation: str, kernel: str) -> None:
+def test_scores(
+    similarity: str, shape: Options, mutation: str, kernel: str, device: torch.device
+) -> None:
+    skip_if_too_slow(shape, mutation, kernel, device)
     options = MUTATIONS[mutation](shape["dim"])
     assert_agree(scores, case(similarity, **shape), kernel, seed=5, margin=2.0, **options)
 
@@ -159,11 +175,15 @@ def test_scores_without_mutation(similarity: str, backend: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("similarity", SIMILARITIES)
-def test_table_dtypes(similarity: str, dtype: torch.dtype, kernel: str) -> None:
-    made = case(similarity, dtype, **SHAPES[2])
+def test_table_dtypes(
+    similarity: str, dtype: torch.dtype, kernel: str, device: torch.device
+) -> None:
+    shape = SHAPES[1 if emulated(kernel, device) else 2]
+    made = case(similarity, dtype, **shape)
     for mutation in ("rate", "mixup"):
-        assert_agree(fused_emu_loss, made, kernel, **LOSS, **MUTATIONS[mutation](100))
-        assert_agree(scores, made, kernel, seed=1, **MUTATIONS[mutation](100))
+        options = MUTATIONS[mutation](shape["dim"])
+        assert_agree(fused_emu_loss, made, kernel, **LOSS, **options)
+        assert_agree(scores, made, kernel, seed=1, **options)
 
 
 @pytest.mark.parametrize("similarity", SIMILARITIES)
@@ -173,6 +193,7 @@ def test_without_scale_and_weights(similarity: str, kernel: str) -> None:
     assert_agree(fused_emu_loss, made, kernel, **LOSS, mutation_rate=0.4)
 
 
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("mutation", ["rate", "rates of pairs", "mixup"])
 @pytest.mark.parametrize("similarity", SIMILARITIES)
 def test_gradcheck(similarity: str, mutation: str, backend: str) -> None:
@@ -276,6 +297,7 @@ def test_scores_are_the_formulas(similarity: str, backend: str) -> None:
                 assert float(s_mut[b, k]) == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("mutation", ["rate", "rates of pairs", "mixup"])
 @pytest.mark.parametrize("similarity", SIMILARITIES)
 def test_same_bits_for_any_number_of_threads(similarity: str, mutation: str, kernel: str) -> None:

@@ -54,7 +54,7 @@ def compute(inputs: Inputs, backend: str) -> list[Result]:
     return [evaluate(function, inputs, backend=backend, **options) for function, options in calls]
 
 
-@pytest.mark.usefixtures("threads")
+@pytest.mark.usefixtures("threads", "compiled")
 @pytest.mark.parametrize("name", BATCHES)
 def test_same_bits_for_any_number(name: str, kernel: str, device: torch.device) -> None:
     inputs = BATCHES[name]().to(device)
@@ -66,7 +66,7 @@ def test_same_bits_for_any_number(name: str, kernel: str, device: torch.device) 
             assert same_bits(actual, wanted)
 
 
-@pytest.mark.usefixtures("threads")
+@pytest.mark.usefixtures("threads", "compiled")
 def test_mutate_has_the_same_bits_for_any_number(kernel: str, device: torch.device) -> None:
     positive = torch.randn(30, 100, device=device, requires_grad=True)
     negative = torch.randn(30, 64, 100, device=device, requires_grad=True)
@@ -107,7 +107,7 @@ def test_torch_decides_how_many() -> None:
     assert with_four == 3
 
 
-@pytest.mark.usefixtures("threads")
+@pytest.mark.usefixtures("threads", "compiled")
 def test_concurrent_calls(kernel: str, device: torch.device) -> None:
     """Python threads that call at once do not disturb each other."""
     torch.set_num_threads(3)

@@ -1,0 +1,153 @@
+"""The Triton backend: triton/kernels, installed as emu_kernels.triton, on NVIDIA's and AMD's GPUs.
+
+With TRITON_INTERPRET=1 in the environment, from before Triton was first imported, the same kernels
+run on the CPU's tensors, some thousand times slower, so that they can be tested without a GPU.
+Nothing here imports Triton before it is used.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emu_kernels.backends import ids
+from emu_kernels.backends.base import Batch, LossState, MaskSpec, ScoresGradient
+from emu_kernels.validate import coefficient
+
+OLDEST = (3, 6)
+
+table_gradients = "sorted"
+"""How dense gradients of the table are summed: "sorted" (entity by entity, deterministic, the
+default) or "atomic" (query by query, with fp32 atomic additions into an N·D buffer; not where torch
+was asked to be deterministic). For measurements: set it between calls."""
+
+
+def interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+@functools.cache
+def _missing() -> str | None:
+    """Why there is no usable Triton. A folder of that name, such as this repository's own, is none:
+    only a package with code of its own has an origin."""
+    spec = importlib.util.find_spec("triton")
+    if spec is None or spec.origin is None:
+        return "Triton is not installed (pip install triton)"
+    for name in ("triton", "triton-windows", "pytorch-triton", "pytorch-triton-rocm"):
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+        if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
+            oldest = ".".join(map(str, OLDEST))
+            return f"Triton {version} is too old: {oldest} or newer is needed"
+        break
+    if importlib.util.find_spec("emu_kernels.triton") is None:
+        return "the kernels, emu_kernels.triton, are not installed (pip install --editable .)"
+    return None
+
+
+@functools.cache
+def _no_gpu() -> str | None:
+    if not torch.cuda.is_available():
+        return "there is no GPU that torch can use"
+    if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
+        major, minor = torch.cuda.get_device_capability()
+        return f"the GPU has compute capability {major}.{minor}: 8.0 or newer is needed"
+    return None
+
+
+def _kernels() -> Any:
+    """emu_kernels.triton.launch, whose import imports Triton: at the first call."""
+    from emu_kernels.triton import launch
+
+    return launch
+
+
+class TritonBackend:
+    """Compiled at the first call of each shape and similarity, then cached on disk by Triton."""
+
+    name = "triton"
+
+    @property
+    def device_types(self) -> tuple[str, ...]:
+        return ("cpu",) if interpreted() else ("cuda",)
+
+    def unavailable(self) -> str | None:
+        return _missing() or (None if interpreted() else _no_gpu())
+
+    def check_ids(self, name: str, ids_: Tensor, *, rows: int, lowest: int) -> None:
+        ids.check(name, ids_, rows=rows, lowest=lowest)
+
+    def scale_rows(self, rows: Tensor, scale: Tensor) -> Tensor:
+        return rows * scale[:, None]
+
+    def loss_forward(
+        self,
+        batch: Batch,
+        *,
+        beta: float,
+        alpha: float,
+        coefficients: Tensor | None,
+        sample_weight: Tensor | None,
+        reduction: str,
+        need_grad: bool,
+    ) -> LossState:
+        if coefficients is not None and coefficients.device.type == "cpu":
+            # Reading them waits for nothing; elsewhere the kernels make NaN of a bad one.
+            for name, value in zip(("beta", "alpha"), coefficients.tolist(), strict=True):
+                coefficient(name, value)
+        return _kernels().loss_forward(
+            batch,
+            beta=beta,
+            alpha=alpha,
+            coefficients=coefficients,
+            sample_weight=sample_weight,
+            reduction=reduction,
+            need_grad=need_grad,
+        )
+
+    def scores_forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        return _kernels().scores_forward(batch)
+
+    def query_gradient(
+        self, batch: Batch, positive_weight: Tensor, weight: Tensor, mutated_weight: Tensor
+    ) -> ScoresGradient:
+        return _kernels().query_gradient(batch, positive_weight, weight, mutated_weight)
+
+    def table_gradient(
+        self,
+        batch: Batch,
+        row_scale: Tensor,
+        weight: Tensor,
+        mutated_weight: Tensor,
+        grad_positive: Tensor,
+    ) -> Tensor:
+        atomic = table_gradients == "atomic" and not torch.are_deterministic_algorithms_enabled()
+        return _kernels().table_gradient(
+            batch, row_scale, weight, mutated_weight, grad_positive, atomic=atomic
+        )
+
+    def table_gradient_sparse(
+        self,
+        batch: Batch,
+        row_scale: Tensor,
+        weight: Tensor,
+        mutated_weight: Tensor,
+        grad_positive: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        return _kernels().table_gradient_sparse(
+            batch, row_scale, weight, mutated_weight, grad_positive
+        )
+
+    def mutate_forward(self, positive: Tensor, negative: Tensor, mask: MaskSpec) -> Tensor:
+        return _kernels().mutate_forward(positive, negative, mask)
+
+    def mutate_backward(self, grad: Tensor, mask: MaskSpec) -> tuple[Tensor, Tensor]:
+        return _kernels().mutate_backward(grad, mask)

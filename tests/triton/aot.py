@@ -1,0 +1,228 @@
+"""Compiles, with no GPU, what the backend would launch on one, and reads off what came out.
+
+The launches are recorded from real calls, on the CPU's tensors, so block sizes and specialisations
+are the backend's own. Triton is given a driver that only names a target. Has to run where
+TRITON_INTERPRET is not set.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+import triton
+from emu_kernels.backends.base import Batch
+from emu_kernels.reference import SIMILARITIES
+from emu_kernels.triton import launch
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+MUTATIONS = ("none", "component", "pair", "mixup", "rates")
+
+
+@dataclass(frozen=True)
+class Launch:
+    kernel: Any
+    warps: int
+    arguments: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return str(self.kernel.__name__)
+
+    @property
+    def kind(self) -> dict[str, Any]:
+        """The constants that it is compiled for."""
+        return {name: value for name, value in self.arguments.items() if name.isupper()}
+
+    @property
+    def types(self) -> tuple[str, ...]:
+        return tuple(
+            str(value.dtype) if isinstance(value, torch.Tensor) else str(value is None)
+            for value in self.arguments.values()
+        )
+
+
+@dataclass(frozen=True)
+class Compiled:
+    name: str
+    target: str
+    registers: int
+    spilled: int  # registers, or bytes of them
+    shared: int  # bytes
+    longest: int  # instructions of the longest innermost loop, or of all where there is none
+    components: int  # a thread has of a tile
+
+    @property
+    def instructions(self) -> float:
+        """A component, in the loop."""
+        return self.longest / self.components
+
+
+def batch(
+    similarity: str,
+    mutation: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    rows: int = 1024,
+    count: int = 256,
+    dim: int = 100,
+    entities: int = 14541,
+    scale: bool = True,
+) -> Batch:
+    """A batch of the sizes that decide what is launched; its values are never read."""
+    takes = SIMILARITIES[similarity]
+    real = torch.float64 if dtype == torch.float64 else torch.float32
+    width = dim // takes.parts * takes.scale_parts
+    rates = mutation == "rates"
+    return Batch(
+        query=torch.empty(rows, dim, dtype=real),
+        table=torch.empty(1, dim, dtype=dtype)
+        .expand(entities, dim)
+        .as_strided((entities, dim), (dim, 1))
+        if False
+        else torch.empty(entities, dim, dtype=dtype),
+        scale=torch.empty(rows, width, dtype=real) if scale and width else None,
+        weights=torch.empty(takes.weights, dtype=real) if takes.weights else None,
+        positive=torch.zeros(rows, dtype=torch.int64),
+        negative=torch.zeros(rows, count, dtype=torch.int64),
+        seed=torch.tensor(0),
+        thresholds=torch.empty(dim, dtype=torch.int16) if rates else None,
+        row_offset=0,
+        mutation="component" if rates else mutation,
+        threshold=2 if mutation == "mixup" else 156,
+        similarity=similarity,
+        phase_scale=1.5 if takes.phases else 1.0,
+    )
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    launches: list[Launch] = []
+
+    def record(kernel: Any, programs: int, warps: int, **arguments: Any) -> None:
+        launches.append(Launch(kernel, warps, arguments))
+
+    before = launch.run
+    launch.run = record
+    try:
+        yield launches
+    finally:
+        launch.run = before
+
+
+def loss(made: Batch) -> Any:
+    return launch.loss_forward(
+        made, beta=0.5, alpha=0.1, coefficients=None, sample_weight=None, reduction="mean",
+        need_grad=True,
+    )  # fmt: skip
+
+
+def step(made: Batch, *, atomic: bool = False) -> list[Launch]:
+    """What a loss and its backward pass launch."""
+    with recording() as launches:
+        state = loss(made)
+        launch.table_gradient(
+            made, state.row_scale, state.weight, state.mutated_weight, state.grad_positive,
+            atomic=atomic,
+        )  # fmt: skip
+    return launches
+
+
+@contextmanager
+def target(name: str) -> Iterator[None]:
+    fake = SimpleNamespace(
+        get_current_device=lambda: name,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: TARGETS[name],
+    )
+    before = driver._active
+    driver.set_active(fake)
+    try:
+        yield
+    finally:
+        driver._active = before
+
+
+def build(launched: Launch, name: str) -> Any:
+    """Triton's compiled kernel for the target of that name."""
+    with target(name):
+        return launched.kernel.run(
+            grid=(1,), warmup=True, **launched.arguments, num_warps=launched.warps,
+            enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def inspect(launched: Launch, name: str) -> Compiled:
+    kernel = build(launched, name)
+    given = launched.arguments
+    tile = given.get("ROWS", 1) * given.get("WIDTH", given.get("BLOCK", 1)) * given.get("PARTS", 1)
+    lanes = TARGETS[name].warp_size * launched.warps
+    if name.startswith("gfx"):
+        registers, spilled, longest = read_amdgcn(kernel.asm["amdgcn"])
+    else:
+        registers, spilled, longest = read_cubin(kernel.asm["cubin"])
+    return Compiled(
+        launched.name, name, registers, spilled, kernel.metadata.shared, longest,
+        max(1, tile // lanes),
+    )  # fmt: skip
+
+
+def _run(tool: str, *arguments: str) -> str:
+    return subprocess.run(
+        [TOOLS / tool, *arguments], check=True, capture_output=True, text=True
+    ).stdout
+
+
+def read_cubin(cubin: bytes) -> tuple[int, int, int]:
+    with tempfile.TemporaryDirectory() as folder:
+        file = str(Path(folder) / "kernel.cubin")
+        Path(file).write_bytes(cubin)
+        usage = _run("cuobjdump", "-res-usage", file)
+        sass = _run("nvdisasm", "-c", file)
+    registers = int(re.search(r"REG:(\d+)", usage)[1])  # type: ignore[index]
+    local = sum(int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
+    return registers, local, innermost(sass, r"^\s*/\*[0-9a-f]+\*/\s+(.*)", r"BRA\S* .*`\((\S+)\)")
+
+
+def read_amdgcn(text: str) -> tuple[int, int, int]:
+    registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])  # type: ignore[index]
+    # Scalar registers are spilled to lanes of vector registers: no memory is touched.
+    spilled = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text)[1])  # type: ignore[index]
+    return registers, spilled, innermost(text, r"^\t([a-z].*)", r"s_c?branch\S*\s+(\S+)")
+
+
+def innermost(text: str, instruction: str, branch: str) -> int:
+    """Length of the longest loop that has no other inside; of all code where there is no loop."""
+    labels: dict[str, int] = {}
+    loops: set[tuple[int, int]] = set()
+    count = 0
+    for line in text.splitlines():
+        if label := re.match(r"^(\.?\w[\w.$]*):", line):
+            labels[label[1]] = count
+        elif code := re.match(instruction, line):
+            count += 1
+            if (jump := re.search(branch, code[1])) and labels.get(jump[1], count) < count - 1:
+                loops.add((labels[jump[1]], count))
+    inner = (
+        end - start
+        for start, end in loops
+        if not any((a, b) != (start, end) and start <= a and b <= end for a, b in loops)
+    )
+    return max(inner, default=count)

@@ -1,0 +1,134 @@
+"""The similarities φ(query, candidate): one small function each.
+
+φ = Σ_s w_s v(S_s), where S_s is a sum of terms over components and v the sum itself or minus its
+root. A function returns a component's term and the term's derivative by the query (of a square:
+half of it); the derivative by the candidate is −a times that, except of a product. A similarity of
+two halves is asked for one at a time, unless its terms are functions of both ("rotate").
+
+To add one: write its function and add it to `terms` or `coupled_terms`.
+"""
+
+from __future__ import annotations
+
+import triton.language as tl
+
+import triton
+
+SMALLEST = tl.constexpr(1.17549435e-38)  # below it a square counts as 0
+
+
+@triton.jit
+def _dot(q, c):
+    return q * c, c
+
+
+@triton.jit
+def _difference(q, a, c, SCALED: tl.constexpr):
+    # The kernels are compiled without contraction: this product is rounded before it is subtracted.
+    if SCALED:
+        return q - a * c
+    else:
+        return q - c
+
+
+@triton.jit
+def _sign(x):
+    return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, x))  # 0 and NaN are their own
+
+
+@triton.jit
+def _l1(q, a, c, SCALED: tl.constexpr):
+    u = _difference(q, a, c, SCALED)
+    return -tl.abs(u), -_sign(u)
+
+
+@triton.jit
+def _l2(q, a, c, SCALED: tl.constexpr):
+    u = _difference(q, a, c, SCALED)
+    return u * u, -u
+
+
+@triton.jit
+def _sine(q, c, HALF: tl.constexpr):
+    """−|sin u| of u = (q − c) κ/2."""
+    u = q * HALF - c * HALF
+    if u.dtype == tl.float64:
+        s = tl.sin(u)
+        slope = tl.cos(u) * _sign(s)
+        return -tl.abs(s), -HALF * slope
+    else:
+        # u − nπ, π in three parts, the first short enough that n times it is exact. Where |u| is
+        # past 2^22 numbers are more than half a radian apart, and the rest is only kept in bounds.
+        n = tl.floor(u * 0.318309886 + 0.5)
+        r = tl.fma(-n, 3.140625, u)
+        r = tl.fma(-n, 9.67502593994140625e-4, r)
+        r = tl.fma(-n, 1.509957990978376432e-7, r)
+        r = tl.where(tl.abs(r) > 1.6, 1.57079633, r)
+        sign = _sign(r)
+        s = _sine_of_reduced(tl.abs(r))
+        return -s, -HALF * sign * _sine_of_reduced(1.57079633 - tl.abs(r))
+
+
+@triton.jit
+def _sine_of_reduced(r):
+    """sin of −0.1..π/2, minimax of degree 9."""
+    s = r * r
+    y = 2.6083159809786593541503e-06 * s - 0.0001981069071916863322258
+    y = y * s + 0.00833307858556509017944336
+    y = y * s - 0.166666597127914428710938
+    return r + r * (s * y)
+
+
+@triton.jit
+def _rotate(q0, c0, q1, c1):
+    u0 = q0 - c0
+    u1 = q1 - c1
+    square = u0 * u0 + u1 * u1
+    inverse = tl.where(square < SMALLEST, 0.0, tl.rsqrt(square))
+    return -(square * inverse), -u0 * inverse, -u1 * inverse
+
+
+@triton.jit
+def terms(
+    q, a, c, HALF: tl.constexpr, SCALED: tl.constexpr, SECOND: tl.constexpr, SIM: tl.constexpr
+):
+    """Term and derivative by the query, of a component of the first or the second half."""
+    if SIM == "dot":
+        return _dot(q, c)
+    elif SIM == "l1":
+        return _l1(q, a, c, SCALED)
+    elif SIM == "l2":
+        return _l2(q, a, c, SCALED)
+    elif SIM == "protate":
+        return _sine(q, c, HALF)
+    else:
+        tl.static_assert(SIM == "hake")
+        if SECOND:
+            return _l2(q, a, c, SCALED)
+        else:
+            return _sine(q, c, HALF)
+
+
+@triton.jit
+def coupled_terms(q0, c0, q1, c1, SIM: tl.constexpr):
+    """Term and derivatives by both halves of the query."""
+    tl.static_assert(SIM == "rotate")
+    return _rotate(q0, c0, q1, c1)
+
+
+@triton.jit
+def value(total, SECOND: tl.constexpr, SIM: tl.constexpr):
+    """v(S): the sum, or minus its root."""
+    if (SIM == "l2") or (SECOND and (SIM == "hake")):
+        return -tl.sqrt(total)
+    else:
+        return total
+
+
+@triton.jit
+def value_slope(v, SECOND: tl.constexpr, SIM: tl.constexpr):
+    """dv/dS from v (of squares: by half their sum)."""
+    if (SIM == "l2") or (SECOND and (SIM == "hake")):
+        return tl.where(v == 0, 0.0, -1.0 / tl.where(v == 0, 1.0, v))
+    else:
+        return v * 0 + 1.0
