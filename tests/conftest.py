@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from emu_kernels import backends
+from tests.cuda import emulation
 
 KERNELS = tuple(name for name in backends.NAMES if name != backends.REFERENCE)
 
@@ -18,6 +19,8 @@ def pytest_report_header() -> str:
 
 
 def _usable(name: str) -> str:
+    if name == "cuda" and not torch.cuda.is_available():
+        emulation.install()
     reason = dict(backends.describe())[name]
     if reason is not None and name == "cpu":
         pytest.fail(f"the cpu backend must be built for the tests: {reason}", pytrace=False)

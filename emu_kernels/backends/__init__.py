@@ -11,9 +11,10 @@ import torch
 
 from emu_kernels.backends.base import Backend
 from emu_kernels.backends.cpu import CpuBackend
+from emu_kernels.backends.cuda import CudaBackend
 
 REFERENCE = "reference"
-_KERNELS: tuple[Backend, ...] = (CpuBackend(),)  # fastest first
+_KERNELS: tuple[Backend, ...] = (CudaBackend(), CpuBackend())  # fastest first
 _BY_NAME = {backend.name: backend for backend in _KERNELS}
 NAMES = (REFERENCE, *_BY_NAME)
 
@@ -27,7 +28,8 @@ def default_backend(device: torch.device | str) -> str:
     """The name that ``backend=None`` stands for on tensors of ``device``."""
     device = torch.device(device)
     for backend in _KERNELS:
-        if backend.unavailable() is None and device.type in backend.device_types:
+        usable = device.type in backend.device_types and not backend.emulated
+        if usable and backend.unavailable() is None:
             return backend.name
     return REFERENCE
 

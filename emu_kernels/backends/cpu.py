@@ -74,6 +74,7 @@ class CpuBackend:
 
     name = "cpu"
     device_types = ("cpu",)
+    emulated = False
 
     def unavailable(self) -> str | None:
         return _UNAVAILABLE
