@@ -34,7 +34,7 @@ bench: $(VENV)/.installed-bench
 	$(BIN)/python -m bench
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info emu_kernels/_C.*.so
+	rm -rf $(VENV) build dist *.egg-info emu_kernels/_C.*.so emu_kernels/_cuda.*.so
 	rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -50,5 +50,6 @@ $(VENV)/.torch: FORCE
 	}
 
 $(VENV)/.installed-%: $(VENV)/.torch $(INPUTS)
-	$(PIP) install --constraint constraints.txt $(firstword $(TORCH)) --editable '.[$*]'
+	EMU_CUDA_REPORTS='$(CURDIR)/build/ptxas' \
+		$(PIP) install --constraint constraints.txt $(firstword $(TORCH)) --editable '.[$*]'
 	touch $@

@@ -160,12 +160,15 @@ void run_table_gradient(const Batch& batch, uintptr_t row_scale, uintptr_t weigh
 }
 
 void run_table_gradient_atomic(const Batch& batch, uintptr_t row_scale, uintptr_t weight, uintptr_t mutated_weight,
-                               uintptr_t grad_positive, uintptr_t out) {
+                               uintptr_t grad_positive, uintptr_t out, uintptr_t sorted,
+                               uintptr_t partials) {
   TableGradientArgs a{};
   a.row_scale = pointer(row_scale), a.weight = pointer(weight), a.mutated_weight = pointer(mutated_weight);
   a.grad_positive = pointer(grad_positive), a.out = pointer(out);
+  a.sorted = pointer(sorted), a.partials = pointer(partials);
   const py::gil_scoped_release release;
   const DeviceGuard guard(batch.device);
+  list_ids(batch.problem, a.sorted, batch.launch.stream);
   table_gradient_atomic(batch.problem, a, batch.launch);
 }
 
@@ -245,7 +248,8 @@ PYBIND11_MODULE(EMU_CUDA_MODULE, m) {
         py::arg("mutated_weight"), py::arg("grad_positive"), py::kw_only(), py::arg("ids"), py::arg("out"),
         py::arg("sorted"), py::arg("partials"));
   m.def("table_gradient_atomic", &run_table_gradient_atomic, py::arg("batch"), py::arg("row_scale"),
-        py::arg("weight"), py::arg("mutated_weight"), py::arg("grad_positive"), py::kw_only(), py::arg("out"));
+        py::arg("weight"), py::arg("mutated_weight"), py::arg("grad_positive"), py::kw_only(), py::arg("out"),
+        py::arg("sorted"), py::arg("partials"));
   m.def("mutate_forward", &run_mutate_forward, py::arg("positive"), py::arg("negative"), py::arg("out"),
         py::kw_only(), py::arg("dtype"), py::arg("shape"), py::arg("mask"), py::arg("where"));
   m.def("mutate_backward", &run_mutate_backward, py::arg("grad"), py::arg("grad_positive"),

@@ -38,48 +38,74 @@ struct Sum<double> {
 
 // --- a thread's components of a row ---------------------------------------------------------------------------
 
-// V consecutive components, in as few registers as they lie in memory.
+// V consecutive components, in as few registers as they take in memory.
 template <class T, int V>
-struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Chunk {
-  T v[V];
+struct Chunk {
+  using Real = typename Sum<T>::Real;
+  static constexpr int kWords = static_cast<int>(sizeof(T)) * V / 4;
+  uint32_t words[kWords];
+
+  EMU_DEVICE Real at(int i) const {
+    if constexpr (sizeof(T) == 8) {
+      double x;
+      memcpy(&x, words + 2 * i, 8);
+      return x;
+    } else if constexpr (sizeof(T) == 4) {
+      return bits_to_float(words[i]);
+    } else {
+      const uint32_t word = words[i / 2];
+      return widen(T{static_cast<uint16_t>(i % 2 == 0 ? word : word >> 16)});
+    }
+  }
+  EMU_DEVICE void set(int i, T x) {
+    if constexpr (sizeof(T) == 2) {
+      words[i / 2] |= static_cast<uint32_t>(x.bits) << (16 * (i % 2));
+    } else {
+      memcpy(words + i * kWords / V, &x, sizeof(T));
+    }
+  }
+  // Has what was computed from it computed again, where it is used again.
+  EMU_DEVICE void forget() {
+#pragma unroll
+    for (uint32_t& word : words) emu::cuda::forget(word);
+  }
 };
 
 // How the chunks of a row may be loaded: each at once, 8 bytes at a time, or element by element.
 enum class Width { kWhole, kHalves, kElements };
 
-template <class T, int V>
-EMU_DEVICE Chunk<T, V> load_whole(const T* from) {
-  static_assert(sizeof(T) * V == 8 || sizeof(T) * V == 16);
-  Chunk<T, V> chunk;
-  if constexpr (sizeof(T) * V == 16) {
-    const uint4 words = __ldg(reinterpret_cast<const uint4*>(from));
-    memcpy(&chunk, &words, 16);
-  } else {
-    const uint2 words = __ldg(reinterpret_cast<const uint2*>(from));
-    memcpy(&chunk, &words, 8);
-  }
-  return chunk;
-}
-
 // Components j .. j + V − 1 of those before `end`, and zeros.
 template <class T, int V>
 EMU_DEVICE Chunk<T, V> load_chunk(const T* from, int j, int end, Width width) {
-  if (width == Width::kWhole) return j < end ? load_whole<T, V>(from + j) : Chunk<T, V>{};
+  constexpr int kBytes = static_cast<int>(sizeof(T)) * V;
+  static_assert(kBytes == 8 || kBytes == 16);
   Chunk<T, V> chunk{};
-  if constexpr (sizeof(T) * V == 16 && sizeof(T) < 8) {
+  if (width == Width::kWhole) {
+    if (j >= end) return chunk;
+    if constexpr (kBytes == 16) {
+      const uint4 words = __ldg(reinterpret_cast<const uint4*>(from + j));
+      chunk.words[0] = words.x, chunk.words[1] = words.y, chunk.words[2] = words.z, chunk.words[3] = words.w;
+    } else {
+      const uint2 words = __ldg(reinterpret_cast<const uint2*>(from + j));
+      chunk.words[0] = words.x, chunk.words[1] = words.y;
+    }
+    return chunk;
+  }
+  if constexpr (kBytes == 16 && sizeof(T) < 8) {
     if (width == Width::kHalves) {
+#pragma unroll
       for (int part = 0; part < 2; ++part) {
         const int at = j + part * (V / 2);
         if (at >= end) continue;
         const uint2 words = __ldg(reinterpret_cast<const uint2*>(from + at));
-        memcpy(chunk.v + part * (V / 2), &words, 8);
+        chunk.words[2 * part] = words.x, chunk.words[2 * part + 1] = words.y;
       }
       return chunk;
     }
   }
 #pragma unroll
   for (int i = 0; i < V; ++i) {
-    if (j + i < end) chunk.v[i] = from[j + i];
+    if (j + i < end) chunk.set(i, from[j + i]);
   }
   return chunk;
 }

@@ -15,12 +15,17 @@ EMU_DEVICE void draw_block(uint64_t seed, uint32_t block, uint32_t k, uint32_t r
   philox4x32(counter, seed, words);
 }
 
+// Read anew for each few rows: the keys of all rounds take more registers than there are to keep.
+EMU_DEVICE uint64_t load_seed(const MaskSpec& spec) {
+  return static_cast<uint64_t>(*static_cast<const volatile int64_t*>(spec.seed));
+}
+
 // Mixup's share of negative k of a row.
 template <class Real>
-EMU_DEVICE Real draw_share(const MaskSpec& spec, uint64_t seed, uint32_t k, uint32_t row) {
+EMU_DEVICE Real draw_share(const MaskSpec& spec, uint32_t k, uint32_t row) {
   const uint32_t counter[4] = {0, k, row, 1};
   uint32_t words[4], top = 0;
-  philox4x32(counter, seed, words);
+  philox4x32(counter, load_seed(spec), words);
 #pragma unroll
   for (int w = 0; w < 4; ++w) top = w < spec.threshold && words[w] > top ? words[w] : top;
   return static_cast<Real>(top >> 8) * static_cast<Real>(5.9604644775390625e-8);  // 2^−24
@@ -60,11 +65,11 @@ struct MaskTile {
   static constexpr int H = Sim::kHalves;
   const MaskSpec& spec;
   const Limit limit;
-  const uint64_t seed;
   unsigned char* const bytes;  // (rows, row_bytes)
   const int tile, half, units, region;
   int c0 = 0;
-  int first[2], blocks[2];               // Philox blocks of each half's components
+  // Philox blocks of each half's components. By name, not by number: an array indexed at run time is in local memory.
+  int first0 = 0, first1 = 0, blocks0 = 0, blocks1 = 0;
   int first_row, first_block, row_step, block_step;  // which a thread draws
 
   static EMU_MEMBER int row_bytes(int tile) { return H * (tile + kComponentsPerCall); }
@@ -72,7 +77,6 @@ struct MaskTile {
   EMU_DEVICE MaskTile(const Problem& p, int tile_size, unsigned char* memory)
       : spec(p.mask),
         limit(p.mask),
-        seed(static_cast<uint64_t>(*p.mask.seed)),
         bytes(memory),
         tile(tile_size),
         half(static_cast<int>(p.D) / H),
@@ -85,15 +89,14 @@ struct MaskTile {
   EMU_DEVICE void move_to(const Team& team, int column) {
     c0 = column;
     const int width = tile < half - c0 ? tile : half - c0;
-#pragma unroll
-    for (int h = 0; h < H; ++h) {
-      const int from = h * half + c0;
-      first[h] = from / kComponentsPerCall;
-      blocks[h] = (from + width + kComponentsPerCall - 1) / kComponentsPerCall - first[h];
-      if (h == 1 && spec.pairs) blocks[h] = 0;
+    first0 = c0 / kComponentsPerCall;
+    blocks0 = (c0 + width + kComponentsPerCall - 1) / kComponentsPerCall - first0;
+    if (H > 1 && !spec.pairs) {
+      first1 = (half + c0) / kComponentsPerCall;
+      blocks1 = (half + c0 + width + kComponentsPerCall - 1) / kComponentsPerCall - first1;
     }
-    if (scattered()) first[0] = 0, blocks[0] = (units + kComponentsPerCall - 1) / kComponentsPerCall;
-    const int all = blocks[0] + (H > 1 ? blocks[H - 1] : 0);
+    if (scattered()) first0 = 0, blocks0 = (units + kComponentsPerCall - 1) / kComponentsPerCall;
+    const int all = blocks0 + blocks1;
     first_row = team.at / all, first_block = team.at % all;
     row_step = team.threads / all, block_step = team.threads % all;
   }
@@ -101,13 +104,15 @@ struct MaskTile {
   // counter(r, k, row) gives the counter's words of row r; false draws nothing.
   template <class Counter>
   EMU_DEVICE void draw(int rows, Counter&& counter) {
-    const int all = blocks[0] + (H > 1 ? blocks[H - 1] : 0);
+    const int all = blocks0 + blocks1;
     int r = first_row, at = first_block;
+    const uint64_t seed = load_seed(spec);
+#pragma unroll 1
     while (r < rows) {
       uint32_t k, row;
       if (counter(r, k, row)) {
-        const int h = H > 1 && at >= blocks[0] ? 1 : 0;
-        const int local = at - h * blocks[0], block = first[h] + local;
+        const int h = H > 1 && at >= blocks0 ? 1 : 0;
+        const int local = at - h * blocks0, block = (h == 0 ? first0 : first1) + local;
         uint32_t words[4];
         draw_block(seed, static_cast<uint32_t>(block), k, row, words);
         limit.decide(spec, units, block, words);
@@ -141,7 +146,8 @@ struct MaskTile {
   template <int V, int kWords>
   EMU_DEVICE void load(int r, int h, int j, uint32_t (&words)[kWords]) const {
     const int of = h == 1 && spec.pairs ? 0 : h;
-    const int at = of * region + (of * half + j) - (scattered() ? c0 : first[of] * kComponentsPerCall);
+    const int at = of * region + (of * half + j) -
+                   (scattered() ? c0 : (of == 0 ? first0 : first1) * kComponentsPerCall);
     const unsigned char* from = bytes + r * H * region + at;
     if constexpr (V < 4) {
       words[0] = 0;
@@ -153,7 +159,9 @@ struct MaskTile {
 #pragma unroll
       for (int w = 0; w < kWords; ++w) {
         words[w] = aligned[w];
-        if (H > 1 && shift > 0) words[w] = words[w] >> shift | aligned[w + 1] << (32 - shift);
+        if constexpr (H > 1) {
+          if (shift > 0) words[w] = words[w] >> shift | aligned[w + 1] << (32 - shift);
+        }
       }
     }
   }

@@ -242,6 +242,7 @@ struct Operators {
     args.p = p;
     args.plan = make_plan<Sim, T, kMode>(p);
     args.plan.whole_reals = args.plan.whole_reals && aligned(a.grad_positive, 16) && aligned(a.out, 16);
+    args.plan.whole_out = args.plan.half % Shape<Sim, T, kMode>::V == 0 && aligned(a.out, 16);
     args.sorted = sorted_ids(p, a.sorted);
     args.pieces = cut_pieces(p, args.sorted.entries);
     args.row_scale = a.row_scale;
@@ -259,14 +260,29 @@ struct Operators {
   static void table_gradient(const Problem& p, const TableGradientArgs& a, const Launch& launch) {
     if (a.ids == nullptr) fill_zero(a.out, static_cast<size_t>(p.N * p.D) * sizeof(T), launch.stream, "table_gradient");
     if (count_entries(p) == 0) return;
-    TableGradientKernelArgs args = table_args(p, a);
+    const TableGradientKernelArgs args = table_args(p, a);
+    run_table_gradient<false>(args, launch, "add_segments");
+    EMU_LAUNCH(join_pieces<T>, "join_pieces", grid(args.pieces.count()), kJoinThreads, 0, launch.stream, args);
+  }
+
+  static void table_gradient_atomic(const Problem& p, const TableGradientArgs& a, const Launch& launch) {
+    if constexpr (sizeof(T) == 4) {
+      fill_zero(a.out, static_cast<size_t>(p.N * p.D) * sizeof(T), launch.stream, "table_gradient");
+      if (count_entries(p) > 0) run_table_gradient<true>(table_args(p, a), launch, "add_segments (atomic)");
+    } else {
+      throw std::invalid_argument("atomics add to fp32 gradients only");
+    }
+  }
+
+  template <bool kAtomic>
+  static void run_table_gradient(TableGradientKernelArgs args, const Launch& launch, const char* name) {
     if (args.plan.team_threads == kWarp) args.plan.teams = 4;
-    const size_t shared = static_cast<size_t>(args.plan.teams) * TableGradient<Sim, T, kMode>::memory(args.plan);
+    const size_t shared =
+        static_cast<size_t>(args.plan.teams) * TableGradient<Sim, T, kMode, kAtomic>::memory(args.plan);
     const int64_t blocks = (args.pieces.count() + args.plan.teams - 1) / args.plan.teams;
-    EMU_LAUNCH((add_segments<Sim, T, kMode>), "add_segments",
+    EMU_LAUNCH((add_segments<Sim, T, kMode, kAtomic>), name,
                dim3(grid(blocks), static_cast<unsigned>(args.plan.tiles())), args.plan.threads(), shared,
                launch.stream, args);
-    EMU_LAUNCH(join_pieces<T>, "join_pieces", grid(args.pieces.count()), kJoinThreads, 0, launch.stream, args);
   }
 };
 
@@ -312,6 +328,9 @@ Kernels make_kernels() {
   };
   kernels.table_gradient = [](const Problem& p, const TableGradientArgs& a, const Launch& launch) {
     with_operators<Sim>(launch, [&](auto of) { of.table_gradient(p, a, launch); });
+  };
+  kernels.table_gradient_atomic = [](const Problem& p, const TableGradientArgs& a, const Launch& launch) {
+    with_operators<Sim>(launch, [&](auto of) { of.table_gradient_atomic(p, a, launch); });
   };
   return kernels;
 }

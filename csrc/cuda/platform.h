@@ -44,6 +44,10 @@ EMU_DEVICE void add_vector(float* to, float x, float y, float z, float w) {
 #endif
 }
 
+// Makes the compiler forget what it knows of a word, and so what it computed from it: registers are scarcer than
+// instructions.
+EMU_DEVICE void forget(uint32_t& word) { asm volatile("" : "+r"(word)); }
+
 EMU_DEVICE float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
 EMU_DEVICE float half_to_float(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
 EMU_DEVICE uint16_t float_to_half(float x) { return __half_as_ushort(__float2half_rn(x)); }

@@ -105,7 +105,7 @@ struct QueryMajor {
     for (int h = 0; h < H; ++h) {
       z[h] = load_row<T, V>(positive_row, h * plan.half, at.j, at.end, plan.width);
 #pragma unroll
-      for (int i = 0; i < V; ++i) positive[h][i] = widen(z[h].v[i]);
+      for (int i = 0; i < V; ++i) positive[h][i] = z[h].at(i);
     }
     if constexpr (kMode == Mode::kSelect) {
       select_terms<0>();
@@ -136,7 +136,7 @@ struct QueryMajor {
       Real plain = 0, mutated = 0;
 #pragma unroll
       for (int i = 0; i < V; ++i) {
-        const Real q = at.query[h][i], f = at.factor[h][i], c = widen(rows[r][h].v[i]);
+        const Real q = at.query[h][i], f = at.factor[h][i], c = rows[r][h].at(i);
         const Real term = Sim::template term<h, M>(difference<Sim, h>(q, f, c));
         plain += term;
         if constexpr (kMode == Mode::kSelect) mutated += is_mutated(r, h, i) ? positive_term[h][i] : term;
@@ -156,7 +156,7 @@ struct QueryMajor {
         Real u[2], mixed[2];
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const Real q = at.query[h][i], f = at.factor[h][i], c = widen(rows[r][h].v[i]);
+          const Real q = at.query[h][i], f = at.factor[h][i], c = rows[r][h].at(i);
           u[h] = difference<Sim, 0>(q, f, c);
           if (kMutated) mixed[h] = difference<Sim, 0>(q, f, mix(r, h, i, c));
         }
@@ -189,7 +189,7 @@ struct QueryMajor {
       for (int h = 0; h < H; ++h) {
         const Chunk<T, V> row = load_row<T, V>(positive_row, h * plan.half, at.j, at.end, plan.width);
 #pragma unroll
-        for (int i = 0; i < V; ++i) z[h][i] = widen(row.v[i]);
+        for (int i = 0; i < V; ++i) z[h][i] = row.at(i);
       }
 #pragma unroll
       for (int i = 0; i < V; ++i) {
@@ -235,7 +235,7 @@ struct QueryMajor {
     constexpr bool kScaledHalf = A::kFactors && Sim::factor(h) == Factor::kScale;
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      const Real q = at.query[h][i], f = at.factor[h][i], c = widen(rows[r][h].v[i]);
+      const Real q = at.query[h][i], f = at.factor[h][i], c = rows[r][h].at(i);
       Real slope = c;
       if constexpr (!Sim::kBilinear) slope = Sim::template slope<h, M>(difference<Sim, h>(q, f, c));
       add_gradient<h, kScaledHalf>(i, w.plain[s], slope, c);
@@ -260,7 +260,7 @@ struct QueryMajor {
       Real u[2], mixed[2], slope[2], mixed_slope[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const Real q = at.query[h][i], f = at.factor[h][i], c = widen(rows[r][h].v[i]);
+        const Real q = at.query[h][i], f = at.factor[h][i], c = rows[r][h].at(i);
         u[h] = difference<Sim, 0>(q, f, c);
         if (kMutated) mixed[h] = difference<Sim, 0>(q, f, mix(r, h, i, c));
       }
@@ -379,7 +379,7 @@ struct QueryMajor {
           const uint32_t row = p.mask.row_offset + static_cast<uint32_t>(b);
           if constexpr (kMode == Mode::kMixup) {
             if (team.at < R) {
-              shares[team.at] = draw_share<Real>(p.mask, tile.seed, static_cast<uint32_t>(k0 + team.at), row);
+              shares[team.at] = draw_share<Real>(p.mask, static_cast<uint32_t>(k0 + team.at), row);
             }
           } else {
             tile.draw(R, [&](int r, uint32_t& k, uint32_t& of_row) {
@@ -448,6 +448,14 @@ struct QueryMajor {
           rescale(from_lane(fall, 0), kMutated ? from_lane(fall, R * kLanes % kWarp) : Real{1});
 #pragma unroll
           for (int r = 0; r < R; ++r) {
+#pragma unroll
+            for (int h = 0; h < H; ++h) {
+              rows[r][h].forget();
+              if constexpr (masked(kMode)) {
+#pragma unroll
+                for (uint32_t& word : words[r][h]) forget(word);
+              }
+            }
             Weights w;
 #pragma unroll
             for (int s = 0; s < kSums; ++s) {
@@ -552,7 +560,7 @@ struct QueryMajor {
 };
 
 template <class Sim, class T, Mode kMode, Pass kPass>
-__global__ void __launch_bounds__(kMostTeamThreads) query_major(const __grid_constant__ QueryMajorArgs args) {
+__global__ void __launch_bounds__(kMostTeamThreads, 1) query_major(const __grid_constant__ QueryMajorArgs args) {
   EMU_SHARED_MEMORY(shared);
   QueryMajor<Sim, T, kMode, kPass>(args, shared).run();
 }

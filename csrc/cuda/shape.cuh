@@ -29,7 +29,7 @@ template <class Sim, class T, Mode kMode>
 struct Shape {
   static constexpr int H = Sim::kHalves;
   static constexpr int V = sizeof(T) == 8 ? 2 : sizeof(T) == 2 && H == 1 ? 8 : 4;
-  static constexpr int R = sizeof(T) == 4 && H == 1 && kMode != Mode::kMixup ? 8 : 4;
+  static constexpr int R = H == 2 && kMode != Mode::kPlain ? 2 : sizeof(T) == 4 && H == 1 && kMode == Mode::kPlain ? 8 : 4;
   static constexpr int kWords = V < 4 ? 1 : V / 4;
 };
 
@@ -43,6 +43,7 @@ struct Plan {
   int splits;        // blocks that share a row's negatives
   Width width;       // of the table's rows
   bool whole_reals;  // whether query, scale and gradients may be moved 16 bytes at a time
+  bool whole_out;    // whether the table's gradient may, a chunk at a time
 
   EMU_MEMBER int tiles() const { return (half + tile - 1) / tile; }
   EMU_MEMBER int threads() const { return team_threads * teams; }

@@ -48,6 +48,11 @@ __global__ void __launch_bounds__(kThreads)
   values[e] = static_cast<uint32_t>(e);
 }
 
+void list(const Problem& p, int64_t entries, uint32_t* keys, uint32_t* values, void* stream) {
+  EMU_LAUNCH(list_entries, "list_entries", grid((entries + kThreads - 1) / kThreads), kThreads, 0, stream, p, entries,
+             keys, values);
+}
+
 #if defined(__CUDACC__)
 
 // With no memory given, only says how much it needs.
@@ -98,11 +103,15 @@ void sort_ids(const Problem& p, void* workspace, void* stream) {
   const int64_t entries = count_entries(p);
   if (entries == 0) return;
   const Buffers b(p, workspace);
-  const int64_t blocks = (entries + kThreads - 1) / kThreads;
-  EMU_LAUNCH(list_entries, "list_entries", static_cast<unsigned>(blocks), kThreads, 0, stream, p, entries,
-             b.unsorted_key, b.unsorted_entry);
+  list(p, entries, b.unsorted_key, b.unsorted_entry, stream);
   const size_t bytes = static_cast<size_t>(sort_workspace(p) - 4 * padded(entries * 4));
   sort_pairs(b.rest, bytes, b, entries, bit_width(static_cast<uint64_t>(p.N)), stream);
+}
+
+void list_ids(const Problem& p, void* workspace, void* stream) {
+  const int64_t entries = count_entries(p);
+  const Buffers b(p, workspace);
+  if (entries > 0) list(p, entries, b.key, b.entry, stream);
 }
 
 SortedIds sorted_ids(const Problem& p, const void* workspace) {

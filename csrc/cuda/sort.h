@@ -17,6 +17,8 @@ int64_t count_entries(const Problem& p);
 int64_t sort_workspace(const Problem& p);
 // Throws std::invalid_argument for more ids or table rows than 32 bits count.
 void sort_ids(const Problem& p, void* workspace, void* stream);
+// The same, by entry alone.
+void list_ids(const Problem& p, void* workspace, void* stream);
 SortedIds sorted_ids(const Problem& p, const void* workspace);
 
 }  // namespace emu::cuda

@@ -1,6 +1,8 @@
 // Entity-major: the gradient of the table. A piece is a run of sorted entries, whose contributions a team adds up in
 // registers, segment by segment; each touched row is written once. A segment that crosses pieces leaves partial sums,
 // which are joined in order: no atomics, the same bits every time.
+//
+// The rival, for dense fp32 gradients: entries as they come, each contribution added to its row by atomics.
 #pragma once
 
 #include "cuda/rows.cuh"
@@ -66,7 +68,7 @@ struct Piece {
   }
 };
 
-template <class Sim, class T, Mode kMode>
+template <class Sim, class T, Mode kMode, bool kAtomic>
 struct TableGradient {
   using Real = typename Sum<T>::Real;
   using M = Maths<Real>;
@@ -131,13 +133,13 @@ struct TableGradient {
     const int64_t index = static_cast<int64_t>(blockIdx.x) * plan.teams + team.index;
     if (index >= a.pieces.count()) return;  // a team as a whole
     const Piece piece(a, index);
-    if (piece.empty) return;
+    if (piece.empty && !kAtomic) return;
     if (masked(kMode)) tile.move_to(team, static_cast<int>(blockIdx.y) * plan.tile);
     int64_t ordinal = a.ids != nullptr ? a.ordinals[index / a.pieces.chunks] : 0;
     uint32_t key = a.sorted.key[piece.first];
     bool at_first = true;
     clear();
-    load_candidate(key);
+    if constexpr (!kAtomic) load_candidate(key);
     // Pair n: row n % rows of entry n / rows.
     int64_t pairs_in_piece = (piece.last - piece.first) * piece.rows;
     if (a.pieces.chunks > 1 && a.sorted.entry[piece.first] >= p.G * p.K) pairs_in_piece = piece.opens ? 1 : 0;
@@ -146,7 +148,7 @@ struct TableGradient {
       if (team.at < kBatch) look_up(piece, from + team.at, pairs_in_piece);
       team.sync();
       for (int r0 = 0; r0 < kBatch; r0 += R) {
-        if (from + r0 >= pairs_in_piece || pairs.key[r0] >= p.N) break;
+        if (from + r0 >= pairs_in_piece || (!kAtomic && pairs.key[r0] >= p.N)) break;
         if constexpr (masked(kMode)) {
           if (r0 > 0) team.sync();
           tile.draw(R, [&](int r, uint32_t& k, uint32_t& row) {
@@ -161,6 +163,14 @@ struct TableGradient {
 #pragma unroll
         for (int r = 0; r < R; ++r) {
           const int at = r0 + r;
+          if (kAtomic) {
+            if (pairs.k[at] == kNothing) continue;
+            clear();
+            load_candidate(pairs.key[at]);
+            add_pair(r, at, query[r]);
+            add_to_row(pairs.key[at]);
+            continue;
+          }
           if (pairs.key[at] >= p.N) break;
           if (pairs.key[at] != key) {
             write_segment(piece, key, ordinal, at_first, false);
@@ -174,7 +184,25 @@ struct TableGradient {
         }
       }
     }
-    write_segment(piece, key, ordinal, at_first, true);
+    if constexpr (!kAtomic) write_segment(piece, key, ordinal, at_first, true);
+  }
+
+  EMU_DEVICE void add_to_row(uint32_t key) {
+    if constexpr (kAtomic) {
+      float* const to = static_cast<float*>(a.out) + static_cast<int64_t>(key) * p.D;
+#pragma unroll
+      for (int h = 0; h < H; ++h) {
+        const int at = h * plan.half + j;
+        if (plan.whole_out && j < plan.half) {
+          add_vector(to + at, sum[h][0], sum[h][1], sum[h][2], sum[h][3]);
+          continue;
+        }
+#pragma unroll
+        for (int i = 0; i < V; ++i) {
+          if (j + i < plan.half) atomicAdd(to + at + i, sum[h][i]);
+        }
+      }
+    }
   }
 
   // A lane's contribution of the next batch; the key N says that there is none.
@@ -210,7 +238,7 @@ struct TableGradient {
       }
     }
     if constexpr (kMode == Mode::kMixup) {
-      pairs.share[at] = draw_share<Real>(p.mask, tile.seed, k, p.mask.row_offset + static_cast<uint32_t>(row));
+      pairs.share[at] = draw_share<Real>(p.mask, k, p.mask.row_offset + static_cast<uint32_t>(row));
     }
   }
 
@@ -282,7 +310,7 @@ struct TableGradient {
       const Real q = query[i], f = factor[i];
       Real d = q;
       if constexpr (!Sim::kBilinear) {
-        d = f * Sim::template slope<h, M>(difference<Sim, h>(q, f, widen(candidate[h].v[i])));
+        d = f * Sim::template slope<h, M>(difference<Sim, h>(q, f, candidate[h].at(i)));
       }
       if constexpr (kMode == Mode::kSelect) {
         sum[h][i] += (tile.limit.mutated(words[i / 4], i % 4) ? w : hat) * d;
@@ -290,7 +318,7 @@ struct TableGradient {
         sum[h][i] += w * d;
       }
       if constexpr (kMode == Mode::kMixup && !Sim::kBilinear) {
-        const Real z = widen(positive.v[i]), c = widen(candidate[h].v[i]);
+        const Real z = positive.at(i), c = candidate[h].at(i);
         const Real mixed = z + multiply(share, subtract(c, z));
         sum[h][i] += hat * share * (f * Sim::template slope<h, M>(difference<Sim, h>(q, f, mixed)));
       }
@@ -311,10 +339,10 @@ struct TableGradient {
       bool mutated[2] = {};
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const Real c = widen(candidate[h].v[i]);
+        const Real c = candidate[h].at(i);
         u[h] = difference<Sim, 0>(query[h][i], Real{1}, c);
         if constexpr (kMutated) {
-          const Real z = widen(positive[h].v[i]);
+          const Real z = positive[h].at(i);
           if (kMode == Mode::kMask) mutated[h] = tile.limit.mutated(words[h][i / 4], i % 4);
           const Real candidate_mixed = kMode == Mode::kMixup ? z + multiply(share, subtract(c, z)) : mutated[h] ? z : c;
           mixed[h] = difference<Sim, 0>(query[h][i], Real{1}, candidate_mixed);
@@ -348,26 +376,29 @@ struct TableGradient {
     if constexpr (sizeof(T) == sizeof(Real)) {
       store_reals<V>(to, j, plan.half, plan.whole_reals, from);
     } else {
-      Chunk<T, V> chunk;
-#pragma unroll
-      for (int i = 0; i < V; ++i) narrow(from[i], chunk.v + i);
-      if (plan.width == Width::kWhole && j < plan.half) {
-        *reinterpret_cast<Chunk<T, V>*>(to + j) = chunk;
-        return;
-      }
+      Chunk<T, V> chunk{};
 #pragma unroll
       for (int i = 0; i < V; ++i) {
-        if (j + i < plan.half) to[j + i] = chunk.v[i];
+        T narrowed;
+        narrow(from[i], &narrowed);
+        chunk.set(i, narrowed);
+        if (!plan.whole_out && j + i < plan.half) to[j + i] = narrowed;
+      }
+      if (!plan.whole_out || j >= plan.half) return;
+      if constexpr (sizeof(T) * V == 16) {
+        *reinterpret_cast<uint4*>(to + j) = {chunk.words[0], chunk.words[1], chunk.words[2], chunk.words[3]};
+      } else {
+        *reinterpret_cast<uint2*>(to + j) = {chunk.words[0], chunk.words[1]};
       }
     }
   }
 };
 
-template <class Sim, class T, Mode kMode>
+template <class Sim, class T, Mode kMode, bool kAtomic>
 __global__ void __launch_bounds__(kMostTeamThreads)
     add_segments(const __grid_constant__ TableGradientKernelArgs args) {
   EMU_SHARED_MEMORY(shared);
-  TableGradient<Sim, T, kMode>(args, shared).run();
+  TableGradient<Sim, T, kMode, kAtomic>(args, shared).run();
 }
 
 // --- segments that cross pieces -------------------------------------------------------------------------------

@@ -38,22 +38,30 @@ EMU_DEVICE Real from_partner(Real x, int distance) {
   return __shfl_xor_sync(kAllLanes, x, distance);
 }
 
-// Sums over a warp of N values at once, in 2N shuffles instead of 5N: lane l gets that of value l / (32 / N).
+// Sums over a warp of N values at once, in 2N shuffles instead of 5N: lane l gets that of value l / (32 / N). At each
+// step a lane sends half of its values to a partner, which sends the other half.
+template <int kDistance, int N, class Real>
+EMU_DEVICE Real warp_sums_from(Real (&v)[N], int lane) {
+  if constexpr (kDistance == 0) {
+    return v[0];
+  } else if constexpr (N == 1) {
+    v[0] += from_partner(v[0], kDistance);
+    return warp_sums_from<kDistance / 2>(v, lane);
+  } else {
+    const bool upper = lane & kDistance;
+    Real halved[N / 2];
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) {
+      const Real low = v[i], high = v[i + N / 2];
+      halved[i] = (upper ? high : low) + from_partner(upper ? low : high, kDistance);
+    }
+    return warp_sums_from<kDistance / 2>(halved, lane);
+  }
+}
 template <int N, class Real>
 EMU_DEVICE Real warp_sums(Real (&v)[N], int lane) {
   static_assert(N <= kWarp && (N & (N - 1)) == 0);
-  int distance = kWarp / 2;
-#pragma unroll
-  for (int width = N / 2; width >= 1; width /= 2, distance /= 2) {
-    const bool upper = lane & distance;
-#pragma unroll
-    for (int i = 0; i < width; ++i) {
-      const Real kept = upper ? v[i + width] : v[i], sent = upper ? v[i] : v[i + width];
-      v[i] = kept + from_partner(sent, distance);
-    }
-  }
-  for (; distance >= 1; distance /= 2) v[0] += from_partner(v[0], distance);
-  return v[0];
+  return warp_sums_from<kWarp / 2>(v, lane);
 }
 
 // The same over a team; `scratch` holds the team's threads' worth of values.

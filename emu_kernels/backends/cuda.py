@@ -222,7 +222,10 @@ class CudaBackend:
             and batch.table.dtype == torch.float32
             and not torch.are_deterministic_algorithms_enabled()
         ):
-            self._native.table_gradient_atomic(native, *map(_pointer, given), out=_pointer(out))
+            listed = _memory(batch.query, native.sort_workspace())
+            self._native.table_gradient_atomic(
+                native, *map(_pointer, given), out=_pointer(out), sorted=_pointer(listed), partials=0
+            )
             return out
         ordered, partials = self._segments(batch, native)
         self._native.table_gradient(

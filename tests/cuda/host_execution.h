@@ -13,11 +13,12 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
+#include <new>
 #include <numeric>
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -44,7 +45,7 @@ struct dim3 {
   dim3(unsigned x_, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
 
-inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emu::cuda::host {
 
@@ -95,9 +96,15 @@ struct Fibre {
   void* fake_stack = nullptr;
 };
 
-struct Machine {
+struct Schedule {
   Order order = Order::kForward;
-  std::mt19937_64 random{1};
+  uint64_t seed = 1;
+};
+inline Schedule schedule;
+
+// One for each thread that launches.
+struct Machine {
+  std::mt19937_64 random;
   std::vector<Fibre> fibres;
   std::vector<Barrier> warps;
   std::vector<uint64_t> slots;  // (warps, 2, 32) of shuffles
@@ -110,8 +117,14 @@ struct Machine {
   int threads = 0, current = 0;
   void (*job)(void*) = nullptr;
   void* job_data = nullptr;
+
+  ~Machine() {
+    for (const Fibre& fibre : fibres) {
+      if (fibre.stack != nullptr) munmap(fibre.stack, kStackBytes);
+    }
+  }
 };
-inline Machine machine;
+inline thread_local Machine machine;
 
 inline void enter(void** fake_stack, const void* stack, size_t bytes) {
 #if defined(__SANITIZE_ADDRESS__)
@@ -188,8 +201,8 @@ inline void run_block(const char* name) {
   int ended = 0;
   while (ended < n) {
     int start = 0, step = 1;
-    if (m.order == Order::kReverse) start = n - 1, step = n - 1;
-    if (m.order == Order::kRandom) {
+    if (schedule.order == Order::kReverse) start = n - 1, step = n - 1;
+    if (schedule.order == Order::kRandom) {
       start = static_cast<int>(m.random() % static_cast<uint64_t>(n));
       do {
         step = 1 + static_cast<int>(m.random() % static_cast<uint64_t>(n));
@@ -213,6 +226,7 @@ inline void launch(const char* name, dim3 grid, int threads, size_t shared, void
   if (threads % kWarp != 0 || threads > 1024) throw std::invalid_argument(std::string(name) + ": threads a block");
   if (shared > 48 * 1024) throw std::invalid_argument(std::string(name) + ": too much shared memory");
   m.threads = threads;
+  m.random.seed(schedule.seed);
   if (m.fibres.size() < static_cast<size_t>(threads)) m.fibres.resize(static_cast<size_t>(threads));
   m.warps.resize(static_cast<size_t>(threads / kWarp));
   m.slots.resize(static_cast<size_t>(threads) * 2);
@@ -222,7 +236,7 @@ inline void launch(const char* name, dim3 grid, int threads, size_t shared, void
   blockDim = dim3(static_cast<unsigned>(threads)), gridDim = grid;
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
   for (uint64_t i = 0; i < blocks; ++i) {
-    const uint64_t at = m.order == Order::kReverse ? blocks - 1 - i : i;
+    const uint64_t at = schedule.order == Order::kReverse ? blocks - 1 - i : i;
     blockIdx = dim3(static_cast<unsigned>(at % grid.x), static_cast<unsigned>(at / grid.x % grid.y),
                     static_cast<unsigned>(at / grid.x / grid.y));
     run_block(name);
@@ -253,8 +267,8 @@ X shuffle(X x, int lane) {
 inline int lane() { return machine.current % kWarp; }
 
 inline void set_order(const std::string& name, uint64_t seed) {
-  machine.order = name == "reverse" ? Order::kReverse : name == "random" ? Order::kRandom : Order::kForward;
-  machine.random.seed(seed);
+  schedule.order = name == "reverse" ? Order::kReverse : name == "random" ? Order::kRandom : Order::kForward;
+  schedule.seed = seed;
 }
 
 }  // namespace emu::cuda::host
@@ -277,6 +291,7 @@ X __shfl_up_sync(unsigned, X x, int by) {
   const int lane = emu::cuda::host::lane();
   return emu::cuda::host::shuffle(x, lane >= by ? lane - by : lane);
 }
+inline void atomicAdd(float* to, float x) { *to += x; }
 template <class X>
 X __ldg(const X* from) {
   return *from;
@@ -292,6 +307,8 @@ namespace emu::cuda {
 inline void fill_zero(void* to, size_t bytes, void*, const char*) { std::memset(to, 0, bytes); }
 
 inline void add_vector(float* to, float x, float y, float z, float w) { to[0] += x, to[1] += y, to[2] += z, to[3] += w; }
+
+inline void forget(uint32_t&) {}
 
 inline float bits_to_float(uint32_t bits) {
   float x;

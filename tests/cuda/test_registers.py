@@ -1,0 +1,83 @@
+"""What ptxas reported as the extension was compiled: registers, stack frames and spills of every kernel.
+
+`make` has the reports kept in build/ptxas (see csrc/cuda/keep_report.py).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+
+from tests.cuda.emulation import ROOT
+
+REPORTS = ROOT / "build/ptxas"
+ENTRY = re.compile(
+    r"Compiling entry function '(?P<name>\w+)' for 'sm_(?P<target>\d+)\w*'"
+    r".*?(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
+    r"(?P<loads>\d+) bytes spill loads"
+    r".*?Used (?P<registers>\d+) registers",
+    re.DOTALL,
+)
+TARGETS = {80, 90, 100}
+MOST_REGISTERS = {"query_major": 255, "add_segments": 168, "row_loss": 80, "row_weights": 64}
+"""Of 255 that a thread may have. A block has at most 256 threads, so all of these can be launched;
+the smaller bounds keep half of the warps of a processor or more."""
+
+
+class Kernel(NamedTuple):
+    name: str  # mangled
+    target: int
+    stack: int
+    spills: int
+    registers: int
+
+
+def kernels() -> Iterator[Kernel]:
+    for path in sorted(REPORTS.glob("*.cu.o.txt")):
+        for match in ENTRY.finditer(path.read_text()):
+            numbers = {key: int(value) for key, value in match.groupdict().items() if key != "name"}
+            yield Kernel(
+                match["name"],
+                numbers["target"],
+                numbers["stack"],
+                numbers["stores"] + numbers["loads"],
+                numbers["registers"],
+            )
+
+
+@pytest.fixture(scope="module")
+def reported() -> list[Kernel]:
+    found = list(kernels())
+    if not found:
+        pytest.skip("no reports in build/ptxas: the kernels were not compiled by `make` and nvcc")
+    return found
+
+
+def common(kernel: Kernel) -> bool:
+    """Of what training runs: doubles are for checking gradients, and CUB's kernels are not ours."""
+    ours = kernel.name.startswith("_ZN3emu4cuda")
+    double = re.search(r"query_majorI\w+?E?d(L|E)|_segmentsI\w+?d(L|E)", kernel.name)
+    return ours and not double
+
+
+def test_every_target_has_every_similarity(reported: list[Kernel]) -> None:
+    for target in {kernel.target for kernel in reported} | TARGETS:
+        names = " ".join(kernel.name for kernel in reported if kernel.target == target)
+        for similarity in ("3Dot", "2L1", "2L2", "6Rotate", "4Hake", "7PRotate"):
+            for kernel in ("query_major", "add_segments", "row_loss"):
+                assert f"{kernel}INS_{similarity}E" in names, (target, similarity, kernel)
+
+
+def test_nothing_is_spilled(reported: list[Kernel]) -> None:
+    bad = [k for k in reported if common(k) and (k.stack or k.spills)]
+    assert not bad, "\n".join(map(str, bad))
+
+
+def test_registers_are_within_bounds(reported: list[Kernel]) -> None:
+    for name, most in MOST_REGISTERS.items():
+        used = {k.name: k.registers for k in reported if common(k) and name in k.name}
+        assert used
+        assert {kernel: n for kernel, n in used.items() if n > most} == {}
