@@ -1,5 +1,5 @@
-"""Runs nvcc, and keeps what ptxas reports of a file's kernels in the folder EMU_CUDA_REPORTS, if that
-is in the environment. CMakeLists.txt puts it before each compiler command;
+"""Runs nvcc, and keeps what ptxas reports of a file's kernels in the folder EMU_CUDA_REPORTS, if
+that is in the environment. CMakeLists.txt puts it before each compiler command;
 tests/cuda/test_registers.py reads the reports.
 """
 

@@ -224,7 +224,11 @@ class CudaBackend:
         ):
             listed = _memory(batch.query, native.sort_workspace())
             self._native.table_gradient_atomic(
-                native, *map(_pointer, given), out=_pointer(out), sorted=_pointer(listed), partials=0
+                native,
+                *map(_pointer, given),
+                out=_pointer(out),
+                sorted=_pointer(listed),
+                partials=0,
             )
             return out
         ordered, partials = self._segments(batch, native)

@@ -27,7 +27,7 @@ from emu_kernels.backends.cuda import CudaBackend
 ROOT = Path(__file__).resolve().parents[2]
 MODULE = "_cuda_emulated"
 PROCESSORS = 1
-"""Of the pretended device: few, but small batches have their rows split over blocks all the same."""
+"""Of the pretended device: one, but small batches have rows split over blocks all the same."""
 
 FLAGS = (
     "-std=c++20 -O1 -fPIC -fvisibility=hidden -ffp-contract=off "
@@ -38,7 +38,8 @@ FLAGS = (
 def build(*extra: str, root: Path = ROOT) -> Path:
     """The extension module compiled from ``root`` with ``extra`` flags."""
     compiler = os.environ.get("CXX", "g++")
-    sources = sorted((root / "csrc/cuda").glob("*.cu")) + [
+    sources = [
+        *sorted((root / "csrc/cuda").glob("*.cu")),
         root / "csrc/cuda/bindings.cpp",
         ROOT / "tests/cuda/order.cpp",
     ]

@@ -1,4 +1,4 @@
-"""What only a GPU can show: streams, captured graphs, late reports of ids, and that nothing waits."""
+"""What only a GPU can show: streams, captured graphs, late reports of ids, nothing that waits."""
 
 from __future__ import annotations
 

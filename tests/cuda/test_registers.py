@@ -1,4 +1,4 @@
-"""What ptxas reported as the extension was compiled: registers, stack frames and spills of every kernel.
+"""What ptxas reported of every kernel as the extension was compiled: registers, stack, spills.
 
 `make` has the reports kept in build/ptxas (see csrc/cuda/keep_report.py).
 """

@@ -9,7 +9,10 @@ import pytest
 
 from tests.cuda.emulation import ROOT
 
-SOURCES = ["tests/cuda/sanitized.cpp", *(f"csrc/cuda/{name}.cu" for name in ("sort", "segments", "mutate"))]
+SOURCES = [
+    "tests/cuda/sanitized.cpp",
+    *(f"csrc/cuda/{name}.cu" for name in ("sort", "segments", "mutate")),
+]
 FLAGS = ["-std=c++20", "-O1", "-g1", "-ffp-contract=off", "-Icsrc", "-Itests/cuda"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 

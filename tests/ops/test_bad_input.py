@@ -209,9 +209,9 @@ def skip_if_only_the_kernels_read_it(case: Case, backend: str, device: torch.dev
     name, change, exception, _ = case
     if name in ("beta", "alpha") and exception is ValueError and emulated(backend, device):
         value = change({})
-        if isinstance(value, Tensor) and value.is_floating_point() and value.numel() == 1:
-            if not value.requires_grad:
-                pytest.skip(f"{backend} is emulated on the CPU, where the value is not looked at")
+        scalar = isinstance(value, Tensor) and value.is_floating_point() and value.numel() == 1
+        if scalar and not value.requires_grad:
+            pytest.skip(f"{backend} is emulated on the CPU, where the value is not looked at")
 
 
 def batch(device: torch.device) -> Options:

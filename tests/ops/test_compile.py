@@ -197,9 +197,7 @@ def test_module(backend: str, device: torch.device) -> None:
     torch.testing.assert_close(module.last_terms, eager.last_terms)
 
 
-def test_bad_ids_raise(
-    backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bad_ids_raise(backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where nothing uses the values until run time."""
     monkeypatch.setenv("EMU_KERNELS_CHECK", "1")  # on a GPU they would raise later
     inputs = make(device=device)
