@@ -240,10 +240,11 @@ struct QueryMajor {
       if constexpr (!Sim::kBilinear) slope = Sim::template slope<h, M>(difference<Sim, h>(q, f, c));
       add_gradient<h, kScaledHalf>(i, w.plain[s], slope, c);
       if constexpr (kMode == Mode::kSelect) {
-        const bool mutated = is_mutated(r, h, i);
-        const Real own = mutated ? Real{0} : w.mutated[s];
-        add_mutated<h, kScaledHalf>(i, own, mutated ? Real{0} : w.label[s], slope, c);
-        add_share<h>(i, w.mutated[s] - own, mutated ? w.label[s] : Real{0}, Real{1});
+        if (is_mutated(r, h, i)) {
+          add_share<h>(i, w.mutated[s], w.label[s], Real{1});
+        } else {
+          add_mutated<h, kScaledHalf>(i, w.mutated[s], w.label[s], slope, c);
+        }
       }
       if constexpr (kMode == Mode::kMixup) {
         const Real mixed = mix(r, h, i, c), rest = 1 - shares[r];

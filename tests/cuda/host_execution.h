@@ -197,7 +197,7 @@ inline void run_block(const char* name) {
   }
   m.block = Barrier{};
   std::fill(m.warps.begin(), m.warps.end(), Barrier{});
-  std::memset(static_cast<void*>(m.shared.data()), 0xFF, m.shared.size() * sizeof(uint4));
+  std::fill(m.shared.begin(), m.shared.end(), uint4{~0u, ~0u, ~0u, ~0u});
   int ended = 0;
   while (ended < n) {
     int start = 0, step = 1;
@@ -304,7 +304,9 @@ X __ldg(const X* from) {
 
 namespace emu::cuda {
 
-inline void fill_zero(void* to, size_t bytes, void*, const char*) { std::memset(to, 0, bytes); }
+inline void fill_zero(void* to, size_t bytes, void*, const char*) {
+  if (bytes > 0) std::memset(to, 0, bytes);
+}
 
 inline void add_vector(float* to, float x, float y, float z, float w) { to[0] += x, to[1] += y, to[2] += z, to[3] += w; }
 

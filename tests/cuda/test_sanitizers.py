@@ -13,7 +13,7 @@ SOURCES = [
     "tests/cuda/sanitized.cpp",
     *(f"csrc/cuda/{name}.cu" for name in ("sort", "segments", "mutate")),
 ]
-FLAGS = ["-std=c++20", "-O1", "-g1", "-ffp-contract=off", "-Icsrc", "-Itests/cuda"]
+FLAGS = ["-std=c++20", "-O0", "-g1", "-ffp-contract=off", "-Icsrc", "-Itests/cuda"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
