@@ -266,11 +266,11 @@ struct Operators {
   }
 
   static void table_gradient_atomic(const Problem& p, const TableGradientArgs& a, const Launch& launch) {
-    if constexpr (sizeof(T) == 4) {
+    if constexpr (sizeof(T) == 4 && kMode != Mode::kMixup) {
       fill_zero(a.out, static_cast<size_t>(p.N * p.D) * sizeof(T), launch.stream, "table_gradient");
       if (count_entries(p) > 0) run_table_gradient<true>(table_args(p, a), launch, "add_segments (atomic)");
     } else {
-      throw std::invalid_argument("atomics add to fp32 gradients only");
+      throw std::invalid_argument("atomics add to fp32 gradients only, and not of Mixup");
     }
   }
 

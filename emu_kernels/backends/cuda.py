@@ -220,6 +220,7 @@ class CudaBackend:
         if (
             self.atomic_gradient
             and batch.table.dtype == torch.float32
+            and batch.mutation != "mixup"
             and not torch.are_deterministic_algorithms_enabled()
         ):
             listed = _memory(batch.query, native.sort_workspace())

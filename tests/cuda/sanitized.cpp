@@ -92,7 +92,7 @@ void run(Mutation mutation, int64_t D, bool pairs, bool each) {
       std::exit(1);
     }
   }
-  if constexpr (sizeof(T) == 4) {
+  if constexpr (sizeof(T) == 4 && kMode != Mode::kMixup) {
     list_ids(p, sorted.get(), nullptr);
     table_args.ids = nullptr, table_args.out = dense.get();
     Of::table_gradient_atomic(p, table_args, launch);

@@ -59,7 +59,7 @@ def reported() -> list[Kernel]:
 def common(kernel: Kernel) -> bool:
     """Of what training runs: doubles are for checking gradients, and CUB's kernels are not ours."""
     ours = kernel.name.startswith("_ZN3emu4cuda")
-    double = re.search(r"query_majorI\w+?E?d(L|E)|_segmentsI\w+?d(L|E)", kernel.name)
+    double = re.search(r"I(NS_\d+\w+?E)?d[LE]", kernel.name)
     return ours and not double
 
 
