@@ -98,14 +98,14 @@ struct QueryMajor {
 
   EMU_DEVICE void load_columns(int c0) {
     at.load(p, plan, b, c0 + team.at * V);
-    if (masked(kMode)) tile.move_to(team, c0);
-    if (!kMutated) return;
-    Chunk<T, V> z[H];
+    if constexpr (masked(kMode)) tile.move_to(team, c0);
+    if constexpr (kMutated) {
 #pragma unroll
-    for (int h = 0; h < H; ++h) {
-      z[h] = load_row<T, V>(positive_row, h * plan.half, at.j, at.end, plan.width);
+      for (int h = 0; h < H; ++h) {
+        const Chunk<T, V> z = load_row<T, V>(positive_row, h * plan.half, at.j, at.end, plan.width);
 #pragma unroll
-      for (int i = 0; i < V; ++i) positive[h][i] = z[h].at(i);
+        for (int i = 0; i < V; ++i) positive[h][i] = z.at(i);
+      }
     }
     if constexpr (kMode == Mode::kSelect) {
       select_terms<0>();

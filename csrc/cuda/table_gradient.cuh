@@ -395,7 +395,7 @@ struct TableGradient {
 };
 
 template <class Sim, class T, Mode kMode, bool kAtomic>
-__global__ void __launch_bounds__(kMostTeamThreads)
+__global__ void __launch_bounds__(kMostTeamThreads, 1)
     add_segments(const __grid_constant__ TableGradientKernelArgs args) {
   EMU_SHARED_MEMORY(shared);
   TableGradient<Sim, T, kMode, kAtomic>(args, shared).run();

@@ -17,7 +17,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from emu_kernels import Mixup, backends, emu_mutate, emu_scores, fused_emu_loss
+from emu_kernels import (
+    Mixup,
+    backends,
+    emu_mutate,
+    emu_scores,
+    fused_emu_loss,
+    fused_softmax_loss,
+)
 from emu_kernels.backends import ids
 from emu_kernels.reference import SIMILARITIES
 from tests.cuda import emulation
@@ -30,7 +37,6 @@ from tests.ops.support import (
     evaluate,
     exact,
     make,
-    random_like,
     same_bits,
 )
 
@@ -220,23 +226,24 @@ def test_bad_coefficient_gives_nan(
     assert fused_emu_loss(*inputs, **options | {name: torch.tensor(bad)}).isnan().all()
 
 
-@pytest.mark.parametrize("mutation", [0.5, Mixup()], ids=str)
+@pytest.mark.parametrize("mutates", [True, False])
 @pytest.mark.parametrize("similarity", SIMILARITIES)
 def test_atomic_gradient(
     similarity: str,
-    mutation: Any,
+    mutates: bool,
     cuda: emulation.EmulatedCudaBackend,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The rival of sorted segments, for whole vectors and for a rest."""
     monkeypatch.setattr(cuda, "atomic_gradient", True)
+    monkeypatch.setattr(cuda._native, "table_gradient", None)  # would fail if called
+    function, rates = (fused_emu_loss, LOSS) if mutates else (fused_softmax_loss, {})
     for dim in (38, 136):
         inputs = make(6, 9, dim, groups=3, padding=True)
-        options = LOSS | options_of(similarity, 6, dim) | {"mutation_rate": mutation}
-        upstream = random_like([torch.empty(())])
-        actual = evaluate(fused_emu_loss, inputs, upstream=upstream, backend="cuda", **options)
+        options = rates | options_of(similarity, 6, dim)
+        actual = evaluate(function, inputs, backend="cuda", **options)
         wide = {k: v.double() if isinstance(v, Tensor) else v for k, v in options.items()}
-        assert_agree(actual, exact(fused_emu_loss, inputs, upstream=upstream, **wide))
+        assert_agree(actual, exact(function, inputs, **wide))
 
 
 def test_atomics_are_not_for_deterministic_algorithms(

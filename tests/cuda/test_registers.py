@@ -22,9 +22,17 @@ ENTRY = re.compile(
     re.DOTALL,
 )
 TARGETS = {80, 90, 100}
-MOST_REGISTERS = {"query_major": 255, "add_segments": 168, "row_loss": 80, "row_weights": 64}
-"""Of 255 that a thread may have. A block has at most 256 threads, so all of these can be launched;
-the smaller bounds keep half of the warps of a processor or more."""
+MOST_REGISTERS = {
+    "query_majorI.*PassE0E": 184,  # scores
+    "query_majorI.*PassE1E": 240,  # sums, and gradients on the fly
+    "query_majorI.*PassE2E": 184,  # gradients under given weights
+    "add_segmentsI": 136,
+    "row_gradientI": 96,
+    "row_lossI": 64,
+    "row_weightsI": 64,
+}
+"""A thread may have 255, and a processor 65,536: at 240 it still holds eight warps, each with eight
+16-byte loads a lane in flight."""
 
 
 class Kernel(NamedTuple):
@@ -78,6 +86,10 @@ def test_nothing_is_spilled(reported: list[Kernel]) -> None:
 
 def test_registers_are_within_bounds(reported: list[Kernel]) -> None:
     for name, most in MOST_REGISTERS.items():
-        used = {k.name: k.registers for k in reported if common(k) and name in k.name}
+        used = {
+            (k.name, k.target): k.registers
+            for k in reported
+            if common(k) and re.search(name, k.name)
+        }
         assert used
         assert {kernel: n for kernel, n in used.items() if n > most} == {}
