@@ -119,10 +119,6 @@ class Backend(Protocol):
     def device_types(self) -> tuple[str, ...]:
         """Types of the devices whose tensors it takes."""
 
-    @property
-    def emulated(self) -> bool:
-        """Whether a GPU's kernels run on the CPU, for tests: then no call gets it by default."""
-
     def unavailable(self) -> str | None:
         """Why this backend cannot run here, or None where it can."""
 

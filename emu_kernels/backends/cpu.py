@@ -74,7 +74,6 @@ class CpuBackend:
 
     name = "cpu"
     device_types = ("cpu",)
-    emulated = False
 
     def unavailable(self) -> str | None:
         return _UNAVAILABLE

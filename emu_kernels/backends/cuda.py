@@ -89,7 +89,6 @@ class CudaBackend:
     """
 
     name = "cuda"
-    emulated = False
     device_types: tuple[str, ...] = ("cuda",)
     atomic_gradient = False
 

@@ -107,7 +107,6 @@ def load(path: Path) -> ModuleType:
 class EmulatedCudaBackend(CudaBackend):
     """The backend as it is, but for the module that it calls and the device it names."""
 
-    emulated = True
     device_types = ("cpu",)
 
     def __init__(self, native: ModuleType) -> None:
