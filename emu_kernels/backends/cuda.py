@@ -9,6 +9,7 @@ that streams and graph captures are torch's business. Ids out of range are repor
 from __future__ import annotations
 
 import functools
+import importlib
 from types import ModuleType
 from typing import Any
 
@@ -33,12 +34,14 @@ LOWEST_CAPABILITY = (8, 0)
 def _load() -> tuple[Any, str | None]:
     """The extension module, or why there is none."""
     try:
-        from emu_kernels import _cuda
-    except ImportError as error:
+        _cuda = importlib.import_module("emu_kernels._cuda")
+    except ModuleNotFoundError:
         return None, (
-            f"it was built without CUDA ({error}): install a CUDA toolkit, 12.4 or newer, "
-            "set CUDA_HOME or put nvcc into PATH, and build again (pip install --editable .)"
+            "emu_kernels was built without CUDA: install a CUDA toolkit, 12.4 or newer, set "
+            "CUDA_HOME or put nvcc into PATH, and build again (pip install --editable .)"
         )
+    except ImportError as error:
+        return None, f"the extension module emu_kernels._cuda cannot be imported ({error})"
     if _cuda.version != __version__:
         return None, (
             f"the extension module was built for version {_cuda.version}, this is {__version__}: "
