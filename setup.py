@@ -41,8 +41,23 @@ def find_pybind11() -> str:
     return str(pybind11.get_cmake_dir())
 
 
+def optional(extension: Path) -> Path:
+    """Where the CUDA kernels' extension is, beside ``extension``, if there is one."""
+    return extension.with_name(extension.name.replace("_C", "_cuda", 1))
+
+
 class CMakeBuild(build_ext):
-    """Has CMake compile the extension and put it where setuptools looks for it."""
+    """Has CMake compile the extensions and put them where setuptools looks for the one it knows."""
+
+    def copy_extensions_to_source(self) -> None:
+        """Of an editable install, where setuptools copies that one alone."""
+        super().copy_extensions_to_source()
+        (ext,) = self.extensions
+        built = optional(Path(self.build_lib, self.get_ext_filename(ext.name)))
+        target = optional(ROOT / self.get_ext_filename(ext.name))
+        target.unlink(missing_ok=True)
+        if built.is_file():
+            shutil.copy2(built, target)
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -70,8 +85,7 @@ class CMakeBuild(build_ext):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             stamp.write_text(settings)
-        for stale in target.parent.glob(f"_cuda{target.name.removeprefix('_C')}"):
-            stale.unlink()  # this build may be one without CUDA
+        optional(target).unlink(missing_ok=True)  # this build may be one without CUDA
         try:
             subprocess.run(configure, check=True)
             subprocess.run(build, check=True)
