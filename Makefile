@@ -45,7 +45,7 @@ gpu-check:
 	$(PYTHON) -m bench.gpu_check --out $(OUT) $(if $(QUICK),--quick) $(GPU_CHECK)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info emu_kernels/_C.*.so
+	rm -rf $(VENV) build dist *.egg-info emu_kernels/_C.*.so emu_kernels/_cuda.*.so
 	rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -62,5 +62,6 @@ $(VENV)/.torch: FORCE
 
 $(VENV)/.installed-%: $(VENV)/.torch $(INPUTS)
 	$(if $(filter test,$*),$(PIP) show -q triton || $(PIP) install '$(TRITON)')
-	$(PIP) install --constraint constraints.txt $(firstword $(TORCH)) --editable '.[$*]'
+	EMU_CUDA_REPORTS='$(CURDIR)/build/ptxas' \
+		$(PIP) install --constraint constraints.txt $(firstword $(TORCH)) --editable '.[$*]'
 	touch $@

@@ -1,8 +1,11 @@
-"""Builds the extension module ``emu_kernels._C`` with CMake and ninja; pyproject.toml has the rest.
+"""Builds the extension modules ``emu_kernels._C`` and, where there is nvcc, ``emu_kernels._cuda``
+with CMake and ninja; pyproject.toml has the rest.
 
-Nothing here needs torch: the extension is compiled without torch's headers. What goes into it is
-decided in CMakeLists.txt. From the environment, CMAKE_ARGS goes to CMake's configure step, CXX and
-CXXFLAGS choose the compiler and its flags, CMAKE_BUILD_PARALLEL_LEVEL limits the number of jobs.
+Nothing here needs torch: the extensions are compiled without torch's headers. What goes into them
+is decided in CMakeLists.txt. From the environment, CMAKE_ARGS goes to CMake's configure step
+(-DEMU_CUDA=OFF leaves CUDA out, -DEMU_CUDA_ARCHITECTURES=90 compiles for one target), CUDA_HOME is
+where nvcc is looked for first, CXX and CXXFLAGS choose the compiler and its flags,
+CMAKE_BUILD_PARALLEL_LEVEL limits the number of jobs.
 """
 
 from __future__ import annotations
@@ -38,8 +41,23 @@ def find_pybind11() -> str:
     return str(pybind11.get_cmake_dir())
 
 
+def optional(extension: Path) -> Path:
+    """Where the CUDA kernels' extension is, beside ``extension``, if there is one."""
+    return extension.with_name(extension.name.replace("_C", "_cuda", 1))
+
+
 class CMakeBuild(build_ext):
-    """Has CMake compile the extension and put it where setuptools looks for it."""
+    """Has CMake compile the extensions and put them where setuptools looks for the one it knows."""
+
+    def copy_extensions_to_source(self) -> None:
+        """Of an editable install, where setuptools copies that one alone."""
+        super().copy_extensions_to_source()
+        (ext,) = self.extensions
+        built = optional(Path(self.build_lib, self.get_ext_filename(ext.name)))
+        target = optional(ROOT / self.get_ext_filename(ext.name))
+        target.unlink(missing_ok=True)
+        if built.is_file():
+            shutil.copy2(built, target)
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -61,12 +79,13 @@ class CMakeBuild(build_ext):
 
         # CMake's cache outlives what it was made with, such as the tools of an isolated build
         # environment that is gone: keep the folder only for a build with the very same settings.
-        settings = repr((configure, os.environ.get("CXX"), os.environ.get("CXXFLAGS")))
+        settings = repr((configure, *map(os.environ.get, ("CXX", "CXXFLAGS", "CUDA_HOME"))))
         stamp = folder / "settings.txt"
         if not stamp.is_file() or stamp.read_text() != settings:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             stamp.write_text(settings)
+        optional(target).unlink(missing_ok=True)  # this build may be one without CUDA
         try:
             subprocess.run(configure, check=True)
             subprocess.run(build, check=True)

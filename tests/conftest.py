@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
 
 from emu_kernels import backends
 from emu_kernels.backends.triton import interpreted
+from tests.cuda import emulation
 
 KERNELS = tuple(name for name in backends.NAMES if name != backends.REFERENCE)
 
@@ -84,6 +85,8 @@ def pytest_report_header() -> str:
 
 
 def _usable(name: str) -> str:
+    if name == "cuda" and not torch.cuda.is_available():
+        emulation.install()
     reason = dict(backends.describe())[name]
     if reason is not None and name == "cpu":
         pytest.fail(f"the cpu backend must be built for the tests: {reason}", pytrace=False)

@@ -1,7 +1,7 @@
 """The package as users get it: built without torch, installed elsewhere, imported from there.
 
 Everything is built offline with the tools installed beside the tests, twice in all: a wheel from
-the source tree, and a wheel from the sdist.
+the source tree, and a wheel from the sdist. The CUDA kernels, which take minutes, are left out.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from importlib import metadata
 from pathlib import Path
 
+import pybind11
 import pytest
 import torch
 
@@ -24,6 +26,7 @@ import emu_kernels
 
 ROOT = Path(__file__).resolve().parent.parent
 EXTENSION = re.compile(r"emu_kernels/_C\.[^/]*\.so")
+WITHOUT_CUDA = "-DEMU_CUDA=OFF"
 NEON_COMPILER = "aarch64-linux-gnu-g++"
 CPU_SOURCES = sorted(ROOT.glob("csrc/cpu/*.cpp"))
 
@@ -50,7 +53,11 @@ def build_env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """No package index and no torch."""
     fake = tmp_path_factory.mktemp("without-torch")
     (fake / "torch.py").write_text("raise ImportError('the build must not import torch')\n")
-    env = os.environ | {"PIP_NO_INDEX": "1", "PYTHONPATH": str(fake)}
+    env = os.environ | {
+        "CMAKE_ARGS": WITHOUT_CUDA,
+        "PIP_NO_INDEX": "1",
+        "PYTHONPATH": str(fake),
+    }
     assert subprocess.run([sys.executable, "-c", "import torch"], env=env).returncode != 0
     return env
 
@@ -62,7 +69,7 @@ def strict_env(build_env: dict[str, str]) -> dict[str, str]:
     assert compiler is not None
     folders = os.environ["PATH"].split(os.pathsep)
     env = build_env | {
-        "CMAKE_ARGS": "-DCMAKE_COMPILE_WARNING_AS_ERROR=ON",
+        "CMAKE_ARGS": f"{WITHOUT_CUDA} -DCMAKE_COMPILE_WARNING_AS_ERROR=ON",
         "CXX": compiler,  # it may lie in one of the folders that go
         "PATH": os.pathsep.join(f for f in folders if not shutil.which("nvcc", path=f)),
     }
@@ -78,7 +85,7 @@ def only_file(folder: Path, pattern: str) -> Path:
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory, build_env: dict[str, str]) -> Path:
-    """A wheel built from the source tree, with nvcc visible where there is one."""
+    """A wheel built from the source tree."""
     out = tmp_path_factory.mktemp("wheel")
     pip = (sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps")
     run(*pip, "--wheel-dir", out, ROOT, cwd=out, env=build_env)
@@ -241,6 +248,8 @@ def test_report(installed: Path, tmp_path: Path) -> None:
     assert "in use: " in lines["extension"]
     assert lines["backend reference"] == "can run"
     assert lines["backend cpu"] == "can run"
+    assert "built without CUDA" in lines["backend cuda"]
+    assert "CUDA_HOME" in lines["backend cuda"]
 
 
 def test_report_without_the_extension(installed: Path, tmp_path: Path) -> None:
@@ -276,6 +285,28 @@ def test_unusable_compiler_is_said_in_words(
     assert done.returncode != 0
     assert message in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("wanted", ["AUTO", "ON"])
+def test_old_nvcc_is_said_in_words(wanted: str, build_env: dict[str, str], tmp_path: Path) -> None:
+    """CUDA_HOME comes first; what it has must be recent enough, if CUDA is asked for."""
+    nvcc = tmp_path / "cuda/bin/nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 11.8, V11.8.89'\n")
+    nvcc.chmod(0o755)
+    scripts = Path(sysconfig.get_path("scripts"))
+    configure = [
+        shutil.which("cmake") or scripts / "cmake",
+        *("-S", ROOT, "-B", tmp_path / "build", "-G", "Ninja", f"-DEMU_CUDA={wanted}"),
+        f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja') or scripts / 'ninja'}",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+    ]
+    env = build_env | {"CUDA_HOME": str(tmp_path / "cuda")}
+    done = subprocess.run(configure, env=env, capture_output=True, text=True)
+    said = " ".join((done.stdout + done.stderr).split())
+    assert (done.returncode == 0) == (wanted == "AUTO")
+    assert f"{nvcc} is of CUDA 11.8, and they need 12.4" in said
 
 
 @pytest.mark.skipif(not shutil.which(NEON_COMPILER), reason=f"{NEON_COMPILER} is not installed")

@@ -13,7 +13,7 @@
 #pragma once
 
 #if defined(__CUDACC__)
-#define EMU_SIM __host__ __device__ static __forceinline__
+#define EMU_SIM __device__ static __forceinline__
 #else
 #define EMU_SIM static inline __attribute__((always_inline))
 #endif

@@ -5,10 +5,9 @@
 
 #include <cstdint>
 
-namespace emu {
+#include "common/types.h"
 
-enum class DType { kFloat, kBFloat16, kHalf, kDouble };
-enum class Reduction { kNone, kSum, kMean };
+namespace emu {
 
 // Which masks are drawn: emu_kernels/mask.py.
 struct MaskSpec {
@@ -18,8 +17,6 @@ struct MaskSpec {
   const int16_t* thresholds;  // of each component (of each pair), or null
   bool pairs;                 // component j decides for component D/2 + j too
 };
-
-enum class Mutation { kNone, kMask, kMixup };
 
 struct Problem {
   const void* query;        // (B, D) real

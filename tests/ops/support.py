@@ -30,9 +30,18 @@ HALF_WIDTH = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
 tolerance above is the nearest low-precision number or its neighbour."""
 
 
-EMULATED = {"rows": 12, "columns": 256, "components": 170_000}
-"""The most B, K and B·K·D for which a GPU's kernels are run on the CPU, some thousand times slower:
-a row, a tile of candidates and an entity take about 10 ms each."""
+class Limits(NamedTuple):
+    rows: int  # B
+    columns: int  # K
+    components: int  # B·K·D
+
+
+EMULATED = {
+    # By its interpreter, a row, a tile of candidates and an entity take about 10 ms each.
+    "triton": Limits(12, 1000, 170_000),
+    "cuda": Limits(300, 100_000, 300_000),
+}
+"""The most for which a GPU's kernels are run on the CPU, hundreds to thousands of times slower."""
 
 
 def emulated(backend: str, device: torch.device) -> bool:
@@ -40,17 +49,21 @@ def emulated(backend: str, device: torch.device) -> bool:
     return backend not in ("reference", "cpu") and device.type == "cpu"
 
 
+def affordable(backend: str, device: torch.device, *, batch: int, count: int, dim: int) -> bool:
+    """Whether a shape is small enough for the backend, where its kernels are emulated."""
+    if not emulated(backend, device):
+        return True
+    limits = EMULATED[backend]
+    size = (batch, count, batch * max(count, 1) * dim)
+    return all(value <= limit for value, limit in zip(size, limits, strict=True))
+
+
 def skip_if_too_slow(
     backend: str, device: torch.device, *, batch: int, count: int, dim: int
 ) -> None:
-    """Skip a test whose shape is too large for kernels that are emulated."""
-    components = batch * max(count, 1) * dim
-    if emulated(backend, device) and (
-        batch > EMULATED["rows"]
-        or count > EMULATED["columns"]
-        or components > EMULATED["components"]
-    ):
-        pytest.skip(f"{backend} is emulated on the CPU: {components} components take too long")
+    """Skip a test whose shape is not :func:`affordable`."""
+    if not affordable(backend, device, batch=batch, count=count, dim=dim):
+        pytest.skip(f"{backend} is emulated on the CPU, where this shape takes too long")
 
 
 class Inputs(NamedTuple):

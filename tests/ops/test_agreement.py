@@ -14,10 +14,10 @@ from torch import Tensor
 
 from emu_kernels import emu_scores, fused_emu_loss, fused_softmax_loss
 from tests.ops.support import (
-    EMULATED,
     LOSS,
     Inputs,
     Options,
+    affordable,
     assert_agree,
     assert_near,
     emulated,
@@ -42,6 +42,9 @@ class Shape:
     def make(self, **options: Any) -> Inputs:
         return make(self.batch, self.count, self.dim, rows=self.rows, groups=self.groups, **options)
 
+    def affordable(self, kernel: str, device: torch.device) -> bool:
+        return affordable(kernel, device, batch=self.batch, count=self.count, dim=self.dim)
+
     def skip_if_too_slow(self, kernel: str, device: torch.device) -> None:
         skip_if_too_slow(kernel, device, batch=self.batch, count=self.count, dim=self.dim)
 
@@ -58,6 +61,8 @@ SHAPES = [
     Shape(40, 256, 36, 3, 40, "three entities, each with thousands of contributions"),
     Shape(1, 70_000, 3, 70_001, 1, "columns and entities past 16 bits", 10),
     Shape(70_000, 1, 3, 9, 1, "batch rows past 16 bits, all with the same negative", 10),
+    Shape(1, 3, 1000, 20, 1, "one long row, also where kernels are emulated"),
+    Shape(1, 1000, 7, 30, 1, "many negatives of one row, also where kernels are emulated"),
 ]
 WHY = [shape.why for shape in SHAPES]
 # One of each regime that a dtype can change: a rest of a vector, hubs, long rows, shared negatives.
@@ -238,9 +243,9 @@ def test_every_element_is_written(kernel: str, device: torch.device) -> None:
     try:
         assert torch.empty(3).isnan().all()
         for shape in shapes:
-            inputs = shape.make(padding=True).to(device)
-            if emulated(kernel, device) and shape.count > EMULATED["columns"]:
+            if not shape.affordable(kernel, device):
                 continue
+            inputs = shape.make(padding=True).to(device)
             for function, options in calls:
                 results = [evaluate(function, inputs, backend=kernel, **options)]
                 results += [evaluate(function, inputs, backend=kernel, sparse_grad=True, **options)]

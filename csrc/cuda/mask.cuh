@@ -1,0 +1,170 @@
+// Masks and Mixup's shares: the contract of emu_kernels/mask.py.
+//
+// One Philox call decides sixteen components, more than a thread has of a row. So a team draws the bytes of a few
+// rows into shared memory, a call a thread, and each thread then reads those of its own components.
+#pragma once
+
+#include "common/philox.h"
+#include "cuda/elements.cuh"
+#include "cuda/team.cuh"
+
+namespace emu::cuda {
+
+EMU_DEVICE void draw_block(uint64_t seed, uint32_t block, uint32_t k, uint32_t row, uint32_t (&words)[4]) {
+  const uint32_t counter[4] = {block, k, row, 0};
+  philox4x32(counter, seed, words);
+}
+
+// Read anew for each few rows: the keys of all rounds take more registers than there are to keep.
+EMU_DEVICE uint64_t load_seed(const MaskSpec& spec) {
+  return static_cast<uint64_t>(*static_cast<const volatile int64_t*>(spec.seed));
+}
+
+// Mixup's share of negative k of a row.
+template <class Real>
+EMU_DEVICE Real draw_share(const MaskSpec& spec, uint32_t k, uint32_t row) {
+  const uint32_t counter[4] = {0, k, row, 1};
+  uint32_t words[4], top = 0;
+  philox4x32(counter, load_seed(spec), words);
+#pragma unroll
+  for (int w = 0; w < 4; ++w) top = w < spec.threshold && words[w] > top ? words[w] : top;
+  return static_cast<Real>(top >> 8) * static_cast<Real>(5.9604644775390625e-8);  // 2^−24
+}
+
+// A component is mutated where its byte, shifted to the top of a word, is at most this.
+struct Limit {
+  uint32_t top;
+  bool decided;  // bytes are drawn as 0 for mutated and 255 for not
+
+  EMU_DEVICE explicit Limit(const MaskSpec& spec)
+      : top(static_cast<uint32_t>(spec.threshold) * (1u << 24) - 1),
+        decided(spec.thresholds != nullptr || spec.threshold <= 0) {
+    if (decided) top = (1u << 24) - 1;
+  }
+  EMU_DEVICE bool mutated(uint32_t word, int byte) const { return word << (24 - 8 * byte) <= top; }
+
+  // Sixteen bytes of one call as the shared memory wants them.
+  EMU_DEVICE void decide(const MaskSpec& spec, int units, int block, uint32_t (&words)[4]) const {
+    if (!decided) return;
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      uint32_t out = 0;
+      for (int i = 0; i < 4; ++i) {
+        const int unit = block * kComponentsPerCall + 4 * w + i;
+        const int threshold = spec.thresholds != nullptr && unit < units ? spec.thresholds[unit] : 0;
+        out |= static_cast<int>(words[w] >> (8 * i) & 0xFF) < threshold ? 0 : 0xFFu << (8 * i);
+      }
+      words[w] = out;
+    }
+  }
+};
+
+// The bytes of a few rows' components c0 .. c0 + tile − 1 of each half.
+template <class Sim>
+struct MaskTile {
+  static constexpr int H = Sim::kHalves;
+  const MaskSpec& spec;
+  const Limit limit;
+  unsigned char* const bytes;  // (rows, row_bytes)
+  const int tile, half, units, region;
+  int c0 = 0;
+  // Philox blocks of each half's components. By name, not by number: an array indexed at run time is in local memory.
+  int first0 = 0, first1 = 0, blocks0 = 0, blocks1 = 0;
+  int first_row, first_block, row_step, block_step;  // which a thread draws
+
+  static EMU_MEMBER int row_bytes(int tile) { return H * (tile + kComponentsPerCall); }
+
+  EMU_DEVICE MaskTile(const Problem& p, int tile_size, unsigned char* memory)
+      : spec(p.mask),
+        limit(p.mask),
+        bytes(memory),
+        tile(tile_size),
+        half(static_cast<int>(p.D) / H),
+        units(static_cast<int>(p.D) / (p.mask.pairs ? 2 : 1)),
+        region(tile_size + kComponentsPerCall) {}
+
+  // Pairs of a row in one piece: their two components may be in different chunks of it.
+  EMU_DEVICE bool scattered() const { return H == 1 && spec.pairs; }
+
+  EMU_DEVICE void move_to(const Team& team, int column) {
+    c0 = column;
+    const int width = tile < half - c0 ? tile : half - c0;
+    first0 = c0 / kComponentsPerCall;
+    blocks0 = (c0 + width + kComponentsPerCall - 1) / kComponentsPerCall - first0;
+    if (H > 1 && !spec.pairs) {
+      first1 = (half + c0) / kComponentsPerCall;
+      blocks1 = (half + c0 + width + kComponentsPerCall - 1) / kComponentsPerCall - first1;
+    }
+    if (scattered()) first0 = 0, blocks0 = (units + kComponentsPerCall - 1) / kComponentsPerCall;
+    const int all = blocks0 + blocks1;
+    first_row = team.at / all, first_block = team.at % all;
+    row_step = team.threads / all, block_step = team.threads % all;
+  }
+
+  // counter(r, k, row) gives the counter's words of row r; false draws nothing.
+  template <class Counter>
+  EMU_DEVICE void draw(int rows, Counter&& counter) {
+    const int all = blocks0 + blocks1;
+    int r = first_row, at = first_block;
+    const uint64_t seed = load_seed(spec);
+#pragma unroll 1
+    while (r < rows) {
+      uint32_t k, row;
+      if (counter(r, k, row)) {
+        const int h = H > 1 && at >= blocks0 ? 1 : 0;
+        const int local = at - h * blocks0, block = (h == 0 ? first0 : first1) + local;
+        uint32_t words[4];
+        draw_block(seed, static_cast<uint32_t>(block), k, row, words);
+        limit.decide(spec, units, block, words);
+        if (scattered()) {
+          scatter(r, block, words);
+        } else {
+          uint4 packed;
+          memcpy(&packed, words, 16);
+          *reinterpret_cast<uint4*>(bytes + r * H * region + h * region + local * kComponentsPerCall) = packed;
+        }
+      }
+      r += row_step, at += block_step;
+      if (at >= all) at -= all, ++r;
+    }
+  }
+
+  EMU_DEVICE void scatter(int r, int block, const uint32_t (&words)[4]) {
+#pragma unroll
+    for (int i = 0; i < kComponentsPerCall; ++i) {
+      const int unit = block * kComponentsPerCall + i;
+      if (unit >= units) break;
+      const unsigned char byte = static_cast<unsigned char>(words[i / 4] >> (8 * (i % 4)));
+      for (int part = 0; part < 2; ++part) {
+        const int j = unit + part * units - c0;
+        if (j >= 0 && j < tile) bytes[r * region + j] = byte;
+      }
+    }
+  }
+
+  // The words that hold row r's bytes of components j .. j + V − 1 of half h.
+  template <int V, int kWords>
+  EMU_DEVICE void load(int r, int h, int j, uint32_t (&words)[kWords]) const {
+    const int of = h == 1 && spec.pairs ? 0 : h;
+    const int at = of * region + (of * half + j) -
+                   (scattered() ? c0 : (of == 0 ? first0 : first1) * kComponentsPerCall);
+    const unsigned char* from = bytes + r * H * region + at;
+    if constexpr (V < 4) {
+      words[0] = 0;
+#pragma unroll
+      for (int i = 0; i < V; ++i) words[0] |= static_cast<uint32_t>(from[i]) << (8 * i);
+    } else {
+      const int shift = H > 1 ? 8 * (at & 3) : 0;
+      const uint32_t* aligned = reinterpret_cast<const uint32_t*>(from - (H > 1 ? at & 3 : 0));
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) {
+        words[w] = aligned[w];
+        if constexpr (H > 1) {
+          if (shift > 0) words[w] = words[w] >> shift | aligned[w + 1] << (32 - shift);
+        }
+      }
+    }
+  }
+};
+
+}  // namespace emu::cuda

@@ -1,0 +1,128 @@
+// Mutation alone.
+#include "cuda/operators.h"
+#include "cuda/shape.cuh"
+
+namespace emu::cuda {
+namespace {
+
+constexpr int kThreads = 128;
+
+// Which sixteen components of rows a thread or a block has: those that one call decides, in one of the halves where
+// masks are of pairs.
+struct Cut {
+  int64_t units, blocks, parts;
+
+  EMU_MEMBER explicit Cut(const MutateArgs& a)
+      : units(a.D / (a.mask.pairs ? 2 : 1)),
+        blocks((units + kComponentsPerCall - 1) / kComponentsPerCall),
+        parts(a.mask.pairs ? 2 : 1) {}
+  EMU_MEMBER int64_t count() const { return blocks * parts; }
+};
+
+struct Bits {
+  const MutateArgs& a;
+  const Limit limit;
+  const int block;
+  const int64_t from, count;  // the first component, and how many there are
+  uint32_t words[4];
+
+  EMU_DEVICE Bits(const MutateArgs& args, const Cut& cut, int64_t index)
+      : a(args),
+        limit(args.mask),
+        block(static_cast<int>(index % cut.blocks)),
+        from(index / cut.blocks * cut.units + block * int64_t{kComponentsPerCall}),
+        count(cut.units - block * int64_t{kComponentsPerCall}) {}
+
+  EMU_DEVICE void draw(int64_t b, int64_t k) {
+    draw_block(load_seed(a.mask), static_cast<uint32_t>(block), static_cast<uint32_t>(k),
+               a.mask.row_offset + static_cast<uint32_t>(b), words);
+    limit.decide(a.mask, static_cast<int>(block * kComponentsPerCall + count), block, words);
+  }
+  EMU_DEVICE bool mutated(int i) const { return limit.mutated(words[i / 4], i % 4); }
+};
+
+// T: an unsigned integer as wide as an element, whose value does not matter.
+template <class T>
+__global__ void __launch_bounds__(kThreads) mutate_rows(const __grid_constant__ MutateArgs a) {
+  const Cut cut(a);
+  const int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (at >= a.B * a.K * cut.count()) return;
+  const int64_t row = at / cut.count(), b = row / a.K;
+  Bits bits(a, cut, at % cut.count());
+  bits.draw(b, row % a.K);
+  const T* positive = static_cast<const T*>(a.positive) + b * a.D + bits.from;
+  const T* negative = static_cast<const T*>(a.negative) + row * a.D + bits.from;
+  T* out = static_cast<T*>(a.out) + row * a.D + bits.from;
+#pragma unroll
+  for (int i = 0; i < kComponentsPerCall; ++i) {
+    if (i < bits.count) out[i] = bits.mutated(i) ? positive[i] : negative[i];
+  }
+}
+
+// A block for sixteen components of a row of the batch: its threads share the negatives.
+template <class T>
+__global__ void __launch_bounds__(kThreads) mutate_rows_gradient(const __grid_constant__ MutateArgs a) {
+  using Real = typename Sum<T>::Real;
+  EMU_SHARED_MEMORY(shared);
+  Real* const scratch = reinterpret_cast<Real*>(shared);
+  const Cut cut(a);
+  const int64_t b = blockIdx.x / cut.count();
+  Bits bits(a, cut, blockIdx.x % cut.count());
+  Real sum[kComponentsPerCall] = {};
+  for (int64_t k = threadIdx.x; k < a.K; k += kThreads) {
+    bits.draw(b, k);
+    const int64_t row = (b * a.K + k) * a.D + bits.from;
+    const T* grad = static_cast<const T*>(a.negative) + row;
+    T* out = static_cast<T*>(a.grad_negative) + row;
+#pragma unroll
+    for (int i = 0; i < kComponentsPerCall; ++i) {
+      if (i >= bits.count) continue;
+      const T g = grad[i];
+      if (bits.mutated(i)) sum[i] += widen(g);
+      out[i] = bits.mutated(i) ? T{} : g;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kComponentsPerCall; ++i) {
+    const Real total = block_sum(sum[i], scratch);
+    if (threadIdx.x == 0 && i < bits.count) {
+      narrow(total, static_cast<T*>(a.grad_positive) + b * a.D + bits.from + i);
+    }
+  }
+}
+
+template <class T>
+void run_forward(const MutateArgs& a, void* stream) {
+  const int64_t threads = a.B * a.K * Cut(a).count();
+  if (threads == 0) return;
+  EMU_LAUNCH(mutate_rows<T>, "mutate_rows", grid((threads + kThreads - 1) / kThreads), kThreads, 0, stream, a);
+}
+
+template <class T>
+void run_backward(const MutateArgs& a, void* stream) {
+  if (a.B == 0) return;
+  EMU_LAUNCH(mutate_rows_gradient<T>, "mutate_rows_gradient", grid(a.B * Cut(a).count()), kThreads,
+             kThreads / kWarp * sizeof(double), stream, a);
+}
+
+}  // namespace
+
+void mutate_forward(const MutateArgs& a, const Launch& launch) {
+  switch (launch.dtype) {
+    case DType::kBFloat16:
+    case DType::kHalf: return run_forward<uint16_t>(a, launch.stream);
+    case DType::kFloat: return run_forward<uint32_t>(a, launch.stream);
+    case DType::kDouble: return run_forward<uint64_t>(a, launch.stream);
+  }
+}
+
+void mutate_backward(const MutateArgs& a, const Launch& launch) {
+  switch (launch.dtype) {
+    case DType::kBFloat16: return run_backward<BFloat16>(a, launch.stream);
+    case DType::kHalf: return run_backward<Half>(a, launch.stream);
+    case DType::kFloat: return run_backward<float>(a, launch.stream);
+    case DType::kDouble: return run_backward<double>(a, launch.stream);
+  }
+}
+
+}  // namespace emu::cuda

@@ -1,0 +1,24 @@
+// The backward pass goes entity by entity: the ids of a batch are sorted once, so that each touched row of the table
+// has its contributions in one segment.
+#pragma once
+
+#include "cuda/problem.h"
+
+namespace emu::cuda {
+
+// Entries e: the G·K negatives (e = g·K + k), then the B positives (e = G·K + b), by id and then by e. Padding, and
+// ids out of range, have the key N and come last.
+struct SortedIds {
+  const uint32_t *key, *entry;  // (entries,) each
+  int64_t entries;
+};
+
+int64_t count_entries(const Problem& p);
+int64_t sort_workspace(const Problem& p);
+// Throws std::invalid_argument for more ids or table rows than 32 bits count.
+void sort_ids(const Problem& p, void* workspace, void* stream);
+// The same, by entry alone.
+void list_ids(const Problem& p, void* workspace, void* stream);
+SortedIds sorted_ids(const Problem& p, const void* workspace);
+
+}  // namespace emu::cuda

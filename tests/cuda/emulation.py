@@ -1,0 +1,135 @@
+"""The CUDA kernels on the CPU: their sources, compiled against host_execution.h, as a backend.
+
+Compiled once, into a folder named after what went in: .pytest_cache/emu-cuda-<digest>.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import ctypes
+import hashlib
+import importlib.util
+import os
+import shlex
+import subprocess
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pybind11
+import torch
+
+from emu_kernels import backends
+from emu_kernels._version import __version__
+from emu_kernels.backends.cuda import CudaBackend
+
+ROOT = Path(__file__).resolve().parents[2]
+MODULE = "_cuda_emulated"
+PROCESSORS = 1
+"""Of the pretended device: one, but small batches have rows split over blocks all the same."""
+
+FLAGS = (
+    "-std=c++20 -O1 -fPIC -fvisibility=hidden -ffp-contract=off "
+    "-Wall -Wextra -Werror -Wno-unknown-pragmas"
+)
+
+
+def build(*extra: str, root: Path = ROOT) -> Path:
+    """The extension module compiled from ``root`` with ``extra`` flags."""
+    compiler = os.environ.get("CXX", "g++")
+    sources = [
+        *sorted((root / "csrc/cuda").glob("*.cu")),
+        root / "csrc/cuda/bindings.cpp",
+        ROOT / "tests/cuda/order.cpp",
+    ]
+    headers = [
+        *sorted((root / "csrc/cuda").glob("*.h")),
+        *sorted((root / "csrc/cuda").glob("*.cuh")),
+        *sorted((root / "csrc/common").glob("*.h")),
+        ROOT / "tests/cuda/host_execution.h",
+    ]
+    flags = [
+        *shlex.split(FLAGS),
+        *extra,
+        f'-DEMU_VERSION="{__version__}"',
+        '-DEMU_CUDA_BUILT_FOR="the CPU"',
+        f"-DEMU_CUDA_MODULE={MODULE}",
+        f"-I{root / 'csrc'}",
+        f"-I{ROOT / 'tests/cuda'}",
+        f"-isystem{pybind11.get_include()}",
+        f"-isystem{sysconfig.get_path('include')}",
+    ]
+    common = hashlib.sha256(repr((compiler, flags)).encode())
+    for header in headers:
+        common.update(header.read_bytes())
+    cache = ROOT / ".pytest_cache" / "emulated-cuda"
+    cache.mkdir(parents=True, exist_ok=True)
+
+    def compile_one(source: Path) -> Path:
+        digest = common.copy()
+        digest.update(source.read_bytes())
+        out = cache / f"{source.stem}-{digest.hexdigest()[:16]}.o"
+        if not out.is_file():
+            fresh = out.with_suffix(f".{os.getpid()}")
+            command = [compiler, "-x", "c++", *flags, "-c", str(source), "-o", str(fresh)]
+            _run(command)
+            fresh.replace(out)
+        return out
+
+    with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        objects = list(pool.map(compile_one, sources))
+    digest = hashlib.sha256("".join(o.name for o in objects).encode()).hexdigest()[:16]
+    module = cache / f"{MODULE}-{digest}.so"
+    if not module.is_file():
+        fresh = module.with_suffix(f".{os.getpid()}")
+        sanitizers = [flag for flag in extra if flag.startswith("-fsanitize")]
+        _run([compiler, "-shared", *sanitizers, "-o", str(fresh), *map(str, objects)])
+        fresh.replace(module)
+    return module
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if done.returncode:
+        raise RuntimeError(f"{shlex.join(command)}\n{done.stdout}")
+
+
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(MODULE, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class EmulatedCudaBackend(CudaBackend):
+    """The backend as it is, but for the module that it calls and the device it names."""
+
+    device_types = ("cpu",)
+
+    def __init__(self, native: ModuleType) -> None:
+        self._native = native
+        self._library = ctypes.CDLL(native.__file__)
+
+    def unavailable(self) -> str | None:
+        return None
+
+    def _place(self, device: torch.device) -> Any:
+        return self._native.Place(device=0, stream=0, processors=PROCESSORS)
+
+    def set_order(self, order: str, seed: int = 1) -> None:
+        """Of the threads of a block: "forward", "reverse" or "random"."""
+        self._library.emu_set_order(order.encode(), ctypes.c_uint64(seed))
+
+
+def install() -> EmulatedCudaBackend:
+    """Makes it this process's ``cuda`` backend, which no call gets unless it asks for it."""
+    current = backends.get("cuda")
+    if isinstance(current, EmulatedCudaBackend):
+        return current
+    backend = EmulatedCudaBackend(load(build()))
+    backends._KERNELS = tuple(backend if b.name == "cuda" else b for b in backends._KERNELS)
+    backends._BY_NAME["cuda"] = backend
+    return backend

@@ -1,0 +1,259 @@
+"""The kernels under every order of a block's threads, on tables of gigabytes, with bad arguments.
+
+That they compute what the specification says is tested in tests/ops, through the same emulation.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from emu_kernels import (
+    Mixup,
+    backends,
+    emu_mutate,
+    emu_scores,
+    fused_emu_loss,
+    fused_softmax_loss,
+)
+from emu_kernels.backends import ids
+from emu_kernels.reference import SIMILARITIES
+from tests.cuda import emulation
+from tests.ops.support import (
+    LOSS,
+    Inputs,
+    Options,
+    Result,
+    assert_agree,
+    evaluate,
+    exact,
+    make,
+    same_bits,
+)
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="with a GPU the cuda backend is the real one"
+)
+CPU = torch.device("cpu")
+MAP_NORESERVE = 0x4000  # of Linux; in the module mmap from Python 3.11 on
+ORDERS = [("forward", 1), ("reverse", 1), ("random", 1), ("random", 2)]
+
+
+@pytest.fixture
+def cuda() -> Iterator[emulation.EmulatedCudaBackend]:
+    backend = emulation.install()
+    ids.report(CPU).zero_()
+    yield backend
+    backend.set_order("forward")
+    ids.report(CPU).zero_()
+
+
+def test_it_is_no_default(cuda: emulation.EmulatedCudaBackend) -> None:
+    assert backends.default_backend("cpu") == "cpu"
+
+
+def options_of(similarity: str, batch: int, dim: int) -> Options:
+    generator = torch.Generator().manual_seed(3)
+    takes = SIMILARITIES[similarity]
+    options: Options = {"similarity": similarity}
+    if takes.scale_parts:
+        options["scale"] = torch.rand(batch, dim // takes.parts, generator=generator) + 0.5
+    if takes.weights:
+        options["similarity_weights"] = torch.rand(takes.weights, generator=generator) + 0.5
+    return options
+
+
+def all_of(inputs: Inputs, options: Options) -> list[Result]:
+    """Everything that the kernels of one specialisation compute."""
+
+    def scored(*tensors: Tensor, **more: Any) -> tuple[Tensor, ...]:
+        return tuple(s.nan_to_num(neginf=0) for s in emu_scores(*tensors, **more))
+
+    mutation = options.pop("mutation")
+    calls: list[tuple[Any, Options]] = [
+        (fused_emu_loss, LOSS | {"mutation_rate": mutation}),
+        (fused_emu_loss, LOSS | {"mutation_rate": mutation, "sparse_grad": True}),
+        (scored, {"mutation": mutation, "seed": 5}),
+    ]
+    return [evaluate(function, inputs, backend="cuda", **own, **options) for function, own in calls]
+
+
+# A warp's worth of components and less; several warps a row; several tiles of a row.
+@pytest.mark.parametrize("dim", [100, 300, 1300])
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_same_bits_in_any_order(
+    similarity: str, dim: int, cuda: emulation.EmulatedCudaBackend
+) -> None:
+    """Also where entities are shared by many pieces of the work."""
+    dtype = torch.bfloat16 if dim == 300 else torch.float32
+    inputs = make(4, 18, dim, rows=3, groups=2, dtype=dtype, padding=True)
+    for mutation in (0.5, Mixup()):
+        results = []
+        for order, seed in ORDERS:
+            cuda.set_order(order, seed)
+            options = options_of(similarity, 4, dim) | {"mutation": mutation}
+            results.append(all_of(inputs, options))
+        for other in results[1:]:
+            pairs = zip(results[0], other, strict=True)
+            assert all(same_bits(left, right) for left, right in pairs)
+
+
+def test_mutate_in_any_order(cuda: emulation.EmulatedCudaBackend) -> None:
+    generator = torch.Generator().manual_seed(0)
+    positive, negative = torch.randn(3, 40), torch.randn(3, 5, 40, generator=generator)
+    upstream = torch.randn(3, 5, 40, generator=generator)
+    results = []
+    for order, seed in ORDERS:
+        cuda.set_order(order, seed)
+        pos, neg = positive.clone().requires_grad_(), negative.clone().requires_grad_()
+        out = emu_mutate(pos, neg, mutation_rate=0.5, seed=1, backend="cuda")
+        results.append((out.detach(), *torch.autograd.grad(out, (pos, neg), upstream)))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.fixture
+def scores_program(tmp_path: Path) -> Any:
+    """Compiles scores.cpp against a copy of the sources with some text replaced; runs it."""
+
+    def build(change: tuple[str, str] | None) -> set[str]:
+        source = tmp_path / ("changed" if change else "same")
+        shutil.copytree(emulation.ROOT / "csrc", source)
+        if change is not None:
+            path = source / "cuda/query_major.cuh"
+            text = path.read_text()
+            assert text.count(change[0]) == 1
+            path.write_text(text.replace(*change))
+        program = source / "scores"
+        subprocess.run(
+            [
+                "g++", "-x", "c++", "-std=c++20", "-O1", "-ffp-contract=off",
+                f"-I{source}", f"-I{emulation.ROOT / 'tests/cuda'}",
+                str(emulation.ROOT / "tests/cuda/scores.cpp"), "-o", str(program),
+            ],
+            check=True,
+        )  # fmt: skip
+        runs = [
+            subprocess.run([program, order, str(seed)], check=True, text=True, capture_output=True)
+            for order, seed in ORDERS
+        ]
+        return {run.stdout for run in runs}
+
+    return build
+
+
+DRAWN = """          team.sync();
+          if constexpr (masked(kMode)) {"""
+
+
+def test_a_missing_barrier_shows(scores_program: Any) -> None:
+    """Of a kernel without the barrier between drawing masks and using them."""
+    (expected,) = scores_program(None)
+    changed = scores_program((DRAWN, DRAWN.replace("team.sync();", "")))
+    assert changed != {expected}
+
+
+def test_large_table(cuda: emulation.EmulatedCudaBackend) -> None:
+    """Past 2**32 elements and 16 GiB, of which only the rows in use are ever touched."""
+    dim = 8
+    rows = 2**29 + 7
+    memory = mmap.mmap(
+        -1, rows * dim * 4, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+    )
+    table = torch.frombuffer(memory, dtype=torch.float32).view(rows, dim)
+    inputs = make(6, 5, dim, rows=9, padding=True)
+    # Entities keep their order, so that their gradients come in the same order too.
+    moved = torch.tensor(
+        [0, 2**26, 2**27 + 1, 2**28 - 1, 2**28, 2**29 - 1, 2**29, 2**29 + 5, rows - 1]
+    )
+    table[moved] = inputs.table
+    large = inputs._replace(
+        table=table,
+        positive=moved[inputs.positive],
+        negative=torch.where(inputs.negative < 0, -1, moved[inputs.negative.clamp(min=0)]),
+    )
+    expected = exact(fused_emu_loss, inputs, **LOSS)
+    query, wide = large.query.clone().requires_grad_(), table.requires_grad_()
+    loss = fused_emu_loss(
+        query, wide, large.positive, large.negative, sparse_grad=True, backend="cuda", **LOSS
+    )
+    loss.backward()
+    assert wide.grad is not None
+    assert query.grad is not None
+    grad = torch.zeros(9, dim)
+    sparse = wide.grad.coalesce()
+    grad[torch.searchsorted(moved, sparse.indices()[0])] = sparse.values()
+    assert_agree(Result((loss.detach(),), query.grad, grad), expected)
+
+
+def test_ids_out_of_range_are_reported(cuda: emulation.EmulatedCudaBackend) -> None:
+    """Their rows' losses are NaN, the others' right, and the next call raises."""
+    inputs = make(6, 5, 20)
+    expected = fused_emu_loss(*inputs, reduction="none", backend="cuda", **LOSS)
+    for name, row, value in (("negative", 2, 9), ("negative", 3, -2), ("positive", 4, 10**12)):
+        bad = inputs._replace(**{name: getattr(inputs, name).clone()})
+        getattr(bad, name)[row] = value
+        query, table = bad.query.clone().requires_grad_(), bad.table.clone().requires_grad_()
+        options = LOSS | {"backend": "cuda"}
+        loss = fused_emu_loss(query, table, *bad[2:], reduction="none", **options)
+        others = [b for b in range(6) if b != row]
+        assert loss[row].isnan()
+        assert torch.equal(loss[others], expected[others])
+        loss[others].sum().backward()
+        with pytest.raises(IndexError, match=f"{name}.*earlier call.*got {value}"):
+            fused_emu_loss(*inputs, **options)
+        ids.report(CPU).zero_()
+        assert torch.equal(fused_emu_loss(*inputs, reduction="none", **options), expected)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -0.5])
+@pytest.mark.parametrize("name", ["beta", "alpha"])
+def test_bad_coefficient_gives_nan(
+    name: str, bad: float, cuda: emulation.EmulatedCudaBackend
+) -> None:
+    inputs, good = make(), torch.tensor(0.25)
+    options = LOSS | {"beta": good, "alpha": good, "backend": "cuda", "reduction": "none"}
+    assert fused_emu_loss(*inputs, **options).isfinite().all()
+    assert fused_emu_loss(*inputs, **options | {name: torch.tensor(bad)}).isnan().all()
+
+
+@pytest.mark.parametrize("mutates", [True, False])
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_atomic_gradient(
+    similarity: str,
+    mutates: bool,
+    cuda: emulation.EmulatedCudaBackend,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The rival of sorted segments, for whole vectors and for a rest."""
+    monkeypatch.setattr(cuda, "atomic_gradient", True)
+    monkeypatch.setattr(cuda._native, "table_gradient", None)  # would fail if called
+    function, rates = (fused_emu_loss, LOSS) if mutates else (fused_softmax_loss, {})
+    for dim in (38, 136):
+        inputs = make(6, 9, dim, groups=3, padding=True)
+        options = rates | options_of(similarity, 6, dim)
+        actual = evaluate(function, inputs, backend="cuda", **options)
+        wide = {k: v.double() if isinstance(v, Tensor) else v for k, v in options.items()}
+        assert_agree(actual, exact(function, inputs, **wide))
+
+
+def test_atomics_are_not_for_deterministic_algorithms(
+    cuda: emulation.EmulatedCudaBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = evaluate(fused_emu_loss, make(), backend="cuda", **LOSS)
+    monkeypatch.setattr(cuda, "atomic_gradient", True)
+    monkeypatch.setattr(cuda._native, "table_gradient_atomic", None)  # would fail if called
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert same_bits(evaluate(fused_emu_loss, make(), backend="cuda", **LOSS), expected)
+    finally:
+        torch.use_deterministic_algorithms(False)

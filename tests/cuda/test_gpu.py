@@ -1,0 +1,104 @@
+"""What only a GPU can show: streams, captured graphs, late reports of ids, nothing that waits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from emu_kernels import fused_emu_loss
+from emu_kernels.backends import ids
+from tests.ops.support import LOSS, Inputs, Options, evaluate, make, same_bits
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="there is no GPU: nothing here can be emulated"
+)
+RATES: Options = {"mutation_rate": 0.5, "beta": 0.3, "alpha": 0.2, "backend": "cuda"}
+
+
+@pytest.fixture
+def inputs() -> Inputs:
+    return make(32, 40, 100, rows=300, device="cuda")
+
+
+def test_captured_graph_draws_fresh_masks(inputs: Inputs) -> None:
+    """Each replay is what an eager call with that seed gives, gradients included."""
+    query, table = inputs.query.clone().requires_grad_(), inputs.table.clone().requires_grad_()
+    seed = torch.zeros((), dtype=torch.int64, device="cuda")
+
+    def step() -> tuple[Tensor, ...]:
+        loss = fused_emu_loss(query, table, *inputs[2:], seed=seed, **RATES)
+        return (loss, *torch.autograd.grad(loss, (query, table)))
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    losses = set()
+    for value in (3, 4, 2**40 + 5):
+        seed.fill_(value)
+        graph.replay()
+        replayed = [t.clone() for t in captured]
+        assert all(torch.equal(a, b) for a, b in zip(replayed, step(), strict=True))
+        losses.add(replayed[0].item())
+    assert len(losses) == 3
+
+
+def test_current_stream(inputs: Inputs) -> None:
+    """A call waits for what its stream did before, and for nothing else."""
+    expected = evaluate(fused_emu_loss, inputs, backend="cuda", **LOSS)
+    stream = torch.cuda.Stream()
+    late = inputs._replace(query=torch.zeros_like(inputs.query))
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        late.query.copy_(inputs.query)
+        actual = evaluate(fused_emu_loss, late, backend="cuda", **LOSS)
+    torch.cuda.synchronize()
+    assert same_bits(actual, expected)
+
+
+def test_nothing_waits_for_the_device(inputs: Inputs) -> None:
+    evaluate(fused_emu_loss, inputs, backend="cuda", **LOSS)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        seed = torch.zeros((), dtype=torch.int64, device="cuda")
+        evaluate(fused_emu_loss, inputs, seed=seed, **RATES)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_ids_are_reported_by_the_next_call(inputs: Inputs) -> None:
+    negative = inputs.negative.clone()
+    negative[3, 7] = 300
+    options = LOSS | {"backend": "cuda", "reduction": "none"}
+    loss = fused_emu_loss(*inputs[:3], negative, **options)
+    assert loss.isnan().nonzero().flatten().tolist() == [3]
+    with pytest.raises(IndexError, match=r"negative.*earlier call.*got 300"):
+        fused_emu_loss(*inputs, **options)
+    ids.report(inputs.table.device).zero_()
+    assert fused_emu_loss(*inputs, **options).isfinite().all()
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_torch_compile(compiler: str, inputs: Inputs) -> None:
+    def call(*tensors: Tensor, **options: Any) -> Tensor:
+        loss: Tensor = fused_emu_loss(*tensors, backend="cuda", **LOSS)
+        return loss
+
+    fused = torch.compile(call, fullgraph=True, backend=compiler)
+    assert same_bits(evaluate(fused, inputs), evaluate(call, inputs))
+
+
+def test_same_bits_every_time(inputs: Inputs) -> None:
+    first = evaluate(fused_emu_loss, inputs, backend="cuda", **LOSS)
+    for _ in range(5):
+        assert same_bits(evaluate(fused_emu_loss, inputs, backend="cuda", **LOSS), first)
