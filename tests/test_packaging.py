@@ -113,10 +113,20 @@ def sdist_build(
     return source
 
 
+WITHOUT_EDITABLE_INSTALLS = """
+import sys
+sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in getattr(f, "__module__", "")]
+"""
+
+
 def unpack_wheel(wheel: Path, folder: Path) -> Path:
-    """Install the wheel, alone, into a folder."""
+    """Install the wheel, alone, into a folder.
+
+    An editable install, such as this environment has, would offer the modules that are not in it.
+    """
     pip = (sys.executable, "-m", "pip", "install", "--no-deps", "--no-index")
     run(*pip, "--target", folder, wheel, cwd=folder.parent)
+    (folder / "sitecustomize.py").write_text(WITHOUT_EDITABLE_INSTALLS)
     return folder
 
 

@@ -211,11 +211,12 @@ PYBIND11_MODULE(EMU_CUDA_MODULE, m) {
   m.def("toolkit", &toolkit_version, "Version of the CUDA toolkit that it was built with, as (major, minor).");
   m.def("driver_problem", &driver_problem, "Why the driver cannot run it, or an empty string.");
 
-  py::class_<Place>(m, "Place")
+  // Local, so that the tests' build of the same sources can be loaded beside this one.
+  py::class_<Place>(m, "Place", py::module_local())
       .def(py::init<int, uintptr_t, int>(), py::kw_only(), py::arg("device"), py::arg("stream"),
            py::arg("processors"));
 
-  py::class_<Batch>(m, "Batch")
+  py::class_<Batch>(m, "Batch", py::module_local())
       .def(py::init(&make_batch), py::kw_only(), py::arg("keep"), py::arg("where"), py::arg("query"),
            py::arg("table"), py::arg("table_dtype"), py::arg("table_stride"), py::arg("table_rows"),
            py::arg("scale"), py::arg("weights"), py::arg("positive"), py::arg("negative"), py::arg("report"),
@@ -233,7 +234,7 @@ PYBIND11_MODULE(EMU_CUDA_MODULE, m) {
            })
       .def("partials_workspace", [](const Batch& b) { return partials_workspace(b.problem, b.launch); });
 
-  py::class_<MaskSpec>(m, "MaskSpec")
+  py::class_<MaskSpec>(m, "MaskSpec", py::module_local())
       .def(py::init(&mask_spec), py::kw_only(), py::arg("mutation"), py::arg("seed"), py::arg("row_offset"),
            py::arg("threshold"), py::arg("thresholds"));
 
