@@ -38,15 +38,16 @@ SHAPES: list[Options] = [
     {"batch": 2, "count": 3, "dim": 2000, "rows": 5},
 ]
 IDS = ["smallest", "part of a vector", "two sets", "one set", "hubs", "long rows"]
-EMULATED = [("part of a vector", mutation) for mutation in MUTATIONS]
-EMULATED += [("two sets", "rate"), ("long rows", "rates of pairs")]
-"""What of these is tested of kernels that are emulated."""
+INTERPRETED = [("part of a vector", mutation) for mutation in MUTATIONS]
+INTERPRETED += [("two sets", "rate"), ("long rows", "rates of pairs")]
+"""What of these is tested in Triton's interpreter."""
 
 
 def skip_if_too_slow(shape: Options, mutation: str, kernel: str, device: torch.device) -> None:
     name = IDS[SHAPES.index(shape)]
-    if emulated(kernel, device) and (name, mutation) not in EMULATED:
-        pytest.skip(f"{kernel} is emulated on the CPU, and other shapes are tested")
+    interpreted = kernel == "triton" and device.type == "cpu"
+    if interpreted and (name, mutation) not in INTERPRETED:
+        pytest.skip("Triton's kernels are interpreted, and other shapes are tested")
 
 
 class Case(NamedTuple):
