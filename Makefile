@@ -25,7 +25,12 @@ GPU_CHECK ?=
 .SECONDARY:
 
 help:
-	@echo "make demo | test | lint | bench | gpu-check | clean"
+	@echo "make demo       builds, trains with and without EMU on FB15k-237, prints the result: minutes"
+	@echo "make test       lint, types, all tests: about half an hour on two cores"
+	@echo "make lint       ruff and mypy"
+	@echo "make bench      all measurements that this machine can take: about half an hour"
+	@echo "make gpu-check  tests, sanitizers and measurements on a GPU (QUICK=1, OUT=folder, PYTHON=python3)"
+	@echo "make clean      removes the environment and what was built"
 
 demo: $(VENV)/.installed-trainer
 	$(BIN)/python examples/demo.py

@@ -283,7 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     reason = no_gpu()
     if reason is not None:
-        print(f"gpu-check: no GPU: {reason}", file=sys.stderr)
+        print(f"gpu-check: nothing to check on: {reason}", file=sys.stderr)
         return 2
     import torch
 

@@ -109,8 +109,8 @@ def fused_emu_loss(
         row_offset: global index of row 0, so that sharding a batch changes no mask.
         reduction: "mean" (divides by the sum of ``sample_weight``; 0 for an empty batch), "sum" or
             "none".
-        sparse_grad: give ``table`` a sparse (coalesced COO) gradient of its touched rows, with no
-            N·D buffer. Eager only.
+        sparse_grad: give ``table`` a sparse (COO) gradient of its touched rows, each once and in
+            order, with no N·D buffer. Eager only.
         backend: a name of :data:`emu_kernels.backends.NAMES`, or None for the fastest
             (:func:`emu_kernels.backends.default_backend`).
 

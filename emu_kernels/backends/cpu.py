@@ -19,7 +19,7 @@ from emu_kernels.validate import bad_id, coefficient
 
 _UNAVAILABLE: str | None = None
 try:
-    from emu_kernels import _C
+    import emu_kernels._C as _C  # `from emu_kernels` would speak of a circular import
 except ImportError as error:  # a source tree that was never built, or another platform's binary
     _UNAVAILABLE = f"the extension module emu_kernels._C cannot be imported ({error})"
 else:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import sys
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +32,22 @@ was asked to be deterministic). For measurements: set it between calls."""
 
 def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+def _hide_own_folder() -> None:
+    """In this repository's root, without Triton, the folder of that name passes for it as an empty
+    namespace, and torch trips over it: say that there is none."""
+    spec = importlib.util.find_spec("triton")
+    own = Path(__file__).resolve().parents[2] / "triton"
+    if (
+        spec is not None
+        and spec.origin is None
+        and str(own) in (spec.submodule_search_locations or ())
+    ):
+        sys.modules["triton"] = None  # type: ignore[assignment]
+
+
+_hide_own_folder()
 
 
 @functools.cache

@@ -58,6 +58,7 @@ import importlib.util, sys
 {before}
 import torch, emu_kernels
 from emu_kernels import backends
+torch.optim.Adam([torch.nn.Parameter(torch.ones(2))])  # looks for Triton, and must find none
 inputs = torch.ones(2, 3), torch.ones(4, 3), torch.tensor([0, 1]), torch.tensor([[2, 3]])
 print(backends.get("triton").unavailable())
 print(float(emu_kernels.fused_emu_loss(*inputs, mutation_rate=0.5, beta=0.3, alpha=0.2, seed=1)))
