@@ -7,6 +7,9 @@ implement :class:`emu_kernels.backends.base.Backend`. A new one is a module here
 
 from __future__ import annotations
 
+import functools
+import warnings
+
 import torch
 
 from emu_kernels.backends.base import Backend
@@ -37,7 +40,19 @@ def default_backend(device: torch.device | str) -> str:
             continue
         if device.type in backend.device_types and backend.unavailable() is None:
             return backend.name
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        _warn_of_reference(get("cpu").unavailable())
     return REFERENCE
+
+
+@functools.cache
+def _warn_of_reference(reason: str | None) -> None:
+    """Once: the answers are right, and take far longer than they need."""
+    warnings.warn(
+        f"emu_kernels runs its plain PyTorch specification, which is slow: {reason}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def resolve(name: str | None, device: torch.device) -> str:
