@@ -160,8 +160,8 @@ void mutate_backward(uintptr_t grad, uintptr_t grad_positive, uintptr_t grad_neg
   kernels().mutate_backward(a);
 }
 
-// The position of the first id outside [lowest, rows), or −1. Here and not by torch, whose OpenMP threads keep
-// the processor busy for a while after each of its operations, just when the kernels want it.
+// The position of the first id outside [lowest, rows), or −1. One pass over
+// them, where torch takes several.
 int64_t find_bad_id(uintptr_t ids, int64_t count, int64_t lowest, int64_t rows, int threads) {
   constexpr int64_t kBlock = 16384;
   const int64_t* const from = static_cast<const int64_t*>(pointer(ids));
@@ -263,6 +263,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("find_bad_id", &find_bad_id);
   m.def("scale_rows", &scale_rows);
   m.def("philox", &philox, py::arg("counter"), py::arg("seed"));
+  m.def("joins_torch", &joins_torch);
   m.def("instruction_sets", &instruction_sets);
   m.def("instruction_set", [] { return std::string(kernels().name); });
   m.def("compiler", [] {

@@ -19,9 +19,10 @@ def extension() -> str:
     runnable = ", ".join(native.instruction_sets())
     try:
         used = native.instruction_set()
-    except ValueError as error:  # EMU_KERNELS_CPU asks for one that cannot run
-        used = f"none ({error})"
-    return f"{native.compiler()}; can use {runnable}; in use: {used}"
+        threads = "torch's" if native.joins_torch() else "its own"
+    except ValueError as error:  # the environment asks for what cannot be
+        used, threads = f"none ({error})", "none"
+    return f"{native.compiler()}; can use {runnable}; in use: {used}; threads: {threads}"
 
 
 def report() -> str:

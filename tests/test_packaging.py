@@ -256,6 +256,7 @@ def test_report(installed: Path, tmp_path: Path) -> None:
     assert lines["emu_kernels"] == emu_kernels.__version__
     assert lines["torch"] == torch.__version__
     assert "in use: " in lines["extension"]
+    assert "threads: " in lines["extension"]
     assert lines["backend reference"] == "can run"
     assert lines["backend cpu"] == "can run"
     assert "built without CUDA" in lines["backend cuda"]

@@ -4,16 +4,87 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <cstdlib>
 #include <mutex>
+#include <stdexcept>
+#include <string>
 #include <thread>
 #include <vector>
 
+#if defined(__linux__)
+#include <dlfcn.h>
+#include <link.h>
+
+#include <cstring>
+#endif
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
 namespace emu {
 namespace {
+
+// --- torch's threads ------------------------------------------------------------------------------------
+
+// After each of its parallel operations torch's threads wait for the next one by spinning, for a millisecond or
+// more: a second set of threads would find the processors busy. So its own run our regions too, through the
+// function that compilers call for `#pragma omp parallel`; GCC's runtime has it, and LLVM's and Intel's do.
+using Fork = void (*)(void (*body)(void*), void* context, unsigned threads, unsigned flags);
+
+Fork find_fork() {
+  const char* wanted = std::getenv("EMU_KERNELS_THREADS");
+  const std::string choice = wanted == nullptr || *wanted == '\0' ? "torch" : wanted;
+  if (choice == "own") return nullptr;
+  if (choice != "torch") {
+    throw std::invalid_argument("EMU_KERNELS_THREADS: expected torch or own, got '" + choice + "'");
+  }
+#if defined(__linux__)
+  constexpr char kName[] = "GOMP_parallel";
+  // What is preloaded comes before a library's own dependency, for torch as for this search.
+  std::string torch;
+  dl_iterate_phdr(
+      [](dl_phdr_info* info, size_t, void* out) {
+        if (std::strstr(info->dlpi_name, "/libtorch_cpu.so") == nullptr) return 0;
+        *static_cast<std::string*>(out) = info->dlpi_name;
+        return 1;
+      },
+      &torch);
+  if (torch.empty()) return nullptr;
+  void* found = dlsym(RTLD_DEFAULT, kName);
+  if (found == nullptr) {
+    if (void* library = dlopen(torch.c_str(), RTLD_LAZY | RTLD_NOLOAD)) found = dlsym(library, kName);
+  }
+  return reinterpret_cast<Fork>(found);
+#else
+  return nullptr;
+#endif
+}
+
+std::atomic<bool> g_alone{false};  // in the child of a fork()
+
+Fork torch_fork() {
+  if (g_alone.load(std::memory_order_relaxed)) return nullptr;
+  static const Fork found = find_fork();
+  return found;
+}
+
+struct Region {
+  Task task;
+  void* context;
+  int64_t items;
+  std::atomic<int64_t> next{0};
+  std::atomic<int> slots{0};
+
+  static void work(void* region) {
+    Region& r = *static_cast<Region*>(region);
+    const int slot = r.slots.fetch_add(1, std::memory_order_relaxed);
+    for (int64_t i; (i = r.next.fetch_add(1, std::memory_order_relaxed)) < r.items;) {
+      r.task(r.context, i, slot);
+    }
+  }
+};
+
+// --- our own --------------------------------------------------------------------------------------------
 
 inline void pause_briefly() {
 #if defined(__x86_64__)
@@ -92,12 +163,15 @@ struct Pool {
 };
 
 // Never destroyed: its workers may outlive main(). In a forked child the workers do not exist and a lock
-// may be held for ever, so the child forgets the pool (and leaks a few hundred bytes).
+// may be held for ever, so the child forgets the pool (and leaks a few hundred bytes), and torch's threads too.
 std::atomic<Pool*> g_pool{nullptr};
 
+[[maybe_unused]] const int g_registered = pthread_atfork(nullptr, nullptr, [] {
+  g_pool.store(nullptr);
+  g_alone.store(true);
+});
+
 Pool* pool() {
-  static const int registered = pthread_atfork(nullptr, nullptr, [] { g_pool.store(nullptr); });
-  (void)registered;
   Pool* p = g_pool.load(std::memory_order_acquire);
   if (p == nullptr) {
     Pool* fresh = new Pool;
@@ -112,9 +186,16 @@ Pool* pool() {
 
 }  // namespace
 
+bool joins_torch() { return torch_fork() != nullptr; }
+
 void parallel_for(int threads, int64_t items, Task task, void* context) {
   if (threads > items) threads = static_cast<int>(items);
   if (threads > 1) {
+    if (const Fork fork = torch_fork()) {
+      Region region{task, context, items};
+      fork(&Region::work, &region, static_cast<unsigned>(threads), 0);
+      return;
+    }
     Pool* p = pool();
     std::unique_lock<std::mutex> lock(p->use, std::try_to_lock);
     if (lock.owns_lock()) {

@@ -96,6 +96,62 @@ def test_mutate_has_the_same_bits_for_any_number(kernel: str, device: torch.devi
         assert all(map(torch.equal, outcome(), expected))
 
 
+OWN = {"EMU_KERNELS_THREADS": "own"}
+
+
+def test_own_pool() -> None:
+    """Where torch's threads cannot be used: the tests of this module, run again without them."""
+    if not _C.joins_torch():
+        return  # what they run on anyway
+    report = "from emu_kernels import _C; print(_C.joins_torch())"
+    assert run_python("-c", report, env=OWN).stdout.strip() == "False"
+    select = "cpu or fork or decides or concurrent"
+    done = run_python(
+        *("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", f"({select}) and not own_pool"),
+        "tests/ops/test_threads.py",
+        env=OWN,
+    )
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout
+
+
+def test_unknown_choice() -> None:
+    code = "from tests.ops.support import *; from emu_kernels import *;"
+    code += "evaluate(fused_emu_loss, make(64, 256, 32, rows=300), backend='cpu', **LOSS)"
+    done = run_python("-c", code, env={"EMU_KERNELS_THREADS": "mine"})
+    assert done.returncode != 0
+    assert "ValueError: EMU_KERNELS_THREADS: expected torch or own, got 'mine'" in done.stderr
+
+
+@pytest.mark.skipif(
+    not (sys.platform.startswith("linux") and "+cpu" in torch.__version__),
+    reason="elsewhere torch may be built on other threads",
+)
+def test_torch_is_joined() -> None:
+    """By the builds that `make` installs: else torch's threads and ours disturb each other."""
+    assert _C.joins_torch() or os.environ.get("EMU_KERNELS_THREADS") == "own"
+
+
+SHARE_THREADS = """
+import os, torch
+from tests.ops.support import LOSS, evaluate, make
+from emu_kernels import fused_emu_loss
+
+torch.set_num_threads(4)
+torch.ones(1 << 22).exp_()
+before = len(os.listdir("/proc/self/task"))
+evaluate(fused_emu_loss, make(64, 256, 32, rows=300), backend="cpu", **LOSS)
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+@pytest.mark.skipif(not _C.joins_torch(), reason="our own pool is used")
+def test_no_second_set_of_threads() -> None:
+    done = run_python("-c", SHARE_THREADS)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == 0
+
+
 COUNT_THREADS = """
 import os, torch
 from tests.ops.support import LOSS, evaluate, make
