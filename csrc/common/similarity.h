@@ -9,7 +9,8 @@
 // half h's sum is of squares under a root), factor(h), and, with M the mathematics of a V, slopes by which
 // every gradient goes:
 //   uncoupled: term<h, M>(u), slope<h, M>(u) = −∂term/∂u (of a square: half of it)
-//   coupled:   term<M>(u0, u1), slopes<M>(u0, u1, s0, s1)
+//   coupled:   a function of u0² + u1²: inverse<M>(square), value(square, inverse), −∂term/∂u_h = u_h · inverse;
+//              and the same from the parts: term<M>(u0, u1), slopes<M>(u0, u1, s0, s1)
 #pragma once
 
 #if defined(__CUDACC__)
@@ -75,15 +76,23 @@ struct Rotate : OneSum {
   static constexpr bool kCoupled = true;
   static constexpr Factor factor(int) { return Factor::kNone; }
   template <class M, class V>
+  EMU_SIM V inverse(V square) {
+    return M::inverse_root(square);
+  }
+  template <class V>
+  EMU_SIM V value(V square, V inverse) {
+    return -(square * inverse);
+  }
+  template <class M, class V>
   EMU_SIM V term(V re, V im) {
     const V square = re * re + im * im;
-    return -(square * M::inverse_root(square));
+    return value(square, inverse<M>(square));
   }
   template <class M, class V>
   EMU_SIM void slopes(V re, V im, V& s_re, V& s_im) {
-    const V inverse = M::inverse_root(re * re + im * im);
-    s_re = re * inverse;
-    s_im = im * inverse;
+    const V i = inverse<M>(re * re + im * im);
+    s_re = re * i;
+    s_im = im * i;
   }
 };
 

@@ -101,7 +101,7 @@ static void accumulate_half(RowScratch<F, Sim, kMode>& s, const Layout<Sim>& at,
         if (kScaled) f[n] = F::fma(w, slope * c, f[n]);
       }
       if constexpr (kMode == kMixup) {
-        const V mixed = mix<F, kMixup>(load<V>(s.positive + first + i), c, nullptr, own);
+        const V mixed = mix(load<V>(s.positive + first + i), c, own);
         if constexpr (Sim::kBilinear) {
           g[n] = F::fma(hat, mixed, g[n]);
           share[n] = F::fma(from_positive, q, share[n]);
@@ -121,11 +121,12 @@ static void accumulate_half(RowScratch<F, Sim, kMode>& s, const Layout<Sim>& at,
   }
 }
 
-// The same where a term is a function of both halves.
+// The same where a term is a function of both halves, from the inverses that scoring left in the tile.
 template <class F, class Sim, int kMode, int N>
 static void accumulate_coupled(RowScratch<F, Sim, kMode>& s, const Layout<Sim>& at, int64_t j, int64_t from,
                                int64_t count) {
   using V = typename F::V;
+  constexpr int kInverses = Tile<F, Sim, kMode>::kInverses;
   const int64_t first[2] = {j, at.half_padded + j}, first_mask[2] = {j, at.half + j};
   V g[2][N], share[2][N];
   for (int h = 0; h < 2; ++h) {
@@ -138,30 +139,27 @@ static void accumulate_coupled(RowScratch<F, Sim, kMode>& s, const Layout<Sim>& 
     const V w = F::broadcast(s.plain_weight[0][from + k]);
     const V hat = kMode != kPlain ? F::broadcast(s.mutated_weight[0][from + k]) : V{};
     const V own = kMode == kMixup ? F::broadcast(s.tile.shares[k]) : V{};
+    const typename F::Real* inverses = s.tile.inverses + k * kInverses * at.half_padded + j;
     for (int n = 0; n < N; ++n) {
       const int64_t i = n * F::kLanes;
-      V u[2], mixed[2], slope[2], mixed_slope[2];
+      const V inverse = load<V>(inverses + i);
+      const V mixed_inverse = kMode != kPlain ? load<V>(inverses + at.half_padded + i) : V{};
       for (int h = 0; h < 2; ++h) {
         const V q = load<V>(s.query + first[h] + i), a = load<V>(s.factor + first[h] + i);
         const V c = load<V>(s.tile.rows + k * at.row + first[h] + i);
-        u[h] = difference<Sim, 0>(q, a, c);
-        if (kMode != kPlain) {
-          const V positive = load<V>(s.positive + first[h] + i);
-          const uint8_t* mask = s.tile.masks + k * at.mask_row + first_mask[h] + i;
-          mixed[h] = difference<Sim, 0>(q, a, mix<F, kMode>(positive, c, mask, own));
-        }
-      }
-      Sim::template slopes<F>(u[0], u[1], slope[0], slope[1]);
-      if (kMode != kPlain) Sim::template slopes<F>(mixed[0], mixed[1], mixed_slope[0], mixed_slope[1]);
-      for (int h = 0; h < 2; ++h) {
-        g[h][n] = F::fma(w, slope[h], g[h][n]);
-        if (kMode == kPlain) continue;
-        g[h][n] = F::fma(hat, mixed_slope[h], g[h][n]);
+        const V u = difference<Sim, 0>(q, a, c);
+        g[h][n] = F::fma(w, u * inverse, g[h][n]);
         if (kMode == kMask) {
           const auto mask = F::load_mask(s.tile.masks + k * at.mask_row + first_mask[h] + i);
-          share[h][n] += F::keep(mask, hat * mixed_slope[h]);
-        } else {
-          share[h][n] = F::fma(hat * (1 - own), mixed_slope[h], share[h][n]);
+          const V mixed = F::select(mask, load<V>(s.positive_term + first[h] + i), u);
+          const V slope = hat * (mixed * mixed_inverse);
+          g[h][n] += slope;
+          share[h][n] += F::keep(mask, slope);
+        } else if (kMode == kMixup) {
+          const V z = mix(load<V>(s.positive + first[h] + i), c, own);
+          const V slope = hat * (difference<Sim, 0>(q, a, z) * mixed_inverse);
+          g[h][n] += slope;
+          share[h][n] = F::fma(1 - own, slope, share[h][n]);
         }
       }
     }
@@ -237,11 +235,7 @@ EMU_INLINE void finish_gradient(RowScratch<F, Sim, kMode>& s, const Layout<Sim>&
     } else {
       if constexpr (Sim::kCoupled) {
         V u[2], slopes[2];
-        for (int part = 0; part < 2; ++part) {
-          const int64_t at_part = i + (part - h) * at.half_padded;
-          u[part] = difference<Sim, 0>(load<V>(s.query + at_part), load<V>(s.factor + at_part),
-                                       load<V>(s.positive + at_part));
-        }
+        for (int part = 0; part < 2; ++part) u[part] = load<V>(s.positive_term + i + (part - h) * at.half_padded);
         Sim::template slopes<F>(u[0], u[1], slopes[0], slopes[1]);
         slope = slopes[h];
       } else {
@@ -258,7 +252,7 @@ EMU_INLINE void finish_gradient(RowScratch<F, Sim, kMode>& s, const Layout<Sim>&
 }
 
 // Row b's part of what a backward pass needs, from the weights of its scores in scratch.plain and .mutated.
-// The row was loaded, and scored unless scores are sums.
+// The row was loaded, and scored unless scores are sums of uncoupled terms.
 template <class F, class Sim, int kMode>
 static void gradient_row(const Problem& p, const Random& random, RowScratch<F, Sim, kMode>& s, int64_t b,
                          typename F::Real positive_weight, const GradientArgs& a) {
@@ -272,7 +266,13 @@ static void gradient_row(const Problem& p, const Random& random, RowScratch<F, S
       a.grad_weights != nullptr ? static_cast<Real*>(a.grad_weights) + b * Sim::kWeights : nullptr);
   for (int64_t from = 0; from < p.K; from += s.tile.capacity) {
     const int64_t count = min64(s.tile.capacity, p.K - from);
-    if (!s.tile.holds(g, b, from)) s.tile.stream(p, random, g, b, from, count, [](int64_t, int64_t) {});
+    if (!s.tile.holds(g, b, from)) {
+      if constexpr (Sim::kCoupled) {
+        score_tile<F, Sim, kMode>(p, random, s, b, from, count);
+      } else {
+        s.tile.stream(p, random, g, b, from, count, [](int64_t, int64_t) {});
+      }
+    }
     accumulate_query<F, Sim, kMode>(s, at, from, count);
   }
   finish_gradient<F, Sim, kMode, 0>(s, at);
@@ -429,7 +429,7 @@ static void query_gradient(const Problem& p, const QueryGradientArgs& a) {
   parallel(p.threads, p.B, [&](int64_t b, int slot) {
     RowScratch<F, Sim, kMode>& s = workers[slot];
     s.load_row(p, b);
-    if constexpr (!Layout<Sim>::kDirect) score_row<F, Sim, kMode>(p, random, s, b);
+    if constexpr (!Layout<Sim>::kDirect || Sim::kCoupled) score_row<F, Sim, kMode>(p, random, s, b);
     // Nothing flows into padding, whatever comes from above (its score is −inf).
     const int64_t* ids = p.negative + b / p.rows_per_group() * p.K;
     for (int64_t k = 0; k < p.K; ++k) {

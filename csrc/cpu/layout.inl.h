@@ -1,7 +1,7 @@
 // How rows lie in scratch memory, and the arithmetic that all inner loops share.
 
 // How a negative is mutated in the inner loops. Where a term is a function of one component, its mutated term
-// is its own or the positive's (kSelect); else the candidate itself is mixed.
+// is its own or the positive's (kSelect); else a component (kMask). Mixup mixes candidates.
 enum Mode { kPlain, kSelect, kMask, kMixup };
 
 // Halves padded each: component j of half h is at h·half_padded + j. Mask bytes are in the table's order.
@@ -41,14 +41,16 @@ EMU_INLINE void collect(const Layout<Sim>& at, Real* to, const Real* from) {
   }
 }
 
+// The table's row that begins at `from`, widened.
+template <class F, class Sim, class T>
+EMU_INLINE void gather_from(const Layout<Sim>& at, const T* from, typename F::Real* to) {
+  for (int h = 0; h < at.H; ++h) gather_row<F>(to + h * at.half_padded, from + h * at.half, at.half);
+}
+
 // The table's row `id`, widened.
 template <class F, class Sim>
 EMU_INLINE void gather(const Problem& p, const Layout<Sim>& at, int64_t id, typename F::Real* to) {
-  with_table<F>(p, [&](auto* table) {
-    for (int h = 0; h < at.H; ++h) {
-      gather_row<F>(to + h * at.half_padded, table + id * p.table_stride + h * at.half, at.half);
-    }
-  });
+  with_table<F>(p, [&](auto* table) { gather_from<F, Sim>(at, table + id * p.table_stride, to); });
 }
 
 // Row b's query as the inner loops take it: that of phases times κ/2.
@@ -89,9 +91,8 @@ EMU_INLINE V difference(V q, V a, V c) {
   return q - a * c;
 }
 
-// The mixed candidate: by a mask, or by Mixup's share of the negative.
-template <class F, int kMode, class V>
-EMU_INLINE V mix(V positive, V negative, const uint8_t* masks, V share) {
-  if constexpr (kMode == kMask) return F::select(F::load_mask(masks), positive, negative);
+// Mixup's candidate, of the negative's share.
+template <class V>
+EMU_INLINE V mix(V positive, V negative, V share) {
   return positive + share * (negative - positive);
 }

@@ -2,7 +2,7 @@
 
 constexpr int64_t kTileBytes = 256 * 1024;     // of a gathered tile: half of a common L2 cache
 constexpr int kStreamRows = 8;                 // gathered, masked and scored together
-constexpr int kPrefetchRows = 8;               // ahead of them
+constexpr int kPrefetchRows = 8;               // ahead
 constexpr int64_t kPrefetchBytes = 1024;       // of a row; the processor goes on by itself
 
 template <class F, class Sim, int kMode>
@@ -12,8 +12,10 @@ struct Tile {
   Real* rows;      // (capacity, row), zero beyond a half's end and where padding
   uint8_t* masks;  // (capacity, mask_row)
   Real* shares;    // (capacity,) of Mixup
+  Real* inverses;  // (capacity, kInverses, half_padded) of coupled terms: of the negative, of the mutated one
   int64_t capacity;
-  int64_t group = -1, first = -1, mutated_row = -1;  // what the arrays hold now
+  int64_t group = -1, first = -1, scored_row = -1;  // what the arrays hold now
+  static constexpr int kInverses = !Sim::kCoupled ? 0 : kMode == kPlain ? 1 : 2;
 
   static int64_t rows_that_fit(const Problem& p) {
     const int64_t fit = kTileBytes / (Layout<Sim>(p.D).row * static_cast<int64_t>(sizeof(Real)));
@@ -26,12 +28,13 @@ struct Tile {
     rows = carver.take<Real>(capacity * at.row);
     masks = carver.take<uint8_t>(kMasked ? capacity * at.mask_row : 0);
     shares = carver.take<Real>(kMode == kMixup ? capacity : 0);
+    inverses = carver.take<Real>(capacity * kInverses * at.half_padded);
     if (rows != nullptr) __builtin_memset(rows, 0, sizeof(Real) * capacity * at.row);
   }
 
-  // Whether the arrays hold the negatives from `from` on of group g, mutated as row b's.
+  // Whether the arrays hold the negatives from `from` on of group g, with what is row b's own.
   bool holds(int64_t g, int64_t b, int64_t from) const {
-    return group == g && first == from && (kMode == kPlain || mutated_row == b);
+    return group == g && first == from && ((kMode == kPlain && !Sim::kCoupled) || scored_row == b);
   }
 
   // Makes the arrays hold them, a few at a time, and has body(k, n) use negatives k .. k + n of the tile
@@ -41,7 +44,7 @@ struct Tile {
               Body&& body) {
     const Layout<Sim> at(p.D);
     const bool gathered = group == g && first == from, complete = holds(g, b, from);
-    group = g, first = from, mutated_row = b;
+    group = g, first = from, scored_row = b;
     U64 lane;
     for (int i = 0; i < kMaskLanes; ++i) lane[i] = static_cast<uint64_t>(from + i);
     const U64 row = U64{} + (p.mask.row_offset + static_cast<uint64_t>(b));
@@ -61,20 +64,19 @@ struct Tile {
 
   void gather_rows(const Problem& p, const Layout<Sim>& at, const int64_t* ids, int64_t k, int64_t n,
                    int64_t count) {
-    const int64_t ahead = min64(k + kPrefetchRows + n, count);
     with_table<F>(p, [&](auto* table) {
       const int64_t bytes = min64(p.D * static_cast<int64_t>(sizeof(*table)), kPrefetchBytes);
-      for (int64_t i = k + kPrefetchRows; i < ahead; ++i) {
-        if (ids[i] >= 0) prefetch_row(table + ids[i] * p.table_stride, bytes);
+      for (int64_t i = k; i < k + n; ++i) {
+        // One at a time: a burst of them would fill the queue of misses, and the loads would wait behind it.
+        const int64_t later = i + kPrefetchRows < count ? ids[i + kPrefetchRows] : -1;
+        if (later >= 0) prefetch_row(table + later * p.table_stride, bytes);
+        if (ids[i] >= 0) {
+          gather_from<F, Sim>(at, table + ids[i] * p.table_stride, rows + i * at.row);
+        } else {
+          __builtin_memset(rows + i * at.row, 0, sizeof(Real) * static_cast<size_t>(at.row));
+        }
       }
     });
-    for (int64_t i = k; i < k + n; ++i) {
-      if (ids[i] >= 0) {
-        gather<F, Sim>(p, at, ids[i], rows + i * at.row);
-      } else {
-        __builtin_memset(rows + i * at.row, 0, sizeof(Real) * static_cast<size_t>(at.row));
-      }
-    }
   }
 };
 
@@ -84,11 +86,12 @@ struct RowScratch {
   using Real = typename F::Real;
   static constexpr int kSums = Layout<Sim>::kSums;
   Tile<F, Sim, kMode> tile;
-  // (row,) each. positive_term: terms, and of coupled ones nothing. For kSelect, share: Σ_k ŵ_k λ_k;
+  // (row,) each. positive_term: terms, and of coupled ones what they are functions of. For kSelect, share: Σ_k ŵ_k λ_k;
   // else the positive's gradient by way of the mutated negatives.
   Real *query, *factor, *positive, *positive_term, *gradient, *share, *factor_gradient;
   // (K rounded up to a vector,) each. Sums become scores, then weights of scores. Where scores are more than
-  // a sum: `value` the sums (or minus their roots), `weight` the weights of the sums.
+  // a sum: `value` the sums (or minus their roots), `weight` the weights of the sums. Coupled ones have
+  // `value` of their own too, so that a tile can be scored again when there are weights already.
   Real *plain, *mutated;
   Real *plain_value[kSums], *mutated_value[kSums], *plain_weight[kSums], *mutated_weight[kSums];
   Real positive_value[kSums], positive_weight[kSums];
@@ -105,12 +108,13 @@ struct RowScratch {
     plain = carver.take<Real>(kp);
     mutated = carver.take<Real>(kp);
     for (int s = 0; s < kSums; ++s) {
-      const bool own = !Layout<Sim>::kDirect;
       plain_value[s] = plain_weight[s] = plain;
       mutated_value[s] = mutated_weight[s] = mutated;
-      if (own) {
+      if (!Layout<Sim>::kDirect || Sim::kCoupled) {
         plain_value[s] = carver.take<Real>(kp);
         mutated_value[s] = carver.take<Real>(kp);
+      }
+      if (!Layout<Sim>::kDirect) {
         plain_weight[s] = carver.take<Real>(kp);
         mutated_weight[s] = carver.take<Real>(kp);
       }
@@ -179,7 +183,7 @@ EMU_INLINE void score_half(const RowScratch<F, Sim, kMode>& s, const Layout<Sim>
       if (kMode == kSelect) {
         mutated_sum[r] += F::select(F::load_mask(masks + r * at.mask_row + j), from_positive, term);
       } else if (kMode == kMixup) {
-        const V mixed = mix<F, kMixup>(positive, c, nullptr, share[r]);
+        const V mixed = mix(positive, c, share[r]);
         mutated_sum[r] += Sim::template term<h, F>(difference<Sim, h>(q, a, mixed));
       }
     }
@@ -188,36 +192,48 @@ EMU_INLINE void score_half(const RowScratch<F, Sim, kMode>& s, const Layout<Sim>
   if (kMode != kPlain) horizontal_sums<F, R>(mutated_sum, mutated);
 }
 
-// The same where a term is a function of both halves.
+// The same where a term is a function of both halves. Leaves the terms' inverses in the tile.
 template <class F, class Sim, int kMode, int R>
 EMU_INLINE void score_coupled(const RowScratch<F, Sim, kMode>& s, const Layout<Sim>& at, int64_t k,
                               typename F::Real* plain, typename F::Real* mutated) {
   using V = typename F::V;
+  constexpr int kInverses = Tile<F, Sim, kMode>::kInverses;
   const typename F::Real* rows = s.tile.rows + k * at.row;
   const uint8_t* masks = s.tile.masks + k * at.mask_row;
+  typename F::Real* inverses = s.tile.inverses + k * kInverses * at.half_padded;
   V sum[R] = {}, mutated_sum[R] = {}, share[R] = {};
   if (kMode == kMixup) {
     for (int r = 0; r < R; ++r) share[r] = F::broadcast(s.tile.shares[k + r]);
   }
   for (int64_t j = 0; j < at.half; j += F::kLanes) {
-    V q[2], a[2], positive[2];
+    V q[2], a[2], positive[2], positive_square[2];
     for (int h = 0; h < 2; ++h) {
       q[h] = load<V>(s.query + h * at.half_padded + j);
       a[h] = load<V>(s.factor + h * at.half_padded + j);
-      positive[h] = load<V>(s.positive + h * at.half_padded + j);
+      positive[h] = load<V>((kMode == kMixup ? s.positive : s.positive_term) + h * at.half_padded + j);
+      positive_square[h] = positive[h] * positive[h];
     }
     for (int r = 0; r < R; ++r) {
-      V u[2], mixed[2];
+      V square[2], mixed[2];
       for (int h = 0; h < 2; ++h) {
         const V c = load<V>(rows + r * at.row + h * at.half_padded + j);
-        u[h] = difference<Sim, 0>(q[h], a[h], c);
-        if (kMode != kPlain) {
-          const V z = mix<F, kMode>(positive[h], c, masks + r * at.mask_row + h * at.half + j, share[r]);
-          mixed[h] = difference<Sim, 0>(q[h], a[h], z);
+        const V u = difference<Sim, 0>(q[h], a[h], c);
+        square[h] = u * u;
+        if (kMode == kMask) {
+          const auto mask = F::load_mask(masks + r * at.mask_row + h * at.half + j);
+          mixed[h] = F::select(mask, positive_square[h], square[h]);
+        } else if (kMode == kMixup) {
+          const V v = difference<Sim, 0>(q[h], a[h], mix(positive[h], c, share[r]));
+          mixed[h] = v * v;
         }
       }
-      sum[r] += Sim::template term<F>(u[0], u[1]);
-      if (kMode != kPlain) mutated_sum[r] += Sim::template term<F>(mixed[0], mixed[1]);
+      const auto add = [&](V& to, V of, int which) {
+        const V inverse = Sim::template inverse<F>(of);
+        to += Sim::value(of, inverse);
+        store(inverses + (r * kInverses + which) * at.half_padded + j, inverse);
+      };
+      add(sum[r], square[0] + square[1], 0);
+      if (kMode != kPlain) add(mutated_sum[r], mixed[0] + mixed[1], 1);
     }
   }
   horizontal_sums<F, R>(sum, plain);
@@ -261,6 +277,7 @@ EMU_INLINE void score_positive(RowScratch<F, Sim, kMode>& s, const Layout<Sim>& 
       for (int h = 0; h < 2; ++h) {
         const int64_t i = h * at.half_padded + j;
         u[h] = difference<Sim, 0>(load<V>(s.query + i), load<V>(s.factor + i), load<V>(s.positive + i));
+        store(s.positive_term + i, u[h]);
       }
       sum += Sim::template term<F>(u[0], u[1]);
     }
@@ -278,6 +295,8 @@ static typename F::Real finish_scores(const Problem& p, RowScratch<F, Sim, kMode
   using Real = typename F::Real;
   constexpr int kSums = Layout<Sim>::kSums;
   if constexpr (Layout<Sim>::kDirect) {
+    if (Sim::kCoupled) copy(s.plain, s.plain_value[0], p.K);
+    if (Sim::kCoupled && kMode != kPlain) copy(s.mutated, s.mutated_value[0], p.K);
     return s.positive_value[0];
   } else {
     using V = typename F::V;
@@ -341,20 +360,25 @@ static void finish_weights(const Problem& p, RowScratch<F, Sim, kMode>& s, typen
   }
 }
 
+// The sums of row b's negatives from .. from + count, which are a tile.
+template <class F, class Sim, int kMode>
+static void score_tile(const Problem& p, const Random& random, RowScratch<F, Sim, kMode>& s, int64_t b,
+                       int64_t from, int64_t count) {
+  const Layout<Sim> at(p.D);
+  s.tile.stream(p, random, b / p.rows_per_group(), b, from, count, [&](int64_t k, int64_t n) {
+    const int64_t end = k + n;
+    for (; k + 4 <= end; k += 4) score_rows<F, Sim, kMode, 4>(s, at, k, from + k);
+    for (; k < end; ++k) score_rows<F, Sim, kMode, 1>(s, at, k, from + k);
+  });
+}
+
 // Scores of row b into scratch.plain and scratch.mutated; returns s⁺.
 template <class F, class Sim, int kMode>
 static typename F::Real score_row(const Problem& p, const Random& random, RowScratch<F, Sim, kMode>& s,
                                   int64_t b) {
-  const Layout<Sim> at(p.D);
-  const int64_t g = b / p.rows_per_group();
-  score_positive<F, Sim, kMode>(s, at);
+  score_positive<F, Sim, kMode>(s, Layout<Sim>(p.D));
   for (int64_t from = 0; from < p.K; from += s.tile.capacity) {
-    const int64_t count = min64(s.tile.capacity, p.K - from);
-    s.tile.stream(p, random, g, b, from, count, [&](int64_t k, int64_t n) {
-      const int64_t end = k + n;
-      for (; k + 4 <= end; k += 4) score_rows<F, Sim, kMode, 4>(s, at, k, from + k);
-      for (; k < end; ++k) score_rows<F, Sim, kMode, 1>(s, at, k, from + k);
-    });
+    score_tile<F, Sim, kMode>(p, random, s, b, from, min64(s.tile.capacity, p.K - from));
   }
   return finish_scores<F, Sim, kMode>(p, s);
 }

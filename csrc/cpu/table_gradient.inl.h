@@ -60,7 +60,7 @@ static void accumulate_candidate(const Pairs<F, Sim>& pairs, int from, int to,
       }
       if constexpr (kMode == kMixup && !Sim::kBilinear) {
         const V positive = load<V>(rows.positives + pairs.row[i] * at.row + first + n * F::kLanes);
-        const V mixed = mix<F, kMixup>(positive, c[n], nullptr, share);
+        const V mixed = mix(positive, c[n], share);
         s[n] = F::fma(hat * share, a * Sim::template slope<h, F>(difference<Sim, h>(q, a, mixed)), s[n]);
       }
     }
@@ -95,10 +95,13 @@ static void accumulate_candidate_coupled(const Pairs<F, Sim>& pairs, int from, i
       for (int h = 0; h < 2; ++h) {
         const V q = load<V>(query + first[h] + l), a = load<V>(factor + first[h] + l);
         u[h] = difference<Sim, 0>(q, a, c[h][n]);
-        if (kMode != kPlain) {
-          const uint8_t* mask = pairs.masks + i * at.mask_row + h * at.half + j + l;
-          mixed[h] = difference<Sim, 0>(
-              q, a, mix<F, kMode>(load<V>(positives + first[h] + l), c[h][n], mask, share));
+        if (kMode == kPlain) continue;
+        const V positive = load<V>(positives + first[h] + l);
+        if (kMode == kMask) {
+          const auto mask = F::load_mask(pairs.masks + i * at.mask_row + h * at.half + j + l);
+          mixed[h] = difference<Sim, 0>(q, a, F::select(mask, positive, c[h][n]));
+        } else {
+          mixed[h] = difference<Sim, 0>(q, a, mix(positive, c[h][n], share));
         }
       }
       Sim::template slopes<F>(u[0], u[1], slope[0], slope[1]);
