@@ -119,6 +119,7 @@ class OurTrainer:
                     negatives=task.negatives,
                     optimizer=task.optimizer,
                     lr=task.lr,
+                    sparse=task.gradient == "sparse",
                     regularization=0.0,
                     eval_every=never,
                     log_every=never,

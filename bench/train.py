@@ -68,10 +68,15 @@ class Trainer:
 
 
 BOTH = ("dense", "sparse")
-OURS = Trainer("trainer-emu", "**our trainer, EMU**", OurTrainer.of("emu"))
+OURS = Trainer("trainer-emu", "**our trainer, EMU**", OurTrainer.of("emu"), gradients=BOTH)
 RIVALS = (
     OURS,
-    Trainer("trainer-softmax", "our trainer, sampled softmax", OurTrainer.of("softmax")),
+    Trainer(
+        "trainer-softmax",
+        "our trainer, sampled softmax",
+        OurTrainer.of("softmax"),
+        gradients=BOTH,
+    ),
     Trainer(
         "fused-loop-emu",
         "PyTorch loop with our EMU",

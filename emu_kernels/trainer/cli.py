@@ -255,6 +255,13 @@ def _parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("optimisation")
     add(group, "optimizer", "the optimizer", choices=OPTIMIZERS)
     add(group, "lr", "learning rate")
+    add(
+        group,
+        "sparse",
+        "read and write only the entities of the batch: for tables much larger than batch times "
+        "negatives",
+        action="store_true",
+    )
     add(group, "steps", "training steps")
     add(group, "seed", "repeats a run exactly, on the same device and versions")
 

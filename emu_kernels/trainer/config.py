@@ -11,7 +11,7 @@ from emu_kernels.mutation import MASK_UNITS
 
 from .errors import ConfigError
 from .losses import LOSSES
-from .models import MARGIN, MODELS
+from .models import MARGIN, MODELS, Model
 
 OPTIMIZERS = ("Adagrad", "Adam")
 SAMPLERS = ("uniform", "structure-aware")
@@ -59,6 +59,7 @@ class Config:
     corruption: str = "alternate"
     optimizer: str = "Adagrad"
     lr: float = 0.1
+    sparse: bool = False  # gradients and steps of touched entities only
     regularization: float | None = None  # None: the default of model and loss
     steps: int = 20_000
     seed: int = 0
@@ -105,10 +106,28 @@ class Config:
         if self.norm not in (norms or (1,)):
             known = f"1 or 2, got {self.norm}" if norms else f"left out: {self.model} has no choice"
             raise ConfigError(f"norm must be {known}")
+        if self.sparse:
+            self._check_sparse()
         if self.mask_unit == "pair" and MODELS[self.model].entity_width * self.dim % 2:
             raise ConfigError(f"mask_unit 'pair' needs an even dim with {self.model}")
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise ConfigError(f"lr must be a finite number above 0, got {self.lr}")
+
+    def _check_sparse(self) -> None:
+        """Whether a step of this run touches few entities, and in a way that can be sparse."""
+        if self.optimizer != "Adagrad":
+            raise ConfigError(
+                f"sparse needs Adagrad: {self.optimizer} moves every entity each step"
+            )
+        if self.loss == "onevsall":
+            raise ConfigError("sparse: the loss onevsall touches every entity at each step")
+        if self.regularization:
+            raise ConfigError(
+                "sparse: regularization touches every entity at each step; set it to 0, "
+                f"got {self.regularization:g}"
+            )
+        if MODELS[self.model].candidates is not Model.candidates:
+            raise ConfigError(f"sparse: {self.model} computes its candidates from all entities")
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

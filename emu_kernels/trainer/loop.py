@@ -41,6 +41,7 @@ from .sampling import (
     UniformNegatives,
     derive_seed,
 )
+from .sparse import RowwiseAdagrad, add_rows
 
 
 class Trainer:
@@ -148,11 +149,18 @@ class Trainer:
         loss.backward()
         assert model.entity.grad is not None
         assert rows.grad is not None
-        model.entity.grad.index_add_(0, batch.given, rows.grad)
+        others = None  # entities whose only gradient is the query's
+        if config.sparse:
+            others = add_rows(model.entity.grad, batch.given, rows.grad)
+        else:
+            model.entity.grad.index_add_(0, batch.given, rows.grad)
         if config.regularization:
             for table in (model.entity, model.relation):
                 add_l3_gradient(table, config.regularization)
         self.optimizer.step()
+        if others is not None:
+            assert isinstance(self.optimizer, RowwiseAdagrad)
+            self.optimizer.step_rows(model.entity, *others)
 
         self._loss_sum += loss.detach()
         self._loss_count += 1
@@ -327,7 +335,7 @@ def _new_negatives(config: Config, graph: Graph, train: Tensor) -> NegativeSampl
 def _new_optimizer(config: Config, model: Model) -> torch.optim.Optimizer:
     # On a CPU the fused step is one pass over parameter, gradient and state, not several.
     fused = True if torch.device(config.device).type == "cpu" else None
-    optimizer = getattr(torch.optim, config.optimizer)
+    optimizer = RowwiseAdagrad if config.sparse else getattr(torch.optim, config.optimizer)
     return optimizer(model.parameters(), lr=config.lr, fused=fused)
 
 

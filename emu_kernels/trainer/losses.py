@@ -49,6 +49,7 @@ class Step(NamedTuple):
             "positive": self.positive,
             "negative": self.negative,
             "backend": config.backend,
+            "sparse_grad": config.sparse,
             **self.model.phi(self.query),
         }
 

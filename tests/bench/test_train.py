@@ -109,6 +109,7 @@ def test_trainers_that_cannot_choose_have_dense_gradients():
     task = TASK.replace(gradient="sparse")
     settled = {name: rival.settled(task).gradient for name, rival in train.BY_NAME.items()}
     assert {name for name, gradient in settled.items() if gradient == "sparse"} == {
+        "trainer-emu", "trainer-softmax",
         "fused-loop-emu", "loop-softmax", "loop-emu", "pyg", "pyg-emu",
     }  # fmt: skip
 
