@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -87,9 +88,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"emu-predict: {error}", file=sys.stderr)
         return 1
     head, tail = (given, "?") if direction == "tail" else ("?", given)
-    print(f"({head}, {options.relation}, {tail}), the model of step {state['step']}")
     rows = [(i, p.entity, f"{p.score:.4f}", p.known or "") for i, p in enumerate(predictions, 1)]
-    print(tabulate(rows, ("", direction, "score", "known from"), disable_numparse=True))
+    try:
+        print(f"({head}, {options.relation}, {tail}), the model of step {state['step']}")
+        print(tabulate(rows, ("", direction, "score", "known from"), disable_numparse=True))
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
     return 0
 
 

@@ -211,6 +211,19 @@ def test_predict_prints_names_scores_and_what_is_known(run_folder, named_triples
     assert {row[1]: row[3] for row in rows if len(row) == 4} == known
 
 
+def test_predict_into_a_closed_pipe(run_folder, named_triples):
+    """As of `emu-predict ... | head -1`."""
+    head, relation, _ = named_triples["train"][0]
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "emu_kernels.trainer.predict", run_folder, "--head", head]
+    done = subprocess.run(
+        [*command, "--relation", relation], stdout=write, stderr=subprocess.PIPE, text=True
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_predict_heads(run_folder, named_triples, graph):
     model, _ = RunFolder.open(run_folder).load_model(graph)
     _, relation, tail = named_triples["valid"][0]
