@@ -11,6 +11,7 @@
 
 #include "common/philox.h"
 #include "common/similarity.h"
+#include "cpu/huge_pages.h"
 #include "cpu/problem.h"
 #include "cpu/segments.h"
 #include "cpu/threads.h"
@@ -28,6 +29,11 @@ DType dtype(const std::string& name) {
   if (name == "float16") return DType::kHalf;
   if (name == "float64") return DType::kDouble;
   throw std::invalid_argument("unsupported dtype " + name);
+}
+
+size_t bytes(DType dtype, int64_t elements) {
+  const int64_t each = dtype == DType::kDouble ? 8 : dtype == DType::kFloat ? 4 : 2;
+  return static_cast<size_t>(elements * each);
 }
 
 Reduction reduction(const std::string& name) {
@@ -120,7 +126,10 @@ void query_gradient(const Batch& batch, uintptr_t positive_weight, uintptr_t wei
 void table_gradient(const Batch& batch, const Segments& segments, uintptr_t row_scale, uintptr_t weight,
                     uintptr_t mutated_weight, uintptr_t grad_positive, uintptr_t ids, bool sparse,
                     uintptr_t out) {
-  if (sparse && segments.touched() == 0) return;
+  const Problem& problem = batch.problem;
+  const int64_t rows = sparse ? segments.touched() : problem.N;
+  if (sparse && rows == 0) return;
+  prefer_huge_pages(pointer(out), bytes(problem.dtype, rows * problem.D));
   const TableGradientArgs a{&segments,
                             pointer(row_scale),
                             pointer(weight),
@@ -129,7 +138,7 @@ void table_gradient(const Batch& batch, const Segments& segments, uintptr_t row_
                             sparse ? static_cast<int64_t*>(pointer(ids)) : nullptr,
                             pointer(out)};
   const py::gil_scoped_release release;
-  kernels().table_gradient(batch.problem, a);
+  kernels().table_gradient(problem, a);
 }
 
 MutateArgs mutate_args(const std::string& dtype_name, std::array<int64_t, 3> shape, const MaskSpec& mask,
@@ -146,6 +155,7 @@ void mutate_forward(uintptr_t positive, uintptr_t negative, uintptr_t out, const
                     std::array<int64_t, 3> shape, const MaskSpec& mask, int threads) {
   MutateArgs a = mutate_args(dtype_name, shape, mask, threads);
   a.positive = pointer(positive), a.negative = pointer(negative), a.out = pointer(out);
+  prefer_huge_pages(a.out, bytes(a.dtype, a.B * a.K * a.D));
   const py::gil_scoped_release release;
   kernels().mutate_forward(a);
 }
@@ -156,6 +166,7 @@ void mutate_backward(uintptr_t grad, uintptr_t grad_positive, uintptr_t grad_neg
   MutateArgs a = mutate_args(dtype_name, shape, mask, threads);
   a.negative = pointer(grad), a.grad_positive = pointer(grad_positive);
   a.grad_negative = pointer(grad_negative);
+  prefer_huge_pages(a.grad_negative, bytes(a.dtype, a.B * a.K * a.D));
   const py::gil_scoped_release release;
   kernels().mutate_backward(a);
 }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -97,3 +99,36 @@ def test_nothing_is_saved_without_gradients(kernel: str, device: torch.device) -
     inputs = make(device=device)
     with torch.no_grad():
         assert saved_bytes(fused_emu_loss, inputs, backend=kernel, **LOSS) == 0
+
+
+def pages(address: int) -> set[str]:
+    """What the system knows of the mapping that an address is in (proc(5), VmFlags)."""
+    inside = False
+    for line in (PROCESS / "smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            begin, end = (int(x, 16) for x in line.split()[0].split("-"))
+            inside = begin <= address < end
+        elif inside and line.startswith("VmFlags:"):
+            return set(line.split()[1:])
+    raise LookupError(hex(address))
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").is_dir(), reason="the system has no huge pages"
+)
+@pytest.mark.parametrize("sparse", [False, True])
+def test_large_gradients_ask_for_large_pages(sparse: bool) -> None:
+    """Their memory is the system's anew at each step: page by page that is the slowest part."""
+    small, large = 2**10, 2**17  # rows; of 512 bytes
+    for rows in (small, large):
+        inputs = make(2, rows // 2, 128, rows=rows)
+        inputs.negative[:] = torch.arange(rows).view(2, -1)
+        table = inputs.table.requires_grad_()
+        fused_emu_loss(
+            inputs.query, table, inputs.positive, inputs.negative,
+            backend="cpu", sparse_grad=sparse, **LOSS,
+        ).backward()  # fmt: skip
+        assert table.grad is not None
+        gradient = table.grad._values() if sparse else table.grad
+        middle = gradient.data_ptr() + gradient.nbytes // 2
+        assert ("hg" in pages(middle)) == (rows == large)

@@ -1,0 +1,30 @@
+// Large pages for large results. Beyond a certain size a gradient's memory comes from the system anew at each step,
+// page by page as it is first written: with pages of 4 KiB that takes longer than to write the gradient itself.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace emu {
+
+// Below this, malloc reuses memory (glibc's largest threshold for memory of its own by mmap).
+constexpr size_t kAlwaysMapped = size_t{32} << 20;
+
+// Asks for them, where the system leaves that to the program; what comes of it is its business.
+inline void prefer_huge_pages(void* memory, size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  if (bytes < kAlwaysMapped) return;
+  constexpr uintptr_t kPage = uintptr_t{2} << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / kPage * kPage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)memory, (void)bytes;
+#endif
+}
+
+}  // namespace emu
