@@ -148,7 +148,10 @@ def _parser() -> argparse.ArgumentParser:
         "--into", type=Path, metavar="FILE", help=f"put them into FILE after {report.MARKERS[0]}"
     )
     show.add_argument(
-        "--parts", nargs="+", metavar="NAME", help="steps, train, scale-N, ...: these families only"
+        "--parts",
+        nargs="+",
+        metavar="NAME",
+        help="steps, train, train:WN18RR, scale-N, ...: these families only",
     )
     show.add_argument("--plots", type=Path, help="folder (default: plots beside the results)")
     show.add_argument("--no-plots", action="store_true", help="tables only")
@@ -409,7 +412,8 @@ def _list(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     rows = results.read(options.results)
     if options.parts:
-        rows = [row for row in rows if row.family in options.parts]
+        parts = set(options.parts)
+        rows = [row for row in rows if parts & {row.family, f"{row.family}:{row.graph}"}]
     if not rows:
         what = f"no results of {', '.join(options.parts)}" if options.parts else "no results"
         print(f"{what} in {options.results}: run python -m bench first", file=sys.stderr)

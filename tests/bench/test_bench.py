@@ -450,6 +450,17 @@ def test_report_of_some_parts(kept, capsys):
     assert "no results of train" in capsys.readouterr().err
 
 
+def test_report_of_one_graph(kept, capsys):
+    training = {"family": "train", "phase": "training step", "rival": "trainer-emu"}
+    for graph in ("WN18RR", "nations"):
+        results.append(kept.parent, [row(**training, model="DistMult", graph=graph)])
+    assert bench("report", "--results", kept, "--parts", "train:WN18RR", "--no-plots") == 0
+    out = capsys.readouterr().out
+    assert "DistMult on WN18RR" in out
+    assert "nations" not in out
+    assert "dot, B=" not in out
+
+
 def test_report_without_results(tmp_path, capsys):
     assert bench("report", "--results", tmp_path) == 1
     assert "python -m bench" in capsys.readouterr().err
