@@ -18,7 +18,7 @@ from emu_kernels import fused_emu_loss, fused_softmax_loss
 from emu_kernels.trainer.config import Config
 from emu_kernels.trainer.data import DIRECTIONS, Graph, split_triples
 from emu_kernels.trainer.loop import Trainer, settle
-from emu_kernels.trainer.models import MODELS
+from emu_kernels.trainer.models import MODELS, Model
 
 
 def synchronize(device: str) -> None:
@@ -104,6 +104,12 @@ class FusedLoop(Loop):
 
 class OurTrainer:
     """``emu-train``, without evaluation."""
+
+    @staticmethod
+    def can_be_sparse(task: Task) -> bool:
+        """Whether ``--sparse`` goes with the rest."""
+        whole = MODELS[task.model].candidates is Model.candidates
+        return whole and task.optimizer == "Adagrad"
 
     def __init__(self, task: Task, graph: Graph, loss: str) -> None:
         never = 2**62

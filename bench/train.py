@@ -46,6 +46,7 @@ class Trainer:
     library: Library | None = None
     models: tuple[str, ...] | None = None  # those that it has, or None for all of ours
     gradients: tuple[str, ...] = ("dense",)
+    sparse_if: Callable[[Task], bool] = lambda task: True  # for which tasks it has sparse ones
 
     def unavailable(self, task: Task) -> str | None:
         """Why it cannot take part here, or None."""
@@ -64,11 +65,20 @@ class Trainer:
 
     def settled(self, task: Task) -> Task:
         """The task with the gradients that this trainer can make."""
-        return task if task.gradient in self.gradients else task.replace(gradient="dense")
+        able = task.gradient in self.gradients
+        if able and (task.gradient == "dense" or self.sparse_if(task)):
+            return task
+        return task.replace(gradient="dense")
 
 
 BOTH = ("dense", "sparse")
-OURS = Trainer("trainer-emu", "**our trainer, EMU**", OurTrainer.of("emu"), gradients=BOTH)
+OURS = Trainer(
+    "trainer-emu",
+    "**our trainer, EMU**",
+    OurTrainer.of("emu"),
+    gradients=BOTH,
+    sparse_if=OurTrainer.can_be_sparse,
+)
 RIVALS = (
     OURS,
     Trainer(
@@ -76,6 +86,7 @@ RIVALS = (
         "our trainer, sampled softmax",
         OurTrainer.of("softmax"),
         gradients=BOTH,
+        sparse_if=OurTrainer.can_be_sparse,
     ),
     Trainer(
         "fused-loop-emu",

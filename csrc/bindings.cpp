@@ -171,8 +171,7 @@ void mutate_backward(uintptr_t grad, uintptr_t grad_positive, uintptr_t grad_neg
   kernels().mutate_backward(a);
 }
 
-// The position of the first id outside [lowest, rows), or −1. One pass over
-// them, where torch takes several.
+// The position of the first id outside [lowest, rows), or −1. In one pass, where torch takes several.
 int64_t find_bad_id(uintptr_t ids, int64_t count, int64_t lowest, int64_t rows, int threads) {
   constexpr int64_t kBlock = 16384;
   const int64_t* const from = static_cast<const int64_t*>(pointer(ids));

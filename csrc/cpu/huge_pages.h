@@ -11,10 +11,10 @@
 
 namespace emu {
 
-// Below this, malloc reuses memory (glibc's largest threshold for memory of its own by mmap).
+// Below this, malloc may reuse memory: it is the largest threshold beyond which glibc maps each allocation.
 constexpr size_t kAlwaysMapped = size_t{32} << 20;
 
-// Asks for them, where the system leaves that to the program; what comes of it is its business.
+// Asks for them, where the system leaves that to the program. It may decline.
 inline void prefer_huge_pages(void* memory, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   if (bytes < kAlwaysMapped) return;

@@ -1,7 +1,7 @@
 // How rows lie in scratch memory, and the arithmetic that all inner loops share.
 
 // How a negative is mutated in the inner loops. Where a term is a function of one component, its mutated term
-// is its own or the positive's (kSelect); else a component (kMask). Mixup mixes candidates.
+// is its own or the positive's (kSelect); else each component is one or the other (kMask), or mixed (kMixup).
 enum Mode { kPlain, kSelect, kMask, kMixup };
 
 // Halves padded each: component j of half h is at h·half_padded + j. Mask bytes are in the table's order.

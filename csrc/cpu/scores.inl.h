@@ -1,6 +1,6 @@
 // A row's negatives in the cache, and their scores.
 
-constexpr int64_t kTileBytes = 256 * 1024;     // of a gathered tile: half of a common L2 cache
+constexpr int64_t kTileBytes = 256 * 1024;     // of a tile's rows: what else it holds is as much at most
 constexpr int kStreamRows = 8;                 // gathered, masked and scored together
 constexpr int kPrefetchRows = 8;               // ahead
 constexpr int64_t kPrefetchBytes = 1024;       // of a row; the processor goes on by itself
@@ -86,8 +86,8 @@ struct RowScratch {
   using Real = typename F::Real;
   static constexpr int kSums = Layout<Sim>::kSums;
   Tile<F, Sim, kMode> tile;
-  // (row,) each. positive_term: terms, and of coupled ones what they are functions of. For kSelect, share: Σ_k ŵ_k λ_k;
-  // else the positive's gradient by way of the mutated negatives.
+  // (row,) each. positive_term: terms, and of coupled ones what they are functions of. For kSelect, share:
+  // Σ_k ŵ_k λ_k; else the positive's gradient by way of the mutated negatives.
   Real *query, *factor, *positive, *positive_term, *gradient, *share, *factor_gradient;
   // (K rounded up to a vector,) each. Sums become scores, then weights of scores. Where scores are more than
   // a sum: `value` the sums (or minus their roots), `weight` the weights of the sums. Coupled ones have

@@ -189,9 +189,10 @@ Pool* pool() {
 bool joins_torch() { return torch_fork() != nullptr; }
 
 void parallel_for(int threads, int64_t items, Task task, void* context) {
-  if (threads > items) threads = static_cast<int>(items);
-  if (threads > 1) {
+  if (threads > 1 && items > 1) {
     if (const Fork fork = torch_fork()) {
+      // As many as torch has, even for fewer items: GCC's runtime ends the threads that a smaller team leaves
+      // over, and starts them anew for the next operation.
       Region region{task, context, items};
       fork(&Region::work, &region, static_cast<unsigned>(threads), 0);
       return;
@@ -199,7 +200,7 @@ void parallel_for(int threads, int64_t items, Task task, void* context) {
     Pool* p = pool();
     std::unique_lock<std::mutex> lock(p->use, std::try_to_lock);
     if (lock.owns_lock()) {
-      p->run(threads, items, task, context);
+      p->run(static_cast<int>(threads < items ? threads : items), items, task, context);
       return;
     }
   }

@@ -114,6 +114,14 @@ def test_trainers_that_cannot_choose_have_dense_gradients():
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("changes", [{"optimizer": "Adam"}, {"model": "PairRE"}])
+def test_our_trainer_is_dense_where_it_cannot_be_sparse(changes):
+    task = TASK.replace(gradient="sparse", **changes)
+    ours = train.BY_NAME["trainer-emu"]
+    assert ours.settled(task).gradient == "dense"
+    assert ours.prepare(ours.settled(task), task.load())(1) > 0
+
+
 def test_the_two_loops_have_the_same_loss():
     graph = TASK.load()
     for name in ("DistMult", "ComplEx", "TransE", "RotatE"):

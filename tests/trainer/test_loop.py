@@ -146,6 +146,12 @@ def test_add_rows(ids):
     torch.testing.assert_close(sparse.to_dense().index_add_(0, others, rest), expected)
 
 
+def test_add_rows_to_none():
+    none = torch.sparse_coo_tensor(torch.empty(1, 0, dtype=torch.int64), torch.empty(0, 2), (6, 2))
+    others, rest = add_rows(none.coalesce(), torch.tensor([3, 1, 3]), torch.ones(3, 2))
+    assert (others.tolist(), rest.tolist()) == ([1, 3], [[1.0, 1.0], [2.0, 2.0]])
+
+
 def test_subsampling_weights_reach_the_loss(graph):
     trainer, plain = Trainer(small(subsampling=True), graph), Trainer(SMALL, graph)
     assert same_bits(trainer, plain)
