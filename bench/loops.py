@@ -17,8 +17,9 @@ from bench.tasks import EMU, Run, Task, new_optimizer
 from emu_kernels import fused_emu_loss, fused_softmax_loss
 from emu_kernels.trainer.config import Config
 from emu_kernels.trainer.data import DIRECTIONS, Graph, split_triples
+from emu_kernels.trainer.errors import ConfigError
 from emu_kernels.trainer.loop import Trainer, settle
-from emu_kernels.trainer.models import MODELS, Model
+from emu_kernels.trainer.models import MODELS
 
 
 def synchronize(device: str) -> None:
@@ -105,36 +106,38 @@ class FusedLoop(Loop):
 class OurTrainer:
     """``emu-train``, without evaluation."""
 
-    @staticmethod
-    def can_be_sparse(task: Task) -> bool:
-        """Whether ``--sparse`` goes with the rest."""
-        whole = MODELS[task.model].candidates is Model.candidates
-        return whole and task.optimizer == "Adagrad"
-
     def __init__(self, task: Task, graph: Graph, loss: str) -> None:
-        never = 2**62
         self.task = task
-        self.trainer = Trainer(
-            settle(
-                Config(
-                    data=task.graph,  # a name; the graph itself is given
-                    model=task.model,
-                    dim=task.dim,
-                    loss=loss,
-                    batch_size=task.batch,
-                    negatives=task.negatives,
-                    optimizer=task.optimizer,
-                    lr=task.lr,
-                    sparse=task.gradient == "sparse",
-                    regularization=0.0,
-                    eval_every=never,
-                    log_every=never,
-                    device=task.device,
-                    **EMU,
-                )
-            ),
-            graph,
+        self.trainer = Trainer(settle(self._config(task, loss)), graph)
+
+    @staticmethod
+    def _config(task: Task, loss: str) -> Config:
+        never = 2**62
+        return Config(
+            data=task.graph,  # a name; the graph itself is given
+            model=task.model,
+            dim=task.dim,
+            loss=loss,
+            batch_size=task.batch,
+            negatives=task.negatives,
+            optimizer=task.optimizer,
+            lr=task.lr,
+            sparse=task.gradient == "sparse",
+            regularization=0.0,
+            eval_every=never,
+            log_every=never,
+            device=task.device,
+            **EMU,
         )
+
+    @classmethod
+    def can_be_sparse(cls, task: Task) -> bool:
+        """Whether ``--sparse`` goes with the rest."""
+        try:
+            cls._config(task.replace(gradient="sparse"), "emu")
+        except ConfigError:
+            return False
+        return True
 
     @classmethod
     def of(cls, loss: str) -> Callable[[Task, Graph], Run]:

@@ -149,18 +149,16 @@ class Trainer:
         loss.backward()
         assert model.entity.grad is not None
         assert rows.grad is not None
-        others = None  # entities whose only gradient is the query's
         if config.sparse:
             others = add_rows(model.entity.grad, batch.given, rows.grad)
+            assert isinstance(self.optimizer, RowwiseAdagrad)
+            self.optimizer.step_rows(model.entity, *others)
         else:
             model.entity.grad.index_add_(0, batch.given, rows.grad)
         if config.regularization:
             for table in (model.entity, model.relation):
                 add_l3_gradient(table, config.regularization)
         self.optimizer.step()
-        if others is not None:
-            assert isinstance(self.optimizer, RowwiseAdagrad)
-            self.optimizer.step_rows(model.entity, *others)
 
         self._loss_sum += loss.detach()
         self._loss_count += 1

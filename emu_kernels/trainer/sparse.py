@@ -68,11 +68,11 @@ class RowwiseAdagrad(torch.optim.Adagrad):
 
     @torch.no_grad()
     def step_rows(self, parameter: Tensor, ids: Tensor, gradient: Tensor) -> None:
-        """Part of the current step: rows ``ids``, each once, that were in no other part of it.
+        """Part of a step, before or after the rest: rows that no other part of it has.
 
         Args:
             parameter: (N, D), one of the optimizer's.
-            ids: (R,)
+            ids: (R,), each once.
             gradient: (R, D) of those rows.
         """
         (group,) = (g for g in self.param_groups if any(p is parameter for p in g["params"]))
