@@ -31,11 +31,6 @@ DType dtype(const std::string& name) {
   throw std::invalid_argument("unsupported dtype " + name);
 }
 
-size_t bytes(DType dtype, int64_t elements) {
-  const int64_t each = dtype == DType::kDouble ? 8 : dtype == DType::kFloat ? 4 : 2;
-  return static_cast<size_t>(elements * each);
-}
-
 Reduction reduction(const std::string& name) {
   if (name == "none") return Reduction::kNone;
   if (name == "sum") return Reduction::kSum;
@@ -124,21 +119,16 @@ void query_gradient(const Batch& batch, uintptr_t positive_weight, uintptr_t wei
 }
 
 void table_gradient(const Batch& batch, const Segments& segments, uintptr_t row_scale, uintptr_t weight,
-                    uintptr_t mutated_weight, uintptr_t grad_positive, uintptr_t ids, bool sparse,
-                    uintptr_t out) {
-  const Problem& problem = batch.problem;
-  const int64_t rows = sparse ? segments.touched() : problem.N;
-  if (sparse && rows == 0) return;
-  prefer_huge_pages(pointer(out), bytes(problem.dtype, rows * problem.D));
+                    uintptr_t mutated_weight, uintptr_t grad_positive, uintptr_t ids, uintptr_t out) {
   const TableGradientArgs a{&segments,
                             pointer(row_scale),
                             pointer(weight),
                             pointer(mutated_weight),
                             pointer(grad_positive),
-                            sparse ? static_cast<int64_t*>(pointer(ids)) : nullptr,
+                            static_cast<int64_t*>(pointer(ids)),
                             pointer(out)};
   const py::gil_scoped_release release;
-  kernels().table_gradient(problem, a);
+  kernels().table_gradient(batch.problem, a);
 }
 
 MutateArgs mutate_args(const std::string& dtype_name, std::array<int64_t, 3> shape, const MaskSpec& mask,
@@ -155,7 +145,6 @@ void mutate_forward(uintptr_t positive, uintptr_t negative, uintptr_t out, const
                     std::array<int64_t, 3> shape, const MaskSpec& mask, int threads) {
   MutateArgs a = mutate_args(dtype_name, shape, mask, threads);
   a.positive = pointer(positive), a.negative = pointer(negative), a.out = pointer(out);
-  prefer_huge_pages(a.out, bytes(a.dtype, a.B * a.K * a.D));
   const py::gil_scoped_release release;
   kernels().mutate_forward(a);
 }
@@ -166,7 +155,6 @@ void mutate_backward(uintptr_t grad, uintptr_t grad_positive, uintptr_t grad_neg
   MutateArgs a = mutate_args(dtype_name, shape, mask, threads);
   a.negative = pointer(grad), a.grad_positive = pointer(grad_positive);
   a.grad_negative = pointer(grad_negative);
-  prefer_huge_pages(a.grad_negative, bytes(a.dtype, a.B * a.K * a.D));
   const py::gil_scoped_release release;
   kernels().mutate_backward(a);
 }
@@ -263,13 +251,15 @@ PYBIND11_MODULE(_C, m) {
   m.def("query_gradient", &query_gradient);
   m.def("table_gradient", &table_gradient, py::arg("batch"), py::arg("segments"), py::arg("row_scale"),
         py::arg("weight"), py::arg("mutated_weight"), py::arg("grad_positive"), py::kw_only(),
-        py::arg("ids"), py::arg("sparse"), py::arg("out"));
+        py::arg("ids"), py::arg("out"));
   m.def("mutate_forward", &mutate_forward, py::arg("positive"), py::arg("negative"), py::arg("out"),
         py::kw_only(), py::arg("dtype"), py::arg("shape"), py::arg("mask"), py::arg("threads"));
   m.def("mutate_backward", &mutate_backward, py::arg("grad"), py::arg("grad_positive"),
         py::arg("grad_negative"), py::kw_only(), py::arg("dtype"), py::arg("shape"), py::arg("mask"),
         py::arg("threads"));
 
+  m.def("prefer_huge_pages",
+        [](uintptr_t memory, size_t bytes) { prefer_huge_pages(pointer(memory), bytes); });
   m.def("find_bad_id", &find_bad_id);
   m.def("scale_rows", &scale_rows);
   m.def("philox", &philox, py::arg("counter"), py::arg("seed"));

@@ -70,7 +70,6 @@ def table_gradient(
     grad_positive: int,
     *,
     ids: int,
-    sparse: bool,
     out: int,
 ) -> None: ...
 def mutate_forward(
@@ -93,6 +92,7 @@ def mutate_backward(
     mask: MaskSpec,
     threads: int,
 ) -> None: ...
+def prefer_huge_pages(memory: int, bytes: int) -> None: ...
 def find_bad_id(ids: int, count: int, lowest: int, rows: int, threads: int) -> int: ...
 def scale_rows(
     rows: int, scale: int, out: int, count: int, dim: int, wide: bool, threads: int

@@ -235,7 +235,9 @@ EMU_INLINE void finish_gradient(RowScratch<F, Sim, kMode>& s, const Layout<Sim>&
     } else {
       if constexpr (Sim::kCoupled) {
         V u[2], slopes[2];
-        for (int part = 0; part < 2; ++part) u[part] = load<V>(s.positive_term + i + (part - h) * at.half_padded);
+        for (int part = 0; part < 2; ++part) {
+          u[part] = load<V>(s.positive_term + i + (part - h) * at.half_padded);
+        }
         Sim::template slopes<F>(u[0], u[1], slopes[0], slopes[1]);
         slope = slopes[h];
       } else {

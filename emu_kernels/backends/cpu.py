@@ -43,6 +43,12 @@ def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
 
 
+def _prefer_huge_pages(tensor: Tensor) -> Tensor:
+    """The tensor, just allocated, on large pages if it is large (csrc/cpu/huge_pages.h)."""
+    _C.prefer_huge_pages(_pointer(tensor), tensor.nbytes)
+    return tensor
+
+
 def _shape3(tensor: Tensor) -> tuple[int, int, int]:
     first, second, third = tensor.shape
     return first, second, third
@@ -181,13 +187,14 @@ class CpuBackend:
         weights = tuple(w.contiguous() for w in weights)
         rows = segments.touched() if sparse else batch.table.shape[0]
         ids = batch.positive.new_empty((rows,)) if sparse else None
-        out = batch.table.new_empty((rows, batch.table.shape[1]))
+        out = _prefer_huge_pages(batch.table.new_empty((rows, batch.table.shape[1])))
+        if sparse and rows == 0:
+            return ids, out
         _C.table_gradient(
             native,
             segments,
             *map(_pointer, weights),
             ids=_pointer(ids),
-            sparse=sparse,
             out=_pointer(out),
         )
         return ids, out
@@ -217,7 +224,7 @@ class CpuBackend:
         return ids, values
 
     def mutate_forward(self, positive: Tensor, negative: Tensor, mask: MaskSpec) -> Tensor:
-        out = torch.empty_like(negative)
+        out = _prefer_huge_pages(torch.empty_like(negative))
         _C.mutate_forward(
             _pointer(positive),
             _pointer(negative),
@@ -230,7 +237,7 @@ class CpuBackend:
         return out
 
     def mutate_backward(self, grad: Tensor, mask: MaskSpec) -> tuple[Tensor, Tensor]:
-        grad_negative = torch.empty_like(grad)
+        grad_negative = _prefer_huge_pages(torch.empty_like(grad))
         grad_positive = grad.new_empty((grad.shape[0], grad.shape[2]))
         _C.mutate_backward(
             _pointer(grad),
