@@ -20,7 +20,7 @@ from bench import gpu_tables, memory, report, results, rivals, scale, steps
 from bench.inputs import DTYPES, GRADIENTS, TINY, Shape
 from bench.results import Row
 from bench.rivals import PHASES, WHOLE
-from emu_kernels.reference import SIMILARITIES
+from emu_kernels.similarity import SIMILARITIES
 
 TRAINERS = (
     "trainer-emu", "trainer-softmax", "fused-loop-emu", "loop-softmax", "loop-emu", "pykeen",

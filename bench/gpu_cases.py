@@ -21,7 +21,7 @@ from bench.inputs import DTYPES, Shape, make
 from bench.plans import PLANS, forced
 from bench.rivals import BY_NAME, EMU, OURS_DEVICES, WHOLE, ours_name
 from emu_kernels import emu_mutate, emu_scores, fused_emu_loss, fused_softmax_loss
-from emu_kernels.reference import SIMILARITIES
+from emu_kernels.similarity import SIMILARITIES
 
 ODD = Shape(batch=9, negatives=7, dim=38, entities=13)
 """No size is a multiple of a block's; rows are not aligned to 16 bytes in 16 bits."""

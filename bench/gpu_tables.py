@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from bench.inputs import Shape
 from bench.rivals import PHASES, RIVALS, WHOLE
-from emu_kernels.reference import SIMILARITIES
+from emu_kernels.similarity import SIMILARITIES
 
 ENTITIES = {"dense": 14541, "sparse": 2_500_000}
 """FB15k-237's, whose gradient is dense, and a large graph's, with sparse gradients on all sides."""

@@ -18,7 +18,7 @@ from bench.rivals import BY_NAME, EMU, OURS_DEVICES, ours_name
 from emu_kernels import emu_mutate, ops
 from emu_kernels.backends.base import Batch, LossState
 from emu_kernels.mask import rate_to_threshold
-from emu_kernels.reference import SIMILARITIES
+from emu_kernels.similarity import SIMILARITIES
 
 SHAPE = Shape()
 

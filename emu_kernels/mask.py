@@ -13,8 +13,8 @@ Mixup draws from the same generator, counter = (0, k, row_offset + b, stream 1):
 keeps the share max(first ``order`` words div 2^8) / 2^24 of itself, which is distributed as
 Beta(order, 1).
 
-This module is the readable form of the contract, in PyTorch integer arithmetic.
-csrc/common/philox.h is its C++ twin.
+This module is the readable form of the contract, in PyTorch integer arithmetic. The generator's C++
+twin is csrc/common/philox.h.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def mutation_mask(
     seed: Tensor,
     row_offset: int,
     threshold: int | Tensor,
-    unit: str = "component",
+    pairs: bool = False,
 ) -> Tensor:
     """The mask λ of design equation ẑ = λ ⊙ z⁺ + (1 − λ) ⊙ z⁻.
 
@@ -88,12 +88,12 @@ def mutation_mask(
         seed: one-element int64 tensor; its device is the mask's.
         row_offset: global index of row 0.
         threshold: 0..256, see :func:`rate_to_threshold`; a tensor holds one a component, or a pair.
-        unit: "component" or "pair".
+        pairs: whether components j and D/2 + j share a bit.
 
     Returns:
         (B, K, D) bool, True where the component comes from the positive.
     """
-    if unit == "pair":
+    if pairs:
         half = mutation_mask(
             batch, count, dim // 2, seed=seed, row_offset=row_offset, threshold=threshold
         )

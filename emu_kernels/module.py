@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from emu_kernels import validate
-from emu_kernels.api import loss_and_terms
+from emu_kernels import backends, prepare, validate
 from emu_kernels.mutation import Mixup
 
 
@@ -72,25 +71,29 @@ class EMULoss(nn.Module):
         seed: int | Tensor | None = None,
         row_offset: int = 0,
     ) -> Tensor:
-        loss, terms = loss_and_terms(
-            query,
-            table,
-            positive,
-            negative,
-            similarity=self.similarity,
-            mutation=("mutation_rate", self.mutation_rate, self.mask_unit),
+        request = prepare.loss(
+            prepare.scores(
+                query,
+                table,
+                positive,
+                negative,
+                similarity=self.similarity,
+                mutation=self.mutation_rate,
+                mutation_name="mutation_rate",
+                mask_unit=self.mask_unit,
+                scale=scale,
+                similarity_weights=similarity_weights,
+                phase_scale=self.phase_scale,
+                seed=seed,
+                row_offset=row_offset,
+                sparse_grad=self.sparse_grad,
+            ),
             beta=self.beta,
             alpha=self.alpha,
-            scale=scale,
-            similarity_weights=similarity_weights,
-            phase_scale=self.phase_scale,
             sample_weight=sample_weight,
-            seed=seed,
-            row_offset=row_offset,
             reduction=self.reduction,
-            sparse_grad=self.sparse_grad,
-            backend=self.backend,
         )
+        loss, terms = backends.resolve(self.backend, table.device).loss(request)
         self.last_terms = terms.detach()
         return loss
 

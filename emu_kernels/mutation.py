@@ -1,21 +1,65 @@
-"""How negatives are mutated: what the public functions take, and what the operators are told."""
+"""The mutation rules: how a negative is mutated toward the positive, and with which parameters.
+
+A rule is a frozen dataclass here; its arithmetic stands in :mod:`emu_kernels.reference`,
+csrc/common/mutation.h and triton/kernels/masks.py. The parameters' names are theirs everywhere, the
+operators' schemas included.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
-from emu_kernels import validate
 from emu_kernels.mask import MAX_MIXUP_ORDER, rate_to_threshold
 
-MASK_UNITS = ("component", "pair")
+Draw = Literal["none", "mask", "share"]
+"""What a rule draws at random: nothing, a bit for each component (or pair), or for each negative
+the share of itself that it keeps."""
 
 
 @dataclass(frozen=True)
-class Mixup:
+class Mutation:
+    """A rule with its parameters, which have defaults and are numbers or tensors."""
+
+    name: ClassVar[str]
+    draw: ClassVar[Draw]
+    pairs: ClassVar[bool] = False
+    """Whether a mask's unit is the pair of components j and D/2 + j."""
+
+
+@dataclass(frozen=True)
+class NoMutation(Mutation):
+    """Negatives as they are: the vanilla term alone."""
+
+    name = "none"
+    draw = "none"
+
+
+@dataclass(frozen=True)
+class Component(Mutation):
+    """ẑ = λ ⊙ z⁺ + (1 − λ) ⊙ z⁻ with a mask bit for each component."""
+
+    name = "component"
+    draw = "mask"
+
+    threshold: int = 0
+    """0..256: the bytes below it mutate (:func:`emu_kernels.mask.rate_to_threshold`)."""
+    thresholds: Tensor | None = None
+    """int16, one for each unit of the mask, in the place of ``threshold``."""
+
+
+@dataclass(frozen=True)
+class Pair(Component):
+    """The same with a bit for each pair: (D/2,) thresholds."""
+
+    name = "pair"
+    pairs = True
+
+
+@dataclass(frozen=True)
+class Mixup(Mutation):
     """Mix each negative with the positive as a whole, instead of component by component.
 
     ẑ_k = z⁺ + μ_k (z⁻_k − z⁺) with one share μ_k ~ Beta(``order``, 1) a negative, drawn from the
@@ -26,8 +70,12 @@ class Mixup:
         order: 1 to 4; 1 is the uniform distribution.
 
     Raises:
+        TypeError: an order that is no int.
         ValueError: another order.
     """
+
+    name = "mixup"
+    draw = "share"
 
     order: int = 2
 
@@ -38,43 +86,18 @@ class Mixup:
             raise ValueError(f"order: expected 1 to {MAX_MIXUP_ORDER}, got {self.order}")
 
 
-class Mutation(NamedTuple):
-    """A mutation in the operators' terms."""
+RULES: dict[str, type[Mutation]] = {
+    rule.name: rule for rule in (NoMutation, Component, Pair, Mixup)
+}
 
-    kind: str  # "none", "component", "pair" or "mixup"
-    threshold: int  # of all bytes, 0..256; for "mixup" the order
-    thresholds: Tensor | None = None  # int16 of each component (or pair), instead of the one
-
-
-NONE = Mutation("none", 0)
+MASK_UNITS = tuple(rule.name for rule in RULES.values() if rule.draw == "mask")
+"""The values of ``mask_unit``: the rules that a plain mutation rate can mean."""
 
 
-def parse(
-    name: str, value: object, unit: object, dim: int | torch.SymInt, device: torch.device
-) -> Mutation:
-    """Check the arguments ``name`` and ``mask_unit`` of a call for vectors of ``dim`` components.
-
-    Raises:
-        TypeError, ValueError: what does not fit.
-    """
-    validate.one_of("mask_unit", unit, MASK_UNITS)
-    assert isinstance(unit, str)
-    if unit == "pair" and dim % 2:
-        raise ValueError(f"mask_unit: 'pair' needs an even number of components, got {dim}")
-    if isinstance(value, Mixup):
-        return Mutation("mixup", value.order)
-    if not isinstance(value, Tensor):
-        validate.rate(name, value)
-        assert isinstance(value, (int, float))
-        return Mutation(unit, rate_to_threshold(value))
-    units = dim // 2 if unit == "pair" else dim
-    if value.ndim != 1 or value.shape[0] != units or not value.dtype.is_floating_point:
-        raise ValueError(
-            f"{name}: expected a number, a Mixup or a floating-point tensor of shape ({units},), "
-            f"one rate a {unit}, got shape {tuple(value.shape)}, dtype {value.dtype}"
-        )
-    if value.requires_grad:
-        raise ValueError(f"{name}: is not differentiated; pass {name}.detach()")
-    if value.device != device:
-        raise ValueError(f"{name}: expected to be on {device} like table, got {value.device}")
-    return Mutation(unit, 0, torch.ops.emu_kernels.rates_to_thresholds(value, name))
+def masked(unit: str, rate: float | Tensor) -> Mutation:
+    """The rule of a mask's unit with one rate, or with int16 thresholds a unit."""
+    rule = RULES[unit]
+    assert issubclass(rule, Component)
+    if isinstance(rate, Tensor):
+        return rule(thresholds=rate)
+    return rule(threshold=rate_to_threshold(rate))

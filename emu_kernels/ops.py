@@ -3,286 +3,195 @@ call.
 
 The operators carry no autograd of their own. Each public function has one Function whose backward
 goes through a second one that refuses to be differentiated again: a second derivative raises
-instead of being dropped in silence.
+instead of being dropped in silence. autograd passes arguments by position: ``_apply`` sends their
+names along, and every Function takes them apart by name.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from emu_kernels import backends
 from emu_kernels.backends.base import (
-    Backend,
-    Batch,
+    Kernels,
+    Loss,
     LossState,
-    MaskSpec,
+    MutateGradient,
+    Scores,
     ScoresGradient,
+    ScoreWeights,
+    SparseRows,
+    SumWeights,
     new_loss_state,
     new_scores,
     new_scores_gradient,
 )
-from emu_kernels.mask import rates_to_thresholds
-from emu_kernels.validate import check_ids, check_rates, coefficient
-
-_LIB = torch.library.Library("emu_kernels", "DEF")
-_BATCH = (
-    "Tensor query, Tensor table, Tensor? scale, Tensor? weights, Tensor positive, Tensor negative, "
-    "Tensor seed, Tensor? thresholds, SymInt row_offset, str mutation, SymInt threshold, "
-    "str similarity, float phase_scale, str backend"
+from emu_kernels.library import (
+    OPS,
+    arguments,
+    build,
+    define,
+    differentiable,
+    flatten,
+    part,
+    tensors,
 )
+from emu_kernels.request import Draws, LossRequest, Request
+
+_KERNELS: dict[str, Kernels] = {}
+_WITH_GRADIENT = differentiable(Request)
+
+_REQUEST = f"{arguments(Request)}, str backend"
+_SCORE_WEIGHTS = ", ".join(f"Tensor {name}" for name in ScoreWeights._fields)
+_SUM_WEIGHTS = ", ".join(f"Tensor {name}" for name in SumWeights._fields)
+_DRAWS = f"{arguments(Draws)}, str backend"
 
 
-def _define(name: str, arguments: str, returns: str, run: Any, fake: Any) -> None:
-    _LIB.define(f"{name}({arguments}) -> {returns}", tags=(torch.Tag.pt2_compliant_tag,))
-    _LIB.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"emu_kernels::{name}", fake, lib=_LIB)
+def _checked(values: Mapping[str, Any]) -> Kernels:
+    """The backend of a call, once it has checked the ids."""
+    kernels = _KERNELS[values["backend"]]
+    rows = values["table"].shape[0]
+    kernels.check_ids("positive", values["positive"], rows=rows, lowest=0)
+    kernels.check_ids("negative", values["negative"], rows=rows, lowest=-1)
+    return kernels
 
 
-def _batch(*arguments: Any) -> tuple[Batch, Backend]:
-    batch = Batch(*arguments[:-1])
-    return batch, backends.get(arguments[-1])
+def _loss_forward(*, need_grad: bool, **values: Any) -> LossState:
+    kernels = _checked(values)
+    return kernels.loss_forward(build(LossRequest, values), need_grad=need_grad)
 
 
-def _checked_batch(*arguments: Any) -> tuple[Batch, Backend]:
-    batch, backend = _batch(*arguments)
-    rows = batch.table.shape[0]
-    backend.check_ids("positive", batch.positive, rows=rows, lowest=0)
-    backend.check_ids("negative", batch.negative, rows=rows, lowest=-1)
-    return batch, backend
+def _loss_forward_fake(*, need_grad: bool, **values: Any) -> LossState:
+    return new_loss_state(build(LossRequest, values), need_grad=need_grad)
 
 
-# --- loss -----------------------------------------------------------------------------------------
-
-
-def _loss_forward(*arguments: Any) -> LossState:
-    *common, beta, alpha, coefficients, sample_weight, reduction, need_grad = arguments
-    batch, backend = _checked_batch(*common)
-    return LossState(
-        *backend.loss_forward(
-            batch,
-            beta=beta,
-            alpha=alpha,
-            coefficients=coefficients,
-            sample_weight=sample_weight,
-            reduction=reduction,
-            need_grad=need_grad,
-        )
-    )
-
-
-def _loss_forward_fake(*arguments: Any) -> LossState:
-    *common, _beta, _alpha, _coefficients, _sample_weight, reduction, need_grad = arguments
-    batch = Batch(*common[:-1])
-    return new_loss_state(batch, reduction, need_grad)
-
-
-_define(
+define(
     "loss_forward",
-    f"{_BATCH}, float beta, float alpha, Tensor? coefficients, Tensor? sample_weight, "
-    "str reduction, bool need_grad",
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"{arguments(LossRequest)}, str backend, bool need_grad) -> {tensors(len(LossState._fields))}",
     _loss_forward,
     _loss_forward_fake,
 )
 
 
-# --- scores ---------------------------------------------------------------------------------------
+def _scores_forward(**values: Any) -> Scores:
+    return _checked(values).scores_forward(build(Request, values))
 
 
-def _scores_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    batch, backend = _checked_batch(*arguments)
-    return backend.scores_forward(batch)
+define(
+    "scores_forward",
+    f"{_REQUEST}) -> {tensors(len(Scores._fields))}",
+    _scores_forward,
+    lambda **values: new_scores(build(Request, values)),
+)
 
 
-def _scores_forward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return new_scores(Batch(*arguments[:-1]))
+def _query_gradient(**values: Any) -> ScoresGradient:
+    upstream = ScoreWeights(**{name: values[name] for name in ScoreWeights._fields})
+    return _KERNELS[values["backend"]].query_gradient(build(Request, values), upstream)
 
 
-_define("scores_forward", _BATCH, "(Tensor, Tensor, Tensor)", _scores_forward, _scores_forward_fake)
-
-
-def _query_gradient(*arguments: Any) -> ScoresGradient:
-    batch, backend = _batch(*arguments[:-3])
-    return ScoresGradient(*backend.query_gradient(batch, *arguments[-3:]))
-
-
-def _query_gradient_fake(*arguments: Any) -> ScoresGradient:
-    return new_scores_gradient(Batch(*arguments[:-4]))
-
-
-_define(
+define(
     "query_gradient",
-    f"{_BATCH}, Tensor positive_weight, Tensor weight, Tensor mutated_weight",
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"{_REQUEST}, {_SCORE_WEIGHTS}) -> {tensors(len(ScoresGradient._fields))}",
     _query_gradient,
-    _query_gradient_fake,
+    lambda **values: new_scores_gradient(build(Request, values)),
 )
 
 
-def _scale_rows(rows: Tensor, scale: Tensor, backend: str) -> Tensor:
-    return backends.get(backend).scale_rows(rows, scale)
+def _sum_weights(values: Mapping[str, Any]) -> SumWeights:
+    return SumWeights(**{name: values[name] for name in SumWeights._fields})
 
 
-def _scale_rows_fake(rows: Tensor, scale: Tensor, backend: str) -> Tensor:
-    return rows.new_empty(rows.shape)
+def _table_gradient(**values: Any) -> Tensor:
+    kernels = _KERNELS[values["backend"]]
+    return kernels.table_gradient(build(Request, values), _sum_weights(values))
 
 
-_define(
-    "scale_rows",
-    "Tensor rows, Tensor scale, str backend",
-    "Tensor",
-    _scale_rows,
-    _scale_rows_fake,
+define(
+    "table_gradient",
+    f"{_REQUEST}, {_SUM_WEIGHTS}) -> Tensor",
+    _table_gradient,
+    lambda *, table, **_values: table.new_empty(table.shape),
 )
 
 
-# --- gradient of the table ------------------------------------------------------------------------
-
-_TABLE_GRADIENT = (
-    f"{_BATCH}, Tensor row_scale, Tensor weight, Tensor mutated_weight, Tensor grad_positive"
-)
+def _table_gradient_sparse(**values: Any) -> SparseRows:
+    kernels = _KERNELS[values["backend"]]
+    return kernels.table_gradient_sparse(build(Request, values), _sum_weights(values))
 
 
-def _table_gradient(*arguments: Any) -> Tensor:
-    batch, backend = _batch(*arguments[:-4])
-    return backend.table_gradient(batch, *arguments[-4:])
-
-
-def _table_gradient_fake(*arguments: Any) -> Tensor:
-    table = arguments[1]
-    return table.new_empty(table.shape)
-
-
-_define("table_gradient", _TABLE_GRADIENT, "Tensor", _table_gradient, _table_gradient_fake)
-
-
-def _table_gradient_sparse(*arguments: Any) -> tuple[Tensor, Tensor]:
-    batch, backend = _batch(*arguments[:-4])
-    return backend.table_gradient_sparse(batch, *arguments[-4:])
-
-
-def _table_gradient_sparse_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
-    table, positive = arguments[1], arguments[4]
+def _table_gradient_sparse_fake(*, table: Tensor, positive: Tensor, **_values: Any) -> SparseRows:
     touched = torch.library.get_ctx().new_dynamic_size()
-    return positive.new_empty((touched,)), table.new_empty((touched, table.shape[1]))
+    return SparseRows(positive.new_empty((touched,)), table.new_empty((touched, table.shape[1])))
 
 
-_define(
+define(
     "table_gradient_sparse",
-    _TABLE_GRADIENT,
-    "(Tensor, Tensor)",
+    f"{_REQUEST}, {_SUM_WEIGHTS}) -> {tensors(len(SparseRows._fields))}",
     _table_gradient_sparse,
     _table_gradient_sparse_fake,
 )
 
 
-# --- mutation alone -------------------------------------------------------------------------------
+def _mutate_forward(*, positive: Tensor, negative: Tensor, **values: Any) -> Tensor:
+    return _KERNELS[values["backend"]].mutate_forward(positive, negative, build(Draws, values))
 
 
-_MASK = (
-    "Tensor seed, Tensor? thresholds, SymInt row_offset, str mutation, SymInt threshold, "
-    "str backend"
-)
-
-
-def _mutate_forward(positive: Tensor, negative: Tensor, *rest: Any) -> Tensor:
-    return backends.get(rest[-1]).mutate_forward(positive, negative, MaskSpec(*rest[:-1]))
-
-
-def _mutate_forward_fake(positive: Tensor, negative: Tensor, *rest: Any) -> Tensor:
-    return negative.new_empty(negative.shape)
-
-
-_define(
+define(
     "mutate_forward",
-    f"Tensor positive, Tensor negative, {_MASK}",
-    "Tensor",
+    f"Tensor positive, Tensor negative, {_DRAWS}) -> Tensor",
     _mutate_forward,
-    _mutate_forward_fake,
+    lambda *, negative, **_values: negative.new_empty(negative.shape),
 )
 
 
-def _mutate_backward(grad: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return backends.get(rest[-1]).mutate_backward(grad, MaskSpec(*rest[:-1]))
+def _mutate_backward(*, grad: Tensor, **values: Any) -> MutateGradient:
+    return _KERNELS[values["backend"]].mutate_backward(grad, build(Draws, values))
 
 
-def _mutate_backward_fake(grad: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return grad.new_empty((grad.shape[0], grad.shape[2])), grad.new_empty(grad.shape)
-
-
-_define(
+define(
     "mutate_backward",
-    f"Tensor grad, {_MASK}",
-    "(Tensor, Tensor)",
+    f"Tensor grad, {_DRAWS}) -> {tensors(len(MutateGradient._fields))}",
     _mutate_backward,
-    _mutate_backward_fake,
+    lambda *, grad, **_values: MutateGradient(
+        grad.new_empty((grad.shape[0], grad.shape[2])), grad.new_empty(grad.shape)
+    ),
 )
-
-
-# --- values that only reading tells, for the reference --------------------------------------------
-
-
-def _checked_ids(ids: Tensor, rows: int, lowest: int, name: str) -> Tensor:
-    check_ids(name, ids, rows=rows, lowest=lowest)
-    return ids.clone()
-
-
-def _checked_ids_fake(ids: Tensor, rows: int, lowest: int, name: str) -> Tensor:
-    return ids.new_empty(ids.shape)
-
-
-_define(
-    "checked_ids",
-    "Tensor ids, SymInt rows, SymInt lowest, str name",
-    "Tensor",
-    _checked_ids,
-    _checked_ids_fake,
-)
-
-
-def _checked_coefficient(value: Tensor, name: str) -> Tensor:
-    coefficient(name, value.item())
-    return value.clone()
-
-
-def _checked_coefficient_fake(value: Tensor, name: str) -> Tensor:
-    return value.new_empty(value.shape)
-
-
-_define(
-    "checked_coefficient",
-    "Tensor value, str name",
-    "Tensor",
-    _checked_coefficient,
-    _checked_coefficient_fake,
-)
-
-
-def _rates_to_thresholds(mutation_rate: Tensor, name: str) -> Tensor:
-    if mutation_rate.device.type == "cpu":
-        check_rates(name, mutation_rate)
-    return rates_to_thresholds(mutation_rate)
-
-
-def _rates_to_thresholds_fake(mutation_rate: Tensor, name: str) -> Tensor:
-    return mutation_rate.new_empty(mutation_rate.shape, dtype=torch.int16)
-
-
-_define(
-    "rates_to_thresholds",
-    "Tensor mutation_rate, str name",
-    "Tensor",
-    _rates_to_thresholds,
-    _rates_to_thresholds_fake,
-)
-
-OPS = torch.ops.emu_kernels
 
 
 # --- autograd -------------------------------------------------------------------------------------
+
+
+def _apply(function: type[torch.autograd.Function], **values: Any) -> Any:
+    """The Function of named values: its ``forward`` gets their names first, then the values."""
+    return function.apply(tuple(values), *values.values())
+
+
+def _save(ctx: Any, values: Mapping[str, Any]) -> None:
+    """Keep named values for the backward pass, tensors as autograd wants them."""
+    held = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    ctx.save_for_backward(*held.values())
+    ctx.held_names = tuple(held)
+    ctx.others = {name: value for name, value in values.items() if name not in held}
+
+
+def _saved(ctx: Any) -> dict[str, Any]:
+    return {**ctx.others, **dict(zip(ctx.held_names, ctx.saved_tensors, strict=True))}
+
+
+def _needed(ctx: Any) -> tuple[str, ...]:
+    """The arguments of :func:`_apply` that need a gradient."""
+    return tuple(
+        name for name, need in zip(ctx.names, ctx.needs_input_grad[1:], strict=True) if need
+    )
+
+
+def _by_name(ctx: Any, gradients: Mapping[str, Tensor | None]) -> tuple[Tensor | None, ...]:
+    """What ``backward`` returns: None for the names, then each argument's gradient."""
+    return (None, *(gradients.get(name) for name in ctx.names))
 
 
 def _refuse(name: str) -> RuntimeError:
@@ -292,166 +201,181 @@ def _refuse(name: str) -> RuntimeError:
     )
 
 
-def _table_grad(sparse: bool, *arguments: Any) -> Tensor:
-    if not sparse:
-        grad: Tensor = OPS.table_gradient(*arguments)
+def _table_grad(request: Mapping[str, Any], backend: str, sums: SumWeights) -> Tensor:
+    given = {**request, "backend": backend, **sums._asdict()}
+    if not request["sparse_grad"]:
+        grad: Tensor = OPS.table_gradient(**given)
         return grad
     if torch.compiler.is_compiling():
         raise RuntimeError("sparse_grad=True is eager-only: it cannot be traced by torch.compile")
-    ids, values = OPS.table_gradient_sparse(*arguments)
-    shape = arguments[1].shape
+    rows = SparseRows(*OPS.table_gradient_sparse(**given))
+    shape = request["table"].shape
     return torch.sparse_coo_tensor(
-        ids[None], values, shape, is_coalesced=True, check_invariants=False
+        rows.ids[None], rows.values, shape, is_coalesced=True, check_invariants=False
     )
 
 
 class _LossGradient(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        grad: Tensor,
-        row_scale: Tensor,
-        weight: Tensor,
-        mutated_weight: Tensor,
-        grad_query: Tensor,
-        grad_positive: Tensor,
-        grad_scale: Tensor,
-        grad_weights: Tensor,
-        need_query: bool,
-        need_table: bool,
-        need_scale: bool,
-        need_weights: bool,
-        sparse: bool,
-        *common: Any,  # the operators' common arguments
-    ) -> tuple[Tensor | None, ...]:
-        scale = grad * row_scale
-        grad_table = None
-        if need_table:
-            grad_table = _table_grad(sparse, *common, scale, weight, mutated_weight, grad_positive)
-        return (
-            OPS.scale_rows(grad_query, scale, common[-1]) if need_query else None,
-            grad_table,
-            OPS.scale_rows(grad_scale, scale, common[-1]) if need_scale else None,
-            (grad_weights * scale[:, None]).sum(dim=0) if need_weights else None,
-        )
+    def forward(ctx: Any, names: tuple[str, ...], *given: Any) -> tuple[Tensor | None, ...]:
+        values = dict(zip(names, given, strict=True))
+        needed = values["needed"]
+        row_scale = values["grad"] * values["row_scale"]
+        grads: dict[str, Tensor] = {}
+        if "query" in needed:
+            grads["query"] = values["grad_query"] * row_scale[:, None]
+        if "table" in needed:
+            sums = SumWeights(
+                row_scale, values["weight"], values["mutated_weight"], values["grad_positive"]
+            )
+            grads["table"] = _table_grad(part(Request, values), values["backend"], sums)
+        if "scale" in needed:
+            grads["scale"] = values["grad_scale"] * row_scale[:, None]
+        if "weights" in needed:
+            grads["weights"] = (values["grad_weights"] * row_scale[:, None]).sum(dim=0)
+        return tuple(grads.get(name) for name in _WITH_GRADIENT)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         raise _refuse("the fused loss")
 
 
-class Loss(torch.autograd.Function):
-    """(loss, terms) of one call; differentiable in query, table, scale and weights."""
+class _Loss(torch.autograd.Function):
+    """(loss, terms) of one call."""
 
     @staticmethod
-    def forward(ctx: Any, sparse: bool, count: int, *arguments: Any) -> tuple[Tensor, Tensor]:
-        """``arguments``: the operators' common ones, ``count`` of them, then the loss's own."""
-        loss, terms, *saved = OPS.loss_forward(*arguments, True)
-        _save(ctx, arguments[:count], *saved)
-        ctx.sparse, ctx.inputs = sparse, 2 + len(arguments)
+    def forward(ctx: Any, names: tuple[str, ...], *given: Any) -> tuple[Tensor, Tensor]:
+        values = dict(zip(names, given, strict=True))
+        state = LossState(*OPS.loss_forward(**values, need_grad=True))
+        kept = state._asdict()
+        loss, terms = kept.pop("loss"), kept.pop("terms")
+        ctx.names = names
+        _save(ctx, {**values, **kept})
         ctx.mark_non_differentiable(terms)
         return loss, terms
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _terms: Tensor) -> tuple[Any, ...]:
-        common, saved = _saved(ctx)
-        need = ctx.needs_input_grad[2:6]
-        grads = _LossGradient.apply(grad, *saved, *need, ctx.sparse, *common)
-        return (None, None, *grads, *[None] * (ctx.inputs - 6))
+    def backward(ctx: Any, grad: Tensor, _terms: Tensor) -> tuple[Tensor | None, ...]:
+        grads = _apply(_LossGradient, grad=grad, needed=_needed(ctx), **_saved(ctx))
+        return _by_name(ctx, dict(zip(_WITH_GRADIENT, grads, strict=True)))
 
 
 class _ScoresGradient(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        positive_weight: Tensor,
-        weight: Tensor,
-        mutated_weight: Tensor,
-        need_query: bool,
-        need_table: bool,
-        need_scale: bool,
-        need_weights: bool,
-        sparse: bool,
-        *common: Any,
-    ) -> tuple[Tensor | None, ...]:
-        weights = (positive_weight.contiguous(), weight.contiguous(), mutated_weight.contiguous())
-        state = ScoresGradient(*OPS.query_gradient(*common, *weights))
-        grad_table = None
-        if need_table:
-            ones = positive_weight.new_ones(positive_weight.shape[0])
-            grad_table = _table_grad(
-                sparse, *common, ones, state.weight, state.mutated_weight, state.grad_positive
-            )
-        return (
-            state.grad_query if need_query else None,
-            grad_table,
-            state.grad_scale if need_scale else None,
-            state.grad_weights.sum(dim=0) if need_weights else None,
-        )
+    def forward(ctx: Any, names: tuple[str, ...], *given: Any) -> tuple[Tensor | None, ...]:
+        values = dict(zip(names, given, strict=True))
+        needed, backend = values["needed"], values["backend"]
+        request = part(Request, values)
+        upstream = {name: values[name].contiguous() for name in ScoreWeights._fields}
+        state = ScoresGradient(*OPS.query_gradient(**request, backend=backend, **upstream))
+        grads = {"query": state.grad_query, "scale": state.grad_scale}
+        if "table" in needed:
+            ones = torch.ones_like(upstream["positive_weight"])
+            sums = SumWeights(ones, state.weight, state.mutated_weight, state.grad_positive)
+            grads["table"] = _table_grad(request, backend, sums)
+        if "weights" in needed:
+            grads["weights"] = state.grad_weights.sum(dim=0)
+        return tuple(grads[name] if name in needed else None for name in _WITH_GRADIENT)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         raise _refuse("emu_scores")
 
 
-class Scores(torch.autograd.Function):
-    """The three scores of one call; differentiable in query, table, scale and weights."""
+class _Scores(torch.autograd.Function):
+    """The three scores of one call."""
 
     @staticmethod
-    def forward(ctx: Any, sparse: bool, *common: Any) -> tuple[Tensor, Tensor, Tensor]:
-        _save(ctx, common)
-        ctx.sparse, ctx.inputs = sparse, 1 + len(common)
-        scored: tuple[Tensor, Tensor, Tensor] = OPS.scores_forward(*common)
-        return scored
+    def forward(ctx: Any, names: tuple[str, ...], *given: Any) -> tuple[Tensor, Tensor, Tensor]:
+        values = dict(zip(names, given, strict=True))
+        ctx.names = names
+        _save(ctx, values)
+        positive, negative, mutated = OPS.scores_forward(**values)
+        return positive, negative, mutated
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        common, _ = _saved(ctx)
-        need = ctx.needs_input_grad[1:5]
-        out = _ScoresGradient.apply(*grads, *need, ctx.sparse, *common)
-        return (None, *out, *[None] * (ctx.inputs - 5))
-
-
-def _save(ctx: Any, common: tuple[Any, ...], *tensors: Tensor) -> None:
-    """Keep an operator's common arguments, tensors as autograd wants them, and more tensors."""
-    kept = [value if isinstance(value, Tensor) else None for value in common]
-    ctx.save_for_backward(*kept, *tensors)
-    ctx.others = tuple(None if isinstance(value, Tensor) else value for value in common)
-
-
-def _saved(ctx: Any) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
-    count = len(ctx.others)
-    kept, tensors = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
-    common = tuple(
-        other if tensor is None else tensor for tensor, other in zip(kept, ctx.others, strict=True)
-    )
-    return common, tensors
+    def backward(
+        ctx: Any, positive_weight: Tensor, weight: Tensor, mutated_weight: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        grads = _apply(
+            _ScoresGradient,
+            positive_weight=positive_weight,
+            weight=weight,
+            mutated_weight=mutated_weight,
+            needed=_needed(ctx),
+            **_saved(ctx),
+        )
+        return _by_name(ctx, dict(zip(_WITH_GRADIENT, grads, strict=True)))
 
 
 class _MutateGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, grad: Tensor, *mask: Any) -> tuple[Tensor, Tensor]:
-        _save(ctx, mask)
-        grads: tuple[Tensor, Tensor] = OPS.mutate_backward(grad.contiguous(), *mask)
-        return grads
+    def forward(ctx: Any, names: tuple[str, ...], *given: Any) -> tuple[Tensor, Tensor]:
+        values = dict(zip(names, given, strict=True))
+        grad = values.pop("grad")
+        ctx.names = names
+        _save(ctx, values)
+        grads = MutateGradient(*OPS.mutate_backward(grad=grad.contiguous(), **values))
+        return grads.grad_positive, grads.grad_negative
 
     @staticmethod
-    def backward(ctx: Any, grad_positive: Tensor, grad_negative: Tensor) -> tuple[Any, ...]:
+    def backward(
+        ctx: Any, grad_positive: Tensor, grad_negative: Tensor
+    ) -> tuple[Tensor | None, ...]:
         # Mutation is linear: its gradient's adjoint is mutation itself.
-        mask, _ = _saved(ctx)
-        return (Mutate.apply(grad_positive, grad_negative, *mask), *[None] * len(mask))
+        mutated = _apply(_Mutate, positive=grad_positive, negative=grad_negative, **_saved(ctx))
+        return _by_name(ctx, {"grad": mutated})
 
 
-class Mutate(torch.autograd.Function):
+class _Mutate(torch.autograd.Function):
     """ẑ of one call; differentiable any number of times in positive and negative."""
 
     @staticmethod
-    def forward(ctx: Any, positive: Tensor, negative: Tensor, *mask: Any) -> Tensor:
-        _save(ctx, mask)
-        out: Tensor = OPS.mutate_forward(positive.contiguous(), negative.contiguous(), *mask)
+    def forward(ctx: Any, names: tuple[str, ...], *given: Any) -> Tensor:
+        values = dict(zip(names, given, strict=True))
+        positive, negative = values.pop("positive"), values.pop("negative")
+        ctx.names = names
+        _save(ctx, values)
+        out: Tensor = OPS.mutate_forward(
+            positive=positive.contiguous(), negative=negative.contiguous(), **values
+        )
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        mask, _ = _saved(ctx)
-        return (*_MutateGradient.apply(grad, *mask), *[None] * len(mask))
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_positive, grad_negative = _apply(_MutateGradient, grad=grad, **_saved(ctx))
+        return _by_name(ctx, {"positive": grad_positive, "negative": grad_negative})
+
+
+# --- backends with kernels ------------------------------------------------------------------------
+
+
+class KernelBackend(Kernels):
+    """A :class:`emu_kernels.backends.base.Backend` of :class:`Kernels`, through the operators."""
+
+    def __init__(self) -> None:
+        _KERNELS[self.name] = self
+
+    def loss(self, request: LossRequest) -> Loss:
+        values = {**flatten(request), "backend": self.name}
+        if _wants_grad(values):
+            return Loss(*_apply(_Loss, **values))
+        state = LossState(*OPS.loss_forward(**values, need_grad=False))
+        return Loss(state.loss, state.terms)
+
+    def scores(self, request: Request) -> Scores:
+        values = {**flatten(request), "backend": self.name}
+        if _wants_grad(values):
+            return Scores(*_apply(_Scores, **values))
+        return Scores(*OPS.scores_forward(**values))
+
+    def mutate(self, positive: Tensor, negative: Tensor, draws: Draws) -> Tensor:
+        out: Tensor = _apply(
+            _Mutate, positive=positive, negative=negative, **flatten(draws), backend=self.name
+        )
+        return out
+
+
+def _wants_grad(values: Mapping[str, Any]) -> bool:
+    tensors = (values[name] for name in _WITH_GRADIENT)
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -10,32 +10,17 @@ Shapes everywhere: query (B, D), table (N, D), positive (B,), negative (G, K) wi
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from emu_kernels.mask import mixup_share, mutation_mask
+from emu_kernels.mutation import Component, Mixup
+from emu_kernels.prepare import accumulation_dtype
+from emu_kernels.request import Draws, Request
 
-if TYPE_CHECKING:
-    from emu_kernels.mutation import Mutation
-
-
-@dataclass(frozen=True)
-class Similarity:
-    """φ(query, candidate), written to be read, and what it takes.
-
-    ``phi(query, candidate, options)`` broadcasts over all dimensions but the last, D or, for
-    ``options.scale``, ``scale_parts`` · D / ``parts``.
-    """
-
-    phi: Callable[[Tensor, Tensor, Options], Tensor]
-    parts: int = 1  # 2: a row is two halves of D / 2 (re‖im, phase‖modulus)
-    scale_parts: int = 0  # how many of them, the last ones, an optional ``scale`` multiplies
-    weights: int = 0  # how many ``similarity_weights`` it takes
-    phases: bool = False  # whether it takes a ``phase_scale``
-    sums: int = 1  # over components, of which it is a function
+# --- similarities: one function each, broadcast over all dimensions but the last ------------------
 
 
 class Options(NamedTuple):
@@ -101,15 +86,63 @@ def _protate(query: Tensor, candidate: Tensor, options: Options) -> Tensor:
     return -options.weight(0) * _sines(query, candidate, options)
 
 
-SIMILARITIES: dict[str, Similarity] = {
-    "dot": Similarity(_dot),
-    "l1": Similarity(_l1, scale_parts=1),
-    "l2": Similarity(_l2, scale_parts=1),
-    "rotate": Similarity(_rotate, parts=2),
-    "hake": Similarity(_hake, parts=2, scale_parts=1, weights=2, phases=True, sums=2),
-    "protate": Similarity(_protate, weights=1, phases=True),
+PHI: dict[str, Callable[[Tensor, Tensor, Options], Tensor]] = {
+    "dot": _dot,
+    "l1": _l1,
+    "l2": _l2,
+    "rotate": _rotate,
+    "hake": _hake,
+    "protate": _protate,
 }
-"""The one list of similarities that exist."""
+"""φ(query, candidate, options) of each of :data:`emu_kernels.similarity.SIMILARITIES`."""
+
+# --- mutation rules: one function each ------------------------------------------------------------
+
+
+def _masked(positive: Tensor, negative: Tensor, draws: Draws) -> Tensor:
+    """ẑ = λ ⊙ z⁺ + (1 − λ) ⊙ z⁻."""
+    rule = draws.mutation
+    assert isinstance(rule, Component)
+    batch, count, dim = negative.shape
+    mask = mutation_mask(
+        batch,
+        count,
+        dim,
+        seed=draws.seed,
+        row_offset=draws.row_offset,
+        threshold=rule.threshold if rule.thresholds is None else rule.thresholds,
+        pairs=rule.pairs,
+    )
+    return torch.where(mask, positive, negative)
+
+
+def _mixup(positive: Tensor, negative: Tensor, draws: Draws) -> Tensor:
+    """ẑ = z⁺ + μ (z⁻ − z⁺)."""
+    rule = draws.mutation
+    assert isinstance(rule, Mixup)
+    batch, count, _ = negative.shape
+    share = mixup_share(
+        batch, count, seed=draws.seed, row_offset=draws.row_offset, order=rule.order
+    ).to(negative.dtype)
+    return positive + share[..., None] * (negative - positive)
+
+
+MUTATE: dict[str, Callable[[Tensor, Tensor, Draws], Tensor]] = {
+    "none": lambda _positive, negative, _draws: negative,
+    "component": _masked,
+    "pair": _masked,
+    "mixup": _mixup,
+}
+"""ẑ (B, K, D) of positive (B, 1, D), negative (B, K, D) for each of
+:data:`emu_kernels.mutation.RULES`."""
+
+
+def mutate(positive: Tensor, negative: Tensor, draws: Draws) -> Tensor:
+    """ẑ (B, K, D) of positive z⁺ (B, D) and negative z⁻ (B, K, D)."""
+    return MUTATE[draws.mutation.name](positive[:, None, :], negative, draws)
+
+
+# --- scores and losses ----------------------------------------------------------------------------
 
 
 class Scores(NamedTuple):
@@ -120,58 +153,23 @@ class Scores(NamedTuple):
     mutated: Tensor | None  # (B, K), −inf where padding; None without mutation
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Every sum is in fp32, or in fp64 for fp64 tables."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def _of_rows(negative: Tensor, batch: int) -> Tensor:
+    """(B, K): the ids of each row, from those of its set."""
+    groups, count = negative.shape
+    return negative.repeat_interleave(batch // max(groups, 1), dim=0).reshape(batch, count)
 
 
-def mutate(
-    positive: Tensor, negative: Tensor, mutation: Mutation, *, seed: Tensor, row_offset: int
-) -> Tensor:
-    """ẑ (B, K, D) of positive z⁺ (B, D) and negative z⁻ (B, K, D): λ ⊙ z⁺ + (1 − λ) ⊙ z⁻, or for
-    Mixup z⁺ + μ (z⁻ − z⁺)."""
-    batch, count, dim = negative.shape
-    positive = positive[:, None, :]
-    if mutation.kind == "mixup":
-        share = mixup_share(
-            batch, count, seed=seed, row_offset=row_offset, order=mutation.threshold
-        ).to(negative.dtype)
-        return positive + share[..., None] * (negative - positive)
-    mask = mutation_mask(
-        batch,
-        count,
-        dim,
-        seed=seed,
-        row_offset=row_offset,
-        threshold=mutation.threshold if mutation.thresholds is None else mutation.thresholds,
-        unit=mutation.kind,
-    )
-    return torch.where(mask, positive, negative)
-
-
-def scores(
-    query: Tensor,
-    table: Tensor,
-    positive: Tensor,
-    negative: Tensor,
-    *,
-    similarity: str,
-    options: Options,
-    mutation: Mutation,
-    seed: Tensor,
-    row_offset: int,
-) -> Scores:
+def scores(request: Request) -> Scores:
     """Score positive, negatives and (unless the mutation is none) mutated negatives."""
-    batch = query.shape[0]
-    phi = SIMILARITIES[similarity].phi
-    dtype = accumulation_dtype(table.dtype)
+    phi = PHI[request.similarity]
+    options = Options(request.scale, request.weights, request.phase_scale)
+    dtype = accumulation_dtype(request.table.dtype)
     # Upcast before indexing, so that autograd sums the contributions to a row in fp32.
-    wide = table.to(dtype)
-    query = query.to(dtype)
-    ids = negative.repeat_interleave(batch // max(negative.shape[0], 1), dim=0)  # (B, K)
-    ids = ids.reshape(batch, negative.shape[1])
+    wide = request.table.to(dtype)
+    query = request.query
+    ids = _of_rows(request.negative, query.shape[0])  # (B, K)
     real = ids >= 0
-    z_pos = wide[positive]  # (B, D)
+    z_pos = wide[request.positive]  # (B, D)
     z_neg = torch.where(real[..., None], wide[ids.clamp(min=0)], 0)  # (B, K, D)
     minus_inf = float("-inf")
     s_pos = phi(query, z_pos, options)
@@ -179,10 +177,9 @@ def scores(
     if options.scale is not None:
         options = options._replace(scale=options.scale[:, None, :])
     s_neg = phi(query, z_neg, options).masked_fill(~real, minus_inf)
-    if mutation.kind == "none":
+    if not request.mutated:
         return Scores(s_pos, s_neg, None)
-    z_mut = mutate(z_pos, z_neg, mutation, seed=seed, row_offset=row_offset)
-    z_mut = torch.where(real[..., None], z_mut, 0)
+    z_mut = torch.where(real[..., None], mutate(z_pos, z_neg, request), 0)
     s_mut = phi(query, z_mut, options).masked_fill(~real, minus_inf)
     return Scores(s_pos, s_neg, s_mut)
 
@@ -209,9 +206,7 @@ def loss_rows(
 
     ``scored.mutated`` None means the vanilla term alone.
     """
-    batch, count = scored.negative.shape
-    real = negative.repeat_interleave(batch // max(negative.shape[0], 1), dim=0) >= 0
-    real = real.reshape(batch, count)
+    real = _of_rows(negative, scored.negative.shape[0]) >= 0
     finite = scored.positive.isfinite() & (scored.negative.isfinite() | ~real).all(dim=1)
     vanilla = softmax_rows(scored.positive, scored.negative)
     if scored.mutated is None:

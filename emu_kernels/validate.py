@@ -1,7 +1,7 @@
 """Checks of the public arguments, once for every backend, before any kernel runs.
 
-Each message names the argument, the rule, and what came. What only the values can tell (ids out of
-range) is in :func:`check_ids`, which the operators call at run time, so that tracing works.
+Each message names the argument, the rule, and the value that broke it. Checks that read the values
+of tensors are in :mod:`emu_kernels.values`: they run inside operators, so that tracing works.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from emu_kernels.reference import SIMILARITIES
+from emu_kernels.mutation import MASK_UNITS
+from emu_kernels.similarity import SIMILARITIES
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -121,12 +122,12 @@ def _similarity_options(
 ) -> None:
     takes = SIMILARITIES[name]
     rows, dim = query.shape
-    if dim % takes.parts:
+    if dim % takes.halves:
         raise ValueError(
             f"query: similarity {name!r} needs an even number of components, got {dim}"
         )
     shapes = (
-        ("scale", scale, (rows, dim // takes.parts * takes.scale_parts), "(B, {1})"),
+        ("scale", scale, (rows, dim // takes.halves * takes.scaled_halves), "(B, {1})"),
         ("similarity_weights", weights, (takes.weights,), "({0},)"),
     )
     for argument, value, shape, text in shapes:
@@ -143,8 +144,8 @@ def _similarity_options(
                 f"{argument}: similarity {name!r} expects shape {text.format(*shape)}"
                 f"{f' with B = {rows}' if len(shape) > 1 else ''}, got {tuple(value.shape)}"
             )
-    if isinstance(phase_scale, bool) or not isinstance(phase_scale, (int, float)):
-        raise TypeError(f"phase_scale: expected a number, got {type(phase_scale).__name__}")
+    number("phase_scale", phase_scale)
+    assert isinstance(phase_scale, (int, float))
     if not -math.inf < phase_scale < math.inf:
         raise ValueError(f"phase_scale: expected a finite number, got {phase_scale}")
     if phase_scale != 1 and not takes.phases:
@@ -214,32 +215,60 @@ def row_offset(value: object, rows: int) -> None:
         raise ValueError(f"row_offset: expected 0 <= row_offset <= 2**32 - {rows}, got {value}")
 
 
-def check_ids(name: str, ids: Tensor, *, rows: int, lowest: int) -> None:
-    """Raise IndexError unless ``lowest <= id < rows`` for every id. Synchronises a GPU."""
-    if ids.numel() == 0:
-        return
-    low, high = (int(v) for v in torch.aminmax(ids))
-    if low >= lowest and high < rows:
-        return
-    where = ((ids < lowest) | (ids >= rows)).flatten().nonzero()[0]
-    raise bad_id(name, ids, int(where), rows=rows, lowest=lowest)
+def number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
 
 
-def bad_id(name: str, ids: Tensor, flat: int, *, rows: int, lowest: int) -> IndexError:
-    """What to raise for the id at a place of the flattened ``ids``."""
-    at = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), ids.shape))
-    padding = " (-1 is padding)" if lowest < 0 else ""
-    return IndexError(
-        f"{name}: expected ids from {lowest} to {rows - 1}{padding}, "
-        f"got {int(ids[at])} at index {at if len(at) > 1 else at[0]}"
-    )
+def mask_unit(value: object, dim: int | torch.SymInt) -> None:
+    one_of("mask_unit", value, MASK_UNITS)
+    if value == "pair" and dim % 2:
+        raise ValueError(f"mask_unit: 'pair' needs an even number of components, got {dim}")
 
 
-def check_rates(name: str, rates: Tensor) -> None:
-    """Raise ValueError unless every rate is in [0, 1]. Synchronises a GPU."""
-    bad = ((rates < 0) | (rates > 1) | rates.isnan()).nonzero()
-    if len(bad):
-        at = int(bad[0, 0])
+def rates(name: str, value: Tensor, unit: str, units: int, device: torch.device) -> None:
+    """A tensor of mutation rates, one for each of the mask's units."""
+    if value.ndim != 1 or value.shape[0] != units or not value.dtype.is_floating_point:
         raise ValueError(
-            f"{name}: expected rates in [0, 1], got {float(rates[at])} at component {at}"
+            f"{name}: expected a number, a Mixup or a floating-point tensor of shape ({units},), "
+            f"one rate a {unit}, got shape {tuple(value.shape)}, dtype {value.dtype}"
+        )
+    if value.requires_grad:
+        raise ValueError(f"{name}: is not differentiated; pass {name}.detach()")
+    if value.device != device:
+        raise ValueError(f"{name}: expected to be on {device} like table, got {value.device}")
+
+
+def embeddings(positive: object, negative: object) -> None:
+    """(B, D) and (B, K, D), as ``emu_mutate`` takes them."""
+    positive, negative = tensor("positive", positive), tensor("negative", negative)
+    dims("positive", positive, (2,), "(B, D)")
+    dims("negative", negative, (3,), "(B, K, D)")
+    floating("positive", positive)
+    floating("negative", negative)
+    same_device("positive", positive, negative=negative)
+    rows, dim = positive.shape
+    if negative.dtype != positive.dtype:
+        raise TypeError(f"negative: expected {positive.dtype} like positive, got {negative.dtype}")
+    if negative.shape[0] != rows or negative.shape[2] != dim:
+        raise ValueError(
+            f"negative: expected shape ({rows}, K, {dim}) to go with positive, "
+            f"got {tuple(negative.shape)}"
+        )
+
+
+def scores(positive_score: object, negative_score: object) -> None:
+    """(B,) and (B, K), as ``uls_cross_entropy`` takes them."""
+    positive = tensor("positive_score", positive_score)
+    negative = tensor("negative_score", negative_score)
+    dims("positive_score", positive, (1,), "(B,)")
+    dims("negative_score", negative, (2,), "(B, K)")
+    floating("positive_score", positive)
+    floating("negative_score", negative)
+    same_precision("positive_score", positive, "negative_score", negative)
+    same_device("positive_score", positive, negative_score=negative)
+    if negative.shape[0] != positive.shape[0]:
+        raise ValueError(
+            f"negative_score: expected {positive.shape[0]} rows like positive_score, "
+            f"got shape {tuple(negative.shape)}"
         )

@@ -1,8 +1,7 @@
 """Which implementations exist, which can run here, and which one a call gets.
 
-``reference`` is the specification itself (:mod:`emu_kernels.reference`); the kernel backends
-implement :class:`emu_kernels.backends.base.Backend`. A new one is a module here and an entry in
-``_KERNELS``.
+``reference`` is the specification itself; the others have kernels. A new backend is a module here
+that implements :class:`emu_kernels.backends.base.Kernels`, and an entry in ``_BACKENDS``.
 """
 
 from __future__ import annotations
@@ -15,17 +14,18 @@ import torch
 from emu_kernels.backends.base import Backend
 from emu_kernels.backends.cpu import CpuBackend
 from emu_kernels.backends.cuda import CudaBackend
+from emu_kernels.backends.reference import ReferenceBackend
 from emu_kernels.backends.triton import TritonBackend
 
-REFERENCE = "reference"
 # Fastest first. That cuda comes before triton is an expectation: no GPU has timed them yet.
-_KERNELS: tuple[Backend, ...] = (CudaBackend(), TritonBackend(), CpuBackend())
-_BY_NAME = {backend.name: backend for backend in _KERNELS}
-NAMES = (REFERENCE, *_BY_NAME)
+_BACKENDS: tuple[Backend, ...] = (CudaBackend(), TritonBackend(), CpuBackend(), ReferenceBackend())
+_BY_NAME = {backend.name: backend for backend in _BACKENDS}
+REFERENCE = ReferenceBackend.name
+NAMES = (REFERENCE, *(name for name in _BY_NAME if name != REFERENCE))
 
 
 def get(name: str) -> Backend:
-    """The kernel backend of that name (not ``reference``, which has no kernels)."""
+    """The backend of that name."""
     return _BY_NAME[name]
 
 
@@ -35,18 +35,22 @@ def default_backend(device: torch.device | str) -> str:
     A GPU's kernels that are emulated on the CPU, for tests, are never it.
     """
     device = torch.device(device)
-    for backend in _KERNELS:
-        if device.type == "cpu" and backend.name != "cpu":
-            continue
-        if device.type in backend.device_types and backend.unavailable() is None:
-            return backend.name
-    if device.type == "cpu" and not torch.compiler.is_compiling():
-        _warn_of_reference(get("cpu").unavailable())
-    return REFERENCE
+    if device.type == "cpu":
+        reason = get("cpu").unavailable()
+        if reason is None:
+            return "cpu"
+        if not torch.compiler.is_compiling():
+            _warn_of_reference(reason)
+        return REFERENCE
+    return next(b.name for b in _BACKENDS if _takes(b, device) and b.unavailable() is None)
+
+
+def _takes(backend: Backend, device: torch.device) -> bool:
+    return not backend.device_types or device.type in backend.device_types
 
 
 @functools.cache
-def _warn_of_reference(reason: str | None) -> None:
+def _warn_of_reference(reason: str) -> None:
     """Once: the answers are right, and take far longer than they need."""
     warnings.warn(
         f"emu_kernels runs its plain PyTorch specification, which is slow: {reason}",
@@ -55,17 +59,15 @@ def _warn_of_reference(reason: str | None) -> None:
     )
 
 
-def resolve(name: str | None, device: torch.device) -> str:
-    """Check the ``backend`` argument of a call and return the backend's name.
+def resolve(name: str | None, device: torch.device) -> Backend:
+    """The backend that the ``backend`` argument of a call means.
 
     Raises:
         ValueError: unknown name, or a backend that has no kernels for ``device``.
         RuntimeError: a backend that cannot run here; the message says why.
     """
     if name is None:
-        return default_backend(device)
-    if name == REFERENCE:
-        return name
+        return get(default_backend(device))
     if name not in _BY_NAME:
         raise ValueError(
             f"backend: expected None or one of {', '.join(map(repr, NAMES))}, got {name!r}"
@@ -74,14 +76,14 @@ def resolve(name: str | None, device: torch.device) -> str:
     reason = backend.unavailable()
     if reason is not None:
         raise RuntimeError(f"backend: {name!r} cannot run here: {reason}")
-    if device.type not in backend.device_types:
+    if not _takes(backend, device):
         raise ValueError(
             f"backend: {name!r} runs on tensors on {' or '.join(backend.device_types)}, "
             f"got tensors on {device}"
         )
-    return name
+    return backend
 
 
 def describe() -> list[tuple[str, str | None]]:
     """Every backend's name, with the reason why it cannot run here or None where it can."""
-    return [(REFERENCE, None), *((b.name, b.unavailable()) for b in _KERNELS)]
+    return [(name, get(name).unavailable()) for name in NAMES]

@@ -1,180 +1,187 @@
-"""What a kernel backend implements. Arguments arrive checked; ids are not, see each method."""
+"""What a backend is, and what one with kernels implements.
+
+Requests arrive validated, but for ids (see :meth:`Kernels.check_ids`).
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from emu_kernels.reference import SIMILARITIES
+from emu_kernels.request import Draws, LossRequest, Request
+from emu_kernels.similarity import SIMILARITIES
 
 
-class Batch(NamedTuple):
-    """The inputs of one call, as the operators hand them to a backend."""
-
-    query: Tensor  # (B, D) fp32, or fp64 where table is
-    table: Tensor  # (N, D) fp32, bf16, fp16 or fp64
-    scale: Tensor | None  # (B, S) of query's dtype
-    weights: Tensor | None  # (W,) of query's dtype
-    positive: Tensor  # (B,) int64
-    negative: Tensor  # (G, K) int64, G dividing B, -1 is padding
-    seed: Tensor  # () int64
-    thresholds: Tensor | None  # int16, see emu_kernels.mutation.Mutation
-    row_offset: int
-    mutation: str  # "none" means the vanilla term alone
-    threshold: int
-    similarity: str
-    phase_scale: float
-
-    @property
-    def mutated(self) -> bool:
-        return self.mutation != "none"
-
-
-class MaskSpec(NamedTuple):
-    """What determines the masks of emu_mutate."""
-
-    seed: Tensor  # () int64
-    thresholds: Tensor | None  # int16
-    row_offset: int
-    mutation: str  # "component" or "pair"
-    threshold: int
-
-
-class LossState(NamedTuple):
-    """A forward pass of the loss with what its backward pass needs (empty if not asked for).
-
-    A similarity is a function of S sums over components (S = 2 for hake, else 1); a sum's weight is
-    the derivative that its terms share: by the sum, or, of a sum of squares under a root, by half
-    the squares.
-    """
-
+class Loss(NamedTuple):
     loss: Tensor  # () or, for reduction "none", (B,)
-    terms: Tensor  # (2,) weighted means of L_emu and L_van
-    row_scale: Tensor  # (B,) d loss / d row, or d loss_b / d row_b
-    weight: Tensor  # (S, B, K) d row / d sums of z⁻
-    mutated_weight: Tensor  # (S, B, K) d row / d sums of ẑ, (0,) without mutation
-    grad_query: Tensor  # (B, D) d row / d query
-    grad_positive: Tensor  # (B, D) d row / d z⁺
-    grad_scale: Tensor  # (B, S) d row / d scale, (0,) without one
-    grad_weights: Tensor  # (B, W) d row / d weights, (0,) without
+    terms: Tensor  # (2,) weighted means of L_emu and L_van, not differentiable
 
 
-class ScoresGradient(NamedTuple):
-    """Gradients of a weighted sum of scores; the last two are LossState's weights."""
-
-    grad_query: Tensor  # (B, D)
-    grad_positive: Tensor  # (B, D)
-    grad_scale: Tensor  # (B, S) or (0,)
-    grad_weights: Tensor  # (B, W) or (0,)
-    weight: Tensor  # (S, B, K)
-    mutated_weight: Tensor  # (S, B, K)
-
-
-def new_scores(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Uninitialised (B,), (B, K) and (B, K), the last (0,) without mutation."""
-    rows, count = batch.query.shape[0], batch.negative.shape[1]
-    new = batch.query.new_empty
-    return new((rows,)), new((rows, count)), new((rows, count) if batch.mutated else (0,))
-
-
-def new_scores_gradient(batch: Batch) -> ScoresGradient:
-    """Uninitialised."""
-    rows, dim = batch.query.shape
-    new = batch.query.new_empty
-    weights = (SIMILARITIES[batch.similarity].sums, rows, batch.negative.shape[1])
-    return ScoresGradient(
-        grad_query=new((rows, dim)),
-        grad_positive=new((rows, dim)),
-        grad_scale=new((0,) if batch.scale is None else batch.scale.shape),
-        grad_weights=new((0,) if batch.weights is None else (rows, batch.weights.shape[0])),
-        weight=new(weights),
-        mutated_weight=new(weights if batch.mutated else (0,)),
-    )
-
-
-def new_loss_state(batch: Batch, reduction: str, need_grad: bool) -> LossState:
-    """Uninitialised."""
-    rows = batch.query.shape[0]
-    new = batch.query.new_empty
-    if need_grad:
-        state = new_scores_gradient(batch)._asdict()
-    else:
-        state = {name: new((0,)) for name in ScoresGradient._fields}
-    return LossState(
-        loss=new((rows,) if reduction == "none" else ()),
-        terms=new((2,)),
-        row_scale=new((rows,)),
-        **state,
-    )
+class Scores(NamedTuple):
+    positive: Tensor  # (B,)
+    negative: Tensor  # (B, K), −inf where padding
+    mutated: Tensor  # (B, K), −inf where padding; (0,) without mutation
 
 
 class Backend(Protocol):
-    """One implementation of the fused operators."""
+    """One implementation of the public functions, differentiable by autograd."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def device_types(self) -> tuple[str, ...]:
-        """Types of the devices whose tensors it takes."""
+        """Types of the devices whose tensors it takes; empty for every device."""
 
     def unavailable(self) -> str | None:
         """Why this backend cannot run here, or None where it can."""
 
+    def loss(self, request: LossRequest) -> Loss: ...
+
+    def scores(self, request: Request) -> Scores: ...
+
+    def mutate(self, positive: Tensor, negative: Tensor, draws: Draws) -> Tensor:
+        """(B, D) and (B, K, D) of one dtype -> ẑ (B, K, D)."""
+
+
+class ScoreWeights(NamedTuple):
+    """Upstream gradients of the scores."""
+
+    positive_weight: Tensor  # (B,)
+    weight: Tensor  # (B, K)
+    mutated_weight: Tensor  # (B, K), of any shape without mutation
+
+
+class ScoresGradient(NamedTuple):
+    """Gradients of a weighted sum of scores by the query's side, and the weights of its sums.
+
+    A similarity is a function of S sums over components (:mod:`emu_kernels.similarity`). A sum's
+    weight is the derivative by the sum or, of a sum of squares under a root, by half the squares.
+    """
+
+    grad_query: Tensor  # (B, D)
+    grad_positive: Tensor  # (B, D), by z⁺
+    grad_scale: Tensor  # (B, D or D/2), (0,) without a scale
+    grad_weights: Tensor  # (B, W), (0,) without weights
+    weight: Tensor  # (S, B, K), of the sums of z⁻
+    mutated_weight: Tensor  # (S, B, K), of the sums of ẑ; (0,) without mutation
+
+
+class LossState(NamedTuple):
+    """A forward pass of the loss with what its backward pass needs: of each row's loss, before
+    ``row_scale``, the fields of :class:`ScoresGradient` ((0,) where no gradient was asked for)."""
+
+    loss: Tensor  # () or, for reduction "none", (B,)
+    terms: Tensor  # (2,)
+    row_scale: Tensor  # (B,) d loss / d row, or d loss_b / d row_b
+    grad_query: Tensor
+    grad_positive: Tensor
+    grad_scale: Tensor
+    grad_weights: Tensor
+    weight: Tensor
+    mutated_weight: Tensor
+
+
+class SumWeights(NamedTuple):
+    """What the gradient of the table is made from."""
+
+    row_scale: Tensor  # (B,), a factor of all that row b contributes
+    weight: Tensor  # (S, B, K), as in ScoresGradient
+    mutated_weight: Tensor  # (S, B, K) or (0,)
+    grad_positive: Tensor  # (B, D)
+
+
+class SparseRows(NamedTuple):
+    ids: Tensor  # (M,) int64, ascending
+    values: Tensor  # (M, D)
+
+
+class MutateGradient(NamedTuple):
+    grad_positive: Tensor  # (B, D)
+    grad_negative: Tensor  # (B, K, D)
+
+
+class Kernels(ABC):
+    """What a backend with kernels implements; :class:`emu_kernels.ops.KernelBackend` makes a
+    :class:`Backend` of it."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str: ...
+
+    @property
+    @abstractmethod
+    def device_types(self) -> tuple[str, ...]: ...
+
+    @abstractmethod
+    def unavailable(self) -> str | None:
+        """Why this backend cannot run here, or None where it can."""
+
+    @abstractmethod
     def check_ids(self, name: str, ids: Tensor, *, rows: int, lowest: int) -> None:
-        """Raise IndexError unless ``lowest <= id < rows`` for every id, where that is known at
-        once."""
+        """Raise IndexError unless ``lowest <= id < rows`` for every id. A GPU's backend, which
+        would have to wait for the device, may leave that to its kernels (backends/ids.py)."""
 
-    def scale_rows(self, rows: Tensor, scale: Tensor) -> Tensor:
-        """(B, X) times (B,) of one dtype, row by row."""
+    @abstractmethod
+    def loss_forward(self, request: LossRequest, *, need_grad: bool) -> LossState: ...
 
-    def loss_forward(
-        self,
-        batch: Batch,
-        *,
-        beta: float,
-        alpha: float,
-        coefficients: Tensor | None,  # (2,) beta and alpha, instead of the two numbers
-        sample_weight: Tensor | None,  # (B,)
-        reduction: str,
-        need_grad: bool,
-    ) -> LossState: ...
+    @abstractmethod
+    def scores_forward(self, request: Request) -> Scores: ...
 
-    def scores_forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores (B,), (B, K) and (B, K), the last (0,) without mutation; −inf where padding."""
+    @abstractmethod
+    def query_gradient(self, request: Request, upstream: ScoreWeights) -> ScoresGradient:
+        """Padding has no gradient, whatever its upstream weight."""
 
-    def query_gradient(
-        self,
-        batch: Batch,
-        positive_weight: Tensor,  # (B,)
-        weight: Tensor,  # (B, K)
-        mutated_weight: Tensor,  # (B, K)
-    ) -> ScoresGradient:
-        """Gradients of the weighted sum of scores; weights of padding count for nothing."""
+    @abstractmethod
+    def table_gradient(self, request: Request, sums: SumWeights) -> Tensor:
+        """(N, D) in the table's dtype: contributions are summed in fp32, then rounded once."""
 
-    def table_gradient(
-        self,
-        batch: Batch,
-        row_scale: Tensor,  # (B,) factor of all that comes from row b
-        weight: Tensor,  # (S, B, K)
-        mutated_weight: Tensor,  # (S, B, K)
-        grad_positive: Tensor,  # (B, D)
-    ) -> Tensor:
-        """(N, D) in the table's dtype: contributions summed in fp32, then rounded once."""
+    @abstractmethod
+    def table_gradient_sparse(self, request: Request, sums: SumWeights) -> SparseRows:
+        """The touched rows only."""
 
-    def table_gradient_sparse(
-        self,
-        batch: Batch,
-        row_scale: Tensor,
-        weight: Tensor,
-        mutated_weight: Tensor,
-        grad_positive: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """The touched rows only: ids (M,) ascending and values (M, D)."""
+    @abstractmethod
+    def mutate_forward(self, positive: Tensor, negative: Tensor, draws: Draws) -> Tensor: ...
 
-    def mutate_forward(self, positive: Tensor, negative: Tensor, mask: MaskSpec) -> Tensor:
-        """(B, D), (B, K, D) -> ẑ (B, K, D)."""
+    @abstractmethod
+    def mutate_backward(self, grad: Tensor, draws: Draws) -> MutateGradient: ...
 
-    def mutate_backward(self, grad: Tensor, mask: MaskSpec) -> tuple[Tensor, Tensor]:
-        """(B, K, D) -> gradients of positive (B, D) and negative (B, K, D)."""
+
+def new_scores(request: Request) -> Scores:
+    """Uninitialised."""
+    rows, count = request.query.shape[0], request.negative.shape[1]
+    new = request.query.new_empty
+    return Scores(new((rows,)), new((rows, count)), new((rows, count) if request.mutated else (0,)))
+
+
+def new_scores_gradient(request: Request) -> ScoresGradient:
+    """Uninitialised."""
+    rows, dim = request.query.shape
+    new = request.query.new_empty
+    weights = (SIMILARITIES[request.similarity].sums, rows, request.negative.shape[1])
+    return ScoresGradient(
+        grad_query=new((rows, dim)),
+        grad_positive=new((rows, dim)),
+        grad_scale=new((0,) if request.scale is None else request.scale.shape),
+        grad_weights=new((0,) if request.weights is None else (rows, request.weights.shape[0])),
+        weight=new(weights),
+        mutated_weight=new(weights if request.mutated else (0,)),
+    )
+
+
+def new_loss_state(request: LossRequest, *, need_grad: bool) -> LossState:
+    """Uninitialised."""
+    rows = request.query.shape[0]
+    new = request.query.new_empty
+    if need_grad:
+        gradient = new_scores_gradient(request)._asdict()
+    else:
+        gradient = {name: new((0,)) for name in ScoresGradient._fields}
+    return LossState(
+        loss=new((rows,) if request.reduction == "none" else ()),
+        terms=new((2,)),
+        row_scale=new((rows,)),
+        **gradient,
+    )

@@ -6,16 +6,23 @@ import torch
 from torch import Tensor
 
 from emu_kernels._version import __version__
+from emu_kernels.backends._batch import Batch, MaskSpec, batch, mask
 from emu_kernels.backends.base import (
-    Batch,
     LossState,
-    MaskSpec,
+    MutateGradient,
+    Scores,
     ScoresGradient,
+    ScoreWeights,
+    SparseRows,
+    SumWeights,
     new_loss_state,
     new_scores,
     new_scores_gradient,
 )
-from emu_kernels.validate import bad_id, coefficient
+from emu_kernels.ops import KernelBackend
+from emu_kernels.request import Draws, LossRequest, Request
+from emu_kernels.validate import coefficient
+from emu_kernels.values import bad_id
 
 _UNAVAILABLE: str | None = None
 try:
@@ -75,7 +82,7 @@ def _mask(mask: MaskSpec) -> _C.MaskSpec:
     )
 
 
-class CpuBackend:
+class CpuBackend(KernelBackend):
     """Multi-threaded vector code; the same bits for any number of threads."""
 
     name = "cpu"
@@ -117,42 +124,19 @@ class CpuBackend:
         if at >= 0:
             raise bad_id(name, ids, at, rows=rows, lowest=lowest)
 
-    def scale_rows(self, rows: Tensor, scale: Tensor) -> Tensor:
-        out = torch.empty_like(rows)
-        count, width = rows.shape
-        _C.scale_rows(
-            _pointer(rows),
-            _pointer(scale.contiguous()),
-            _pointer(out),
-            count,
-            width,
-            rows.dtype == torch.float64,
-            torch.get_num_threads(),
-        )
-        return out
-
-    def loss_forward(
-        self,
-        batch: Batch,
-        *,
-        beta: float,
-        alpha: float,
-        coefficients: Tensor | None,
-        sample_weight: Tensor | None,
-        reduction: str,
-        need_grad: bool,
-    ) -> LossState:
+    def loss_forward(self, request: LossRequest, *, need_grad: bool) -> LossState:
+        beta, alpha, coefficients = request.beta, request.alpha, request.coefficients
         if coefficients is not None:
             beta, alpha = coefficients.tolist()
             coefficient("beta", beta)
             coefficient("alpha", alpha)
-        state = new_loss_state(batch, reduction, need_grad)
+        state = new_loss_state(request, need_grad=need_grad)
         _C.loss_forward(
-            self._native(batch),
+            self._native(batch(request)),
             beta=beta,
             alpha=alpha,
-            sample_weight=_pointer(sample_weight),
-            reduction=reduction,
+            sample_weight=_pointer(request.sample_weight),
+            reduction=request.reduction,
             loss=_pointer(state.loss),
             terms=_pointer(state.terms),
             row_scale=_pointer(state.row_scale),
@@ -161,17 +145,16 @@ class CpuBackend:
         )
         return state
 
-    def scores_forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        scores = new_scores(batch)
-        _C.scores_forward(self._native(batch), *map(_pointer, scores))
+    def scores_forward(self, request: Request) -> Scores:
+        scores = new_scores(request)
+        _C.scores_forward(self._native(batch(request)), *map(_pointer, scores))
         return scores
 
-    def query_gradient(
-        self, batch: Batch, positive_weight: Tensor, weight: Tensor, mutated_weight: Tensor
-    ) -> ScoresGradient:
-        state = new_scores_gradient(batch)
+    def query_gradient(self, request: Request, upstream: ScoreWeights) -> ScoresGradient:
+        positive_weight, weight, mutated_weight = upstream
+        state = new_scores_gradient(request)
         _C.query_gradient(
-            self._native(batch),
+            self._native(batch(request)),
             _pointer(positive_weight),
             _pointer(weight),
             _pointer(mutated_weight),
@@ -180,14 +163,14 @@ class CpuBackend:
         return state
 
     def _table_gradient(
-        self, batch: Batch, weights: tuple[Tensor, ...], sparse: bool
+        self, request: Request, weights: tuple[Tensor, ...], sparse: bool
     ) -> tuple[Tensor | None, Tensor]:
-        native = self._native(batch)
+        native = self._native(batch(request))
         segments = _C.Segments(native)
         weights = tuple(w.contiguous() for w in weights)
-        rows = segments.touched() if sparse else batch.table.shape[0]
-        ids = batch.positive.new_empty((rows,)) if sparse else None
-        out = _prefer_huge_pages(batch.table.new_empty((rows, batch.table.shape[1])))
+        rows = segments.touched() if sparse else request.table.shape[0]
+        ids = request.positive.new_empty((rows,)) if sparse else None
+        out = _prefer_huge_pages(request.table.new_empty((rows, request.table.shape[1])))
         if sparse and rows == 0:
             return ids, out
         _C.table_gradient(
@@ -199,31 +182,19 @@ class CpuBackend:
         )
         return ids, out
 
-    def table_gradient(
-        self,
-        batch: Batch,
-        row_scale: Tensor,
-        weight: Tensor,
-        mutated_weight: Tensor,
-        grad_positive: Tensor,
-    ) -> Tensor:
+    def table_gradient(self, request: Request, sums: SumWeights) -> Tensor:
+        row_scale, weight, mutated_weight, grad_positive = sums
         weights = (row_scale, weight, mutated_weight, grad_positive)
-        return self._table_gradient(batch, weights, sparse=False)[1]
+        return self._table_gradient(request, weights, sparse=False)[1]
 
-    def table_gradient_sparse(
-        self,
-        batch: Batch,
-        row_scale: Tensor,
-        weight: Tensor,
-        mutated_weight: Tensor,
-        grad_positive: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    def table_gradient_sparse(self, request: Request, sums: SumWeights) -> SparseRows:
+        row_scale, weight, mutated_weight, grad_positive = sums
         weights = (row_scale, weight, mutated_weight, grad_positive)
-        ids, values = self._table_gradient(batch, weights, sparse=True)
+        ids, values = self._table_gradient(request, weights, sparse=True)
         assert ids is not None
-        return ids, values
+        return SparseRows(ids, values)
 
-    def mutate_forward(self, positive: Tensor, negative: Tensor, mask: MaskSpec) -> Tensor:
+    def mutate_forward(self, positive: Tensor, negative: Tensor, draws: Draws) -> Tensor:
         out = _prefer_huge_pages(torch.empty_like(negative))
         _C.mutate_forward(
             _pointer(positive),
@@ -231,12 +202,12 @@ class CpuBackend:
             _pointer(out),
             dtype=_dtype(negative),
             shape=_shape3(negative),
-            mask=_mask(mask),
+            mask=_mask(mask(draws)),
             threads=torch.get_num_threads(),
         )
         return out
 
-    def mutate_backward(self, grad: Tensor, mask: MaskSpec) -> tuple[Tensor, Tensor]:
+    def mutate_backward(self, grad: Tensor, draws: Draws) -> MutateGradient:
         grad_negative = _prefer_huge_pages(torch.empty_like(grad))
         grad_positive = grad.new_empty((grad.shape[0], grad.shape[2]))
         _C.mutate_backward(
@@ -245,7 +216,7 @@ class CpuBackend:
             _pointer(grad_negative),
             dtype=_dtype(grad),
             shape=_shape3(grad),
-            mask=_mask(mask),
+            mask=_mask(mask(draws)),
             threads=torch.get_num_threads(),
         )
-        return grad_positive, grad_negative
+        return MutateGradient(grad_positive, grad_negative)

@@ -18,15 +18,21 @@ from torch import Tensor
 
 from emu_kernels._version import __version__
 from emu_kernels.backends import ids as reported
+from emu_kernels.backends._batch import Batch, MaskSpec, batch, mask
 from emu_kernels.backends.base import (
-    Batch,
     LossState,
-    MaskSpec,
+    MutateGradient,
+    Scores,
     ScoresGradient,
+    ScoreWeights,
+    SparseRows,
+    SumWeights,
     new_loss_state,
     new_scores,
     new_scores_gradient,
 )
+from emu_kernels.ops import KernelBackend
+from emu_kernels.request import Draws, LossRequest, Request
 
 LOWEST_CAPABILITY = (8, 0)
 
@@ -83,7 +89,7 @@ def _gradient(state: LossState | ScoresGradient) -> tuple[int, ...]:
     )
 
 
-class CudaBackend:
+class CudaBackend(KernelBackend):
     """Hand-written kernels for NVIDIA GPUs.
 
     ``atomic_gradient`` has a dense fp32 table gradient added up by atomics, in no fixed order,
@@ -96,6 +102,7 @@ class CudaBackend:
     atomic_gradient = False
 
     def __init__(self) -> None:
+        super().__init__()
         self._native, self._missing = _load()
 
     def unavailable(self) -> str | None:
@@ -147,30 +154,18 @@ class CudaBackend:
     def check_ids(self, name: str, ids: Tensor, *, rows: int, lowest: int) -> None:
         reported.check(name, ids, rows=rows, lowest=lowest)
 
-    def scale_rows(self, rows: Tensor, scale: Tensor) -> Tensor:
-        return rows * scale[:, None]
-
-    def loss_forward(
-        self,
-        batch: Batch,
-        *,
-        beta: float,
-        alpha: float,
-        coefficients: Tensor | None,
-        sample_weight: Tensor | None,
-        reduction: str,
-        need_grad: bool,
-    ) -> LossState:
-        state = new_loss_state(batch, reduction, need_grad)
-        native = self._batch(batch)
-        workspace = _memory(batch.query, native.loss_workspace(need_grad))
+    def loss_forward(self, request: LossRequest, *, need_grad: bool) -> LossState:
+        beta, alpha, coefficients = request.beta, request.alpha, request.coefficients
+        state = new_loss_state(request, need_grad=need_grad)
+        native = self._batch(batch(request))
+        workspace = _memory(request.query, native.loss_workspace(need_grad))
         self._native.loss_forward(
             native,
             beta=beta,
             alpha=alpha,
             coefficients=_pointer(coefficients),
-            sample_weight=_pointer(sample_weight),
-            reduction=reduction,
+            sample_weight=_pointer(request.sample_weight),
+            reduction=request.reduction,
             loss=_pointer(state.loss),
             terms=_pointer(state.terms),
             row_scale=_pointer(state.row_scale),
@@ -180,17 +175,16 @@ class CudaBackend:
         )
         return state
 
-    def scores_forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        scores = new_scores(batch)
-        self._native.scores_forward(self._batch(batch), *map(_pointer, scores))
+    def scores_forward(self, request: Request) -> Scores:
+        scores = new_scores(request)
+        self._native.scores_forward(self._batch(batch(request)), *map(_pointer, scores))
         return scores
 
-    def query_gradient(
-        self, batch: Batch, positive_weight: Tensor, weight: Tensor, mutated_weight: Tensor
-    ) -> ScoresGradient:
-        state = new_scores_gradient(batch)
-        native = self._batch(batch)
-        workspace = _memory(batch.query, native.query_gradient_workspace())
+    def query_gradient(self, request: Request, upstream: ScoreWeights) -> ScoresGradient:
+        positive_weight, weight, mutated_weight = upstream
+        state = new_scores_gradient(request)
+        native = self._batch(batch(request))
+        workspace = _memory(request.query, native.query_gradient_workspace())
         self._native.query_gradient(
             native,
             _pointer(positive_weight),
@@ -201,31 +195,25 @@ class CudaBackend:
         )
         return state
 
-    def _segments(self, batch: Batch, native: Any) -> tuple[Tensor, Tensor]:
+    def _segments(self, request: Request, native: Any) -> tuple[Tensor, Tensor]:
         """The batch's ids sorted, and room for sums of segments."""
-        ordered = _memory(batch.query, native.sort_workspace())
-        partials = _memory(batch.query, native.partials_workspace())
+        ordered = _memory(request.query, native.sort_workspace())
+        partials = _memory(request.query, native.partials_workspace())
         self._native.sort_ids(native, _pointer(ordered))
         return ordered, partials
 
-    def table_gradient(
-        self,
-        batch: Batch,
-        row_scale: Tensor,
-        weight: Tensor,
-        mutated_weight: Tensor,
-        grad_positive: Tensor,
-    ) -> Tensor:
-        native = self._batch(batch)
-        out = batch.table.new_empty(batch.table.shape)
+    def table_gradient(self, request: Request, sums: SumWeights) -> Tensor:
+        row_scale, weight, mutated_weight, grad_positive = sums
+        native = self._batch(batch(request))
+        out = request.table.new_empty(request.table.shape)
         given = tuple(w.contiguous() for w in (row_scale, weight, mutated_weight, grad_positive))
         if (
             self.atomic_gradient
-            and batch.table.dtype == torch.float32
-            and batch.mutation != "mixup"
+            and request.table.dtype == torch.float32
+            and request.mutation.draw != "share"
             and not torch.are_deterministic_algorithms_enabled()
         ):
-            listed = _memory(batch.query, native.sort_workspace())
+            listed = _memory(request.query, native.sort_workspace())
             self._native.table_gradient_atomic(
                 native,
                 *map(_pointer, given),
@@ -234,7 +222,7 @@ class CudaBackend:
                 partials=0,
             )
             return out
-        ordered, partials = self._segments(batch, native)
+        ordered, partials = self._segments(request, native)
         self._native.table_gradient(
             native,
             *map(_pointer, given),
@@ -245,21 +233,15 @@ class CudaBackend:
         )
         return out
 
-    def table_gradient_sparse(
-        self,
-        batch: Batch,
-        row_scale: Tensor,
-        weight: Tensor,
-        mutated_weight: Tensor,
-        grad_positive: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        native = self._batch(batch)
+    def table_gradient_sparse(self, request: Request, sums: SumWeights) -> SparseRows:
+        row_scale, weight, mutated_weight, grad_positive = sums
+        native = self._batch(batch(request))
         given = tuple(w.contiguous() for w in (row_scale, weight, mutated_weight, grad_positive))
-        ordered, partials = self._segments(batch, native)
+        ordered, partials = self._segments(request, native)
         at = self._native.count_touched(native, _pointer(ordered), _pointer(partials))
         touched = int(partials[at : at + 8].view(torch.int64))  # waits: sizes are the host's
-        touched_ids = batch.positive.new_empty((touched,))
-        out = batch.table.new_empty((touched, batch.table.shape[1]))
+        touched_ids = request.positive.new_empty((touched,))
+        out = request.table.new_empty((touched, request.table.shape[1]))
         if touched:
             self._native.table_gradient(
                 native,
@@ -269,9 +251,9 @@ class CudaBackend:
                 sorted=_pointer(ordered),
                 partials=_pointer(partials),
             )
-        return touched_ids, out
+        return SparseRows(touched_ids, out)
 
-    def mutate_forward(self, positive: Tensor, negative: Tensor, mask: MaskSpec) -> Tensor:
+    def mutate_forward(self, positive: Tensor, negative: Tensor, draws: Draws) -> Tensor:
         out = torch.empty_like(negative)
         self._native.mutate_forward(
             _pointer(positive),
@@ -279,12 +261,12 @@ class CudaBackend:
             _pointer(out),
             dtype=_dtype(negative),
             shape=_shape3(negative),
-            mask=self._mask(mask),
+            mask=self._mask(mask(draws)),
             where=self._place(negative.device),
         )
         return out
 
-    def mutate_backward(self, grad: Tensor, mask: MaskSpec) -> tuple[Tensor, Tensor]:
+    def mutate_backward(self, grad: Tensor, draws: Draws) -> MutateGradient:
         grad_negative = torch.empty_like(grad)
         grad_positive = grad.new_empty((grad.shape[0], grad.shape[2]))
         self._native.mutate_backward(
@@ -293,10 +275,10 @@ class CudaBackend:
             _pointer(grad_negative),
             dtype=_dtype(grad),
             shape=_shape3(grad),
-            mask=self._mask(mask),
+            mask=self._mask(mask(draws)),
             where=self._place(grad.device),
         )
-        return grad_positive, grad_negative
+        return MutateGradient(grad_positive, grad_negative)
 
 
 @functools.cache

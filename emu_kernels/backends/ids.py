@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emu_kernels import validate
+from emu_kernels.values import check_ids
 
 POSITIVE, NEGATIVE = 0, 1
 _ARGUMENTS = ("positive", "negative")  # by the place of their words
@@ -59,4 +59,4 @@ def check(name: str, ids: Tensor, *, rows: int, lowest: int) -> None:
     if rows == 0 and lowest == 0 and ids.numel():
         raise IndexError(f"{name}: the table has no rows, got {ids.numel()} ids")
     if os.environ.get("EMU_KERNELS_CHECK") == "1":
-        validate.check_ids(name, ids, rows=rows, lowest=lowest)
+        check_ids(name, ids, rows=rows, lowest=lowest)

@@ -19,7 +19,19 @@ import torch
 from torch import Tensor
 
 from emu_kernels.backends import ids
-from emu_kernels.backends.base import Batch, LossState, MaskSpec, ScoresGradient
+from emu_kernels.backends._batch import batch, mask
+from emu_kernels.backends.base import (
+    LossState,
+    MutateGradient,
+    Scores,
+    ScoresGradient,
+    ScoreWeights,
+    SparseRows,
+    SumWeights,
+    new_loss_state,
+)
+from emu_kernels.ops import KernelBackend
+from emu_kernels.request import Draws, LossRequest, Request
 from emu_kernels.validate import coefficient
 
 OLDEST = (3, 6)
@@ -88,7 +100,7 @@ def _kernels() -> Any:
     return launch
 
 
-class TritonBackend:
+class TritonBackend(KernelBackend):
     """Compiled at the first call of each shape and similarity, then cached on disk by Triton."""
 
     name = "triton"
@@ -103,69 +115,47 @@ class TritonBackend:
     def check_ids(self, name: str, ids_: Tensor, *, rows: int, lowest: int) -> None:
         ids.check(name, ids_, rows=rows, lowest=lowest)
 
-    def scale_rows(self, rows: Tensor, scale: Tensor) -> Tensor:
-        return rows * scale[:, None]
-
-    def loss_forward(
-        self,
-        batch: Batch,
-        *,
-        beta: float,
-        alpha: float,
-        coefficients: Tensor | None,
-        sample_weight: Tensor | None,
-        reduction: str,
-        need_grad: bool,
-    ) -> LossState:
+    def loss_forward(self, request: LossRequest, *, need_grad: bool) -> LossState:
+        beta, alpha, coefficients = request.beta, request.alpha, request.coefficients
         if coefficients is not None and coefficients.device.type == "cpu":
             # Reading them waits for nothing; elsewhere the kernels make NaN of a bad one.
             for name, value in zip(("beta", "alpha"), coefficients.tolist(), strict=True):
                 coefficient(name, value)
         return _kernels().loss_forward(
-            batch,
+            batch(request),
             beta=beta,
             alpha=alpha,
             coefficients=coefficients,
-            sample_weight=sample_weight,
-            reduction=reduction,
+            sample_weight=request.sample_weight,
+            reduction=request.reduction,
             need_grad=need_grad,
+            state=new_loss_state(request, need_grad=need_grad),
         )
 
-    def scores_forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        return _kernels().scores_forward(batch)
+    def scores_forward(self, request: Request) -> Scores:
+        return Scores(*_kernels().scores_forward(batch(request)))
 
-    def query_gradient(
-        self, batch: Batch, positive_weight: Tensor, weight: Tensor, mutated_weight: Tensor
-    ) -> ScoresGradient:
-        return _kernels().query_gradient(batch, positive_weight, weight, mutated_weight)
+    def query_gradient(self, request: Request, upstream: ScoreWeights) -> ScoresGradient:
+        positive_weight, weight, mutated_weight = upstream
+        return _kernels().query_gradient(batch(request), positive_weight, weight, mutated_weight)
 
-    def table_gradient(
-        self,
-        batch: Batch,
-        row_scale: Tensor,
-        weight: Tensor,
-        mutated_weight: Tensor,
-        grad_positive: Tensor,
-    ) -> Tensor:
+    def table_gradient(self, request: Request, sums: SumWeights) -> Tensor:
+        row_scale, weight, mutated_weight, grad_positive = sums
         atomic = table_gradients == "atomic" and not torch.are_deterministic_algorithms_enabled()
         return _kernels().table_gradient(
-            batch, row_scale, weight, mutated_weight, grad_positive, atomic=atomic
+            batch(request), row_scale, weight, mutated_weight, grad_positive, atomic=atomic
         )
 
-    def table_gradient_sparse(
-        self,
-        batch: Batch,
-        row_scale: Tensor,
-        weight: Tensor,
-        mutated_weight: Tensor,
-        grad_positive: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        return _kernels().table_gradient_sparse(
-            batch, row_scale, weight, mutated_weight, grad_positive
+    def table_gradient_sparse(self, request: Request, sums: SumWeights) -> SparseRows:
+        row_scale, weight, mutated_weight, grad_positive = sums
+        return SparseRows(
+            *_kernels().table_gradient_sparse(
+                batch(request), row_scale, weight, mutated_weight, grad_positive
+            )
         )
 
-    def mutate_forward(self, positive: Tensor, negative: Tensor, mask: MaskSpec) -> Tensor:
-        return _kernels().mutate_forward(positive, negative, mask)
+    def mutate_forward(self, positive: Tensor, negative: Tensor, draws: Draws) -> Tensor:
+        return _kernels().mutate_forward(positive, negative, mask(draws))
 
-    def mutate_backward(self, grad: Tensor, mask: MaskSpec) -> tuple[Tensor, Tensor]:
-        return _kernels().mutate_backward(grad, mask)
+    def mutate_backward(self, grad: Tensor, draws: Draws) -> MutateGradient:
+        return MutateGradient(*_kernels().mutate_backward(grad, mask(draws)))

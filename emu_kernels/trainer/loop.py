@@ -291,7 +291,7 @@ def settle(config: Config) -> Config:
     """
     try:
         torch.empty(0, device=config.device)
-        backend = backends.resolve(config.backend, torch.device(config.device))
+        backend = backends.resolve(config.backend, torch.device(config.device)).name
     except (RuntimeError, ValueError, AssertionError) as error:
         raise ConfigError(f"cannot run on device {config.device!r}: {error}") from error
     return dataclasses.replace(config, backend=backend)

@@ -16,7 +16,7 @@ from bench.inputs import DTYPES, GRADIENTS, TINY, Shape
 from bench.report import MARKERS
 from bench.results import BANDWIDTH, COLUMNS, MEMORY, RATIO, SHARE, SPEED, TIME, UNITS, Row
 from bench.rivals import OURS, PHASES, RIVALS, WHOLE
-from emu_kernels.reference import SIMILARITIES
+from emu_kernels.similarity import SIMILARITIES
 from tests.ops.support import run_python
 
 # Compiling takes a minute and has a test of its own.

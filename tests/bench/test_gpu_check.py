@@ -14,7 +14,7 @@ import torch
 from bench import gpu_cases, gpu_check
 from bench.__main__ import _parser
 from bench.gpu_check import FAILED, OK, SKIPPED, TIMEOUT, Result, Stage, exit_status, run_stages
-from emu_kernels.reference import SIMILARITIES
+from emu_kernels.similarity import SIMILARITIES
 
 
 def stage(name: str, seconds: float = 100.0, **more: object) -> Stage:

@@ -13,7 +13,7 @@ from bench.inputs import TINY, Inputs, Shape, make
 from bench.rivals import EMU, PHASES, RIVALS, Rival
 from emu_kernels import fused_emu_loss, fused_softmax_loss
 from emu_kernels.mask import mutation_mask, rate_to_threshold
-from emu_kernels.reference import SIMILARITIES
+from emu_kernels.similarity import SIMILARITIES
 from tests.ops.support import Inputs as OperatorInputs
 from tests.ops.support import assert_agree, evaluate
 

@@ -26,7 +26,7 @@ from emu_kernels import (
     fused_softmax_loss,
 )
 from emu_kernels.backends import ids
-from emu_kernels.reference import SIMILARITIES
+from emu_kernels.similarity import SIMILARITIES
 from tests.cuda import emulation
 from tests.ops.support import (
     LOSS,
@@ -65,8 +65,8 @@ def options_of(similarity: str, batch: int, dim: int) -> Options:
     generator = torch.Generator().manual_seed(3)
     takes = SIMILARITIES[similarity]
     options: Options = {"similarity": similarity}
-    if takes.scale_parts:
-        options["scale"] = torch.rand(batch, dim // takes.parts, generator=generator) + 0.5
+    if takes.scaled_halves:
+        options["scale"] = torch.rand(batch, dim // takes.halves, generator=generator) + 0.5
     if takes.weights:
         options["similarity_weights"] = torch.rand(takes.weights, generator=generator) + 0.5
     return options

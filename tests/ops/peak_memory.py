@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from emu_kernels import Mixup, emu_scores, fused_emu_loss, fused_softmax_loss
-from emu_kernels.reference import SIMILARITIES
+from emu_kernels.similarity import SIMILARITIES
 from tests.ops.support import LOSS, Inputs, make
 
 BATCH, COUNT, DIM, ROWS = 512, 512, 128, 2000

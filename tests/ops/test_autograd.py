@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from emu_kernels import (
+    Mixup,
     emu_mutate,
     emu_scores,
     fused_emu_loss,
@@ -26,98 +29,78 @@ OPERATORS = sorted(
 )
 
 
-def samples(name: str, backend: str, device: torch.device) -> list[tuple[Any, ...]]:
-    """Arguments for one private operator, as the public functions would give them."""
-    seed = torch.tensor(2**40 + 1, device=device)
-    batches = [
-        make(6, 5, 20, groups=groups, dtype=dtype, padding=True, device=device)
-        for groups, dtype in ((6, torch.float32), (2, torch.bfloat16), (1, torch.float64))
-    ]
+class Recorder(TorchDispatchMode):
+    """Keeps the calls of the package's operators."""
 
-    def common(index: int, similarity: str, mutation: str, **options: Any) -> tuple[Any, ...]:
-        query, table, positive, negative = batches[index]
-        scaled, weighted = options.get("scaled"), options.get("weighted")
-        return (
-            query,
-            table,
-            query.new_ones(6, scaled) if scaled else None,
-            query.new_ones(weighted) if weighted else None,
-            positive,
-            negative,
-            seed,
-            options.get("thresholds"),
-            3,
-            mutation,
-            2 if mutation == "mixup" else 128,
-            similarity,
-            1.0,
-            backend,
-        )
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, list[tuple[Any, Options]]] = {}
 
-    thresholds = torch.arange(20, dtype=torch.int16, device=device)
-    mutated = [
-        common(0, "dot", "component"),
-        common(1, "l1", "component", scaled=20, thresholds=thresholds),
-        common(2, "rotate", "pair"),
-        common(0, "hake", "mixup", scaled=10, weighted=2),
-    ]
-    plain = common(0, "dot", "none")
-    query = [batches[i][0] for i in (0, 1, 2, 0)]
-    scores = [(q.new_ones(6), q.new_ones(6, 5), q.new_ones(6, 5)) for q in query]
-    sums = [
-        (q.new_ones(6), q.new_ones(n, 6, 5), q.new_ones(n, 6, 5), q)
-        for q, n in zip(query, (1, 1, 1, 2), strict=True)
-    ]
-    positive, negative = torch.ones(2, 20, device=device), torch.zeros(2, 5, 20, device=device)
-    if name == "loss_forward":
-        coefficients = query[0].new_tensor([0.3, 0.2])
-        weight = query[0].new_ones(6)
-        return [
-            (*mutated[0], 0.3, 0.2, None, None, "mean", True),
-            (*mutated[0], 0.0, 0.0, coefficients, weight, "none", True),
-            (*mutated[1], 0.3, 0.2, None, None, "sum", False),
-            (*mutated[2], 0.3, 0.2, None, None, "mean", True),
-            (*mutated[3], 0.3, 0.2, None, None, "mean", True),
-            (*plain, 0.0, 1.0, None, weight, "mean", True),
-        ]
-    if name == "scores_forward":
-        return [*mutated, plain]
-    if name == "query_gradient":
-        unmutated = (*plain, *scores[0][:2], query[0].new_empty(0))
-        return [*((*m, *s) for m, s in zip(mutated, scores, strict=True)), unmutated]
-    if name in ("table_gradient", "table_gradient_sparse"):
-        grads = [(*m, *s) for m, s in zip(mutated, sums, strict=True)]
-        return [*grads, (*plain, *sums[0][:2], query[0].new_empty(0), query[0])]
-    if name == "mutate_forward":
-        return [
-            (positive.to(dtype), negative.to(dtype), seed, None, 3, unit, 128, backend)
-            for dtype, unit in (
-                (torch.float32, "component"),
-                (torch.bfloat16, "pair"),
-                (torch.float64, "component"),
-            )
-        ]
-    if name == "mutate_backward":
-        return [
-            (negative.to(dtype), seed, thresholds, 3, "component", 0, backend)
-            for dtype in (torch.float32, torch.half)
-        ]
-    if name == "rates_to_thresholds":
-        return [(torch.linspace(0, 1, 20, device=device), "mutation_rate")]
-    if name == "scale_rows":
-        return [(q.detach(), q.new_ones(6), backend) for q in query]
-    if name == "checked_ids":
-        return [(make(padding=True, device=device).negative, 9, -1, "negative")]
-    if name == "checked_coefficient":
-        return [(torch.tensor(0.3, device=device), "beta")]
-    raise AssertionError(f"the operator {name} has no samples here")
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Options | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace == "emu_kernels":
+            given = {
+                k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in kwargs.items()
+            }
+            self.calls.setdefault(func._schema.name.partition("::")[2], []).append((func, given))
+        return func(*args, **kwargs)
+
+
+@cache
+def recorded(backend: str, device: torch.device) -> dict[str, list[tuple[Any, Options]]]:
+    """What the public functions give the private operators: every dtype, one, several and all sets
+    of negatives, padding, and each optional argument present and absent."""
+
+    def leaf(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.ones(shape, dtype=dtype, device=device, requires_grad=True)
+
+    rates = torch.linspace(0, 1, 20, device=device)
+    schedules = {"beta": torch.tensor(0.3), "alpha": torch.tensor(0.2)}
+    single, double = torch.float32, torch.float64
+    calls: list[tuple[int, torch.dtype, Options, Options]] = [
+        (6, single, {}, {}),
+        (6, single, {"similarity": "l2", "sparse_grad": True}, {"reduction": "none"}),
+        (2, torch.bfloat16, {"similarity": "l1", "scale": leaf(6, 20, dtype=single)},
+         {"mutation_rate": rates, "reduction": "sum"}),
+        (3, torch.half, {"similarity": "protate"}, {"sample_weight": torch.rand(6, device=device)}),
+        (1, double, {"similarity": "rotate"}, {"mask_unit": "pair", **schedules}),
+        (6, single, {"similarity": "hake", "scale": leaf(6, 10, dtype=single),
+                     "similarity_weights": leaf(2, dtype=single), "phase_scale": 2.0},
+         {"mutation_rate": Mixup(3)}),
+    ]  # fmt: skip
+    with Recorder() as recorder:
+        for groups, dtype, options, more in calls:
+            inputs = make(6, 5, 20, groups=groups, dtype=dtype, padding=True, device=device)
+            inputs.query.requires_grad_()
+            inputs.table.requires_grad_()
+            given: Options = {**inputs._asdict(), **options, "backend": backend}
+            mutation: Options = LOSS | more
+            fused_emu_loss(**given, **mutation).sum().backward()
+            fused_softmax_loss(**given).backward()
+            rule: Options = {k: mutation[k] for k in ("mask_unit", "seed") if k in mutation}
+            for rate in (None, mutation["mutation_rate"]):
+                scored = emu_scores(**given, **rule, mutation=rate)
+                torch.autograd.backward(scored, [torch.ones_like(s) for s in scored])
+            with torch.no_grad():
+                fused_emu_loss(**given, **mutation)
+            if not isinstance(mutation["mutation_rate"], Mixup):
+                pair = leaf(2, 20, dtype=dtype), leaf(2, 5, 20, dtype=dtype)
+                rule["mutation_rate"] = mutation["mutation_rate"]
+                emu_mutate(*pair, **rule, backend=backend).sum().backward()
+        # The checks that the reference's arguments go through.
+        reference: Options = {**make(device=device)._asdict(), **LOSS, **schedules}
+        fused_emu_loss(**reference, backend="reference")
+    return recorder.calls
 
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_opcheck(name: str, kernel: str, device: torch.device) -> None:
-    operator = getattr(torch.ops.emu_kernels, name).default
-    for arguments in samples(name, kernel, device):
-        torch.library.opcheck(operator, arguments)
+    calls = recorded(kernel, device).get(name, [])
+    assert calls, f"no public call above reaches {name}"
+    for operator, arguments in calls:
+        torch.library.opcheck(operator, (), arguments)
 
 
 @pytest.mark.usefixtures("compiled")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from emu_kernels import emu_scores, fused_emu_loss, fused_softmax_loss
-from emu_kernels.reference import SIMILARITIES
+from emu_kernels.similarity import SIMILARITIES
 from tests.ops.peak_memory import CASES, CUBE, PROCESS
 from tests.ops.support import LOSS, Inputs, Options, emulated, make, run_python
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from emu_kernels import Mixup, emu_mutate, emu_scores, fused_emu_loss, fused_softmax_loss
 from emu_kernels.mask import mixup_share, mutation_mask, rates_to_thresholds
-from emu_kernels.reference import SIMILARITIES
+from emu_kernels.similarity import SIMILARITIES
 from tests.ops.support import Options, assert_near, emulated, make, random_like
 
 KAPPA = 2.5
@@ -67,8 +67,8 @@ def case(similarity: str, dtype: torch.dtype = torch.float32, **shape: Any) -> C
     generator = torch.Generator().manual_seed(3)
     rows, dim = inputs.query.shape
     leaves = {"query": inputs.query * inputs.table.double().std().float(), "table": inputs.table}
-    if takes.scale_parts:
-        width = dim // takes.parts * takes.scale_parts
+    if takes.scaled_halves:
+        width = dim // takes.halves * takes.scaled_halves
         leaves["scale"] = 0.5 + torch.rand(rows, width, generator=generator)
     if takes.weights:
         leaves["similarity_weights"] = 0.5 + torch.rand(takes.weights, generator=generator)
@@ -272,7 +272,7 @@ def test_scores_are_the_formulas(similarity: str, backend: str) -> None:
         s_pos, s_neg, s_mut = (outputs[f"output {i}"] for i in range(3))
         seed = torch.tensor(9)
         drawn = mutation_mask(
-            3, 4, 10, seed=seed, row_offset=0, threshold=128, unit=options["mask_unit"]
+            3, 4, 10, seed=seed, row_offset=0, threshold=128, pairs=options["mask_unit"] == "pair"
         ).tolist()
         shares = mixup_share(3, 4, seed=seed, row_offset=0, order=3).tolist()
         for b in range(3):
@@ -374,7 +374,7 @@ def test_masks_of_pairs_and_rates_are_bit_exact(backend: str, device: torch.devi
         threshold = rates_to_thresholds(rate) if isinstance(rate, Tensor) else round(256 * rate)
         expected = mutation_mask(
             3, 9, dim, seed=torch.tensor(11), row_offset=7, threshold=threshold,
-            unit=str(options["mask_unit"]),
+            pairs=options["mask_unit"] == "pair",
         )  # fmt: skip
         actual = emu_mutate(
             positive.to(device),

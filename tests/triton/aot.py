@@ -22,8 +22,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 import triton
-from emu_kernels.backends.base import Batch
-from emu_kernels.reference import SIMILARITIES
+from emu_kernels.backends._batch import Batch
+from emu_kernels.similarity import SIMILARITIES
 from emu_kernels.triton import launch
 
 TARGETS = {
@@ -89,7 +89,7 @@ def batch(
     """A batch of the sizes that decide what is launched; its values are never read."""
     takes = SIMILARITIES[similarity]
     real = torch.float64 if dtype == torch.float64 else torch.float32
-    width = dim // takes.parts * takes.scale_parts
+    width = dim // takes.halves * takes.scaled_halves
     rates = mutation == "rates"
     return Batch(
         query=torch.empty(rows, dim, dtype=real),

@@ -21,7 +21,7 @@ import torch
 
 os.environ.pop("TRITON_INTERPRET", None)
 
-from emu_kernels.reference import SIMILARITIES
+from emu_kernels.similarity import SIMILARITIES
 from tests.triton import aot
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

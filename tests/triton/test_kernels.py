@@ -10,6 +10,7 @@ import torch
 from emu_kernels import backends, emu_scores, fused_emu_loss
 from emu_kernels.backends import ids
 from emu_kernels.backends import triton as backend
+from emu_kernels.backends._batch import Batch
 from tests.ops.support import LOSS, Inputs, Options, assert_agree, evaluate, exact, make, same_bits
 
 if backends.get("triton").unavailable() is not None:
@@ -132,7 +133,7 @@ def test_scores_of_a_bad_id(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("bad", [-0.5, float("nan"), float("inf")])
 def test_a_bad_coefficient_on_the_device_gives_nan(bad: float) -> None:
     inputs = make(2, 3, 20, device=DEVICE)
-    batch = backends.base.Batch(
+    batch = Batch(
         *inputs[:2], None, None, *inputs[2:], torch.tensor(1, device=DEVICE), None, 0,
         "component", 128, "dot", 1.0,
     )  # fmt: skip

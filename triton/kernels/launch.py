@@ -14,17 +14,15 @@ import torch
 from torch import Tensor
 
 from emu_kernels.backends import ids
+from emu_kernels.backends._batch import Batch, MaskSpec
 from emu_kernels.backends.base import (
-    Batch,
     LossState,
-    MaskSpec,
     ScoresGradient,
-    new_loss_state,
     new_scores,
     new_scores_gradient,
 )
 from emu_kernels.backends.triton import interpreted
-from emu_kernels.reference import SIMILARITIES
+from emu_kernels.similarity import SIMILARITIES
 from emu_kernels.triton import backward, forward, losses, mutate, rows
 
 INTERPRETED = interpreted()
@@ -99,7 +97,7 @@ class Problem:
         self.similarity = SIMILARITIES[batch.similarity]
         self.rows, self.dim = batch.query.shape
         groups, self.count = batch.negative.shape
-        self.parts = 2 if self.similarity.parts == 2 or batch.mutation == "pair" else 1
+        self.parts = 2 if self.similarity.halves == 2 or batch.mutation == "pair" else 1
         self.width = self.dim // self.parts
         self.sums = self.similarity.sums
         self.group_rows = self.rows // max(groups, 1)
@@ -292,10 +290,10 @@ def loss_forward(
     sample_weight: Tensor | None,
     reduction: str,
     need_grad: bool,
+    state: LossState,
 ) -> LossState:
     with _on(batch.table):
         p = Problem(batch)
-        state = new_loss_state(batch, reduction, need_grad)
         if coefficients is None and batch.query.dtype == torch.float64:
             # A number would be passed in fp32.
             new = batch.query.new_full

@@ -1,0 +1,79 @@
+"""The reference backend: the specification itself, on every device that PyTorch has."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emu_kernels import reference
+from emu_kernels.backends.base import Loss, Scores
+from emu_kernels.request import Draws, LossRequest, Request
+from emu_kernels.values import usable_coefficient, usable_ids
+
+
+class ReferenceBackend:
+    """Slow, of (B, K, D) tensors, and differentiable any number of times."""
+
+    name = "reference"
+    device_types: tuple[str, ...] = ()
+
+    def unavailable(self) -> str | None:
+        return None
+
+    def loss(self, request: LossRequest) -> Loss:
+        scored, poison = _scores(request)
+        beta: float | Tensor = request.beta
+        alpha: float | Tensor = request.alpha
+        if request.coefficients is not None:
+            beta, alpha = request.coefficients.unbind()
+            beta, alpha = usable_coefficient("beta", beta), usable_coefficient("alpha", alpha)
+        terms, rows = reference.loss_rows(scored, request.negative, beta=beta, alpha=alpha)
+        if poison is not None:
+            rows = rows * poison
+        weight = request.sample_weight
+        means = [reference.reduce(term, weight, "mean") for term in terms.detach()]
+        return Loss(reference.reduce(rows, weight, request.reduction), torch.stack(means))
+
+    def scores(self, request: Request) -> Scores:
+        scored, poison = _scores(request)
+        positive, negative, mutated = scored
+        if mutated is None:
+            mutated = negative.new_empty((0,))
+        if poison is None:
+            return Scores(positive, negative, mutated)
+        column = poison[:, None]
+        return Scores(
+            positive * poison, negative * column, mutated * column if mutated.numel() else mutated
+        )
+
+    def mutate(self, positive: Tensor, negative: Tensor, draws: Draws) -> Tensor:
+        return reference.mutate(positive, negative, draws)
+
+
+def _scores(request: Request) -> tuple[reference.Scores, Tensor | None]:
+    """The scores, and :func:`emu_kernels.values.usable_ids`' factor."""
+    positive, negative, poison = usable_ids(
+        request.positive, request.negative, rows=request.table.shape[0]
+    )
+    table = _Sparse.apply(request.table) if request.sparse_grad else request.table
+    return reference.scores(
+        replace(request, table=table, positive=positive, negative=negative)
+    ), poison
+
+
+class _Sparse(torch.autograd.Function):
+    """Identity whose gradient becomes sparse: the rows that are not zero."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor) -> Tensor:
+        return table.view_as(table)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        touched = (grad != 0).any(dim=1).nonzero()[:, 0]
+        return torch.sparse_coo_tensor(
+            touched[None], grad[touched], grad.shape, is_coalesced=True, check_invariants=False
+        )

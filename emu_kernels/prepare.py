@@ -1,0 +1,162 @@
+"""From a public function's arguments to a request: check them, then bring them into one form.
+
+Errors are those that :func:`emu_kernels.fused_emu_loss` documents.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from emu_kernels import validate
+from emu_kernels.library import OPS
+from emu_kernels.mutation import RULES, Mutation, masked
+from emu_kernels.request import Draws, LossRequest, Request
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Every sum is in fp32, or in fp64 for fp64 tables."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def draws(
+    name: str,
+    rate: float | Tensor | Mutation,
+    unit: str,
+    *,
+    seed: int | Tensor | None,
+    row_offset: int,
+    rows: int,
+    dim: int,
+    device: torch.device,
+) -> Draws:
+    """The rule that the arguments ``name`` and ``mask_unit`` mean, with its seed."""
+    validate.seed(seed, device)
+    validate.row_offset(row_offset, rows)
+    rule = _mutation(name, rate, unit, dim, device)
+    if rule.draw == "none":
+        seed = 0  # torch's generator is left alone
+    return Draws(mutation=rule, seed=_seed_tensor(seed, device), row_offset=row_offset)
+
+
+def _mutation(
+    name: str, rate: float | Tensor | Mutation, unit: str, dim: int, device: torch.device
+) -> Mutation:
+    validate.mask_unit(unit, dim)
+    if isinstance(rate, Mutation):
+        return rate
+    if isinstance(rate, Tensor):
+        validate.rates(name, rate, unit, dim // 2 if RULES[unit].pairs else dim, device)
+        return masked(unit, OPS.rates_to_thresholds(rates=rate, name=name))
+    validate.rate(name, rate)
+    return masked(unit, rate)
+
+
+def scores(
+    query: Tensor,
+    table: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    *,
+    similarity: str,
+    mutation: float | Tensor | Mutation,
+    mutation_name: str,
+    mask_unit: str,
+    scale: Tensor | None,
+    similarity_weights: Tensor | None,
+    phase_scale: float,
+    seed: int | Tensor | None,
+    row_offset: int,
+    sparse_grad: bool,
+) -> Request:
+    """``mutation_name``: of the public function's argument, for error messages."""
+    validate.batch(
+        query,
+        table,
+        positive,
+        negative,
+        similarity=similarity,
+        scale=scale,
+        similarity_weights=similarity_weights,
+        phase_scale=phase_scale,
+    )
+    drawn = draws(
+        mutation_name,
+        mutation,
+        mask_unit,
+        seed=seed,
+        row_offset=row_offset,
+        rows=query.shape[0],
+        dim=query.shape[1],
+        device=table.device,
+    )
+    dtype = accumulation_dtype(table.dtype)
+    return Request(
+        mutation=drawn.mutation,
+        seed=drawn.seed,
+        row_offset=drawn.row_offset,
+        query=query.to(dtype).contiguous(),
+        table=table,
+        scale=None if scale is None else scale.to(dtype).contiguous(),
+        weights=None if similarity_weights is None else similarity_weights.to(dtype).contiguous(),
+        positive=positive.to(torch.int64).contiguous(),
+        negative=(negative[None] if negative.ndim == 1 else negative).to(torch.int64).contiguous(),
+        similarity=similarity,
+        phase_scale=phase_scale,
+        sparse_grad=sparse_grad,
+    )
+
+
+def loss(
+    request: Request,
+    *,
+    beta: float | Tensor,
+    alpha: float | Tensor,
+    sample_weight: Tensor | None,
+    reduction: str,
+) -> LossRequest:
+    validate.sample_weight(sample_weight, request.query)
+    validate.coefficient("beta", beta)
+    validate.coefficient("alpha", alpha)
+    validate.one_of("reduction", reduction, validate.REDUCTIONS)
+    like = request.query
+    coefficients = None
+    if isinstance(beta, Tensor) or isinstance(alpha, Tensor):
+        coefficients = torch.stack([coefficient(beta, like), coefficient(alpha, like)])
+        beta = alpha = 0.0
+    if sample_weight is not None:
+        sample_weight = sample_weight.detach().to(like.dtype).contiguous()
+    return LossRequest(
+        mutation=request.mutation,
+        seed=request.seed,
+        row_offset=request.row_offset,
+        query=request.query,
+        table=request.table,
+        scale=request.scale,
+        weights=request.weights,
+        positive=request.positive,
+        negative=request.negative,
+        similarity=request.similarity,
+        phase_scale=request.phase_scale,
+        sparse_grad=request.sparse_grad,
+        beta=float(beta),
+        alpha=float(alpha),
+        coefficients=coefficients,
+        sample_weight=sample_weight,
+        reduction=reduction,
+    )
+
+
+def coefficient(value: float | Tensor, like: Tensor) -> Tensor:
+    """() of ``like``'s dtype, on its device."""
+    if isinstance(value, Tensor):
+        return value.to(device=like.device, dtype=like.dtype).reshape(())
+    return torch.full((), value, dtype=like.dtype, device=like.device)
+
+
+def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
+    if seed is None:
+        return torch.randint(validate.MAX_SEED - 1, (), dtype=torch.int64, device=device)
+    if isinstance(seed, Tensor):
+        return seed.detach().reshape(())
+    return torch.full((), seed, dtype=torch.int64, device=device)

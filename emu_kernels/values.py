@@ -1,0 +1,109 @@
+"""Checks that read the values of tensors, and their operators.
+
+They run when a call does, not when it is traced. On a GPU they would wait for the device: there ids
+are checked by the kernels (:mod:`emu_kernels.backends.ids`), and a rate or a coefficient out of
+range makes the loss NaN.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from emu_kernels.library import OPS, define
+from emu_kernels.mask import rates_to_thresholds
+from emu_kernels.validate import coefficient
+
+
+def check_ids(name: str, ids: Tensor, *, rows: int, lowest: int) -> None:
+    """Raise IndexError unless ``lowest <= id < rows`` for every id. Synchronises a GPU."""
+    if ids.numel() == 0:
+        return
+    low, high = (int(v) for v in torch.aminmax(ids))
+    if low >= lowest and high < rows:
+        return
+    where = ((ids < lowest) | (ids >= rows)).flatten().nonzero()[0]
+    raise bad_id(name, ids, int(where), rows=rows, lowest=lowest)
+
+
+def bad_id(name: str, ids: Tensor, flat: int, *, rows: int, lowest: int) -> IndexError:
+    """What to raise for the id at a place of the flattened ``ids``."""
+    at = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), ids.shape))
+    padding = " (-1 is padding)" if lowest < 0 else ""
+    return IndexError(
+        f"{name}: expected ids from {lowest} to {rows - 1}{padding}, "
+        f"got {int(ids[at])} at index {at if len(at) > 1 else at[0]}"
+    )
+
+
+def check_rates(name: str, rates: Tensor) -> None:
+    """Raise ValueError unless every rate is in [0, 1]. Synchronises a GPU."""
+    bad = ((rates < 0) | (rates > 1) | rates.isnan()).nonzero()
+    if len(bad):
+        at = int(bad[0, 0])
+        raise ValueError(
+            f"{name}: expected rates in [0, 1], got {float(rates[at])} at component {at}"
+        )
+
+
+def _checked_ids(*, ids: Tensor, rows: int, lowest: int, name: str) -> Tensor:
+    check_ids(name, ids, rows=rows, lowest=lowest)
+    return ids.clone()
+
+
+def _checked_coefficient(*, value: Tensor, name: str) -> Tensor:
+    coefficient(name, value.item())
+    return value.clone()
+
+
+def _rates_to_thresholds(*, rates: Tensor, name: str) -> Tensor:
+    if rates.device.type == "cpu":
+        check_rates(name, rates)
+    return rates_to_thresholds(rates)
+
+
+define(
+    "checked_ids",
+    "Tensor ids, SymInt rows, SymInt lowest, str name) -> Tensor",
+    _checked_ids,
+    lambda *, ids, rows, lowest, name: torch.empty_like(ids),
+)
+define(
+    "checked_coefficient",
+    "Tensor value, str name) -> Tensor",
+    _checked_coefficient,
+    lambda *, value, name: torch.empty_like(value),
+)
+define(
+    "rates_to_thresholds",
+    "Tensor rates, str name) -> Tensor",
+    _rates_to_thresholds,
+    lambda *, rates, name: rates.new_empty(rates.shape, dtype=torch.int16),
+)
+
+
+def usable_ids(
+    positive: Tensor,  # (B,)
+    negative: Tensor,  # (G, K)
+    *,
+    rows: int,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Ids that are safe to index with; on a GPU a (B,) factor too, NaN where a row's are bad."""
+    if positive.device.type == "cpu":
+        positive = OPS.checked_ids(ids=positive, rows=rows, lowest=0, name="positive")
+        negative = OPS.checked_ids(ids=negative, rows=rows, lowest=-1, name="negative")
+        return positive, negative, None
+    bad_positive = (positive < 0) | (positive >= rows)
+    bad_negative = (negative < -1) | (negative >= rows)
+    group_rows = positive.shape[0] // max(negative.shape[0], 1)
+    bad = bad_positive | bad_negative.any(dim=1).repeat_interleave(group_rows, dim=0)
+    poison = torch.where(bad, float("nan"), 1.0)
+    return positive.masked_fill(bad_positive, 0), negative.masked_fill(bad_negative, 0), poison
+
+
+def usable_coefficient(name: str, value: Tensor) -> Tensor:
+    """A coefficient, checked; on a GPU NaN if it is out of range."""
+    if value.device.type == "cpu":
+        checked: Tensor = OPS.checked_coefficient(value=value, name=name)
+        return checked
+    return torch.where((value >= 0) & value.isfinite(), value, float("nan"))
