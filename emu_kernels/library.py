@@ -7,7 +7,7 @@ rule's parameters.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, Field, fields
+from dataclasses import fields
 from typing import Any, TypeVar, get_type_hints
 
 import torch
@@ -16,7 +16,6 @@ from torch import Tensor
 from emu_kernels.mutation import RULES, Mutation
 from emu_kernels.request import Draws, LossRequest, Request
 
-OPS = torch.ops.emu_kernels
 _LIBRARY = torch.library.Library("emu_kernels", "DEF")
 _TYPES = {
     Tensor: "Tensor",
@@ -28,6 +27,7 @@ _TYPES = {
 }
 
 _PARAMETERS = {rule.name: tuple(f.name for f in fields(rule)) for rule in RULES.values()}
+_DEFAULTS = {f.name: f.default for rule in RULES.values() for f in fields(rule)}
 _FIELDS = {cls: tuple(f.name for f in fields(cls)) for cls in (Draws, Request, LossRequest)}
 
 AnyDraws = TypeVar("AnyDraws", bound=Draws)
@@ -35,9 +35,9 @@ AnyDraws = TypeVar("AnyDraws", bound=Draws)
 
 def flatten(request: Draws) -> dict[str, Any]:
     """An operator's arguments by name."""
-    values = {name: getattr(request, name) for name in _FIELDS[type(request)]}
     rule: Mutation = request.mutation
-    values["mutation"] = rule.name
+    values = {name: getattr(request, name) for name in _FIELDS[type(request)]}
+    values |= {**_DEFAULTS, "mutation": rule.name}
     for name in _PARAMETERS[rule.name]:
         values[name] = getattr(rule, name)
     return values
@@ -46,16 +46,15 @@ def flatten(request: Draws) -> dict[str, Any]:
 def build(cls: type[AnyDraws], values: Mapping[str, Any]) -> AnyDraws:
     """The inverse of :func:`flatten`; names that are not ``cls``'s are ignored."""
     name = values["mutation"]
-    # PyTorch leaves out arguments that equal the schema's default, which is the rule's own.
-    parameters = {p: values[p] for p in _PARAMETERS[name] if p in values}
-    rest = {field: values[field] for field in _FIELDS[cls] if field != "mutation"}
-    return cls(mutation=RULES[name](**parameters), **rest)
+    parameters = {p: values[p] for p in _PARAMETERS[name]}
+    given = {field: values[field] for field in _FIELDS[cls]}
+    given["mutation"] = RULES[name](**parameters)
+    return cls(**given)
 
 
 def part(cls: type[Draws], values: Mapping[str, Any]) -> dict[str, Any]:
     """Those of a flattened request's values that are fields of the wider class ``cls``."""
-    names = (*_FIELDS[cls], *_PARAMETERS[values["mutation"]])
-    return {name: values[name] for name in names}
+    return {name: values[name] for name in (*_FIELDS[cls], *_DEFAULTS)}
 
 
 def differentiable(cls: type[Draws]) -> tuple[str, ...]:
@@ -64,28 +63,35 @@ def differentiable(cls: type[Draws]) -> tuple[str, ...]:
 
 
 def arguments(cls: type[Draws]) -> str:
-    """A request's fields in a schema, its mutation's parameters last, with their defaults."""
+    """A request's fields in a schema, then the parameters of all mutation rules."""
     hints = get_type_hints(cls) | {"mutation": str}
-    listed = [f"{_TYPES[hints[name]]} {name}" for name in _FIELDS[cls]]
-    parameters: dict[str, str] = {}
     for rule in RULES.values():
-        hints = get_type_hints(rule)
-        for f in fields(rule):
-            parameters[f.name] = f"{_TYPES[hints[f.name]]} {f.name}={_default(f)}"
-    return ", ".join([*listed, *parameters.values()])
-
-
-def _default(parameter: Field[Any]) -> Any:
-    assert parameter.default is not MISSING, f"{parameter.name}: a rule's parameter has a default"
-    return parameter.default
+        hints |= get_type_hints(rule)
+    return ", ".join(f"{_TYPES[hints[name]]} {name}" for name in (*_FIELDS[cls], *_DEFAULTS))
 
 
 def tensors(count: int) -> str:
     return f"({', '.join(['Tensor'] * count)})"
 
 
-def define(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """An operator ``name`` of keyword arguments, with its implementation and its fake kernel."""
-    _LIBRARY.define(f"{name}(*, {schema}", tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"emu_kernels::{name}", fake, lib=_LIBRARY)
+def define(
+    name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Define an operator with its implementation and its fake kernel; returns what calls it.
+
+    All three take keyword arguments. PyTorch's own calls are positional, which costs less: the
+    schema's names are put to the values here, and nowhere else.
+    """
+    _LIBRARY.define(f"{name}({schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    operator = getattr(torch.ops.emu_kernels, name).default
+    names = tuple(argument.name for argument in operator._schema.arguments)
+
+    def named(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *values: function(**dict(zip(names, values, strict=True)))
+
+    def call(**values: Any) -> Any:
+        return operator(*[values[name] for name in names])
+
+    _LIBRARY.impl(name, named(run), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"emu_kernels::{name}", named(fake), lib=_LIBRARY)
+    return call

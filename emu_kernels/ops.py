@@ -30,7 +30,6 @@ from emu_kernels.backends.base import (
     new_scores_gradient,
 )
 from emu_kernels.library import (
-    OPS,
     arguments,
     build,
     define,
@@ -68,7 +67,7 @@ def _loss_forward_fake(*, need_grad: bool, **values: Any) -> LossState:
     return new_loss_state(build(LossRequest, values), need_grad=need_grad)
 
 
-define(
+loss_forward = define(
     "loss_forward",
     f"{arguments(LossRequest)}, str backend, bool need_grad) -> {tensors(len(LossState._fields))}",
     _loss_forward,
@@ -80,7 +79,7 @@ def _scores_forward(**values: Any) -> Scores:
     return _checked(values).scores_forward(build(Request, values))
 
 
-define(
+scores_forward = define(
     "scores_forward",
     f"{_REQUEST}) -> {tensors(len(Scores._fields))}",
     _scores_forward,
@@ -93,7 +92,7 @@ def _query_gradient(**values: Any) -> ScoresGradient:
     return _KERNELS[values["backend"]].query_gradient(build(Request, values), upstream)
 
 
-define(
+query_gradient = define(
     "query_gradient",
     f"{_REQUEST}, {_SCORE_WEIGHTS}) -> {tensors(len(ScoresGradient._fields))}",
     _query_gradient,
@@ -110,7 +109,7 @@ def _table_gradient(**values: Any) -> Tensor:
     return kernels.table_gradient(build(Request, values), _sum_weights(values))
 
 
-define(
+table_gradient = define(
     "table_gradient",
     f"{_REQUEST}, {_SUM_WEIGHTS}) -> Tensor",
     _table_gradient,
@@ -128,7 +127,7 @@ def _table_gradient_sparse_fake(*, table: Tensor, positive: Tensor, **_values: A
     return SparseRows(positive.new_empty((touched,)), table.new_empty((touched, table.shape[1])))
 
 
-define(
+table_gradient_sparse = define(
     "table_gradient_sparse",
     f"{_REQUEST}, {_SUM_WEIGHTS}) -> {tensors(len(SparseRows._fields))}",
     _table_gradient_sparse,
@@ -140,7 +139,7 @@ def _mutate_forward(*, positive: Tensor, negative: Tensor, **values: Any) -> Ten
     return _KERNELS[values["backend"]].mutate_forward(positive, negative, build(Draws, values))
 
 
-define(
+mutate_forward = define(
     "mutate_forward",
     f"Tensor positive, Tensor negative, {_DRAWS}) -> Tensor",
     _mutate_forward,
@@ -152,7 +151,7 @@ def _mutate_backward(*, grad: Tensor, **values: Any) -> MutateGradient:
     return _KERNELS[values["backend"]].mutate_backward(grad, build(Draws, values))
 
 
-define(
+mutate_backward = define(
     "mutate_backward",
     f"Tensor grad, {_DRAWS}) -> {tensors(len(MutateGradient._fields))}",
     _mutate_backward,
@@ -204,11 +203,11 @@ def _refuse(name: str) -> RuntimeError:
 def _table_grad(request: Mapping[str, Any], backend: str, sums: SumWeights) -> Tensor:
     given = {**request, "backend": backend, **sums._asdict()}
     if not request["sparse_grad"]:
-        grad: Tensor = OPS.table_gradient(**given)
+        grad: Tensor = table_gradient(**given)
         return grad
     if torch.compiler.is_compiling():
         raise RuntimeError("sparse_grad=True is eager-only: it cannot be traced by torch.compile")
-    rows = SparseRows(*OPS.table_gradient_sparse(**given))
+    rows = SparseRows(*table_gradient_sparse(**given))
     shape = request["table"].shape
     return torch.sparse_coo_tensor(
         rows.ids[None], rows.values, shape, is_coalesced=True, check_invariants=False
@@ -246,7 +245,7 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, names: tuple[str, ...], *given: Any) -> tuple[Tensor, Tensor]:
         values = dict(zip(names, given, strict=True))
-        state = LossState(*OPS.loss_forward(**values, need_grad=True))
+        state = LossState(*loss_forward(**values, need_grad=True))
         kept = state._asdict()
         loss, terms = kept.pop("loss"), kept.pop("terms")
         ctx.names = names
@@ -267,7 +266,7 @@ class _ScoresGradient(torch.autograd.Function):
         needed, backend = values["needed"], values["backend"]
         request = part(Request, values)
         upstream = {name: values[name].contiguous() for name in ScoreWeights._fields}
-        state = ScoresGradient(*OPS.query_gradient(**request, backend=backend, **upstream))
+        state = ScoresGradient(*query_gradient(**request, backend=backend, **upstream))
         grads = {"query": state.grad_query, "scale": state.grad_scale}
         if "table" in needed:
             ones = torch.ones_like(upstream["positive_weight"])
@@ -290,7 +289,7 @@ class _Scores(torch.autograd.Function):
         values = dict(zip(names, given, strict=True))
         ctx.names = names
         _save(ctx, values)
-        positive, negative, mutated = OPS.scores_forward(**values)
+        positive, negative, mutated = scores_forward(**values)
         return positive, negative, mutated
 
     @staticmethod
@@ -315,7 +314,7 @@ class _MutateGradient(torch.autograd.Function):
         grad = values.pop("grad")
         ctx.names = names
         _save(ctx, values)
-        grads = MutateGradient(*OPS.mutate_backward(grad=grad.contiguous(), **values))
+        grads = MutateGradient(*mutate_backward(grad=grad.contiguous(), **values))
         return grads.grad_positive, grads.grad_negative
 
     @staticmethod
@@ -336,7 +335,7 @@ class _Mutate(torch.autograd.Function):
         positive, negative = values.pop("positive"), values.pop("negative")
         ctx.names = names
         _save(ctx, values)
-        out: Tensor = OPS.mutate_forward(
+        out: Tensor = mutate_forward(
             positive=positive.contiguous(), negative=negative.contiguous(), **values
         )
         return out
@@ -360,14 +359,14 @@ class KernelBackend(Kernels):
         values = {**flatten(request), "backend": self.name}
         if _wants_grad(values):
             return Loss(*_apply(_Loss, **values))
-        state = LossState(*OPS.loss_forward(**values, need_grad=False))
+        state = LossState(*loss_forward(**values, need_grad=False))
         return Loss(state.loss, state.terms)
 
     def scores(self, request: Request) -> Scores:
         values = {**flatten(request), "backend": self.name}
         if _wants_grad(values):
             return Scores(*_apply(_Scores, **values))
-        return Scores(*OPS.scores_forward(**values))
+        return Scores(*scores_forward(**values))
 
     def mutate(self, positive: Tensor, negative: Tensor, draws: Draws) -> Tensor:
         out: Tensor = _apply(

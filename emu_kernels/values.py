@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from emu_kernels.library import OPS, define
+from emu_kernels.library import define
 from emu_kernels.mask import rates_to_thresholds
 from emu_kernels.validate import coefficient
 
@@ -62,19 +62,19 @@ def _rates_to_thresholds(*, rates: Tensor, name: str) -> Tensor:
     return rates_to_thresholds(rates)
 
 
-define(
+checked_ids = define(
     "checked_ids",
     "Tensor ids, SymInt rows, SymInt lowest, str name) -> Tensor",
     _checked_ids,
     lambda *, ids, rows, lowest, name: torch.empty_like(ids),
 )
-define(
+checked_coefficient = define(
     "checked_coefficient",
     "Tensor value, str name) -> Tensor",
     _checked_coefficient,
     lambda *, value, name: torch.empty_like(value),
 )
-define(
+checked_thresholds = define(
     "rates_to_thresholds",
     "Tensor rates, str name) -> Tensor",
     _rates_to_thresholds,
@@ -90,8 +90,8 @@ def usable_ids(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Ids that are safe to index with; on a GPU a (B,) factor too, NaN where a row's are bad."""
     if positive.device.type == "cpu":
-        positive = OPS.checked_ids(ids=positive, rows=rows, lowest=0, name="positive")
-        negative = OPS.checked_ids(ids=negative, rows=rows, lowest=-1, name="negative")
+        positive = checked_ids(ids=positive, rows=rows, lowest=0, name="positive")
+        negative = checked_ids(ids=negative, rows=rows, lowest=-1, name="negative")
         return positive, negative, None
     bad_positive = (positive < 0) | (positive >= rows)
     bad_negative = (negative < -1) | (negative >= rows)
@@ -104,6 +104,6 @@ def usable_ids(
 def usable_coefficient(name: str, value: Tensor) -> Tensor:
     """A coefficient, checked; on a GPU NaN if it is out of range."""
     if value.device.type == "cpu":
-        checked: Tensor = OPS.checked_coefficient(value=value, name=name)
+        checked: Tensor = checked_coefficient(value=value, name=name)
         return checked
     return torch.where((value >= 0) & value.isfinite(), value, float("nan"))

@@ -34,22 +34,19 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: dict[str, list[tuple[Any, Options]]] = {}
+        self.calls: dict[str, list[tuple[Any, Any]]] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Options | None = None
     ) -> Any:
-        kwargs = kwargs or {}
         if func.namespace == "emu_kernels":
-            given = {
-                k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in kwargs.items()
-            }
+            given = tuple(a.detach().clone() if isinstance(a, Tensor) else a for a in args)
             self.calls.setdefault(func._schema.name.partition("::")[2], []).append((func, given))
-        return func(*args, **kwargs)
+        return func(*args, **(kwargs or {}))
 
 
 @cache
-def recorded(backend: str, device: torch.device) -> dict[str, list[tuple[Any, Options]]]:
+def recorded(backend: str, device: torch.device) -> dict[str, list[tuple[Any, Any]]]:
     """What the public functions give the private operators: every dtype, one, several and all sets
     of negatives, padding, and each optional argument present and absent."""
 
@@ -100,7 +97,7 @@ def test_opcheck(name: str, kernel: str, device: torch.device) -> None:
     calls = recorded(kernel, device).get(name, [])
     assert calls, f"no public call above reaches {name}"
     for operator, arguments in calls:
-        torch.library.opcheck(operator, (), arguments)
+        torch.library.opcheck(operator, arguments)
 
 
 @pytest.mark.usefixtures("compiled")
