@@ -6,7 +6,7 @@ rule's parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, TypeVar, get_type_hints
 
@@ -30,10 +30,11 @@ _PARAMETERS = {rule.name: tuple(f.name for f in fields(rule)) for rule in RULES.
 _DEFAULTS = {f.name: f.default for rule in RULES.values() for f in fields(rule)}
 _FIELDS = {cls: tuple(f.name for f in fields(cls)) for cls in (Draws, Request, LossRequest)}
 
+Values = dict[str, Any]
 AnyDraws = TypeVar("AnyDraws", bound=Draws)
 
 
-def flatten(request: Draws) -> dict[str, Any]:
+def flatten(request: Draws) -> Values:
     """An operator's arguments by name."""
     rule: Mutation = request.mutation
     values = {name: getattr(request, name) for name in _FIELDS[type(request)]}
@@ -43,18 +44,13 @@ def flatten(request: Draws) -> dict[str, Any]:
     return values
 
 
-def build(cls: type[AnyDraws], values: Mapping[str, Any]) -> AnyDraws:
+def build(cls: type[AnyDraws], values: Values) -> AnyDraws:
     """The inverse of :func:`flatten`; names that are not ``cls``'s are ignored."""
     name = values["mutation"]
     parameters = {p: values[p] for p in _PARAMETERS[name]}
     given = {field: values[field] for field in _FIELDS[cls]}
     given["mutation"] = RULES[name](**parameters)
     return cls(**given)
-
-
-def part(cls: type[Draws], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of a flattened request's values that are fields of the wider class ``cls``."""
-    return {name: values[name] for name in (*_FIELDS[cls], *_DEFAULTS)}
 
 
 def differentiable(cls: type[Draws]) -> tuple[str, ...]:
@@ -75,21 +71,24 @@ def tensors(count: int) -> str:
 
 
 def define(
-    name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]
-) -> Callable[..., Any]:
+    name: str,
+    schema: str,
+    run: Callable[[Values], Any],
+    fake: Callable[[Values], Any],
+) -> Callable[[Values], Any]:
     """Define an operator with its implementation and its fake kernel; returns what calls it.
 
-    All three take keyword arguments. PyTorch's own calls are positional, which costs less: the
-    schema's names are put to the values here, and nowhere else.
+    All three take the arguments by name, in one dictionary. PyTorch's own calls are positional,
+    which costs less: the schema's names are put to the values here, and nowhere else.
     """
     _LIBRARY.define(f"{name}({schema}", tags=(torch.Tag.pt2_compliant_tag,))
     operator = getattr(torch.ops.emu_kernels, name).default
     names = tuple(argument.name for argument in operator._schema.arguments)
 
-    def named(function: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *values: function(**dict(zip(names, values, strict=True)))
+    def named(function: Callable[[Values], Any]) -> Callable[..., Any]:
+        return lambda *given: function(dict(zip(names, given, strict=True)))
 
-    def call(**values: Any) -> Any:
+    def call(values: Values) -> Any:
         return operator(*[values[name] for name in names])
 
     _LIBRARY.impl(name, named(run), "CompositeExplicitAutograd")

@@ -29,15 +29,7 @@ from emu_kernels.backends.base import (
     new_scores,
     new_scores_gradient,
 )
-from emu_kernels.library import (
-    arguments,
-    build,
-    define,
-    differentiable,
-    flatten,
-    part,
-    tensors,
-)
+from emu_kernels.library import Values, arguments, build, define, differentiable, flatten, tensors
 from emu_kernels.request import Draws, LossRequest, Request
 
 _KERNELS: dict[str, Kernels] = {}
@@ -49,7 +41,7 @@ _SUM_WEIGHTS = ", ".join(f"Tensor {name}" for name in SumWeights._fields)
 _DRAWS = f"{arguments(Draws)}, str backend"
 
 
-def _checked(values: Mapping[str, Any]) -> Kernels:
+def _checked(values: Values) -> Kernels:
     """The backend of a call, once it has checked the ids."""
     kernels = _KERNELS[values["backend"]]
     rows = values["table"].shape[0]
@@ -58,24 +50,20 @@ def _checked(values: Mapping[str, Any]) -> Kernels:
     return kernels
 
 
-def _loss_forward(*, need_grad: bool, **values: Any) -> LossState:
+def _loss_forward(values: Values) -> LossState:
     kernels = _checked(values)
-    return kernels.loss_forward(build(LossRequest, values), need_grad=need_grad)
-
-
-def _loss_forward_fake(*, need_grad: bool, **values: Any) -> LossState:
-    return new_loss_state(build(LossRequest, values), need_grad=need_grad)
+    return kernels.loss_forward(build(LossRequest, values), need_grad=values["need_grad"])
 
 
 loss_forward = define(
     "loss_forward",
     f"{arguments(LossRequest)}, str backend, bool need_grad) -> {tensors(len(LossState._fields))}",
     _loss_forward,
-    _loss_forward_fake,
+    lambda values: new_loss_state(build(LossRequest, values), need_grad=values["need_grad"]),
 )
 
 
-def _scores_forward(**values: Any) -> Scores:
+def _scores_forward(values: Values) -> Scores:
     return _checked(values).scores_forward(build(Request, values))
 
 
@@ -83,11 +71,11 @@ scores_forward = define(
     "scores_forward",
     f"{_REQUEST}) -> {tensors(len(Scores._fields))}",
     _scores_forward,
-    lambda **values: new_scores(build(Request, values)),
+    lambda values: new_scores(build(Request, values)),
 )
 
 
-def _query_gradient(**values: Any) -> ScoresGradient:
+def _query_gradient(values: Values) -> ScoresGradient:
     upstream = ScoreWeights(**{name: values[name] for name in ScoreWeights._fields})
     return _KERNELS[values["backend"]].query_gradient(build(Request, values), upstream)
 
@@ -96,35 +84,33 @@ query_gradient = define(
     "query_gradient",
     f"{_REQUEST}, {_SCORE_WEIGHTS}) -> {tensors(len(ScoresGradient._fields))}",
     _query_gradient,
-    lambda **values: new_scores_gradient(build(Request, values)),
+    lambda values: new_scores_gradient(build(Request, values)),
 )
 
 
-def _sum_weights(values: Mapping[str, Any]) -> SumWeights:
-    return SumWeights(**{name: values[name] for name in SumWeights._fields})
-
-
-def _table_gradient(**values: Any) -> Tensor:
-    kernels = _KERNELS[values["backend"]]
-    return kernels.table_gradient(build(Request, values), _sum_weights(values))
+def _table_gradient(values: Values) -> Tensor:
+    sums = SumWeights(**{name: values[name] for name in SumWeights._fields})
+    return _KERNELS[values["backend"]].table_gradient(build(Request, values), sums)
 
 
 table_gradient = define(
     "table_gradient",
     f"{_REQUEST}, {_SUM_WEIGHTS}) -> Tensor",
     _table_gradient,
-    lambda *, table, **_values: table.new_empty(table.shape),
+    lambda values: values["table"].new_empty(values["table"].shape),
 )
 
 
-def _table_gradient_sparse(**values: Any) -> SparseRows:
-    kernels = _KERNELS[values["backend"]]
-    return kernels.table_gradient_sparse(build(Request, values), _sum_weights(values))
+def _table_gradient_sparse(values: Values) -> SparseRows:
+    sums = SumWeights(**{name: values[name] for name in SumWeights._fields})
+    return _KERNELS[values["backend"]].table_gradient_sparse(build(Request, values), sums)
 
 
-def _table_gradient_sparse_fake(*, table: Tensor, positive: Tensor, **_values: Any) -> SparseRows:
+def _table_gradient_sparse_fake(values: Values) -> SparseRows:
     touched = torch.library.get_ctx().new_dynamic_size()
-    return SparseRows(positive.new_empty((touched,)), table.new_empty((touched, table.shape[1])))
+    table: Tensor = values["table"]
+    ids = values["positive"].new_empty((touched,))
+    return SparseRows(ids, table.new_empty((touched, table.shape[1])))
 
 
 table_gradient_sparse = define(
@@ -135,41 +121,47 @@ table_gradient_sparse = define(
 )
 
 
-def _mutate_forward(*, positive: Tensor, negative: Tensor, **values: Any) -> Tensor:
-    return _KERNELS[values["backend"]].mutate_forward(positive, negative, build(Draws, values))
+def _mutate_forward(values: Values) -> Tensor:
+    kernels = _KERNELS[values["backend"]]
+    return kernels.mutate_forward(values["positive"], values["negative"], build(Draws, values))
 
 
 mutate_forward = define(
     "mutate_forward",
     f"Tensor positive, Tensor negative, {_DRAWS}) -> Tensor",
     _mutate_forward,
-    lambda *, negative, **_values: negative.new_empty(negative.shape),
+    lambda values: values["negative"].new_empty(values["negative"].shape),
 )
 
 
-def _mutate_backward(*, grad: Tensor, **values: Any) -> MutateGradient:
-    return _KERNELS[values["backend"]].mutate_backward(grad, build(Draws, values))
+def _mutate_backward(values: Values) -> MutateGradient:
+    kernels = _KERNELS[values["backend"]]
+    return kernels.mutate_backward(values["grad"], build(Draws, values))
+
+
+def _mutate_backward_fake(values: Values) -> MutateGradient:
+    grad: Tensor = values["grad"]
+    rows, _, dim = grad.shape
+    return MutateGradient(grad.new_empty((rows, dim)), grad.new_empty(grad.shape))
 
 
 mutate_backward = define(
     "mutate_backward",
     f"Tensor grad, {_DRAWS}) -> {tensors(len(MutateGradient._fields))}",
     _mutate_backward,
-    lambda *, grad, **_values: MutateGradient(
-        grad.new_empty((grad.shape[0], grad.shape[2])), grad.new_empty(grad.shape)
-    ),
+    _mutate_backward_fake,
 )
 
 
 # --- autograd -------------------------------------------------------------------------------------
 
 
-def _apply(function: type[torch.autograd.Function], **values: Any) -> Any:
+def _apply(function: type[torch.autograd.Function], values: Values) -> Any:
     """The Function of named values: its ``forward`` gets their names first, then the values."""
     return function.apply(tuple(values), *values.values())
 
 
-def _save(ctx: Any, values: Mapping[str, Any]) -> None:
+def _save(ctx: Any, values: Values) -> None:
     """Keep named values for the backward pass, tensors as autograd wants them."""
     held = {name: value for name, value in values.items() if isinstance(value, Tensor)}
     ctx.save_for_backward(*held.values())
@@ -177,15 +169,14 @@ def _save(ctx: Any, values: Mapping[str, Any]) -> None:
     ctx.others = {name: value for name, value in values.items() if name not in held}
 
 
-def _saved(ctx: Any) -> dict[str, Any]:
+def _saved(ctx: Any) -> Values:
     return {**ctx.others, **dict(zip(ctx.held_names, ctx.saved_tensors, strict=True))}
 
 
 def _needed(ctx: Any) -> tuple[str, ...]:
     """The arguments of :func:`_apply` that need a gradient."""
-    return tuple(
-        name for name, need in zip(ctx.names, ctx.needs_input_grad[1:], strict=True) if need
-    )
+    needs = zip(ctx.names, ctx.needs_input_grad[1:], strict=True)
+    return tuple(name for name, need in needs if need)
 
 
 def _by_name(ctx: Any, gradients: Mapping[str, Tensor | None]) -> tuple[Tensor | None, ...]:
@@ -200,15 +191,15 @@ def _refuse(name: str) -> RuntimeError:
     )
 
 
-def _table_grad(request: Mapping[str, Any], backend: str, sums: SumWeights) -> Tensor:
-    given = {**request, "backend": backend, **sums._asdict()}
-    if not request["sparse_grad"]:
-        grad: Tensor = table_gradient(**given)
+def _table_grad(values: Values) -> Tensor:
+    """By the table, of a request's values and those of :class:`SumWeights`."""
+    if not values["sparse_grad"]:
+        grad: Tensor = table_gradient(values)
         return grad
     if torch.compiler.is_compiling():
         raise RuntimeError("sparse_grad=True is eager-only: it cannot be traced by torch.compile")
-    rows = SparseRows(*table_gradient_sparse(**given))
-    shape = request["table"].shape
+    rows = SparseRows(*table_gradient_sparse(values))
+    shape = values["table"].shape
     return torch.sparse_coo_tensor(
         rows.ids[None], rows.values, shape, is_coalesced=True, check_invariants=False
     )
@@ -219,15 +210,12 @@ class _LossGradient(torch.autograd.Function):
     def forward(ctx: Any, names: tuple[str, ...], *given: Any) -> tuple[Tensor | None, ...]:
         values = dict(zip(names, given, strict=True))
         needed = values["needed"]
-        row_scale = values["grad"] * values["row_scale"]
+        values["row_scale"] = row_scale = values["grad"] * values["row_scale"]
         grads: dict[str, Tensor] = {}
         if "query" in needed:
             grads["query"] = values["grad_query"] * row_scale[:, None]
         if "table" in needed:
-            sums = SumWeights(
-                row_scale, values["weight"], values["mutated_weight"], values["grad_positive"]
-            )
-            grads["table"] = _table_grad(part(Request, values), values["backend"], sums)
+            grads["table"] = _table_grad(values)
         if "scale" in needed:
             grads["scale"] = values["grad_scale"] * row_scale[:, None]
         if "weights" in needed:
@@ -245,17 +233,17 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, names: tuple[str, ...], *given: Any) -> tuple[Tensor, Tensor]:
         values = dict(zip(names, given, strict=True))
-        state = LossState(*loss_forward(**values, need_grad=True))
+        state = LossState(*loss_forward({**values, "need_grad": True}))
         kept = state._asdict()
-        loss, terms = kept.pop("loss"), kept.pop("terms")
+        del kept["loss"], kept["terms"]
         ctx.names = names
         _save(ctx, {**values, **kept})
-        ctx.mark_non_differentiable(terms)
-        return loss, terms
+        ctx.mark_non_differentiable(state.terms)
+        return state.loss, state.terms
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _terms: Tensor) -> tuple[Tensor | None, ...]:
-        grads = _apply(_LossGradient, grad=grad, needed=_needed(ctx), **_saved(ctx))
+        grads = _apply(_LossGradient, {**_saved(ctx), "grad": grad, "needed": _needed(ctx)})
         return _by_name(ctx, dict(zip(_WITH_GRADIENT, grads, strict=True)))
 
 
@@ -263,15 +251,13 @@ class _ScoresGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, names: tuple[str, ...], *given: Any) -> tuple[Tensor | None, ...]:
         values = dict(zip(names, given, strict=True))
-        needed, backend = values["needed"], values["backend"]
-        request = part(Request, values)
-        upstream = {name: values[name].contiguous() for name in ScoreWeights._fields}
-        state = ScoresGradient(*query_gradient(**request, backend=backend, **upstream))
+        needed = values["needed"]
+        values |= {name: values[name].contiguous() for name in ScoreWeights._fields}
+        state = ScoresGradient(*query_gradient(values))
         grads = {"query": state.grad_query, "scale": state.grad_scale}
         if "table" in needed:
-            ones = torch.ones_like(upstream["positive_weight"])
-            sums = SumWeights(ones, state.weight, state.mutated_weight, state.grad_positive)
-            grads["table"] = _table_grad(request, backend, sums)
+            row_scale = torch.ones_like(values["positive_weight"])
+            grads["table"] = _table_grad({**values, **state._asdict(), "row_scale": row_scale})
         if "weights" in needed:
             grads["weights"] = state.grad_weights.sum(dim=0)
         return tuple(grads[name] if name in needed else None for name in _WITH_GRADIENT)
@@ -289,40 +275,34 @@ class _Scores(torch.autograd.Function):
         values = dict(zip(names, given, strict=True))
         ctx.names = names
         _save(ctx, values)
-        positive, negative, mutated = scores_forward(**values)
+        positive, negative, mutated = scores_forward(values)
         return positive, negative, mutated
 
     @staticmethod
-    def backward(
-        ctx: Any, positive_weight: Tensor, weight: Tensor, mutated_weight: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        grads = _apply(
-            _ScoresGradient,
-            positive_weight=positive_weight,
-            weight=weight,
-            mutated_weight=mutated_weight,
-            needed=_needed(ctx),
-            **_saved(ctx),
-        )
-        return _by_name(ctx, dict(zip(_WITH_GRADIENT, grads, strict=True)))
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        upstream = ScoreWeights(*grads)._asdict()
+        found = _apply(_ScoresGradient, {**_saved(ctx), **upstream, "needed": _needed(ctx)})
+        return _by_name(ctx, dict(zip(_WITH_GRADIENT, found, strict=True)))
 
 
 class _MutateGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, names: tuple[str, ...], *given: Any) -> tuple[Tensor, Tensor]:
         values = dict(zip(names, given, strict=True))
-        grad = values.pop("grad")
+        grads = MutateGradient(*mutate_backward({**values, "grad": values["grad"].contiguous()}))
+        del values["grad"]
         ctx.names = names
         _save(ctx, values)
-        grads = MutateGradient(*mutate_backward(grad=grad.contiguous(), **values))
         return grads.grad_positive, grads.grad_negative
 
     @staticmethod
-    def backward(
-        ctx: Any, grad_positive: Tensor, grad_negative: Tensor
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # Mutation is linear: its gradient's adjoint is mutation itself.
-        mutated = _apply(_Mutate, positive=grad_positive, negative=grad_negative, **_saved(ctx))
+        given = MutateGradient(*grads)
+        mutated = _apply(
+            _Mutate,
+            {"positive": given.grad_positive, "negative": given.grad_negative, **_saved(ctx)},
+        )
         return _by_name(ctx, {"grad": mutated})
 
 
@@ -332,18 +312,16 @@ class _Mutate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, names: tuple[str, ...], *given: Any) -> Tensor:
         values = dict(zip(names, given, strict=True))
-        positive, negative = values.pop("positive"), values.pop("negative")
+        both = {name: values.pop(name).contiguous() for name in ("positive", "negative")}
         ctx.names = names
         _save(ctx, values)
-        out: Tensor = mutate_forward(
-            positive=positive.contiguous(), negative=negative.contiguous(), **values
-        )
+        out: Tensor = mutate_forward({**both, **values})
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_positive, grad_negative = _apply(_MutateGradient, grad=grad, **_saved(ctx))
-        return _by_name(ctx, {"positive": grad_positive, "negative": grad_negative})
+        grads = MutateGradient(*_apply(_MutateGradient, {"grad": grad, **_saved(ctx)}))
+        return _by_name(ctx, {"positive": grads.grad_positive, "negative": grads.grad_negative})
 
 
 # --- backends with kernels ------------------------------------------------------------------------
@@ -357,24 +335,23 @@ class KernelBackend(Kernels):
 
     def loss(self, request: LossRequest) -> Loss:
         values = {**flatten(request), "backend": self.name}
-        if _wants_grad(values):
-            return Loss(*_apply(_Loss, **values))
-        state = LossState(*loss_forward(**values, need_grad=False))
+        if _wants_grad(request):
+            return Loss(*_apply(_Loss, values))
+        state = LossState(*loss_forward({**values, "need_grad": False}))
         return Loss(state.loss, state.terms)
 
     def scores(self, request: Request) -> Scores:
         values = {**flatten(request), "backend": self.name}
-        if _wants_grad(values):
-            return Scores(*_apply(_Scores, **values))
-        return Scores(*scores_forward(**values))
+        return Scores(
+            *(_apply(_Scores, values) if _wants_grad(request) else scores_forward(values))
+        )
 
     def mutate(self, positive: Tensor, negative: Tensor, draws: Draws) -> Tensor:
-        out: Tensor = _apply(
-            _Mutate, positive=positive, negative=negative, **flatten(draws), backend=self.name
-        )
+        values = {**flatten(draws), "backend": self.name}
+        out: Tensor = _apply(_Mutate, {"positive": positive, "negative": negative, **values})
         return out
 
 
-def _wants_grad(values: Mapping[str, Any]) -> bool:
-    tensors = (values[name] for name in _WITH_GRADIENT)
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+def _wants_grad(request: Request) -> bool:
+    inputs = (getattr(request, name) for name in _WITH_GRADIENT)
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)

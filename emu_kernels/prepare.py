@@ -11,7 +11,7 @@ from torch import Tensor
 from emu_kernels import validate
 from emu_kernels.mutation import RULES, Mutation, masked
 from emu_kernels.request import Draws, LossRequest, Request
-from emu_kernels.values import checked_thresholds
+from emu_kernels.values import usable_thresholds
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -47,7 +47,7 @@ def _mutation(
         return rate
     if isinstance(rate, Tensor):
         validate.rates(name, rate, unit, dim // 2 if RULES[unit].pairs else dim, device)
-        return masked(unit, checked_thresholds(rates=rate, name=name))
+        return masked(unit, usable_thresholds(name, rate))
     validate.rate(name, rate)
     return masked(unit, rate)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from emu_kernels.library import define
+from emu_kernels.library import Values, define
 from emu_kernels.mask import rates_to_thresholds
 from emu_kernels.validate import coefficient
 
@@ -46,40 +46,49 @@ def check_rates(name: str, rates: Tensor) -> None:
         )
 
 
-def _checked_ids(*, ids: Tensor, rows: int, lowest: int, name: str) -> Tensor:
-    check_ids(name, ids, rows=rows, lowest=lowest)
+def _checked_ids(values: Values) -> Tensor:
+    ids: Tensor = values["ids"]
+    check_ids(values["name"], ids, rows=values["rows"], lowest=values["lowest"])
     return ids.clone()
 
 
-def _checked_coefficient(*, value: Tensor, name: str) -> Tensor:
-    coefficient(name, value.item())
+def _checked_coefficient(values: Values) -> Tensor:
+    value: Tensor = values["value"]
+    coefficient(values["name"], value.item())
     return value.clone()
 
 
-def _rates_to_thresholds(*, rates: Tensor, name: str) -> Tensor:
+def _rates_to_thresholds(values: Values) -> Tensor:
+    rates: Tensor = values["rates"]
     if rates.device.type == "cpu":
-        check_rates(name, rates)
+        check_rates(values["name"], rates)
     return rates_to_thresholds(rates)
 
 
-checked_ids = define(
+_IDS = define(
     "checked_ids",
     "Tensor ids, SymInt rows, SymInt lowest, str name) -> Tensor",
     _checked_ids,
-    lambda *, ids, rows, lowest, name: torch.empty_like(ids),
+    lambda values: torch.empty_like(values["ids"]),
 )
-checked_coefficient = define(
+_COEFFICIENT = define(
     "checked_coefficient",
     "Tensor value, str name) -> Tensor",
     _checked_coefficient,
-    lambda *, value, name: torch.empty_like(value),
+    lambda values: torch.empty_like(values["value"]),
 )
-checked_thresholds = define(
+_THRESHOLDS = define(
     "rates_to_thresholds",
     "Tensor rates, str name) -> Tensor",
     _rates_to_thresholds,
-    lambda *, rates, name: rates.new_empty(rates.shape, dtype=torch.int16),
+    lambda values: values["rates"].new_empty(values["rates"].shape, dtype=torch.int16),
 )
+
+
+def usable_thresholds(name: str, rates: Tensor) -> Tensor:
+    """The thresholds of a tensor of rates, checked on the CPU."""
+    thresholds: Tensor = _THRESHOLDS({"rates": rates, "name": name})
+    return thresholds
 
 
 def usable_ids(
@@ -90,8 +99,8 @@ def usable_ids(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Ids that are safe to index with; on a GPU a (B,) factor too, NaN where a row's are bad."""
     if positive.device.type == "cpu":
-        positive = checked_ids(ids=positive, rows=rows, lowest=0, name="positive")
-        negative = checked_ids(ids=negative, rows=rows, lowest=-1, name="negative")
+        positive = _IDS({"ids": positive, "rows": rows, "lowest": 0, "name": "positive"})
+        negative = _IDS({"ids": negative, "rows": rows, "lowest": -1, "name": "negative"})
         return positive, negative, None
     bad_positive = (positive < 0) | (positive >= rows)
     bad_negative = (negative < -1) | (negative >= rows)
@@ -104,6 +113,6 @@ def usable_ids(
 def usable_coefficient(name: str, value: Tensor) -> Tensor:
     """A coefficient, checked; on a GPU NaN if it is out of range."""
     if value.device.type == "cpu":
-        checked: Tensor = checked_coefficient(value=value, name=name)
+        checked: Tensor = _COEFFICIENT({"value": value, "name": name})
         return checked
     return torch.where((value >= 0) & value.isfinite(), value, float("nan"))
