@@ -102,7 +102,6 @@ class CudaBackend(KernelBackend):
     atomic_gradient = False
 
     def __init__(self) -> None:
-        super().__init__()
         self._native, self._missing = _load()
 
     def unavailable(self) -> str | None:

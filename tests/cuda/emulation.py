@@ -23,7 +23,6 @@ import torch
 from emu_kernels import backends
 from emu_kernels._version import __version__
 from emu_kernels.backends.cuda import CudaBackend
-from emu_kernels.ops import KernelBackend
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULE = "_cuda_emulated"
@@ -111,7 +110,6 @@ class EmulatedCudaBackend(CudaBackend):
     device_types = ("cpu",)
 
     def __init__(self, native: ModuleType) -> None:
-        KernelBackend.__init__(self)
         self._native = native
         self._library = ctypes.CDLL(native.__file__)
 
@@ -132,5 +130,5 @@ def install() -> EmulatedCudaBackend:
     if isinstance(current, EmulatedCudaBackend):
         return current
     backend = EmulatedCudaBackend(load(build()))
-    backends._BY_NAME["cuda"] = backend
+    backends.register(backend)
     return backend
