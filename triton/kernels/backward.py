@@ -22,6 +22,7 @@ from emu_kernels.triton.tiles import (
     spread,
     store_parts,
     terms,
+    zeros,
 )
 
 
@@ -211,7 +212,8 @@ def join_segments(
 
 @triton.jit
 def _atomic_add(pointer, base, j, inside, parts, kind: tl.constexpr):
-    for i in tl.static_range(kind.PARTS):
+    PARTS: tl.constexpr = kind.PARTS
+    for i in tl.static_range(PARTS):
         tl.atomic_add(pointer + (base + (i * kind.W + j)), parts[i], mask=inside, sem="relaxed")
 
 
@@ -238,7 +240,7 @@ def scatter(
     j = components(first, kind.WIDTH)
     inside = spread(real) & (j < kind.W)
     c = load_parts(inputs.table, spread(ids * kind.STRIDE), j, inside, kind, REAL)
-    rows = b + tl.zeros((kind.ROWS,), tl.int64)
+    rows = b + zeros(kind, tl.int64)
     g = contributions(
         inputs, Sizes(B, K, R, N, row_offset, threshold), row_scale, weight, mutated_weight,
         tl.load(inputs.seed), load_bounds(inputs.thresholds, threshold, first, kind), rows, k,

@@ -27,6 +27,7 @@ from emu_kernels.triton.tiles import (
     spread_sums,
     store_parts,
     store_sums,
+    zeros,
 )
 
 
@@ -62,11 +63,9 @@ def scores(
     own = tl.load(inputs.positive + b)
     own_good = check_ids(own, 0, N, inputs.report, own == own)
     own = tl.where(own_good, own, 0)  # a row to read: its scores become NaN
-    zero = tl.zeros((kind.ROWS,), REAL)
-    plain = [zero for s in (0, 1)[: kind.SUMS]]
+    plain = [zeros(kind, REAL) for s in (0, 1)[: kind.SUMS]]
     mutated = plain
     positive = [tl.zeros((1,), REAL) for s in (0, 1)[: kind.SUMS]]
-    row = row_offset + b + tl.zeros((kind.ROWS,), tl.int64)
     seed = tl.load(inputs.seed)
     for first in range(0, kind.W, kind.WIDTH):
         j = components(first, kind.WIDTH)
@@ -77,7 +76,7 @@ def scores(
         positive = add_row_sums(positive, query.t, kind)
         if kind.MUTATED:
             bounds = load_bounds(inputs.thresholds, threshold, first, kind)
-            drawn = draw(seed, bounds, k, row, first, kind, REAL)
+            drawn = draw(seed, bounds, k, row_offset + b, first, kind, REAL)
             mutated = add_row_sums(mutated, mutate(query, tile, drawn, kind).t, kind)
     good = good & own_good
     padding = ids == -1
@@ -120,7 +119,6 @@ def query_gradient(
     query = load_query(inputs, b, own, j, inside, kind, REAL)
     gq = no_tile(inputs.table, kind.STRIDE, j, K, kind, REAL)
     gz, ga = gq, gq
-    row = row_offset + b + tl.zeros((kind.ROWS,), tl.int64)
     seed = tl.load(inputs.seed)
     each = B.to(tl.int64) * K
     bounds = load_bounds(inputs.thresholds, threshold, first, kind)
@@ -136,7 +134,7 @@ def query_gradient(
         gq = add_products(gq, 1.0, w, tile.d, kind)
         ga = add_by_scale(ga, 1.0, w, tile, kind)
         if kind.MUTATED:
-            drawn = draw(seed, bounds, k, row, first, kind, REAL)
+            drawn = draw(seed, bounds, k, row_offset + b, first, kind, REAL)
             mutant = mutate(query, tile, drawn, kind)
             w = spread_sums(load_sums(mutated_weight, at, each, valid, kind))
             gq = add_products(gq, 1.0, w, mutant.d, kind)
@@ -183,7 +181,8 @@ def finish_gradient(
         gz = [(gz[i] + w[i % kind.SUMS]) * query.q[i] for i in (0, 1)[: kind.PARTS]]
     else:
         gz = [-(gz[i] + w[i % kind.SUMS] * query.d[i]) for i in (0, 1)[: kind.PARTS]]
-    for i in tl.static_range(kind.PARTS):
+    PARTS: tl.constexpr = kind.PARTS
+    for i in tl.static_range(PARTS):
         if kind.SCALED[i]:
             by = ga[i] - w[i % kind.SUMS] * query.d[i] * query.z[i]
             tl.store(grad_scale + scale_places(row_out, j, i, kind), by, mask=inside)

@@ -35,7 +35,8 @@ def _add_by_weights(by, real, x, v, kind: tl.constexpr):
 @triton.jit
 def _store_by_weights(grad_weights, b, by, w, v, kind: tl.constexpr):
     """With the positive's own part, of weight w."""
-    for s in tl.static_range(kind.SUMS):
+    SUMS: tl.constexpr = kind.SUMS
+    for s in tl.static_range(SUMS):
         tl.store(grad_weights + kind.SUMS * b + s, tl.sum(by[s], 0) + w * v[s])
 
 

@@ -18,6 +18,7 @@ from emu_kernels.triton.tiles import (
     over_rows,
     spread,
     store_parts,
+    zeros,
 )
 
 
@@ -40,9 +41,8 @@ def mutate_forward(
     base = spread((b * K + k) * kind.D)
     z = load_parts(positive, b * kind.D, j, j < kind.W, kind, T)
     c = load_parts(negative, base, j, inside, kind, T)
-    row = row_offset + b + tl.zeros((kind.ROWS,), tl.int64)
     bounds = load_bounds(inputs.thresholds, threshold, first, kind)
-    drawn = draw(tl.load(inputs.seed), bounds, k, row, first, kind, T)
+    drawn = draw(tl.load(inputs.seed), bounds, k, row_offset + b, first, kind, T)
     store_parts(out, base, j, inside, mix_parts(z, c, drawn, kind), kind)
 
 
@@ -59,8 +59,8 @@ def mutate_backward(
     first = (tl.program_id(0) % kind.CHUNKS) * kind.WIDTH
     b = (tl.program_id(0) // kind.CHUNKS).to(tl.int64)
     j = components(first, kind.WIDTH)
-    total = of_parts(tl.zeros((4, kind.ROWS, kind.WIDTH // 16, 4), REAL), kind)
-    row = row_offset + b + tl.zeros((kind.ROWS,), tl.int64)
+    zero = spread(zeros(kind, REAL)) + components(0, kind.WIDTH).to(REAL) * 0
+    total = of_parts(zero, kind)
     bounds = load_bounds(inputs.thresholds, threshold, first, kind)
     seed = tl.load(inputs.seed)
     for start in range(0, K, kind.ROWS):
@@ -68,7 +68,7 @@ def mutate_backward(
         inside = spread(k < K) & (j < kind.W)
         base = spread((b * K + k) * kind.D)
         g = load_parts(grad, base, j, inside, kind, T)
-        drawn = draw(seed, bounds, k, row, first, kind, T)
+        drawn = draw(seed, bounds, k, row_offset + b, first, kind, T)
         total = _add_given(total, g, drawn, kind)
         store_parts(grad_negative, base, j, inside, _kept(g, drawn, kind), kind)
     store_parts(grad_positive, b * kind.D, j, j < kind.W, over_rows(total), kind)

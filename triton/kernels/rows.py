@@ -35,6 +35,7 @@ from emu_kernels.triton.tiles import (
     spread_sums,
     store_parts,
     store_sums,
+    zeros,
 )
 
 
@@ -98,12 +99,11 @@ def accumulate(
     if split == 0:
         own_at = b + tl.arange(0, 1)
         store_sums(positive_out, own_at, B, own_at >= 0, v, kind)
-    m = tl.zeros((kind.ROWS,), REAL) + combine(v, inputs.weights, kind)
+    m = zeros(kind, REAL) + combine(v, inputs.weights, kind)
     mutated_m = m
     # Of e^(s − m), e^(ŝ − m̂) and 1; by the query, the positive, the scale.
     qs = no_tile(inputs.table, kind.STRIDE, j, K, kind, REAL)
     qe, qu, ze, zu, as_, ae, au = qs, qs, qs, qs, qs, qs, qs
-    row = row_offset + b + tl.zeros((kind.ROWS,), tl.int64)
     seed = tl.load(inputs.seed)
     each = B.to(tl.int64) * K
     bounds = load_bounds(inputs.thresholds, threshold, 0, kind)
@@ -122,7 +122,7 @@ def accumulate(
         qs = add_products(qs, shrink, x, tile.d, kind)
         as_ = add_by_scale(as_, shrink, x, tile, kind)
         if kind.MUTATED:
-            drawn = draw(seed, bounds, k, row, 0, kind, REAL)
+            drawn = draw(seed, bounds, k, row_offset + b, 0, kind, REAL)
             mutant = mutate(query, tile, drawn, kind)
             mutated_m, shrink, x, u = _score(
                 mutated_m, mutant.t, good, padding, inputs.weights, mutated_out, at, each, valid,

@@ -46,6 +46,13 @@ def over_rows(parts):
 
 
 @triton.jit
+def zeros(kind: tl.constexpr, REAL: tl.constexpr):
+    """(ROWS,)"""
+    ROWS: tl.constexpr = kind.ROWS  # in 3.6 a field is no constexpr until it is called one
+    return tl.zeros((ROWS,), REAL)
+
+
+@triton.jit
 def of_parts(x, kind: tl.constexpr):
     """The same for every part."""
     return [x for i in (0, 1)[: kind.PARTS]]
@@ -66,7 +73,8 @@ def load_parts(pointer, base, j, inside, kind: tl.constexpr, REAL: tl.constexpr)
 @triton.jit
 def store_parts(pointer, base, j, inside, parts, kind: tl.constexpr):
     element: tl.constexpr = pointer.dtype.element_ty
-    for i in tl.static_range(kind.PARTS):
+    PARTS: tl.constexpr = kind.PARTS
+    for i in tl.static_range(PARTS):
         tl.store(pointer + (base + (i * kind.W + j)), parts[i].to(element), mask=inside)
 
 
@@ -124,7 +132,8 @@ def load_sums(pointer, at, each, valid, kind: tl.constexpr):
 
 @triton.jit
 def store_sums(pointer, at, each, valid, sums, kind: tl.constexpr):
-    for s in tl.static_range(kind.SUMS):
+    SUMS: tl.constexpr = kind.SUMS
+    for s in tl.static_range(SUMS):
         tl.store(pointer + (s * each + at), sums[s], mask=valid)
 
 
@@ -211,15 +220,15 @@ def draw(
     seed,
     bounds,
     column,  # (ROWS,) k
-    row,  # (ROWS,) row_offset + b
+    row,  # (ROWS,) or one of all, row_offset + b
     first,  # component within a part, a multiple of 16
     kind: tl.constexpr,
     REAL: tl.constexpr,
 ):
     """Of each part the mask, bools that are true where a component comes from the positive; or the
     shares that negatives keep."""
+    row = (row + column * 0).to(tl.uint32)
     column = column.to(tl.uint32)
-    row = row.to(tl.uint32)
     if kind.SHARED:
         return of_parts(spread(shares(seed, column, row, kind).to(REAL)), kind)
     elif kind.PAIRS:
