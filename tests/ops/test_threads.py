@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from emu_kernels import _C, emu_mutate, emu_scores, fused_emu_loss, fused_softmax_loss
+from emu_kernels import _C, backends, emu_mutate, emu_scores, fused_emu_loss, fused_softmax_loss
 from tests.ops.support import (
     LOSS,
     Inputs,
@@ -291,7 +291,7 @@ def mutate(inputs: Inputs) -> None:
     ("function", "call"),
     [
         ("loss_forward", train),
-        ("Segments", train),
+        ("sort_ids", train),
         ("table_gradient", train),
         ("scores_forward", score),
         ("query_gradient", score),
@@ -319,7 +319,7 @@ def test_interpreter_is_free_while_a_kernel_runs(
         thread.start()
         ready.wait()
         with monkeypatch.context() as patch:
-            patch.setattr("emu_kernels.backends.cpu._C", Watched(function, gate, order))
+            patch.setattr(backends.get("cpu"), "_native", Watched(function, gate, order))
             call(inputs)
         thread.join()
         if order[0] == "other thread ran":
