@@ -23,6 +23,9 @@ from emu_kernels.triton.tiles import (
     tile_terms,
 )
 
+VARYING = [name for name in SIZES if name != "R"]
+"""R is specialised: where it is 1, a set of negatives a row, nothing is divided by it."""
+
 
 @triton.jit
 def contributions(
@@ -101,7 +104,7 @@ def contributions(
     return g0, g1
 
 
-@triton.jit(do_not_specialize=[*SIZES, "entries", "negatives"])
+@triton.jit(do_not_specialize=[*VARYING, "entries", "negatives"])
 def table_gradient(
     inputs,
     kind: tl.constexpr,
@@ -218,7 +221,7 @@ def join_segments(
         tl.store(out + slot * D + j, total.to(out.dtype.element_ty), mask=j < D)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=VARYING)
 def scatter(
     inputs,
     kind: tl.constexpr,

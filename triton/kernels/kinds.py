@@ -27,6 +27,9 @@ class Inputs(NamedTuple):
     report: Any  # where ids out of range are reported (emu_kernels/backends/ids.py)
 
 
+NO_INPUTS = Inputs(*[None] * len(Inputs._fields))
+
+
 class Sizes(NamedTuple):
     B: Any
     K: Any
@@ -52,8 +55,10 @@ class Kind(NamedTuple):
     CHUNKS: int  # tiles that cover a part
 
     # emu_kernels.similarity.Similarity
-    TERMS: Callable[..., Any]  # of the first half, or of both where COUPLED (similarities.py)
-    SECOND_TERMS: Callable[..., Any]
+    TERMS: (
+        Callable[..., Any] | None
+    )  # of the first half, or of both where COUPLED (similarities.py)
+    SECOND_TERMS: Callable[..., Any] | None
     COUPLED: bool
     BILINEAR: bool
     SUMS: int

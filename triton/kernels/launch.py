@@ -29,11 +29,11 @@ from emu_kernels.backends.base import (
     new_scores_gradient,
 )
 from emu_kernels.backends.triton import interpreted
-from emu_kernels.mutation import Component, Mutation
+from emu_kernels.mutation import Component, Mutation, NoMutation
 from emu_kernels.request import Draws, LossRequest, Request
 from emu_kernels.similarity import SIMILARITIES, Similarity
 from emu_kernels.triton import backward, forward, losses, mutate, rows
-from emu_kernels.triton.kinds import Inputs, Kind, Sizes
+from emu_kernels.triton.kinds import NO_INPUTS, Inputs, Kind, Sizes
 from emu_kernels.triton.masks import SHARES
 from emu_kernels.triton.similarities import TERMS
 
@@ -349,12 +349,9 @@ def loss_forward(request: LossRequest, *, need_grad: bool) -> LossState:
             spans, statistics = _accumulate(p, positive, state), p.new(5, p.rows)
         else:
             _scores(p, positive, plain, mutated, values=need_grad)
-        # Without gradients these are scores already: sums to be taken as they are.
-        of_scores = p if need_grad else _Scored(request)
-        of_scores.run(
+        _Sums(request, scored=not need_grad).run(
             losses.loss_rows,
             p.rows,
-            warps=4,
             coefficients=coefficients,
             positive_value=positive,
             plain=plain,
@@ -392,14 +389,22 @@ def loss_forward(request: LossRequest, *, need_grad: bool) -> LossState:
         return state
 
 
-class _Scored(Problem):
-    """The problem of scores that are given: they are their sums, whatever the similarity."""
+class _Sums(Problem):
+    """The problem as kernels see it that go from sums to weights: with nothing of rows and their
+    mutation, so that one compilation serves them all. ``scored``: the sums are scores already."""
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, *, scored: bool = False) -> None:
         super().__init__(request)
-        plain = SIMILARITIES["dot"]
-        self.kind = self.kind._replace(SUMS=plain.sums, ROOT=False, SECOND_ROOT=False)
-        self.inputs = self.inputs._replace(weights=None)
+        plain = _kind(0, NoMutation())._replace(TERMS=None, SECOND_TERMS=None, SOURCE="")
+        names = ("SUMS", "ROOT", "SECOND_ROOT", "DIRECT")
+        given = {} if scored else {name: getattr(self.kind, name) for name in names}
+        self.kind = plain._replace(MUTATED=self.kind.MUTATED, **given)
+        self.inputs = NO_INPUTS._replace(
+            positive=request.positive,
+            negative=request.negative,
+            weights=None if scored else request.weights,
+        )
+        self.tile = Tile(1, 1, 4)
 
 
 def query_gradient(request: Request, upstream: ScoreWeights) -> ScoresGradient:
@@ -409,10 +414,9 @@ def query_gradient(request: Request, upstream: ScoreWeights) -> ScoresGradient:
         values, of_sums = p.new(p.kind.SUMS, p.rows), p.new(p.kind.SUMS, p.rows)
         if not p.kind.DIRECT:
             _scores(p, values, state.weight, state.mutated_weight, values=True)
-        p.run(
+        _Sums(request).run(
             losses.sum_weights,
             p.rows,
-            warps=4,
             positive_value=values,
             plain=state.weight,
             mutated=state.mutated_weight,
@@ -545,7 +549,7 @@ class _Mutation:
         thresholds, threshold = _masks(draws.mutation)
         self.tile = tile(kind.W, count)
         self.kind = _with_tile(kind, self.tile)
-        self.inputs = Inputs(None, None, None, None, None, None, draws.seed, thresholds, None)
+        self.inputs = NO_INPUTS._replace(seed=draws.seed, thresholds=thresholds)
         self.sizes = Sizes(batch, count, 1, 0, draws.row_offset, threshold)
 
     def run(self, kernel: Any, programs: int, **own: Any) -> None:
