@@ -32,13 +32,18 @@ from emu_kernels.backends.base import (
 from emu_kernels.library import Values, arguments, build, define, differentiable, flatten, tensors
 from emu_kernels.request import Draws, LossRequest, Request
 
-_KERNELS: dict[str, Kernels] = {}
+_KERNELS: dict[str, Kernels] = {}  # what the operators' ``backend`` names
 _WITH_GRADIENT = differentiable(Request)
 
 _REQUEST = f"{arguments(Request)}, str backend"
 _SCORE_WEIGHTS = ", ".join(f"Tensor {name}" for name in ScoreWeights._fields)
 _SUM_WEIGHTS = ", ".join(f"Tensor {name}" for name in SumWeights._fields)
 _DRAWS = f"{arguments(Draws)}, str backend"
+
+
+def register(kernels: Kernels) -> None:
+    """Have the operators find a backend by its name."""
+    _KERNELS[kernels.name] = kernels
 
 
 def _checked(values: Values) -> Kernels:
@@ -329,9 +334,6 @@ class _Mutate(torch.autograd.Function):
 
 class KernelBackend(Kernels):
     """A :class:`emu_kernels.backends.base.Backend` of :class:`Kernels`, through the operators."""
-
-    def __init__(self) -> None:
-        _KERNELS[self.name] = self
 
     def loss(self, request: LossRequest) -> Loss:
         values = {**flatten(request), "backend": self.name}

@@ -135,5 +135,5 @@ def install() -> EmulatedCudaBackend:
     if isinstance(current, EmulatedCudaBackend):
         return current
     backend = EmulatedCudaBackend(load(build()))
-    backends._BY_NAME["cuda"] = backend
+    backends.register(backend)
     return backend
