@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from emu_kernels.backends import ids
-from emu_kernels.backends._batch import batch, mask
 from emu_kernels.backends.base import (
     LossState,
     MutateGradient,
@@ -28,7 +27,6 @@ from emu_kernels.backends.base import (
     ScoreWeights,
     SparseRows,
     SumWeights,
-    new_loss_state,
 )
 from emu_kernels.ops import KernelBackend
 from emu_kernels.request import Draws, LossRequest, Request
@@ -116,46 +114,28 @@ class TritonBackend(KernelBackend):
         ids.check(name, ids_, rows=rows, lowest=lowest)
 
     def loss_forward(self, request: LossRequest, *, need_grad: bool) -> LossState:
-        beta, alpha, coefficients = request.beta, request.alpha, request.coefficients
+        coefficients = request.coefficients
         if coefficients is not None and coefficients.device.type == "cpu":
             # Reading them waits for nothing; elsewhere the kernels make NaN of a bad one.
             for name, value in zip(("beta", "alpha"), coefficients.tolist(), strict=True):
                 coefficient(name, value)
-        return _kernels().loss_forward(
-            batch(request),
-            beta=beta,
-            alpha=alpha,
-            coefficients=coefficients,
-            sample_weight=request.sample_weight,
-            reduction=request.reduction,
-            need_grad=need_grad,
-            state=new_loss_state(request, need_grad=need_grad),
-        )
+        return _kernels().loss_forward(request, need_grad=need_grad)
 
     def scores_forward(self, request: Request) -> Scores:
-        return Scores(*_kernels().scores_forward(batch(request)))
+        return _kernels().scores_forward(request)
 
     def query_gradient(self, request: Request, upstream: ScoreWeights) -> ScoresGradient:
-        positive_weight, weight, mutated_weight = upstream
-        return _kernels().query_gradient(batch(request), positive_weight, weight, mutated_weight)
+        return _kernels().query_gradient(request, upstream)
 
     def table_gradient(self, request: Request, sums: SumWeights) -> Tensor:
-        row_scale, weight, mutated_weight, grad_positive = sums
         atomic = table_gradients == "atomic" and not torch.are_deterministic_algorithms_enabled()
-        return _kernels().table_gradient(
-            batch(request), row_scale, weight, mutated_weight, grad_positive, atomic=atomic
-        )
+        return _kernels().table_gradient(request, sums, atomic=atomic)
 
     def table_gradient_sparse(self, request: Request, sums: SumWeights) -> SparseRows:
-        row_scale, weight, mutated_weight, grad_positive = sums
-        return SparseRows(
-            *_kernels().table_gradient_sparse(
-                batch(request), row_scale, weight, mutated_weight, grad_positive
-            )
-        )
+        return _kernels().table_gradient_sparse(request, sums)
 
     def mutate_forward(self, positive: Tensor, negative: Tensor, draws: Draws) -> Tensor:
-        return _kernels().mutate_forward(positive, negative, mask(draws))
+        return _kernels().mutate_forward(positive, negative, draws)
 
     def mutate_backward(self, grad: Tensor, draws: Draws) -> MutateGradient:
-        return MutateGradient(*_kernels().mutate_backward(grad, mask(draws)))
+        return _kernels().mutate_backward(grad, draws)

@@ -1,4 +1,4 @@
-"""Compiles, with no GPU, what the backend would launch on one, and reads off what came out.
+"""Compiles, with no GPU, what the backend would launch on one, and reads the machine code.
 
 The launches are recorded from real calls, on the CPU's tensors, so block sizes and specialisations
 are the backend's own. Triton is given a driver that only names a target. Has to run where
@@ -22,7 +22,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 import triton
-from emu_kernels.backends._batch import Batch
+from emu_kernels.backends.base import SumWeights
+from emu_kernels.mutation import Component, Mixup, Mutation, NoMutation, Pair
+from emu_kernels.request import LossRequest
 from emu_kernels.similarity import SIMILARITIES
 from emu_kernels.triton import launch
 
@@ -33,7 +35,13 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-MUTATIONS = ("none", "component", "pair", "mixup", "rates")
+MUTATIONS: dict[str, Mutation] = {
+    "none": NoMutation(),
+    "component": Component(threshold=156),
+    "pair": Pair(threshold=156),
+    "mixup": Mixup(),
+    "rates": Component(),  # with thresholds of the row's length
+}
 
 
 @dataclass(frozen=True)
@@ -47,15 +55,17 @@ class Launch:
         return str(self.kernel.__name__)
 
     @property
-    def kind(self) -> dict[str, Any]:
-        """The constants that it is compiled for."""
-        return {name: value for name, value in self.arguments.items() if name.isupper()}
+    def constants(self) -> dict[str, Any]:
+        """What it is compiled for."""
+        named = {name: value for name, value in self.arguments.items() if name.isupper()}
+        return named | (self.arguments["kind"]._asdict() if "kind" in self.arguments else {})
 
     @property
     def types(self) -> tuple[str, ...]:
+        given = (*self.arguments.values(), *self.arguments.get("inputs", ()))
         return tuple(
             str(value.dtype) if isinstance(value, torch.Tensor) else str(value is None)
-            for value in self.arguments.values()
+            for value in given
         )
 
 
@@ -75,7 +85,7 @@ class Compiled:
         return self.longest / self.components
 
 
-def batch(
+def request(
     similarity: str,
     mutation: str,
     *,
@@ -85,30 +95,32 @@ def batch(
     dim: int = 100,
     entities: int = 14541,
     scale: bool = True,
-) -> Batch:
-    """A batch of the sizes that decide what is launched; its values are never read."""
+) -> LossRequest:
+    """Of the sizes that decide what is launched; the tensors' values are never read."""
     takes = SIMILARITIES[similarity]
     real = torch.float64 if dtype == torch.float64 else torch.float32
     width = dim // takes.halves * takes.scaled_halves
-    rates = mutation == "rates"
-    return Batch(
+    rule = MUTATIONS[mutation]
+    if mutation == "rates":
+        rule = Component(thresholds=torch.empty(dim, dtype=torch.int16))
+    return LossRequest(
         query=torch.empty(rows, dim, dtype=real),
-        table=torch.empty(1, dim, dtype=dtype)
-        .expand(entities, dim)
-        .as_strided((entities, dim), (dim, 1))
-        if False
-        else torch.empty(entities, dim, dtype=dtype),
+        table=torch.empty(entities, dim, dtype=dtype),
         scale=torch.empty(rows, width, dtype=real) if scale and width else None,
         weights=torch.empty(takes.weights, dtype=real) if takes.weights else None,
         positive=torch.zeros(rows, dtype=torch.int64),
         negative=torch.zeros(rows, count, dtype=torch.int64),
         seed=torch.tensor(0),
-        thresholds=torch.empty(dim, dtype=torch.int16) if rates else None,
         row_offset=0,
-        mutation="component" if rates else mutation,
-        threshold=2 if mutation == "mixup" else 156,
+        mutation=rule,
         similarity=similarity,
         phase_scale=1.5 if takes.phases else 1.0,
+        sparse_grad=False,
+        beta=0.5,
+        alpha=0.1,
+        coefficients=None,
+        sample_weight=None,
+        reduction="mean",
     )
 
 
@@ -127,21 +139,12 @@ def recording() -> Iterator[list[Launch]]:
         launch.run = before
 
 
-def loss(made: Batch) -> Any:
-    return launch.loss_forward(
-        made, beta=0.5, alpha=0.1, coefficients=None, sample_weight=None, reduction="mean",
-        need_grad=True,
-    )  # fmt: skip
-
-
-def step(made: Batch, *, atomic: bool = False) -> list[Launch]:
-    """What a loss and its backward pass launch."""
+def step(made: LossRequest, *, atomic: bool = False) -> list[Launch]:
+    """The launches of a loss and its backward pass."""
     with recording() as launches:
-        state = loss(made)
-        launch.table_gradient(
-            made, state.row_scale, state.weight, state.mutated_weight, state.grad_positive,
-            atomic=atomic,
-        )  # fmt: skip
+        state = launch.loss_forward(made, need_grad=True)
+        sums = SumWeights(state.row_scale, state.weight, state.mutated_weight, state.grad_positive)
+        launch.table_gradient(made, sums, atomic=atomic)
     return launches
 
 
@@ -171,7 +174,7 @@ def build(launched: Launch, name: str) -> Any:
 
 def inspect(launched: Launch, name: str) -> Compiled:
     kernel = build(launched, name)
-    given = launched.arguments
+    given = launched.constants
     tile = given.get("ROWS", 1) * given.get("WIDTH", given.get("BLOCK", 1)) * given.get("PARTS", 1)
     lanes = TARGETS[name].warp_size * launched.warps
     if name.startswith("gfx"):

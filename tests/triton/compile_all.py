@@ -1,5 +1,5 @@
 """``python -m tests.triton.compile_all [--all]``: compiles the kernels for GPUs that need not be
-here, and prints what came out, a JSON line each.
+here, and prints registers, spills and instructions, a JSON line each.
 
 Without --all it is the part that the tests check: for sm_90 every similarity, every kind of
 mutation and each dtype of 32 bits or less, for the other targets the cheapest and the dearest
@@ -63,12 +63,12 @@ def main(arguments: list[str]) -> None:
     full = arguments == ["--all"]
     seen = set()
     for case in everything() if full else checked():
-        made = aot.batch(case.similarity, case.mutation, dtype=case.dtype, dim=case.dim)
+        made = aot.request(case.similarity, case.mutation, dtype=case.dtype, dim=case.dim)
         launches = aot.step(made)
         if full or case == Case("sm_90", "dot", "component", torch.float32, 100):
             launches += aot.step(made, atomic=True)
         for launched in launches:
-            key = (case.target, launched.name, repr(launched.kind), launched.types)
+            key = (case.target, launched.name, repr(launched.constants), launched.types)
             if key in seen or (launched.name in SKIPPED and case.similarity != "dot"):
                 continue
             seen.add(key)

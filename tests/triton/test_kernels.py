@@ -1,4 +1,4 @@
-"""What is the Triton backend's own: its plans, its tiles, and how its kernels report bad ids."""
+"""The Triton backend's plans and tiles, and how its kernels report bad ids."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from emu_kernels import backends, emu_scores, fused_emu_loss
 from emu_kernels.backends import ids
 from emu_kernels.backends import triton as backend
-from emu_kernels.backends._batch import Batch
+from emu_kernels.mutation import Component
+from emu_kernels.request import LossRequest
 from tests.ops.support import LOSS, Inputs, Options, assert_agree, evaluate, exact, make, same_bits
 
 if backends.get("triton").unavailable() is not None:
@@ -33,7 +34,7 @@ def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(launch, "tile", lambda width, count: chosen)
     monkeypatch.setattr(launch, "backward_tile", lambda p: (4, chosen))
     monkeypatch.setattr(launch, "block", lambda count: 16)
-    monkeypatch.setattr(launch, "_splits", lambda p, programs, rows: 2)
+    monkeypatch.setattr(launch, "_splits", lambda p, programs: 2)
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +75,7 @@ def test_atomic_additions_give_way_where_torch_wants_determinism(
     inputs = make(4, 9, 37, rows=6, device=DEVICE)
     expected = evaluate(fused_emu_loss, inputs, backend="triton", **LOSS)
     monkeypatch.setattr(backend, "table_gradients", "atomic")
-    monkeypatch.setattr(launch, "_scatter", lambda *arguments: pytest.fail("atomic"))
+    monkeypatch.setattr(launch.backward, "scatter", None)  # cannot be launched
     torch.use_deterministic_algorithms(True)
     try:
         actual = evaluate(fused_emu_loss, inputs, backend="triton", **LOSS)
@@ -108,7 +109,7 @@ def spoiled(name: str, value: int) -> Inputs:
 def test_a_bad_id_makes_its_row_nan_and_is_raised_later(
     name: str, value: int, similarity: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing outside the table is read or written, and other rows are what they were."""
+    """Nothing outside the table is read or written, and other rows keep their values."""
     monkeypatch.delenv("EMU_KERNELS_CHECK", raising=False)
     options = LOSS | {"backend": "triton", "similarity": similarity, "reduction": "none"}
     good = evaluate(fused_emu_loss, make(4, 5, 20, rows=9, device=DEVICE), **options)
@@ -133,14 +134,13 @@ def test_scores_of_a_bad_id(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("bad", [-0.5, float("nan"), float("inf")])
 def test_a_bad_coefficient_on_the_device_gives_nan(bad: float) -> None:
     inputs = make(2, 3, 20, device=DEVICE)
-    batch = Batch(
-        *inputs[:2], None, None, *inputs[2:], torch.tensor(1, device=DEVICE), None, 0,
-        "component", 128, "dot", 1.0,
-    )  # fmt: skip
     for pair in ([bad, 0.5], [0.5, bad]):
-        state = launch.loss_forward(
-            batch, beta=0.0, alpha=0.0, coefficients=torch.tensor(pair, device=DEVICE),
-            sample_weight=None, reduction="mean", need_grad=True,
+        request = LossRequest(
+            **inputs._asdict(), scale=None, weights=None, similarity="dot", phase_scale=1.0,
+            mutation=Component(threshold=128), seed=torch.tensor(1, device=DEVICE), row_offset=0,
+            sparse_grad=False, beta=0.0, alpha=0.0, sample_weight=None, reduction="mean",
+            coefficients=torch.tensor(pair, device=DEVICE),
         )  # fmt: skip
+        state = launch.loss_forward(request, need_grad=True)
         assert state.loss.isnan()
         assert state.grad_query.isnan().all()

@@ -1,29 +1,41 @@
-"""From tensors to launches: grids, block sizes, scratch memory. Nothing here waits for the device.
+"""From requests to launches: grids, block sizes, scratch memory. Nothing here waits for the device.
 
 Block sizes come from a table keyed by shape, not from timing runs: see :func:`tile`.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from emu_kernels.backends import ids
-from emu_kernels.backends._batch import Batch, MaskSpec
 from emu_kernels.backends.base import (
     LossState,
+    MutateGradient,
+    Scores,
     ScoresGradient,
+    ScoreWeights,
+    SparseRows,
+    SumWeights,
+    new_loss_state,
     new_scores,
     new_scores_gradient,
 )
 from emu_kernels.backends.triton import interpreted
-from emu_kernels.similarity import SIMILARITIES
+from emu_kernels.mutation import Component, Mutation, NoMutation
+from emu_kernels.request import Draws, LossRequest, Request
+from emu_kernels.similarity import SIMILARITIES, Similarity
 from emu_kernels.triton import backward, forward, losses, mutate, rows
+from emu_kernels.triton.kinds import NO_INPUTS, Inputs, Kind, Sizes
+from emu_kernels.triton.masks import SHARES
+from emu_kernels.triton.similarities import TERMS
 
 INTERPRETED = interpreted()
 """Whether the kernels run on the CPU, one NumPy call an operation (TRITON_INTERPRET=1)."""
@@ -41,8 +53,7 @@ def _result(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     return like.new_zeros(shape, dtype=torch.float32 if cut else like.dtype)
 
 
-@dataclass(frozen=True)
-class Tile:
+class Tile(NamedTuple):
     rows: int  # candidates
     width: int  # components of each part
     warps: int
@@ -86,57 +97,124 @@ def run(kernel: Any, programs: int, warps: int, **arguments: Any) -> None:
         kernel[(programs,)](**arguments, num_warps=warps, enable_fp_fusion=False)
 
 
-class Problem:
-    """A batch in the kernels' terms."""
+@functools.cache
+def _source(*functions: Any) -> str:
+    """Kind.SOURCE: interpreted functions are not cached, and have no key."""
+    keys = "".join(getattr(function, "cache_key", "") for function in functions if function)
+    return hashlib.sha256(keys.encode()).hexdigest()[:16]
 
-    def __init__(self, batch: Batch) -> None:
-        self.batch = batch
-        table = batch.table
+
+def _kind(
+    dim: int,
+    rule: Mutation,
+    *,
+    stride: int = 0,
+    similarity: Similarity = SIMILARITIES["dot"],
+    scaled: bool = False,
+    phase_scale: float = 1.0,
+) -> Kind:
+    """All but the tile."""
+    parts = 2 if similarity.halves == 2 or rule.pairs else 1
+    terms, factors = TERMS[similarity.name], similarity.factors
+    share, parameter = SHARES[rule.name](rule) if rule.draw == "share" else (None, 0)
+    return Kind(
+        D=dim,
+        STRIDE=stride,
+        PARTS=parts,
+        W=dim // parts,
+        ROWS=0,
+        WIDTH=0,
+        CHUNKS=0,
+        TERMS=terms[0],
+        SECOND_TERMS=terms[-1],
+        COUPLED=similarity.coupled,
+        BILINEAR=similarity.bilinear,
+        SUMS=similarity.sums,
+        ROOT=similarity.roots[0],
+        SECOND_ROOT=similarity.roots[-1],
+        DIRECT=similarity.direct,
+        SCALED=scaled and factors[0] == "scale",
+        SECOND_SCALED=scaled and factors[-1] == "scale",
+        HALF=phase_scale / 2,
+        MUTATED=rule.draw != "none",
+        SHARED=rule.draw == "share",
+        PAIRS=rule.pairs,
+        SHARE=share,
+        PARAMETER=parameter,
+        SOURCE=_source(*terms, share),
+    )
+
+
+def _with_tile(kind: Kind, at: Tile) -> Kind:
+    return kind._replace(ROWS=at.rows, WIDTH=at.width, CHUNKS=-(-kind.W // at.width))
+
+
+def _masks(rule: Mutation) -> tuple[Tensor | None, int]:
+    """Thresholds of each unit, or the one of all."""
+    return (rule.thresholds, rule.threshold) if isinstance(rule, Component) else (None, 0)
+
+
+class Problem:
+    """A request in the kernels' terms."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        table = request.table
         if table.stride(-1) != 1 and table.shape[1] > 1:
             table = table.contiguous()
-        self.similarity = SIMILARITIES[batch.similarity]
-        self.rows, self.dim = batch.query.shape
-        groups, self.count = batch.negative.shape
-        self.parts = 2 if self.similarity.halves == 2 or batch.mutation == "pair" else 1
-        self.width = self.dim // self.parts
-        self.sums = self.similarity.sums
-        self.group_rows = self.rows // max(groups, 1)
-        # The three pieces in which the kernels take what is the same for all of them.
-        self.shape = {
-            "B": self.rows,
-            "K": self.count,
-            "R": max(self.group_rows, 1),
-            "N": table.shape[0],
-            "row_offset": batch.row_offset,
-            "threshold": batch.threshold,
-        }
-        self.kind = {
-            "D": self.dim,
-            "STRIDE": table.stride(0) if table.shape[0] > 1 else self.dim,
-            "PARTS": self.parts,
-            "SIM": batch.similarity,
-            "HALF": batch.phase_scale / 2,
-            "MUTATION": batch.mutation,
-            "ORDER": batch.threshold if batch.mutation == "mixup" else 1,
-        }
-        self.inputs = {
-            "query": batch.query,
-            "table": table,
-            "scale": batch.scale,
-            "positive": batch.positive,
-            "seed": batch.seed,
-            "thresholds": batch.thresholds,
-        }
+        self.rows, self.dim = request.query.shape
+        groups, self.count = request.negative.shape
+        self.similarity = SIMILARITIES[request.similarity]
+        thresholds, threshold = _masks(request.mutation)
+        self.kind = _kind(
+            self.dim,
+            request.mutation,
+            stride=table.stride(0) if table.shape[0] > 1 else self.dim,
+            similarity=self.similarity,
+            scaled=request.scale is not None,
+            phase_scale=request.phase_scale,
+        )
+        self.tile = tile(self.kind.W, self.count)
+        self.inputs = Inputs(
+            query=request.query,
+            table=table,
+            scale=request.scale,
+            weights=request.weights,
+            positive=request.positive,
+            negative=request.negative,
+            seed=request.seed,
+            thresholds=thresholds,
+            report=ids.report(table.device),
+        )
+        self.sizes = Sizes(
+            B=self.rows,
+            K=self.count,
+            R=max(self.rows // max(groups, 1), 1),
+            N=table.shape[0],
+            row_offset=request.row_offset,
+            threshold=threshold,
+        )
 
     @property
-    def tile(self) -> Tile:
-        return tile(self.width, self.count)
+    def chunks(self) -> int:
+        """Tiles that cover a part."""
+        return -(-self.kind.W // self.tile.width)
 
-    def chunks(self, tile: Tile) -> int:
-        return -(-self.width // tile.width)
+    @property
+    def blocks(self) -> int:
+        """Tiles that cover a row's candidates, at least one for the positive."""
+        return max(1, -(-self.count // self.tile.rows))
 
     def new(self, *shape: int) -> Tensor:
-        return self.batch.query.new_empty(shape)
+        return self.request.query.new_empty(shape)
+
+    def run(
+        self, kernel: Any, programs: int, at: Tile | None = None, warps: int = 0, **own: Any
+    ) -> None:
+        """Launch with what every kernel takes, and with the kernel's ``own`` arguments."""
+        at = at or self.tile
+        given = {"inputs": self.inputs, "kind": _with_tile(self.kind, at), **self.sizes._asdict()}
+        run(kernel, programs, warps or at.warps, **{**given, **own})
 
 
 def _optional(tensor: Tensor) -> Tensor | None:
@@ -144,61 +222,44 @@ def _optional(tensor: Tensor) -> Tensor | None:
 
 
 def _scores(p: Problem, positive: Tensor, plain: Tensor, mutated: Tensor, *, values: bool) -> None:
-    at = p.tile
-    run(
+    p.run(
         forward.scores,
-        p.rows * max(1, -(-p.count // at.rows)),
-        at.warps,
-        **p.inputs,
-        **p.shape,
-        **p.kind,
-        weights=p.batch.weights,
-        negative=p.batch.negative,
-        report=ids.report(p.batch.table.device),
+        p.rows * p.blocks,
         positive_out=positive,
         plain_out=plain,
         mutated_out=mutated,
         VALUES=values,
-        ROWS=at.rows,
-        WIDTH=at.width,
     )
 
 
-def scores_forward(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    with _on(batch.table):
-        out = new_scores(batch)
-        _scores(Problem(batch), *out, values=False)
+def scores_forward(request: Request) -> Scores:
+    with _on(request.table):
+        out = new_scores(request)
+        _scores(Problem(request), out.positive, out.negative, out.mutated, values=False)
         return out
 
 
-def _splits(p: Problem, programs: int, rows: int) -> int:
+def _splits(p: Problem, programs: int) -> int:
     """Over how many programs to split a row's negatives where rows alone are too few."""
     wanted = 1 if INTERPRETED else max(1, 1024 // max(programs, 1))
-    return min(_power_of_2(wanted), max(1, p.count // (4 * rows)))
+    return min(_power_of_2(wanted), max(1, p.count // (4 * p.tile.rows)))
 
 
 def _query_gradient(p: Problem, positive_weight: Tensor, state: LossState | ScoresGradient) -> None:
-    at = p.tile
-    splits = _splits(p, p.rows * p.chunks(at), at.rows)
+    splits = _splits(p, p.rows * p.chunks)
     out = [state.grad_query, state.grad_positive, state.grad_scale]
     partial = out if splits == 1 else [t.new_empty((splits, *t.shape)) for t in out]
-    run(
+    grad_query, grad_positive, grad_scale = partial
+    p.run(
         forward.query_gradient,
-        p.rows * p.chunks(at) * splits,
-        at.warps,
-        **p.inputs,
-        **p.shape,
-        **p.kind,
-        negative=p.batch.negative,
+        p.rows * p.chunks * splits,
         positive_weight=positive_weight,
         weight=state.weight,
         mutated_weight=state.mutated_weight,
-        grad_query=partial[0],
-        grad_positive=partial[1],
-        grad_scale=_optional(partial[2]),
+        grad_query=grad_query,
+        grad_positive=grad_positive,
+        grad_scale=_optional(grad_scale),
         SPLITS=splits,
-        ROWS=at.rows,
-        WIDTH=at.width,
     )
     if splits > 1:
         for total, parts in zip(out, partial, strict=True):
@@ -214,178 +275,156 @@ def _one_pass(p: Problem) -> bool:
     """Whether a row and its sums fit in registers: five sums of sixteen components a thread do,
     with the tile itself; more, a scale's or a second part's, would be spilled (see the
     ahead-of-time tests). Where they do not fit, candidates are read twice."""
-    if p.width > p.tile.width:
+    if p.tile.width < p.kind.W:
         return False
-    fits = not p.batch.mutated or (p.parts == 1 and p.batch.scale is None)
+    fits = not p.kind.MUTATED or (p.kind.PARTS == 1 and p.request.scale is None)
     return fits if passes is None else passes == 1
 
 
-def _accumulate(p: Problem, positive: Tensor, state: LossState) -> tuple[int, Tensor, Tensor]:
-    at = p.tile
-    splits = _splits(p, p.rows, at.rows)
-    vectors = (8 if p.batch.scale is not None else 5) if p.batch.mutated else 1
-    vectors = 6 if p.batch.scale is not None and not p.batch.mutated else vectors
-    maxima = p.new(2, p.rows, splits)
-    sums = p.new(vectors, p.rows, splits, p.dim)
-    run(
+@dataclass(frozen=True)
+class Spans:
+    """The sums of each of ``splits`` spans of a row's negatives (rows.py)."""
+
+    splits: int
+    maxima: Tensor
+    sums: Tensor
+
+
+def _accumulate(p: Problem, positive: Tensor, state: LossState) -> Spans:
+    splits = _splits(p, p.rows)
+    mutated, scaled = p.kind.MUTATED, p.request.scale is not None
+    vectors = 8 if mutated and scaled else 6 if scaled else 5 if mutated else 1
+    spans = Spans(splits, p.new(2, p.rows, splits), p.new(vectors, p.rows, splits, p.dim))
+    p.run(
         rows.accumulate,
         p.rows * splits,
-        at.warps,
-        **p.inputs,
-        **p.shape,
-        **p.kind,
-        weights=p.batch.weights,
-        negative=p.batch.negative,
-        report=ids.report(p.batch.table.device),
         positive_out=positive,
         plain_out=state.weight,
         mutated_out=state.mutated_weight,
-        maxima=maxima,
-        sums=sums,
+        maxima=spans.maxima,
+        sums=spans.sums,
         SPLITS=splits,
-        ROWS=at.rows,
-        WIDTH=at.width,
     )
-    return splits, maxima, sums
+    return spans
 
 
 def _merge(
-    p: Problem,
-    positive_weight: Tensor,
-    state: LossState,
-    statistics: Tensor,
-    splits: int,
-    maxima: Tensor,
-    sums: Tensor,
+    p: Problem, positive_weight: Tensor, state: LossState, statistics: Tensor, spans: Spans
 ) -> None:
-    wide = p.tile.width
-    inputs = {name: p.inputs[name] for name in ("query", "table", "scale", "positive")}
-    kind = {k: v for k, v in p.kind.items() if k != "ORDER"}
-    run(
+    p.run(
         rows.merge,
-        p.rows * -(-p.width // wide),
-        1,
-        **inputs,
-        **kind,
-        maxima=maxima,
-        sums=sums,
+        p.rows * p.chunks,
+        warps=1,
+        maxima=spans.maxima,
+        sums=spans.sums,
         statistics=statistics,
         positive_weight=positive_weight,
         grad_query=state.grad_query,
         grad_positive=state.grad_positive,
         grad_scale=_optional(state.grad_scale),
-        B=p.rows,
-        N=p.shape["N"],
-        SPLITS=splits,
-        WIDTH=wide,
+        SPLITS=spans.splits,
     )
 
 
-def loss_forward(
-    batch: Batch,
-    *,
-    beta: float,
-    alpha: float,
-    coefficients: Tensor | None,
-    sample_weight: Tensor | None,
-    reduction: str,
-    need_grad: bool,
-    state: LossState,
-) -> LossState:
-    with _on(batch.table):
-        p = Problem(batch)
-        if coefficients is None and batch.query.dtype == torch.float64:
+def loss_forward(request: LossRequest, *, need_grad: bool) -> LossState:
+    with _on(request.table):
+        p = Problem(request)
+        state = new_loss_state(request, need_grad=need_grad)
+        coefficients = request.coefficients
+        if coefficients is None and request.query.dtype == torch.float64:
             # A number would be passed in fp32.
-            new = batch.query.new_full
-            coefficients = torch.stack([new((), beta), new((), alpha)])
+            coefficients = request.query.new_tensor([request.beta, request.alpha])
         uls, vanilla = p.new(p.rows), p.new(p.rows)
+        spans = statistics = positive_weight = None
         if need_grad:
-            positive = p.new(p.sums, p.rows)
-            plain, mutated = state.weight, state.mutated_weight
-            positive_weight = p.new(p.sums, p.rows)
+            positive, plain, mutated = (
+                p.new(p.kind.SUMS, p.rows),
+                state.weight,
+                state.mutated_weight,
+            )
+            positive_weight = p.new(p.kind.SUMS, p.rows)
         else:
-            positive, plain, mutated = new_scores(batch)
-        one_pass = need_grad and _one_pass(p)
-        if one_pass:
-            spans = _accumulate(p, positive, state)
+            positive, plain, mutated = new_scores(request)
+        if need_grad and _one_pass(p):
+            spans, statistics = _accumulate(p, positive, state), p.new(5, p.rows)
         else:
             _scores(p, positive, plain, mutated, values=need_grad)
-        statistics = p.new(5, p.rows) if one_pass else None
-        common = {"coefficients": coefficients, "alpha": alpha, "B": p.rows}
-        run(
+        _Sums(request, scored=not need_grad).run(
             losses.loss_rows,
             p.rows,
-            4,
-            **common,
-            negative=batch.negative,
-            weights=batch.weights if need_grad else None,
+            coefficients=coefficients,
             positive_value=positive,
             plain=plain,
             mutated=mutated,
             uls_out=uls,
             vanilla_out=vanilla,
-            positive_weight=positive_weight if need_grad else None,
+            positive_weight=positive_weight,
             grad_weights=_optional(state.grad_weights),
             statistics=statistics,
-            K=p.count,
-            R=p.shape["R"],
-            beta=beta,
-            SIM=batch.similarity if need_grad else "dot",
-            MUTATED=batch.mutated,
+            beta=request.beta,
+            alpha=request.alpha,
             BLOCK=block(p.count),
         )
-        if statistics is not None:
-            _merge(p, positive_weight, state, statistics, *spans)
-        elif need_grad:
+        if positive_weight is not None and statistics is not None and spans is not None:
+            _merge(p, positive_weight, state, statistics, spans)
+        elif positive_weight is not None:
             _query_gradient(p, positive_weight, state)
         run(
             losses.reduce_rows,
             1,
             4,
-            **common,
+            coefficients=coefficients,
             uls=uls,
             vanilla=vanilla,
-            sample_weight=sample_weight,
+            sample_weight=request.sample_weight,
             loss=state.loss,
             terms=state.terms,
             row_scale=state.row_scale,
-            REDUCTION=reduction,
-            MUTATED=batch.mutated,
+            B=p.rows,
+            alpha=request.alpha,
+            REDUCTION=request.reduction,
+            MUTATED=p.kind.MUTATED,
             BLOCK=block(p.rows),
         )
         return state
 
 
-def query_gradient(
-    batch: Batch, positive_weight: Tensor, weight: Tensor, mutated_weight: Tensor
-) -> ScoresGradient:
-    with _on(batch.table):
-        p = Problem(batch)
-        state = new_scores_gradient(batch)
-        values, of_sums = p.new(p.sums, p.rows), p.new(p.sums, p.rows)
-        if batch.similarity not in ("dot", "l1", "rotate"):  # whose scores are their sums
+class _Sums(Problem):
+    """The problem as kernels see it that go from sums to weights: with nothing of rows and their
+    mutation, so that one compilation serves them all. ``scored``: the sums are scores already."""
+
+    def __init__(self, request: Request, *, scored: bool = False) -> None:
+        super().__init__(request)
+        plain = _kind(0, NoMutation())._replace(TERMS=None, SECOND_TERMS=None, SOURCE="")
+        names = ("SUMS", "ROOT", "SECOND_ROOT", "DIRECT")
+        given = {} if scored else {name: getattr(self.kind, name) for name in names}
+        self.kind = plain._replace(MUTATED=self.kind.MUTATED, **given)
+        self.inputs = NO_INPUTS._replace(
+            positive=request.positive,
+            negative=request.negative,
+            weights=None if scored else request.weights,
+        )
+        self.tile = Tile(1, 1, 4)
+
+
+def query_gradient(request: Request, upstream: ScoreWeights) -> ScoresGradient:
+    with _on(request.table):
+        p = Problem(request)
+        state = new_scores_gradient(request)
+        values, of_sums = p.new(p.kind.SUMS, p.rows), p.new(p.kind.SUMS, p.rows)
+        if not p.kind.DIRECT:
             _scores(p, values, state.weight, state.mutated_weight, values=True)
-        run(
+        _Sums(request).run(
             losses.sum_weights,
             p.rows,
-            4,
-            positive=batch.positive,
-            negative=batch.negative,
-            weights=batch.weights,
             positive_value=values,
             plain=state.weight,
             mutated=state.mutated_weight,
-            positive_score_weight=positive_weight,
-            plain_score_weight=weight,
-            mutated_score_weight=mutated_weight,
+            positive_score_weight=upstream.positive_weight,
+            plain_score_weight=upstream.weight,
+            mutated_score_weight=upstream.mutated_weight,
             positive_weight=of_sums,
             grad_weights=_optional(state.grad_weights),
-            B=p.rows,
-            K=p.count,
-            R=p.shape["R"],
-            N=p.shape["N"],
-            SIM=batch.similarity,
-            MUTATED=batch.mutated,
             BLOCK=block(p.count),
         )
         _query_gradient(p, of_sums, state)
@@ -398,9 +437,9 @@ def query_gradient(
 class Segments:
     """The ids of a batch, sorted, with where each came from; padding and bad ids last, as N."""
 
-    def __init__(self, batch: Batch) -> None:
-        rows = batch.table.shape[0]
-        found = torch.cat([batch.negative.flatten(), batch.positive])
+    def __init__(self, request: Request) -> None:
+        rows = request.table.shape[0]
+        found = torch.cat([request.negative.flatten(), request.positive])
         if found.numel() >= 2**31:
             raise RuntimeError(f"negative: expected fewer than 2^31 ids, got {found.numel()}")
         if rows < 2**31 - 1:
@@ -416,34 +455,25 @@ class Segments:
 
 
 def _table_gradient(
-    p: Problem,
-    segments: Segments,
-    weights: dict[str, Tensor],
-    slots: Tensor,
-    out: Tensor,
+    p: Problem, segments: Segments, sums: SumWeights, slots: Tensor, out: Tensor
 ) -> None:
     piece, at = backward_tile(p)
     entries = segments.keys.numel()
     pieces = -(-entries // piece)
     partial = p.new(pieces, 2, p.dim)
-    run(
+    p.run(
         backward.table_gradient,
-        pieces * p.chunks(at),
-        at.warps,
-        **p.inputs,
-        **p.shape,
-        **p.kind,
-        **weights,
+        pieces * -(-p.kind.W // at.width),
+        at,
+        **_contiguous(sums),
         keys=segments.keys,
         order=segments.order,
         slots=slots,
         out=out,
         partial=partial,
         entries=entries,
-        negatives=p.batch.negative.numel(),
+        negatives=p.request.negative.numel(),
         PIECE=piece,
-        ROWS=at.rows,
-        WIDTH=at.width,
     )
     wide = block(p.dim)
     run(
@@ -455,7 +485,7 @@ def _table_gradient(
         partial=partial,
         out=out,
         entries=entries,
-        N=p.shape["N"],
+        N=p.sizes.N,
         D=p.dim,
         PIECE=piece,
         WIDTH=wide,
@@ -468,130 +498,83 @@ def backward_tile(p: Problem) -> tuple[int, Tile]:
     One warp: a program works on one entity at a time, and several would wait for each other.
     """
     if INTERPRETED:
-        return 256, tile(p.width, p.count)
-    wide = max(16, min(_power_of_2(p.width), 256 // p.parts))
-    entities = min(p.shape["N"], p.batch.negative.numel())
+        return 256, p.tile
+    wide = max(16, min(_power_of_2(p.kind.W), 256 // p.kind.PARTS))
+    entities = min(p.sizes.N, p.request.negative.numel())
     pairs = p.rows * p.count / max(entities, 1)  # of an entity, if all are drawn alike
-    rows = 4 if pairs >= 3 else 1
-    piece = max(1, min(32, 2048 // p.shape["R"]))
-    return _power_of_2(piece), Tile(rows, wide, 1)
+    piece = max(1, min(32, 2048 // p.sizes.R))
+    return _power_of_2(piece), Tile(4 if pairs >= 3 else 1, wide, 1)
 
 
-def table_gradient(
-    batch: Batch,
-    row_scale: Tensor,
-    weight: Tensor,
-    mutated_weight: Tensor,
-    grad_positive: Tensor,
-    *,
-    atomic: bool,
-) -> Tensor:
-    with _on(batch.table):
-        p = Problem(batch)
-        weights = _contiguous(row_scale, weight, mutated_weight, grad_positive)
-        shape = batch.table.shape
+def table_gradient(request: Request, sums: SumWeights, *, atomic: bool) -> Tensor:
+    with _on(request.table):
+        p = Problem(request)
+        shape = request.table.shape
         if atomic:
-            summed = batch.query.new_zeros(shape)
-            _scatter(p, weights, summed)
-            return summed.to(batch.table.dtype)
-        out = _result(batch.table, shape)
+            summed = request.query.new_zeros(shape)
+            programs = p.rows * p.blocks * p.chunks
+            p.run(backward.scatter, programs, **_contiguous(sums), out=summed)
+            return summed.to(request.table.dtype)
+        out = _result(request.table, shape)
         if p.rows:
-            segments = Segments(batch)
-            _table_gradient(p, segments, weights, segments.keys, out)
-        return out.to(batch.table.dtype)
+            segments = Segments(request)
+            _table_gradient(p, segments, sums, segments.keys, out)
+        return out.to(request.table.dtype)
 
 
-def table_gradient_sparse(
-    batch: Batch,
-    row_scale: Tensor,
-    weight: Tensor,
-    mutated_weight: Tensor,
-    grad_positive: Tensor,
-) -> tuple[Tensor, Tensor]:
-    with _on(batch.table):
-        p = Problem(batch)
-        weights = _contiguous(row_scale, weight, mutated_weight, grad_positive)
-        segments = Segments(batch)
-        touched, slots = segments.touched(batch.table.shape[0])
-        out = _result(batch.table, (touched.numel(), p.dim))
+def table_gradient_sparse(request: Request, sums: SumWeights) -> SparseRows:
+    with _on(request.table):
+        p = Problem(request)
+        segments = Segments(request)
+        touched, slots = segments.touched(request.table.shape[0])
+        out = _result(request.table, (touched.numel(), p.dim))
         if p.rows:
-            _table_gradient(p, segments, weights, slots, out)
-        return touched.to(torch.int64), out.to(batch.table.dtype)
+            _table_gradient(p, segments, sums, slots, out)
+        return SparseRows(touched.to(torch.int64), out.to(request.table.dtype))
 
 
-def _contiguous(*tensors: Tensor) -> dict[str, Tensor]:
-    names = ("row_scale", "weight", "mutated_weight", "grad_positive")
-    return {name: t.contiguous() for name, t in zip(names, tensors, strict=True)}
-
-
-def _scatter(p: Problem, weights: dict[str, Tensor], out: Tensor) -> None:
-    at = p.tile
-    run(
-        backward.scatter,
-        p.rows * max(1, -(-p.count // at.rows)) * p.chunks(at),
-        at.warps,
-        **p.inputs,
-        **p.shape,
-        **p.kind,
-        **weights,
-        negative=p.batch.negative,
-        out=out,
-        ROWS=at.rows,
-        WIDTH=at.width,
-    )
+def _contiguous(sums: SumWeights) -> dict[str, Any]:
+    return {name: tensor.contiguous() for name, tensor in sums._asdict().items()}
 
 
 # --- mutation alone -------------------------------------------------------------------------------
 
 
-def _mutate(mask: MaskSpec, tensor: Tensor) -> tuple[dict[str, Any], Tile, int]:
-    _, count, dim = tensor.shape
-    parts = 2 if mask.mutation == "pair" else 1
-    at = tile(dim // parts, count)
-    arguments = {
-        "seed": mask.seed,
-        "thresholds": mask.thresholds,
-        "K": count,
-        "row_offset": mask.row_offset,
-        "threshold": mask.threshold,
-        "D": dim,
-        "PARTS": parts,
-        "MUTATION": mask.mutation,
-        "ROWS": at.rows,
-        "WIDTH": at.width,
-    }
-    return arguments, at, -(-(dim // parts) // at.width)
+class _Mutation:
+    """A launch of the kernels of (B, K, D) tensors."""
+
+    def __init__(self, like: Tensor, draws: Draws) -> None:
+        batch, count, dim = like.shape
+        kind = _kind(dim, draws.mutation)
+        thresholds, threshold = _masks(draws.mutation)
+        self.tile = tile(kind.W, count)
+        self.kind = _with_tile(kind, self.tile)
+        self.inputs = NO_INPUTS._replace(seed=draws.seed, thresholds=thresholds)
+        self.sizes = Sizes(batch, count, 1, 0, draws.row_offset, threshold)
+
+    def run(self, kernel: Any, programs: int, **own: Any) -> None:
+        given = {"inputs": self.inputs, "kind": self.kind, **self.sizes._asdict()}
+        run(kernel, programs * self.kind.CHUNKS, self.tile.warps, **given, **own)
 
 
-def mutate_forward(positive: Tensor, negative: Tensor, mask: MaskSpec) -> Tensor:
+def mutate_forward(positive: Tensor, negative: Tensor, draws: Draws) -> Tensor:
     with _on(negative):
         out = torch.empty_like(negative)
-        arguments, at, chunks = _mutate(mask, negative)
-        programs = negative.shape[0] * -(-negative.shape[1] // at.rows) * chunks
-        run(
-            mutate.mutate_forward,
-            programs,
-            at.warps,
-            positive=positive,
-            negative=negative,
-            out=out,
-            **arguments,
-        )
+        of = _Mutation(negative, draws)
+        programs = negative.shape[0] * -(-negative.shape[1] // of.tile.rows)
+        of.run(mutate.mutate_forward, programs, positive=positive, negative=negative, out=out)
         return out
 
 
-def mutate_backward(grad: Tensor, mask: MaskSpec) -> tuple[Tensor, Tensor]:
+def mutate_backward(grad: Tensor, draws: Draws) -> MutateGradient:
     with _on(grad):
         grad_negative = torch.empty_like(grad)
         grad_positive = _result(grad, (grad.shape[0], grad.shape[2]))
-        arguments, at, chunks = _mutate(mask, grad)
-        run(
+        _Mutation(grad, draws).run(
             mutate.mutate_backward,
-            grad.shape[0] * chunks,
-            at.warps,
+            grad.shape[0],
             grad=grad,
             grad_positive=grad_positive,
             grad_negative=grad_negative,
-            **arguments,
         )
-        return grad_positive.to(grad.dtype), grad_negative
+        return MutateGradient(grad_positive.to(grad.dtype), grad_negative)

@@ -8,10 +8,9 @@ from __future__ import annotations
 import triton.language as tl
 
 import triton
-from emu_kernels.triton.forward import combine
-from emu_kernels.triton.similarities import value_slope
-
-VARYING = ["B", "K", "R", "beta", "alpha"]
+from emu_kernels.triton.kinds import SIZES
+from emu_kernels.triton.similarities import combine, value_slope
+from emu_kernels.triton.tiles import load_sums, store_sums
 
 
 @triton.jit
@@ -21,32 +20,27 @@ def _coefficient(x):
 
 
 @triton.jit
-def _load(pointer, at, sums, valid, SIM: tl.constexpr):
-    v0 = tl.load(pointer + at, mask=valid, other=0.0)
-    v1 = v0
-    if SIM == "hake":
-        v1 = tl.load(pointer + sums + at, mask=valid, other=0.0)
-    return v0, v1
-
-
-@triton.jit
-def _store(pointer, at, sums, valid, w, v0, v1, weights, SIM: tl.constexpr):
+def _store_weights(pointer, at, each, valid, w, v0, v1, weights, kind: tl.constexpr):
     """Weights of the sums from the weights w of scores."""
-    w0 = w * value_slope(v0, False, SIM)
-    w1 = w * value_slope(v1, True, SIM)
+    w0 = w * value_slope(v0, kind.ROOT)
+    w1 = w * value_slope(v1, kind.SECOND_ROOT)
     if weights is not None:
         w0 *= tl.load(weights)
-        if SIM == "hake":
+        if kind.SUMS == 2:
             w1 *= tl.load(weights + 1)
-    tl.store(pointer + at, w0, mask=valid)
-    if SIM == "hake":
-        tl.store(pointer + sums + at, w1, mask=valid)
+    store_sums(pointer, at, each, valid, w0, w1, kind)
 
 
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit(do_not_specialize=[*SIZES, "beta", "alpha"])
 def loss_rows(
-    negative,
-    weights,
+    inputs,
+    kind: tl.constexpr,
+    B,
+    K,
+    R,
+    N,
+    row_offset,
+    threshold,
     coefficients,  # (2,) β and α, or None: the arguments
     positive_value,  # (S, B) values v_s of z⁺; with SCORES (B,) the scores, as the next two
     plain,  # (S, B, K); replaced by weights
@@ -56,13 +50,8 @@ def loss_rows(
     positive_weight,  # (S, B), or None: no gradients
     grad_weights,  # (B, S) or None
     statistics,  # (5, B): m, factor of e^(s − m), m̂, factor of e^(ŝ − m̂), label; or None
-    B,
-    K,
-    R,
     beta,
     alpha,
-    SIM: tl.constexpr,  # "dot" where scores are given
-    MUTATED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program: a row."""
@@ -78,9 +67,9 @@ def loss_rows(
     minus_inf = float("-inf")
     v0 = tl.load(positive_value + b)
     v1 = v0
-    if SIM == "hake":
+    if kind.SUMS == 2:
         v1 = tl.load(positive_value + B + b)
-    own = combine(v0, v1, weights, SIM)
+    own = combine(v0, v1, inputs.weights, kind)
 
     top = tl.zeros((BLOCK,), REAL) + own
     mutated_top = top
@@ -89,15 +78,15 @@ def loss_rows(
     for start in range(0, K, BLOCK):
         k = start + tl.arange(0, BLOCK)
         valid = k < K
-        real = tl.load(negative + (b // R) * K + k, mask=valid, other=-1) != -1
-        p0, p1 = _load(plain, b * K + k, sums, valid, SIM)
-        s = tl.where(real, combine(p0, p1, weights, SIM), minus_inf)
+        real = tl.load(inputs.negative + (b // R) * K + k, mask=valid, other=-1) != -1
+        p0, p1 = load_sums(plain, b * K + k, sums, valid, kind)
+        s = tl.where(real, combine(p0, p1, inputs.weights, kind), minus_inf)
         top = tl.maximum(top, s)
         zero += tl.where(real, s * 0, 0)
         count += tl.where(real, 1.0, 0.0)
-        if MUTATED:
-            h0, h1 = _load(mutated, b * K + k, sums, valid, SIM)
-            s = tl.where(real, combine(h0, h1, weights, SIM), minus_inf)
+        if kind.MUTATED:
+            h0, h1 = load_sums(mutated, b * K + k, sums, valid, kind)
+            s = tl.where(real, combine(h0, h1, inputs.weights, kind), minus_inf)
             mutated_top = tl.maximum(mutated_top, s)
             zero += tl.where(real, s * 0, 0)
     finite = tl.sum(zero, 0) + own * 0 == 0
@@ -111,12 +100,12 @@ def loss_rows(
     for start in range(0, K, BLOCK):
         k = start + tl.arange(0, BLOCK)
         valid = k < K
-        real = tl.load(negative + (b // R) * K + k, mask=valid, other=-1) != -1
-        p0, p1 = _load(plain, b * K + k, sums, valid, SIM)
-        total += tl.where(real, tl.exp(combine(p0, p1, weights, SIM) - m), 0)
-        if MUTATED:
-            h0, h1 = _load(mutated, b * K + k, sums, valid, SIM)
-            gap = tl.where(real, mutated_m - combine(h0, h1, weights, SIM), 0)
+        real = tl.load(inputs.negative + (b // R) * K + k, mask=valid, other=-1) != -1
+        p0, p1 = load_sums(plain, b * K + k, sums, valid, kind)
+        total += tl.where(real, tl.exp(combine(p0, p1, inputs.weights, kind) - m), 0)
+        if kind.MUTATED:
+            h0, h1 = load_sums(mutated, b * K + k, sums, valid, kind)
+            gap = tl.where(real, mutated_m - combine(h0, h1, inputs.weights, kind), 0)
             mutated_total += tl.where(real, tl.exp(-gap), 0)
             gaps += gap
     power = tl.exp(own - m)
@@ -128,7 +117,7 @@ def loss_rows(
     w = alpha * (power / mass - 1)
     mutated_factor = factor * 0
     label = factor * 0
-    if MUTATED:
+    if kind.MUTATED:
         inverse = tl.where(number > 0, 1 / tl.where(number > 0, number, 1.0), 0.0)
         power = tl.exp(own - mutated_m)
         mass = tl.sum(mutated_total, 0) + power
@@ -146,27 +135,30 @@ def loss_rows(
 
     if positive_weight is not None:
         w = tl.where(finite, w, nan)
-        _store(positive_weight, b, B, b >= 0, w, v0, v1, weights, SIM)
+        _store_weights(positive_weight, b, B, b >= 0, w, v0, v1, inputs.weights, kind)
         by0 = tl.zeros((BLOCK,), REAL)
         by1 = by0
         for start in range(0, K, BLOCK):
             k = start + tl.arange(0, BLOCK)
             valid = k < K
-            real = tl.load(negative + (b // R) * K + k, mask=valid, other=-1) != -1
-            p0, p1 = _load(plain, b * K + k, sums, valid, SIM)
-            x = tl.where(real, tl.exp(combine(p0, p1, weights, SIM) - m), 0.0) * factor
-            _store(plain, b * K + k, sums, valid, x, p0, p1, weights, SIM)
+            real = tl.load(inputs.negative + (b // R) * K + k, mask=valid, other=-1) != -1
+            p0, p1 = load_sums(plain, b * K + k, sums, valid, kind)
+            x = tl.where(real, tl.exp(combine(p0, p1, inputs.weights, kind) - m), 0.0) * factor
+            _store_weights(plain, b * K + k, sums, valid, x, p0, p1, inputs.weights, kind)
             by0 += tl.where(real, x * p0, 0)
             by1 += tl.where(real, x * p1, 0)
-            if MUTATED:
-                p0, p1 = _load(mutated, b * K + k, sums, valid, SIM)
-                x = tl.exp(combine(p0, p1, weights, SIM) - mutated_m) * mutated_factor - label
+            if kind.MUTATED:
+                p0, p1 = load_sums(mutated, b * K + k, sums, valid, kind)
+                x = (
+                    tl.exp(combine(p0, p1, inputs.weights, kind) - mutated_m) * mutated_factor
+                    - label
+                )
                 x = tl.where(real, x, label * 0)  # NaN where the row is
-                _store(mutated, b * K + k, sums, valid, x, p0, p1, weights, SIM)
+                _store_weights(mutated, b * K + k, sums, valid, x, p0, p1, inputs.weights, kind)
                 by0 += tl.where(real, x * p0, 0)
                 by1 += tl.where(real, x * p1, 0)
         if grad_weights is not None:
-            if SIM == "hake":
+            if kind.SUMS == 2:
                 tl.store(grad_weights + 2 * b, tl.sum(by0, 0) + w * v0)
                 tl.store(grad_weights + 2 * b + 1, tl.sum(by1, 0) + w * v1)
             else:
@@ -240,11 +232,16 @@ def reduce_rows(
         tl.store(row_scale + b, (w * factor).to(REAL), mask=valid)
 
 
-@triton.jit(do_not_specialize=["B", "K", "R", "N"])
+@triton.jit(do_not_specialize=SIZES)
 def sum_weights(
-    positive,
-    negative,
-    weights,
+    inputs,
+    kind: tl.constexpr,
+    B,
+    K,
+    R,
+    N,
+    row_offset,
+    threshold,
     positive_value,  # (S, B) values, as the next two; read where they matter
     plain,  # (S, B, K); replaced by weights of sums
     mutated,
@@ -253,59 +250,52 @@ def sum_weights(
     mutated_score_weight,
     positive_weight,  # (S, B)
     grad_weights,
-    B,
-    K,
-    R,
-    N,
-    SIM: tl.constexpr,
-    MUTATED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program: a row's weights of sums from weights of scores that came from above."""
     b = tl.program_id(0).to(tl.int64)
     REAL: tl.constexpr = plain.dtype.element_ty
-    DIRECT: tl.constexpr = (SIM == "dot") or (SIM == "l1") or (SIM == "rotate")
     sums = B.to(tl.int64) * K
-    own = tl.load(positive + b)
+    own = tl.load(inputs.positive + b)
     own_good = (own >= 0) & (own < N)
     w = tl.load(positive_score_weight + b)
     v0, v1 = w, w
-    if not DIRECT:
+    if not kind.DIRECT:
         v0 = tl.load(positive_value + b)
         v1 = v0
-        if SIM == "hake":
+        if kind.SUMS == 2:
             v1 = tl.load(positive_value + B + b)
     w = tl.where(own_good, w, float("nan"))
-    _store(positive_weight, b, B, b >= 0, w, v0, v1, weights, SIM)
+    _store_weights(positive_weight, b, B, b >= 0, w, v0, v1, inputs.weights, kind)
     by0 = tl.zeros((BLOCK,), REAL)
     by1 = by0
     for start in range(0, K, BLOCK):
         k = start + tl.arange(0, BLOCK)
         valid = k < K
         at = b * K + k
-        ids = tl.load(negative + (b // R) * K + k, mask=valid, other=-1)
+        ids = tl.load(inputs.negative + (b // R) * K + k, mask=valid, other=-1)
         real = ids != -1
         good = own_good & (ids < N) & (ids >= -1)
         # Nothing flows into padding, whatever comes from above (its score is −inf).
         x = tl.load(plain_score_weight + at, mask=valid, other=0.0)
         x = tl.where(good, tl.where(real, x, 0.0), float("nan"))
         p0, p1 = x, x
-        if not DIRECT:
-            p0, p1 = _load(plain, at, sums, valid, SIM)
-        _store(plain, at, sums, valid, x, p0, p1, weights, SIM)
+        if not kind.DIRECT:
+            p0, p1 = load_sums(plain, at, sums, valid, kind)
+        _store_weights(plain, at, sums, valid, x, p0, p1, inputs.weights, kind)
         by0 += tl.where(real, x * p0, 0)
         by1 += tl.where(real, x * p1, 0)
-        if MUTATED:
+        if kind.MUTATED:
             x = tl.load(mutated_score_weight + at, mask=valid, other=0.0)
             x = tl.where(good, tl.where(real, x, 0.0), float("nan"))
             p0, p1 = x, x
-            if not DIRECT:
-                p0, p1 = _load(mutated, at, sums, valid, SIM)
-            _store(mutated, at, sums, valid, x, p0, p1, weights, SIM)
+            if not kind.DIRECT:
+                p0, p1 = load_sums(mutated, at, sums, valid, kind)
+            _store_weights(mutated, at, sums, valid, x, p0, p1, inputs.weights, kind)
             by0 += tl.where(real, x * p0, 0)
             by1 += tl.where(real, x * p1, 0)
     if grad_weights is not None:
-        if SIM == "hake":
+        if kind.SUMS == 2:
             tl.store(grad_weights + 2 * b, tl.sum(by0, 0) + w * v0)
             tl.store(grad_weights + 2 * b + 1, tl.sum(by1, 0) + w * v1)
         else:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import triton.language as tl
 
 import triton
@@ -67,9 +70,8 @@ def below(drawn, threshold):
 
 
 @triton.jit
-def shares(seed, column, row, ORDER: tl.constexpr):
-    """The share of itself that a negative keeps in Mixup, fp32, of (ROWS,) columns and rows."""
-    w0, w1, w2, w3 = words(seed, column * 0, column, row, MIXUP_STREAM)
+def _largest(w0, w1, w2, w3, ORDER: tl.constexpr):
+    """Mixup's share: Beta(ORDER, 1), the largest of the first ORDER words."""
     most = w0 >> 8
     if ORDER > 1:
         most = tl.maximum(most, w1 >> 8)
@@ -78,3 +80,18 @@ def shares(seed, column, row, ORDER: tl.constexpr):
     if ORDER > 3:
         most = tl.maximum(most, w3 >> 8)
     return most.to(tl.float32) * 5.9604644775390625e-08  # 2^-24
+
+
+SHARES: dict[str, Callable[[Any], tuple[Any, int]]] = {
+    "mixup": lambda rule: (_largest, rule.order),
+}
+"""For each mutation rule that draws shares: the function from a Philox call's words to the share of
+itself that a negative keeps, fp32, and that function's parameter. To add a rule, add it here; rules
+that draw masks need nothing."""
+
+
+@triton.jit
+def shares(seed, column, row, kind: tl.constexpr):
+    """The share of itself that a negative keeps, fp32, of (ROWS,) columns and rows."""
+    w0, w1, w2, w3 = words(seed, column * 0, column, row, MIXUP_STREAM)
+    return kind.SHARE(w0, w1, w2, w3, kind.PARAMETER)

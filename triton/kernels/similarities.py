@@ -1,11 +1,10 @@
-"""The similarities φ(query, candidate): one small function each.
+"""The similarities' arithmetic: the terms of each half, or of both at once.
 
-φ = Σ_s w_s v(S_s), where S_s is a sum of terms over components and v the sum itself or minus its
-root. A function returns a component's term and the term's derivative by the query (of a square:
-half of it); the derivative by the candidate is −a times that, except of a product. A similarity of
-two halves is asked for one at a time, unless its terms are functions of both ("rotate").
+A function returns a component's term and the term's derivative by the query (of a square: half of
+it); the derivative by the candidate is −a times that, except of a product. What else a similarity
+is, the kernels read from its descriptor (emu_kernels/similarity.py, by way of kinds.Kind).
 
-To add one: write its function and add it to `terms` or `coupled_terms`.
+To add one, write its functions and add them to ``TERMS``.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ SMALLEST = tl.constexpr(1.17549435e-38)  # below it a square counts as 0
 
 
 @triton.jit
-def _dot(q, c):
+def _dot(q, a, c, HALF: tl.constexpr, SCALED: tl.constexpr):
     return q * c, c
 
 
@@ -37,19 +36,19 @@ def _sign(x):
 
 
 @triton.jit
-def _l1(q, a, c, SCALED: tl.constexpr):
+def _l1(q, a, c, HALF: tl.constexpr, SCALED: tl.constexpr):
     u = _difference(q, a, c, SCALED)
     return -tl.abs(u), -_sign(u)
 
 
 @triton.jit
-def _l2(q, a, c, SCALED: tl.constexpr):
+def _l2(q, a, c, HALF: tl.constexpr, SCALED: tl.constexpr):
     u = _difference(q, a, c, SCALED)
     return u * u, -u
 
 
 @triton.jit
-def _sine(q, c, HALF: tl.constexpr):
+def _sine(q, a, c, HALF: tl.constexpr, SCALED: tl.constexpr):
     """−|sin u| of u = (q − c) κ/2."""
     u = q * HALF - c * HALF
     if u.dtype == tl.float64:
@@ -88,47 +87,43 @@ def _rotate(q0, c0, q1, c1):
     return -(square * inverse), -u0 * inverse, -u1 * inverse
 
 
-@triton.jit
-def terms(
-    q, a, c, HALF: tl.constexpr, SCALED: tl.constexpr, SECOND: tl.constexpr, SIM: tl.constexpr
-):
-    """Term and derivative by the query, of a component of the first or the second half."""
-    if SIM == "dot":
-        return _dot(q, c)
-    elif SIM == "l1":
-        return _l1(q, a, c, SCALED)
-    elif SIM == "l2":
-        return _l2(q, a, c, SCALED)
-    elif SIM == "protate":
-        return _sine(q, c, HALF)
-    else:
-        tl.static_assert(SIM == "hake")
-        if SECOND:
-            return _l2(q, a, c, SCALED)
-        else:
-            return _sine(q, c, HALF)
+TERMS = {
+    "dot": (_dot,),
+    "l1": (_l1,),
+    "l2": (_l2,),
+    "rotate": (_rotate,),
+    "hake": (_sine, _l2),
+    "protate": (_sine,),
+}
+"""Of each half; one function of both where a similarity is coupled."""
 
 
 @triton.jit
-def coupled_terms(q0, c0, q1, c1, SIM: tl.constexpr):
-    """Term and derivatives by both halves of the query."""
-    tl.static_assert(SIM == "rotate")
-    return _rotate(q0, c0, q1, c1)
-
-
-@triton.jit
-def value(total, SECOND: tl.constexpr, SIM: tl.constexpr):
+def value(total, ROOT: tl.constexpr):
     """v(S): the sum, or minus its root."""
-    if (SIM == "l2") or (SECOND and (SIM == "hake")):
+    if ROOT:
         return -tl.sqrt(total)
     else:
         return total
 
 
 @triton.jit
-def value_slope(v, SECOND: tl.constexpr, SIM: tl.constexpr):
+def value_slope(v, ROOT: tl.constexpr):
     """dv/dS from v (of squares: by half their sum)."""
-    if (SIM == "l2") or (SECOND and (SIM == "hake")):
+    if ROOT:
         return tl.where(v == 0, 0.0, -1.0 / tl.where(v == 0, 1.0, v))
     else:
         return v * 0 + 1.0
+
+
+@triton.jit
+def combine(v0, v1, weights, kind: tl.constexpr):
+    """The score Σ_s w_s v_s."""
+    score = v0
+    if weights is not None:
+        score = v0 * tl.load(weights).to(v0.dtype)
+        if kind.SUMS == 2:
+            score += v1 * tl.load(weights + 1).to(v0.dtype)
+    elif kind.SUMS == 2:
+        score = v0 + v1
+    return score

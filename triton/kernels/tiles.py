@@ -1,8 +1,7 @@
 """A tile of candidates against a query: loads, masks, terms and sums, for every similarity.
 
-A row of D components is one part of W = D, or two halves of W = D/2 each, where the similarity has
-two or a mask's unit is the pair. The second part's variables end in 1, and are the first's where
-there is only one.
+A row is one part or two (kinds.Kind). The second part's variables end in 1, and are the first's
+where there is only one.
 
 A tile of ROWS candidates and WIDTH components of a part is (4, ROWS, WIDTH / 16, 4): word, row,
 block of sixteen components, byte. The words and bytes are those of the blocks' Philox calls, so
@@ -17,7 +16,6 @@ import triton.language as tl
 
 import triton
 from emu_kernels.triton.masks import below, draws, shares
-from emu_kernels.triton.similarities import coupled_terms, terms
 
 
 @triton.jit
@@ -52,32 +50,31 @@ def load_parts(
     base,  # of the row, broadcastable to the tile
     j,
     inside,
-    W: tl.constexpr,
-    PARTS: tl.constexpr,
+    kind: tl.constexpr,
     REAL: tl.constexpr,
 ):
     first = tl.load(pointer + (base + j), mask=inside, other=0.0).to(REAL)
     second = first
-    if PARTS == 2:
-        second = tl.load(pointer + (base + (W + j)), mask=inside, other=0.0).to(REAL)
+    if kind.PARTS == 2:
+        second = tl.load(pointer + (base + (kind.W + j)), mask=inside, other=0.0).to(REAL)
     return first, second
 
 
 @triton.jit
-def no_tile(pointer, j, K, REAL: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr):
+def no_tile(pointer, stride: tl.constexpr, j, K, kind: tl.constexpr, REAL: tl.constexpr):
     """Zeros in the layout that tiles are loaded in. Sums that start from them keep it; else Triton
     holds those that no candidate enters, and the masks they are made from, in another one too.
     Nothing is read: K is not negative."""
-    row = spread(tl.arange(0, ROWS).to(tl.int64))
-    return tl.load(pointer + (row * STRIDE + j), mask=j < tl.minimum(K, 0), other=0.0).to(REAL)
+    row = spread(tl.arange(0, kind.ROWS).to(tl.int64))
+    return tl.load(pointer + (row * stride + j), mask=j < tl.minimum(K, 0), other=0.0).to(REAL)
 
 
 @triton.jit
-def store_parts(pointer, base, j, inside, first, second, W: tl.constexpr, PARTS: tl.constexpr):
+def store_parts(pointer, base, j, inside, first, second, kind: tl.constexpr):
     element: tl.constexpr = pointer.dtype.element_ty
     tl.store(pointer + (base + j), first.to(element), mask=inside)
-    if PARTS == 2:
-        tl.store(pointer + (base + (W + j)), second.to(element), mask=inside)
+    if kind.PARTS == 2:
+        tl.store(pointer + (base + (kind.W + j)), second.to(element), mask=inside)
 
 
 @triton.jit
@@ -86,54 +83,40 @@ def load_scale(
     row,  # broadcastable to the tile
     j,
     inside,
-    unused,
-    W: tl.constexpr,
-    PARTS: tl.constexpr,
-    SIM: tl.constexpr,
+    absent,  # what a part without a scale gets; nothing is computed from it
+    kind: tl.constexpr,
     REAL: tl.constexpr,
 ):
-    """a of both parts; `unused` stands for what is not there."""
-    first = unused
-    second = unused
-    if scale is not None:
-        if SIM == "hake":  # of the second half alone
-            second = tl.load(scale + (row * W + j), mask=inside, other=0.0).to(REAL)
-        else:
-            first, second = load_parts(scale, row * (W * PARTS), j, inside, W, PARTS, REAL)
+    """a of both parts."""
+    first = absent
+    second = absent
+    if kind.SCALED:
+        first, second = load_parts(scale, row * kind.D, j, inside, kind, REAL)
+    elif kind.SECOND_SCALED:
+        second = tl.load(scale + (row * kind.W + j), mask=inside, other=0.0).to(REAL)
     return first, second
 
 
 @triton.jit
-def tile_terms(
-    q0,
-    q1,
-    a0,
-    a1,
-    c0,
-    c1,
-    HALF: tl.constexpr,
-    SCALED: tl.constexpr,
-    PARTS: tl.constexpr,
-    SIM: tl.constexpr,
-):
+def tile_terms(q0, q1, a0, a1, c0, c1, kind: tl.constexpr):
     """Terms t0, t1 and their derivatives d0, d1 by the query; a coupled term is all in t0."""
-    if SIM == "rotate":
-        t0, d0, d1 = coupled_terms(q0, c0, q1, c1, SIM)
+    if kind.COUPLED:
+        t0, d0, d1 = kind.TERMS(q0, c0, q1, c1)
         t1 = t0
     else:
-        t0, d0 = terms(q0, a0, c0, HALF, SCALED, False, SIM)
+        t0, d0 = kind.TERMS(q0, a0, c0, kind.HALF, kind.SCALED)
         t1, d1 = t0, d0
-        if PARTS == 2:
-            t1, d1 = terms(q1, a1, c1, HALF, SCALED, True, SIM)
+        if kind.PARTS == 2:
+            t1, d1 = kind.SECOND_TERMS(q1, a1, c1, kind.HALF, kind.SECOND_SCALED)
     return t0, t1, d0, d1
 
 
 @triton.jit
-def row_sums(t0, t1, PARTS: tl.constexpr, SIM: tl.constexpr):
-    """(ROWS,) sums of the terms; the second is hake's alone."""
-    if SIM == "hake":
+def row_sums(t0, t1, kind: tl.constexpr):
+    """(ROWS,) of each sum; twice the first where there is one."""
+    if kind.SUMS == 2:
         return over_components(t0), over_components(t1)
-    elif (PARTS == 2) and (SIM != "rotate"):
+    elif (kind.PARTS == 2) and (not kind.COUPLED):
         total = over_components(t0 + t1)
         return total, total
     else:
@@ -142,23 +125,32 @@ def row_sums(t0, t1, PARTS: tl.constexpr, SIM: tl.constexpr):
 
 
 @triton.jit
-def load_bounds(
-    thresholds,
-    threshold,
-    first,  # component within a part
-    W: tl.constexpr,
-    PARTS: tl.constexpr,
-    MUTATION: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """The thresholds of both parts' components, or the one of all."""
+def load_sums(pointer, at, each, valid, kind: tl.constexpr):
+    """The numbers of both sums; those of the second come ``each`` after those of the first."""
+    v0 = tl.load(pointer + at, mask=valid, other=0.0)
+    v1 = v0
+    if kind.SUMS == 2:
+        v1 = tl.load(pointer + each + at, mask=valid, other=0.0)
+    return v0, v1
+
+
+@triton.jit
+def store_sums(pointer, at, each, valid, v0, v1, kind: tl.constexpr):
+    tl.store(pointer + at, v0, mask=valid)
+    if kind.SUMS == 2:
+        tl.store(pointer + each + at, v1, mask=valid)
+
+
+@triton.jit
+def load_bounds(thresholds, threshold, first, kind: tl.constexpr):
+    """The thresholds of both parts' components from ``first`` on, or the one of all."""
     bound0, bound1 = threshold, threshold
     if thresholds is not None:
-        j = components(first, WIDTH)
-        bound0 = tl.load(thresholds + j, mask=j < W, other=0).to(tl.int32)
+        j = components(first, kind.WIDTH)
+        bound0 = tl.load(thresholds + j, mask=j < kind.W, other=0).to(tl.int32)
         bound1 = bound0
-        if (PARTS == 2) and (MUTATION == "component"):
-            bound1 = tl.load(thresholds + (W + j), mask=j < W, other=0).to(tl.int32)
+        if (kind.PARTS == 2) and (not kind.PAIRS):
+            bound1 = tl.load(thresholds + (kind.W + j), mask=j < kind.W, other=0).to(tl.int32)
     return bound0, bound1
 
 
@@ -170,34 +162,30 @@ def draw(
     column,  # (ROWS,) k
     row,  # (ROWS,) row_offset + b
     first,  # component within a part, a multiple of 16
-    W: tl.constexpr,
-    PARTS: tl.constexpr,
-    MUTATION: tl.constexpr,
-    ORDER: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
+    kind: tl.constexpr,
     REAL: tl.constexpr,
 ):
-    """What of each component comes from the positive: the masks of both parts, bools, or for
-    Mixup the shares that negatives keep, twice."""
+    """What of each component comes from the positive: the masks of both parts, bools; or the shares
+    that negatives keep, twice."""
     column = column.to(tl.uint32)
     row = row.to(tl.uint32)
-    if MUTATION == "mixup":
-        first_part = spread(shares(seed, column, row, ORDER).to(REAL))
+    if kind.SHARED:
+        first_part = spread(shares(seed, column, row, kind).to(REAL))
         second_part = first_part
     else:
-        first_part = below(draws(seed, column, row, first, 0, ROWS, WIDTH), bound0)
+        first_part = below(draws(seed, column, row, first, 0, kind.ROWS, kind.WIDTH), bound0)
         second_part = first_part
-        if (PARTS == 2) and (MUTATION == "component"):
-            SHIFT: tl.constexpr = W % 16
-            second_part = below(draws(seed, column, row, W + first, SHIFT, ROWS, WIDTH), bound1)
+        if (kind.PARTS == 2) and (not kind.PAIRS):
+            SHIFT: tl.constexpr = kind.W % 16
+            drawn = draws(seed, column, row, kind.W + first, SHIFT, kind.ROWS, kind.WIDTH)
+            second_part = below(drawn, bound1)
     return first_part, second_part
 
 
 @triton.jit
-def mix(positive, candidate, drawn, MUTATION: tl.constexpr):
+def mix(positive, candidate, drawn, kind: tl.constexpr):
     """ẑ of a part."""
-    if MUTATION == "mixup":
+    if kind.SHARED:
         return positive + drawn * (candidate - positive)
     else:
         return tl.where(drawn, positive, candidate)
@@ -223,43 +211,39 @@ def mutated_terms(
     d1,
     m0,  # drawn
     m1,
-    HALF: tl.constexpr,
-    SCALED: tl.constexpr,
-    PARTS: tl.constexpr,
-    SIM: tl.constexpr,
-    MUTATION: tl.constexpr,
+    kind: tl.constexpr,
 ):
     """:func:`tile_terms` of ẑ. A masked term of one component is the positive's or the candidate's:
     nothing has to be computed again."""
-    if (SIM == "rotate") or (MUTATION == "mixup"):
-        x0 = mix(z0, c0, m0, MUTATION)
+    if kind.COUPLED or kind.SHARED:
+        x0 = mix(z0, c0, m0, kind)
         x1 = x0
-        if PARTS == 2:
-            x1 = mix(z1, c1, m1, MUTATION)
-        return tile_terms(q0, q1, a0, a1, x0, x1, HALF, SCALED, PARTS, SIM)
+        if kind.PARTS == 2:
+            x1 = mix(z1, c1, m1, kind)
+        return tile_terms(q0, q1, a0, a1, x0, x1, kind)
     else:
         mt0 = tl.where(m0, tz0, t0)
         md0 = tl.where(m0, dz0, d0)
         mt1, md1 = mt0, md0
-        if PARTS == 2:
+        if kind.PARTS == 2:
             mt1 = tl.where(m1, tz1, t1)
             md1 = tl.where(m1, dz1, d1)
         return mt0, mt1, md0, md1
 
 
 @triton.jit
-def keep(drawn, x, MUTATION: tl.constexpr):
+def keep(drawn, x, kind: tl.constexpr):
     """The negative's share of x: x where the mask is 0, or μ x."""
-    if MUTATION == "mixup":
+    if kind.SHARED:
         return x * drawn
     else:
         return tl.where(drawn, 0.0, x)
 
 
 @triton.jit
-def give(drawn, x, MUTATION: tl.constexpr):
+def give(drawn, x, kind: tl.constexpr):
     """The positive's share of x."""
-    if MUTATION == "mixup":
+    if kind.SHARED:
         return x * (1.0 - drawn)
     else:
         return tl.where(drawn, x, 0.0)

@@ -1,0 +1,49 @@
+"""Similarities and mutation rules are the same set, with the same traits, in every language."""
+
+from __future__ import annotations
+
+import pytest
+
+from emu_kernels import _C, backends, reference
+from emu_kernels.mutation import RULES
+from emu_kernels.similarity import SIMILARITIES
+
+
+def test_similarities_of_the_specification() -> None:
+    assert reference.PHI.keys() == SIMILARITIES.keys()
+
+
+def test_similarities_of_cpp() -> None:
+    described = [
+        {
+            "name": similarity.name,
+            "halves": similarity.halves,
+            "coupled": similarity.coupled,
+            "bilinear": similarity.bilinear,
+            "weights": similarity.weights,
+            "factors": list(similarity.factors),
+            "roots": list(similarity.roots),
+        }
+        for similarity in SIMILARITIES.values()
+    ]
+    by_name = {traits["name"]: traits for traits in _C.similarities()}
+    assert by_name == {traits["name"]: traits for traits in described}
+
+
+def test_mutation_rules_of_the_specification() -> None:
+    assert reference.MUTATE.keys() == RULES.keys()
+
+
+def test_mutation_rules_of_cpp() -> None:
+    found = {traits["name"]: traits["draw"] for traits in _C.mutations()}
+    assert found == {name: rule.draw for name, rule in RULES.items()}
+
+
+def test_triton_has_them_all() -> None:
+    reason = backends.get("triton").unavailable()
+    if reason is not None:
+        pytest.skip(reason)
+    from emu_kernels.triton import masks, similarities
+
+    assert similarities.TERMS.keys() == SIMILARITIES.keys()
+    assert masks.SHARES.keys() == {name for name, rule in RULES.items() if rule.draw == "share"}
