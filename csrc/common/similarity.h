@@ -9,15 +9,16 @@
 // Each has: name, kHalves, kCoupled, kBilinear, kWeights (how many w it takes), root(s) (whether sum s is of squares
 // under a root), factor(h), and, with M the mathematics of a V, the slopes from which every gradient is made:
 //   uncoupled: term<h, M>(u), slope<h, M>(u) = −∂term/∂u (of a square: half of it); a bilinear one needs no slope
-//   coupled:   a function of u0² + u1²: inverse<M>(square), value(square, inverse), −∂term/∂u_h = u_h · inverse;
+//   coupled:   a function of u0² + u1²: inverse<M>(square), value(square, inverse), where −∂term/∂u_h = u_h · inverse;
 //              and the same from the parts: term<M>(u0, u1), slopes<M>(u0, u1, s0, s1)
+// What does not depend on the M is written with operators that scalars and vectors both have.
 #pragma once
 
 #include "common/list.h"
 
 namespace emu {
 
-// What multiplies a half's candidate: nothing, the query's scale a, or κ/2 (and the query too).
+// What a half's candidate is multiplied by: nothing, the query's scale a, or κ/2 (and so is the query).
 enum class Factor { kNone, kScale, kPhase };
 
 struct OneSum {
@@ -131,6 +132,8 @@ using Similarities = List<Dot, L1, L2, Rotate, Hake, PRotate>;
 // What follows from a similarity's members.
 template <class Sim>
 struct Sums {
+  static_assert(Sim::kHalves == 1 || Sim::factor(0) != Factor::kScale, "only the last half can have a scale");
+  static_assert(!Sim::kCoupled || Sim::factor(1) == Factor::kNone, "coupled halves are not multiplied");
   static constexpr int kCount = Sim::kCoupled ? 1 : Sim::kHalves;
   // Whether a score is its one sum.
   static constexpr bool kDirect = kCount == 1 && !Sim::root(0) && Sim::kWeights == 0;

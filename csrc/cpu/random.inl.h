@@ -22,7 +22,7 @@ class Random {
     blocks_ = reinterpret_cast<Block*>(memory_.slot(0));
     const int64_t units = draws.pairs ? dim / 2 : dim;
     for (int64_t i = 0; i < units_ / kComponentsPerCall; ++i) {
-      blocks_[i] = second_round(static_cast<uint32_t>(i), 0);
+      blocks_[i] = second_round(static_cast<uint32_t>(i), kMaskStream);
       for (int64_t at = 0; at < kComponentsPerCall; ++at) {
         const int64_t unit = i * kComponentsPerCall + at;
         const int threshold = draws.thresholds == nullptr || unit >= units ? 0 : draws.thresholds[unit];
@@ -60,7 +60,7 @@ class Random {
     using Pairs = typename F::Pairs;
     U64 p0, p1, words[4];
     first_round(k, row, p0, p1);
-    rounds(second_round(0, 1), p0, p1, words);
+    rounds(second_round(0, kShareStream), p0, p1, words);
     Pairs uniform[4];
     for (int w = 0; w < 4; ++w) {
       const U64 top = (words[w] & 0xFFFFFFFFu) >> kUniformShift;

@@ -11,7 +11,7 @@
 namespace emu::cuda {
 
 EMU_DEVICE void draw_block(uint64_t seed, uint32_t block, uint32_t k, uint32_t row, uint32_t (&words)[4]) {
-  const uint32_t counter[4] = {block, k, row, 0};
+  const uint32_t counter[4] = {block, k, row, kMaskStream};
   philox4x32(counter, seed, words);
 }
 
@@ -23,7 +23,7 @@ EMU_DEVICE uint64_t load_seed(const Draws& draws) {
 // The share of negative k of a row.
 template <class Real>
 EMU_DEVICE Real draw_share(const Draws& draws, uint32_t k, uint32_t row) {
-  const uint32_t counter[4] = {0, k, row, 1};
+  const uint32_t counter[4] = {0, k, row, kShareStream};
   uint32_t words[4];
   philox4x32(counter, load_seed(draws), words);
   Real uniform[4];

@@ -80,7 +80,6 @@ class NativeBackend(KernelBackend):
 
     def __init__(self, native: Any, missing: str | None) -> None:
         """What :func:`load` returns."""
-        super().__init__()
         self._native, self._missing = native, missing
 
     @abstractmethod

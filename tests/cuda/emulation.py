@@ -37,21 +37,24 @@ FLAGS = (
 )
 
 
+def similarities(root: Path = ROOT) -> list[str]:
+    """The list of csrc/common/similarity.h, as CMakeLists.txt reads it."""
+    text = (root / "csrc/common/similarity.h").read_text()
+    return re.findall(r"\w+", re.findall(r"using Similarities = List<([^>]*)>", text)[0])
+
+
 def build(*extra: str, root: Path = ROOT) -> Path:
     """The extension module compiled from ``root`` with ``extra`` flags."""
     compiler = os.environ.get("CXX", "g++")
-    similarity = root / "csrc/cuda/similarity.cu"
-    text = (root / "csrc/common/similarity.h").read_text()
-    names = re.findall(r"\w+", re.findall(r"using Similarities = List<([^>]*)>", text)[0])
+    kernels = root / "csrc/cuda"
     sources: list[tuple[Any, ...]] = [
-        *((similarity, f"-DEMU_SIMILARITY={name}") for name in names),
-        *((path,) for path in sorted((root / "csrc/cuda").glob("*.cu")) if path != similarity),
-        (root / "csrc/cuda/bindings.cpp",),
+        *((kernels / "similarity.cu", f"-DEMU_SIMILARITY={name}") for name in similarities(root)),
+        *((path,) for path in sorted(kernels.glob("*.cu")) if path.name != "similarity.cu"),
+        (kernels / "bindings.cpp",),
         (ROOT / "tests/cuda/order.cpp",),
     ]
     headers = [
-        *sorted((root / "csrc/cuda").glob("*.h")),
-        *sorted((root / "csrc/cuda").glob("*.cuh")),
+        *sorted(kernels.glob("*.*h")),
         *sorted((root / "csrc/common").glob("*.h")),
         ROOT / "tests/cuda/host_execution.h",
     ]
