@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 from abc import abstractmethod
-from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +24,7 @@ from emu_kernels.backends.base import (
     new_scores,
     new_scores_gradient,
 )
+from emu_kernels.library import PARAMETERS
 from emu_kernels.ops import KernelBackend
 from emu_kernels.request import Draws, LossRequest, Request
 
@@ -68,10 +68,10 @@ def _draws(draws: Draws) -> dict[str, Any]:
     """The rule's own parameters among them, by their names."""
     rule = draws.mutation
     out = {"mutation": rule.name, "seed": draws.seed.data_ptr(), "row_offset": draws.row_offset}
-    for field in fields(rule):
-        value = getattr(rule, field.name)
+    for name in PARAMETERS[rule.name]:
+        value = getattr(rule, name)
         is_tensor = value is None or isinstance(value, Tensor)
-        out[field.name] = pointer(value) if is_tensor else value
+        out[name] = pointer(value) if is_tensor else value
     return out
 
 
