@@ -1,17 +1,26 @@
-"""What a step is given: a shape, and random tensors of it."""
+"""The shape of a training step, and random tensors of that shape."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from emu_kernels.similarity import SIMILARITIES as _SIMILARITIES
+
+SIMILARITIES = tuple(_SIMILARITIES)
 DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.bfloat16, torch.float16)}
 GRADIENTS = ("dense", "sparse")
+SIZES = {"B": "batch", "K": "negatives", "D": "dim", "N": "entities"}  # column -> field of Shape
+MIB = 2**20
+DISTINCT_ROWS = 1 << 16  # larger tables repeat their rows: drawing 10⁹ numbers takes too long
 
-DISTINCT_ROWS = 1 << 16
-"""Of a table; more of them repeat, since drawing 10⁹ numbers takes longer than what is measured."""
+
+def is_gpu(device: str) -> bool:
+    return torch.device(device).type == "cuda"
 
 
 @dataclass(frozen=True)
@@ -28,20 +37,28 @@ class Shape:
     device: str = "cpu"
 
     def __str__(self) -> str:
-        sizes = f"B={self.batch}, K={self.negatives}, D={self.dim}, N={self.entities}"
+        sizes = ", ".join(f"{name}={getattr(self, field)}" for name, field in SIZES.items())
         return f"{self.similarity}, {sizes}, {self.dtype}, {self.gradient} gradient"
 
+    def columns(self) -> dict[str, Any]:
+        """Of a row of results."""
+        names = {name: name for name in ("similarity", "dtype", "gradient")} | SIZES
+        return {name: getattr(self, field) for name, field in names.items()}
+
+    def replace(self, **changes: Any) -> Shape:
+        return dataclasses.replace(self, **changes)
+
+    def tiny(self) -> Shape:
+        """For tests, and to warm up before memory is measured."""
+        return self.replace(batch=8, negatives=5, dim=20, entities=50)
+
     @property
-    def itemsize(self) -> int:
-        return DTYPES[self.dtype].itemsize
+    def sparse(self) -> bool:
+        return self.gradient == "sparse"
 
     @property
     def table_bytes(self) -> int:
-        return self.entities * self.dim * self.itemsize
-
-
-TINY = Shape(batch=8, negatives=5, dim=20, entities=50)
-"""For tests, and to warm up what a process does only once."""
+        return self.entities * self.dim * DTYPES[self.dtype].itemsize
 
 
 @dataclass(frozen=True)
@@ -55,21 +72,16 @@ class Inputs:
     negative: Tensor  # (B, K) int64
 
     @property
-    def similarity(self) -> str:
-        return self.shape.similarity
-
-    @property
-    def sparse(self) -> bool:
-        return self.shape.gradient == "sparse"
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.query, self.table, self.positive, self.negative
 
 
-def make(shape: Shape, seed: int = 0) -> Inputs:
+def make(shape: Shape) -> Inputs:
     """Uniform negatives, scores of order 1."""
-    generator = torch.Generator(shape.device).manual_seed(seed)
-    dtype = DTYPES[shape.dtype]
+    generator = torch.Generator(shape.device).manual_seed(0)
 
     def normal(rows: int) -> Tensor:
-        values = torch.empty(rows, shape.dim, device=shape.device, dtype=dtype)
+        values = torch.empty(rows, shape.dim, device=shape.device, dtype=DTYPES[shape.dtype])
         first = values[:DISTINCT_ROWS].normal_(generator=generator)
         for block in values[DISTINCT_ROWS:].split(DISTINCT_ROWS):
             block.copy_(first[: len(block)])
@@ -78,10 +90,6 @@ def make(shape: Shape, seed: int = 0) -> Inputs:
     def ids(*size: int) -> Tensor:
         return torch.randint(shape.entities, size, generator=generator, device=shape.device)
 
-    return Inputs(
-        shape=shape,
-        table=normal(shape.entities).mul_(shape.dim**-0.5).requires_grad_(),
-        query=normal(shape.batch).requires_grad_(),
-        positive=ids(shape.batch),
-        negative=ids(shape.batch, shape.negatives),
-    )
+    table = normal(shape.entities).mul_(shape.dim**-0.5).requires_grad_()
+    query = normal(shape.batch).requires_grad_()
+    return Inputs(shape, query, table, ids(shape.batch), ids(shape.batch, shape.negatives))

@@ -1,41 +1,30 @@
-"""Times of rivals that take turns in one process, so that what slows the machine slows them all."""
+"""Times of rivals that take turns in one process, so that a disturbance slows all; peak memory."""
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import multiprocessing
+import re
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
 import torch
-from tqdm import tqdm
 
-MIN_SECONDS = {"cpu": 0.05, "cuda": 0.002}
-"""A turn lasts at least this long; a rival that needs less is called several times."""
+from bench.inputs import MIB, is_gpu
 
-_HEAD_START = 2_000_000  # cycles, about a millisecond
-
-
-class Spread(NamedTuple):
-    median: float
-    q20: float
-    q80: float
-
-    @staticmethod
-    def of(values: Sequence[float]) -> Spread:
-        q20, median, q80 = np.quantile(values, (0.2, 0.5, 0.8))
-        return Spread(float(median), float(q20), float(q80))
-
-    def per(self, amount: float) -> Spread:
-        """``amount`` over it, as speeds are of times: what is high in one is low in the other."""
-        return Spread(amount / self.median, amount / self.q80, amount / self.q20)
+T = TypeVar("T")
+Turn = Callable[[], float]  # takes one turn and returns the seconds of a step
+MEMORY_STEPS = 3
 
 
-@dataclass(frozen=True)
-class Step:
-    """What is timed, and what makes its argument before the clock starts."""
+class Step(NamedTuple):
+    """A function to time, and another that makes its argument before the clock starts."""
 
     run: Callable[[Any], Any]
     before: Callable[[], Any] = lambda: None
@@ -44,42 +33,43 @@ class Step:
         return self.run(self.before())
 
 
-class Clock(Protocol):
-    def __call__(self, step: Step) -> float:
-        """Seconds of one call."""
+def progress(values: Iterable[T], unit: str) -> Iterable[T]:
+    """With a progress bar, where tqdm is installed."""
+    try:
+        from tqdm import tqdm
+    except ModuleNotFoundError:
+        return values
+    bar: Iterable[T] = tqdm(values, unit=unit, leave=False)
+    return bar
 
 
-def wall_clock(step: Step) -> float:
+def synchronize(device: str) -> None:
+    if is_gpu(device):
+        torch.cuda.synchronize()
+
+
+def wall_clock(step: Step, device: str = "cpu") -> float:
+    """Seconds of a call; on a GPU from idle to idle, launches included."""
     argument = step.before()
+    synchronize(device)
     start = time.perf_counter()
     result = step.run(argument)
+    synchronize(device)
     seconds = time.perf_counter() - start
-    del result
+    del result  # freeing it is not timed
     return seconds
 
 
-def wall_clock_synchronized(step: Step) -> float:
-    """From an idle GPU to an idle GPU, launches included."""
-
-    def run(argument: Any) -> None:
-        step.run(argument)
-        torch.cuda.synchronize()
-
-    torch.cuda.synchronize()
-    return wall_clock(Step(run, step.before))
-
-
 def cuda_clock(step: Step) -> float:
-    """Seconds of the GPU, by CUDA events.
+    """GPU time of a call, by CUDA events.
 
-    The GPU is kept busy for a moment first, so that what a step launches waits in its queue: a
-    launch's cost on the CPU is not counted, for any rival, unless the step itself waits for the
-    GPU, as a sparse gradient's compaction does.
+    The GPU is kept busy for about a millisecond first, so that launches queue up and their cost on
+    the CPU is hidden, unless the step itself waits for the GPU (as coalescing does).
     """
     argument = step.before()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
-    torch.cuda._sleep(_HEAD_START)
+    torch.cuda._sleep(2_000_000)  # cycles
     start.record()
     result = step.run(argument)
     end.record()
@@ -88,42 +78,116 @@ def cuda_clock(step: Step) -> float:
     return start.elapsed_time(end) / 1000
 
 
-def clock_of(device: str) -> Clock:
-    return cuda_clock if torch.device(device).type == "cuda" else wall_clock
+def turn_of(
+    step: Step, device: str, min_seconds: float | None = None, *, wall: bool = False
+) -> Turn:
+    """Warm up. A turn is one long call, or the median of short ones that last ``min_seconds``.
 
-
-def turn(step: Step, min_seconds: float, clock: Clock = wall_clock) -> float:
-    """Seconds of a step: of a long one its only call, of a short one the median of several.
-
-    The first of several does not count: it finds the caches as another rival left them.
+    The first of several does not count: it runs with the caches as another rival left them.
     """
-    first = clock(step)
-    if first >= min_seconds:
-        return first
-    times: list[float] = []
-    while not times or sum(times) < min_seconds:
-        times.append(clock(step))
-    return statistics.median(times)
-
-
-def alternate(
-    steps: Mapping[str, Step],
-    rounds: int,
-    device: str = "cpu",
-    *,
-    min_seconds: float | None = None,
-    clock: Clock | None = None,
-) -> dict[str, list[float]]:
-    """Seconds of each step in each round. The first to run moves on by one from round to round."""
     if min_seconds is None:
-        min_seconds = MIN_SECONDS[torch.device(device).type]
-    clock = clock_of(device) if clock is None else clock
-    names = list(steps)
-    for step in steps.values():
-        step()
+        min_seconds = 0.002 if is_gpu(device) else 0.05
+    clock = cuda_clock if is_gpu(device) and not wall else partial(wall_clock, device=device)
+
+    def turn() -> float:
+        first = clock(step)
+        if first >= min_seconds:
+            return first
+        times: list[float] = []
+        while not times or sum(times) < min_seconds:
+            times.append(clock(step))
+        return statistics.median(times)
+
+    step()
+    return turn
+
+
+def alternate(turns: Mapping[str, Turn], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each in each round. The order rotates by one each round."""
+    names = list(turns)
     times: dict[str, list[float]] = {name: [] for name in names}
-    for i in tqdm(range(rounds), desc="time", unit="round", leave=False):
+    for i in progress(range(rounds), "round"):
         first = i % len(names)
         for name in names[first:] + names[:first]:
-            times[name].append(turn(steps[name], min_seconds, clock))
+            times[name].append(turns[name]())
     return times
+
+
+def _reset_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")  # proc(5): sets VmHWM to VmRSS
+
+
+def memory_unavailable() -> str | None:
+    """Why peak memory of a process cannot be measured here, or None."""
+    try:
+        _reset_peak()
+    except OSError as error:
+        return f"needs Linux's /proc/self/clear_refs ({error})"
+    return None
+
+
+def _field(file: str, name: str) -> int:
+    found = re.search(rf"^{name}:\s+(\d+) kB$", Path(file).read_text(), re.MULTILINE)
+    if found is None:
+        raise OSError(f"{file} has no {name}")
+    return int(found[1]) * 1024
+
+
+def free_bytes(device: str) -> float:
+    """What can still be allocated; infinite where it is unknown."""
+    if is_gpu(device):
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    try:
+        return _field("/proc/meminfo", "MemAvailable")
+    except OSError:
+        return float("inf")
+
+
+def too_large(needed: float, device: str) -> str | None:
+    """Why an allocation of so many bytes does not fit, or None."""
+    free = free_bytes(device)
+    reason = f"needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+    return None if needed < free else reason
+
+
+def _peak_here(threads: int, prepare: Callable[..., Callable[[], Any]], arguments: Any) -> int:
+    torch.set_num_threads(threads)
+    run = prepare(*arguments)
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
+    if trim is not None:
+        trim(0)
+    _reset_peak()
+    before = _field("/proc/self/status", "VmRSS")
+    run()
+    return max(_field("/proc/self/status", "VmHWM") - before, 0)
+
+
+def peak(threads: int, prepare: Callable[..., Callable[[], Any]], *arguments: Any) -> int:
+    """Bytes by which ``prepare(*arguments)()`` raises the peak resident memory of a fresh process.
+
+    ``prepare`` warms up on a tiny shape, and what it frees is returned to the system first. The
+    kernel counts pages in batches: below about 1 MiB the result is noise.
+    """
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_peak_here, threads, prepare, arguments).result()
+
+
+def peaks(options: Any, prepare: Any, names: list[str], *arguments: Any) -> dict[str, list[float]]:
+    """MiB of each name in ``options.memory_runs`` processes; of none without runs."""
+    found: dict[str, list[float]] = {}
+    for name in progress(names * options.memory_runs, "process"):
+        rise = peak(options.threads, prepare, name, *arguments) / MIB
+        found.setdefault(name, []).append(rise)
+    return found
+
+
+def cuda_peak(run: Callable[[], T]) -> tuple[T, float]:
+    """Its result, and the MiB by which it raises the peak of torch's allocator."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = run()
+    torch.cuda.synchronize()
+    return result, (torch.cuda.max_memory_allocated() - before) / MIB

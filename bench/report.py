@@ -1,420 +1,366 @@
-"""Markdown tables from rows of results, and from nothing else. Of repeated runs the latest."""
+"""Markdown tables and plots of results, from the rows alone. Of repeated runs the latest counts."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Sequence
+import argparse
+import math
+import os
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+import pandas as pd
+from matplotlib.figure import Figure
 from tabulate import tabulate
 
-from bench.inputs import DTYPES, Shape
-from bench.results import MEMORY, MIB, RATIO, SHARE, SPEED, TIME, Row
+from bench import results
+from bench.inputs import DTYPES, MIB, SIZES, Shape
+from bench.results import MEMORY, RATIO, SHARE, SPEED, TIME, slug
 from bench.rivals import PHASES, RIVALS, WHOLE
-from bench.scale import FIELDS, family
+from bench.trainers import BY_NAME, TRAINERS
+from bench.trainers import PHASE as STEP
 
 MARKERS = ("<!-- bench report: begin -->", "<!-- bench report: end -->")
+SETTING = ["similarity", "dtype", "gradient", "B", "K", "D", "N"]
+KEYS = ["rival", "what", "phase"]
+Rows: TypeAlias = pd.DataFrame
+Columns: TypeAlias = list[tuple[str, tuple[str, ...]]]
+"""Headers, and keys of cells: "text" or "spread", and those of ``KEYS`` that are not a line's."""
 
-Run = list[Row]
-"""Rows of one measurement: of the same date and setting."""
+
+def latest(rows: Rows) -> Rows:
+    """The latest run of each setting; in ``setting`` numbers, in order of their first rows."""
+    keys = ["family", "device", "threads", "graph", "model", "optimizer", *SETTING]
+    # The trainers of one run may differ in the gradient that they can compute.
+    gradient = rows["gradient"].where(rows["family"] != "train", "")
+    rows = rows.assign(setting=rows.assign(gradient=gradient).groupby(keys, sort=False).ngroup())
+    newest = rows["date"] == rows.groupby("setting")["date"].transform("max")
+    return rows[newest].sort_values("setting", kind="stable")
 
 
-# --- cells ----------------------------------------------------------------------------------------
-
-
-def _number(value: float) -> str:
-    """Three significant digits, no exponent."""
+def number(value: float, what: str = TIME) -> str:
+    """Three significant digits, no exponent; shares in percent."""
+    if math.isnan(value):
+        return "–"
+    if what == SHARE:
+        return f"{100 * value:.0f} %"
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}".rstrip(".")
 
 
-def _percent(value: float) -> str:
-    return f"{100 * value:.0f} %"
+def spread(header: str, *key: str) -> Columns:
+    """A median and its quantiles."""
+    return [(header, ("text", *key)), ("20–80 %", ("spread", *key))]
 
 
-def _cells(
-    row: Row | None, *, spread: bool = True, show: Callable[[float], str] = _number
-) -> list[str]:
-    if row is None:
-        return ["–", "–"] if spread else ["–"]
-    return [show(row.median), *([f"{show(row.q20)}–{show(row.q80)}"] if spread else [])]
+def each_rival(rows: Rows, header: str, what: str, phase: str = WHOLE) -> Columns:
+    """A column for each of the rivals that have rows."""
+    present = [rival for rival in RIVALS if (rows["rival"] == rival.name).any()]
+    return [(f"{r.title}, {header}", ("text", r.name, what, phase)) for r in present]
 
 
-def _table(body: list[list[str]], header: Sequence[str], names: int = 1) -> str:
+def lines(rows: Rows, index: list[str], columns: Columns) -> list[list[Any]]:
+    """One for each setting and each value of ``index``, in order; "–" where there is no row."""
+    text = [number(r.median, r.what) for r in rows.itertuples()]
+    between = [f"{number(r.q20, r.what)}–{number(r.q80, r.what)}" for r in rows.itertuples()]
+    line = rows.groupby(["setting", *index], sort=False).ngroup()
+    rows = rows.assign(line=line, text=text, spread=between)
+    keys = [key for key in KEYS if key not in index]
+    wide = rows.pivot_table(["text", "spread"], ["line", *index], keys, aggfunc="last")
+    wide = wide.reindex(columns=[key for _, key in columns]).astype(object).fillna("–")
+    return [[*names[1:], *cells] for names, cells in zip(wide.index, wide.to_numpy(), strict=True)]
+
+
+def markdown_table(body: list[list[Any]], header: list[str], names: int = 1) -> str:
+    """The first ``names`` columns are aligned to the left."""
     align = ["left"] * names + ["right"] * (len(header) - names)
     return tabulate(body, header, "pipe", disable_numparse=True, colalign=align)
 
 
-def _known(run: Iterable[Row]) -> Callable[..., Row | None]:
-    by_key = {(row.rival, row.what, row.phase): row for row in run}
-    return lambda rival, what, phase=WHOLE: by_key.get((rival, what, phase))
+def table(rows: Rows, index: list[str], columns: Columns, first: str = "", names: int = 1) -> str:
+    """:func:`lines` below a header, which begins with ``first`` instead of a column's name."""
+    header = [first or index[0], *index[1:], *(name for name, _ in columns)]
+    return markdown_table(lines(rows, index, columns), header, names)
 
 
-# --- which rows -----------------------------------------------------------------------------------
+def titled(rows: Rows, listed: Sequence[Any]) -> Rows:
+    """The rows of the listed rivals, in the list's order, with titles as names."""
+    order = {rival.name: i for i, rival in enumerate(listed)}
+    rows = rows[rows["rival"].isin(order)]
+    rows = rows.sort_values("rival", key=lambda names: names.map(order), kind="stable")
+    return rows.assign(rival=rows["rival"].map({rival.name: rival.title for rival in listed}))
 
 
-def _setting(row: Row) -> tuple[object, ...]:
-    # Trainers may differ in the gradient that they can make: one run has both.
-    gradient = "" if row.family == "train" else row.gradient
+def sizes(row: Any, without: Sequence[str] = ()) -> str:
+    return ", ".join(f"{name}={row[name]}" for name in SIZES if name not in without)
+
+
+def hardware(rows: Rows, row: Any = None) -> str:
+    """Of the rows, or of ``row``; with the instruction sets of our kernels."""
+    row = rows.iloc[0] if row is None else row
+    ours = rows["instruction_set"][rows["rival"].str.startswith("fused-")].unique()
+    used = f"{row['threads']} thread{'s' if row['threads'] != 1 else ''}"
+    used = ", ".join(filter(None, [used, " ".join(filter(None, ours))]))
     return (
-        row.family, row.device, row.threads, row.graph, row.model, row.optimizer, row.B, row.K,
-        row.D, row.N, row.dtype, gradient, row.similarity,
-    )  # fmt: skip
-
-
-def latest(rows: Sequence[Row]) -> list[Run]:
-    """The latest run of each setting, in the order in which the settings first came."""
-    dates: dict[tuple[object, ...], str] = {}
-    for row in rows:
-        dates[_setting(row)] = max(row.date, dates.get(_setting(row), ""))
-    runs: dict[tuple[object, ...], Run] = {setting: [] for setting in dates}
-    for row in rows:
-        if row.date == dates[_setting(row)]:
-            runs[_setting(row)].append(row)
-    return list(runs.values())
-
-
-def _by(runs: Sequence[Run], key: Callable[[Row], Any]) -> list[list[Run]]:
-    groups: dict[Any, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(key(run[0]), []).append(run)
-    return list(groups.values())
-
-
-def of_gpu(run: Run) -> bool:
-    return any(row.instruction_set.startswith("sm_") for row in run)
-
-
-# --- captions -------------------------------------------------------------------------------------
-
-
-def _sizes(row: Row) -> str:
-    return f"B={row.B}, K={row.K}, D={row.D}, N={row.N}, {row.dtype}"
-
-
-def _hardware(row: Row, sets: Iterable[str] = ()) -> str:
-    used = f", {' '.join(sets)}" if sets else ""
-    return (
-        f"{row.device} ({row.threads} thread{'s' if row.threads != 1 else ''}{used}); "
-        f"emu-kernels {row.emu_kernels} ({row.commit}), torch {row.torch}, "
-        f"Python {row.python}; {row.date[:10]}."
+        f"{row['device']} ({used}); emu-kernels {row['emu_kernels']} ({row['commit']}), "
+        f"torch {row['torch']}, Python {row['python']}; {row['date'][:10]}."
     )
 
 
-def _sets(runs: Iterable[Run]) -> list[str]:
-    ours = (row for run in runs for row in run if row.rival.startswith("fused"))
-    return list(dict.fromkeys(row.instruction_set for row in ours if row.instruction_set))
+def step_table(rows: Rows) -> str:
+    """One setting, a line for each rival. Phases and shares have columns where measured."""
+    row = rows.iloc[0]
+    columns = spread("median ms", TIME, WHOLE)
+    columns += [(f"{p} ms", ("text", TIME, p)) for p in PHASES[:-1] if (rows["phase"] == p).any()]
+    columns += spread("× ours", RATIO, WHOLE)
+    if (rows["what"] == SHARE).any():
+        columns.append(("of copy bandwidth", ("text", SHARE, WHOLE)))
+    columns.append(("peak MiB", ("text", MEMORY, WHOLE)))
+    sparse = ", sparse gradient" if row["gradient"] == "sparse" else ""
+    caption = f"{row['similarity']}, {sizes(row)}, {row['dtype']}{sparse}. {hardware(rows)}"
+    return f"{table(titled(rows, RIVALS), ['rival'], columns, first=WHOLE)}\n\n{caption}"
 
 
-def caption(run: Run) -> str:
-    """What the numbers of a run are of."""
-    first = run[0]
-    sparse = ", sparse gradient" if first.gradient == "sparse" else ""
-    return f"{first.similarity}, {_sizes(first)}{sparse}. {_hardware(first, _sets([run]))}"
-
-
-# --- one step -------------------------------------------------------------------------------------
-
-
-def table(run: Run) -> str:
-    """A line for each rival. Phases and shares have columns where they were measured."""
-    known = _known(run)
-    parts = [phase for phase in PHASES[:-1] if any(row.phase == phase for row in run)]
-    shares = any(row.what == SHARE for row in run)
-    header = [
-        WHOLE, "median ms", "20–80 %", *[f"{part} ms" for part in parts], "× ours", "20–80 %",
-        *(["of copy bandwidth"] if shares else []), "peak MiB",
-    ]  # fmt: skip
-    body = [
-        [
-            rival.title,
-            *_cells(known(rival.name, TIME)),
-            *(c for part in parts for c in _cells(known(rival.name, TIME, part), spread=False)),
-            *_cells(known(rival.name, RATIO)),
-            *(_cells(known(rival.name, SHARE), spread=False, show=_percent) if shares else []),
-            *_cells(known(rival.name, MEMORY), spread=False),
-        ]
-        for rival in RIVALS
-        if any(row.rival == rival.name for row in run)
+def variations(rows: Rows) -> str:
+    """A line for each setting, ours and eager. What differs between settings has a column."""
+    row = rows.iloc[0]
+    usual = {c: row[c] if c in SIZES else getattr(Shape, c) for c in SETTING}
+    differ = [c for c in SETTING if (rows[c] != usual[c]).any()] or ["similarity"]
+    columns: Columns = [
+        ("EMU, fused, ms", ("text", "fused-emu", TIME, WHOLE)),
+        ("softmax, fused, ms", ("text", "fused-softmax", TIME, WHOLE)),
+        *spread("eager EMU × ours", "eager-emu", RATIO, WHOLE),
+        *spread("eager softmax × ours", "eager-softmax", RATIO, WHOLE),
+        ("peak MiB, ours", ("text", "fused-emu", MEMORY, WHOLE)),
+        ("eager EMU", ("text", "eager-emu", MEMORY, WHOLE)),
     ]
-    return _table(body, header)
+    common = [sizes(row, differ), *(row[c] for c in ("similarity", "dtype") if c not in differ)]
+    named = ", ".join(filter(None, common))
+    caption = f"{named}{'. ' if named else ''}{hardware(rows, rows.iloc[-1])}"
+    return f"{table(rows, differ, columns, names=len(differ))}\n\n{caption}"
 
 
-_SETTING = ("similarity", "dtype", "gradient", "B", "K", "D", "N")
-
-
-def _columns(runs: Sequence[Run]) -> list[str]:
-    """In what the runs differ, and in what kind they differ from the paper's setting."""
-    values = {c: {getattr(run[0], c) for run in runs} for c in _SETTING}
-    usual = Shape()
-    kinds = ("similarity", "dtype", "gradient")
-    differ = [
-        c for c in _SETTING
-        if len(values[c]) > 1 or (c in kinds and values[c] != {getattr(usual, c)})
-    ]  # fmt: skip
-    return differ or ["similarity"]
-
-
-def variations(runs: Sequence[Run]) -> str:
-    """A line for each run on a CPU: ours, and what the eager twins take of it.
-
-    What all runs have in common has no column.
-    """
-    columns = _columns(runs)
-    header = [
-        *columns, "EMU, fused, ms", "softmax, fused, ms", "eager EMU × ours", "20–80 %",
-        "eager softmax × ours", "20–80 %", "peak MiB, ours", "eager EMU",
-    ]  # fmt: skip
-    body = []
-    for run in runs:
-        known = _known(run)
-        body.append(
-            [
-                *(str(getattr(run[0], column)) for column in columns),
-                *_cells(known("fused-emu", TIME), spread=False),
-                *_cells(known("fused-softmax", TIME), spread=False),
-                *_cells(known("eager-emu", RATIO)),
-                *_cells(known("eager-softmax", RATIO)),
-                *_cells(known("fused-emu", MEMORY), spread=False),
-                *_cells(known("eager-emu", MEMORY), spread=False),
-            ]
-        )
-    return _table(body, header, len(columns))
-
-
-def gradient_mib(row: Row) -> float:
-    """What the table's dense gradient takes; a sparse one is not known from a row."""
-    return row.N * row.D * DTYPES[row.dtype].itemsize / MIB if row.gradient == "dense" else 0.0
-
-
-def gpu_table(runs: Sequence[Run]) -> str:
-    """A line for each run on a GPU and each of our backends in it.
+def gpu_table(rows: Rows) -> str:
+    """A line for each setting on a GPU and each of our backends in it.
 
     Times are ours in ms, shares are of the copy bandwidth, × are the rivals' times over this
     backend's medians, and peaks leave a dense table's gradient out.
     """
-    header = [
-        "similarity", "dtype", "gradient", "B", "K", "D", "N", "ours", "forward", "share", "whole",
-        "20–80 %", "share", "eager EMU ×", "compiled ×", "eager softmax ×", "peak MiB",
-        "EMU − softmax", "eager EMU",
-    ]  # fmt: skip
+    header = (
+        "ours|forward|share|whole|20–80 %|share|eager EMU ×|compiled ×|eager softmax ×|peak MiB"
+    )
     body = []
-    for run in runs:
-        known = _known(run)
-        first = run[0]
+    for _, run in rows.groupby("setting", sort=False):
+        row = run.iloc[0]
+        known = run.drop_duplicates(KEYS, keep="last").set_index(KEYS)
 
-        def beyond(rival: str, known: Any = known, first: Row = first) -> float | None:
-            row = known(rival, MEMORY)
-            return None if row is None else row.median - gradient_mib(first)
+        def get(name: str, what: str = TIME, phase: str = WHOLE, known: Any = known) -> float:
+            return float(known["median"].get((name, what, phase), math.nan))
 
-        for rival in (r for r in RIVALS if r.name.startswith("fused-emu")):
-            ours = known(rival.name, TIME)
-            if ours is None:
+        dense = row["N"] * row["D"] * DTYPES[row["dtype"]].itemsize / MIB
+        gradient = dense if row["gradient"] == "dense" else 0.0
+        for name in (r.name for r in RIVALS if (r.name, TIME, WHOLE) in known.index):
+            if not name.startswith("fused-emu"):
                 continue
-            times = (known(n, TIME) for n in ("eager-emu", "compiled-emu", "eager-softmax"))
-            peak, eager = beyond(rival.name), beyond("eager-emu")
-            vanilla = beyond(rival.name.replace("emu", "softmax"))
-            extra = None if peak is None or vanilla is None else peak - vanilla
-            body.append(
-                [
-                    *(str(getattr(first, column)) for column in _SETTING),
-                    rival.name.removeprefix("fused-emu").removeprefix("-") or "cpu",
-                    *_cells(known(rival.name, TIME, "forward"), spread=False),
-                    *_cells(known(rival.name, SHARE, "forward"), spread=False, show=_percent),
-                    *_cells(ours),
-                    *_cells(known(rival.name, SHARE), spread=False, show=_percent),
-                    *("–" if t is None else _number(t.median / ours.median) for t in times),
-                    *("–" if m is None else _number(m) for m in (peak, extra, eager)),
-                ]
-            )
-    return _table(body, header, 3)
+            whole, peak = known.loc[(name, TIME, WHOLE)], get(name, MEMORY)
+            extra = peak - get(name.replace("emu", "softmax"), MEMORY)
+            others = [get(n) for n in ("eager-emu", "compiled-emu", "eager-softmax")]
+            body.append([
+                *(row[column] for column in SETTING), name.removeprefix("fused-emu-"),
+                number(get(name, TIME, "forward")), number(get(name, SHARE, "forward"), SHARE),
+                number(whole["median"]), f"{number(whole['q20'])}–{number(whole['q80'])}",
+                number(get(name, SHARE), SHARE), *(number(t / whole["median"]) for t in others),
+                *map(number, (peak - gradient, extra, get("eager-emu", MEMORY) - gradient)),
+            ])  # fmt: skip
+    header += "|EMU − softmax|eager EMU"
+    names = [*SETTING, *header.split("|")]
+    return f"{markdown_table(body, names, 3)}\n\n{hardware(rows, rows.iloc[-1])}"
 
 
-def _is_paper(row: Row) -> bool:
-    paper = Shape()
-    sizes = (paper.batch, paper.negatives, paper.dim, paper.entities)
-    kind = (paper.similarity, paper.dtype, paper.gradient)
-    return (row.B, row.K, row.D, row.N, row.similarity, row.dtype, row.gradient) == (*sizes, *kind)
+def steps_table(rows: Rows) -> str:
+    """On a CPU the paper's setting in full, the others in a line each."""
+    if rows["instruction_set"].str.startswith("sm_").any():
+        return gpu_table(rows)
+    usual = [getattr(Shape, SIZES.get(column, column)) for column in SETTING]
+    paper = (rows[SETTING] == usual).all(axis=1) | (rows["setting"].nunique() == 1)
+    tables = [step_table(run) for _, run in rows[paper].groupby("setting", sort=False)]
+    return "\n\n".join([*tables, *([] if paper.all() else [variations(rows[~paper])])])
 
 
-def _steps(runs: Sequence[Run]) -> list[str]:
-    """Of one device: on a CPU the paper's setting in full, the others in a line each."""
-    hardware = _hardware(runs[-1][0], _sets(runs))
-    if of_gpu(runs[0]):
-        return [f"{gpu_table(runs)}\n\n{hardware}"]
-    full = [run for run in runs if _is_paper(run[0]) or len(runs) == 1]
-    parts = [f"{table(run)}\n\n{caption(run)}" for run in full]
-    others = [run for run in runs if run not in full]
-    if others:
-        common = [c for c in _SETTING if c not in _columns(others)]
-        named = ", ".join(
-            f"{c}={getattr(others[0][0], c)}" if c in "BKDN" else getattr(others[0][0], c)
-            for c in ("B", "K", "D", "N", "similarity", "dtype")
-            if c in common
-        )
-        parts.append(f"{variations(others)}\n\n{named}{'. ' if named else ''}{hardware}")
-    return parts
+def plans_table(rows: Rows) -> str:
+    """A line for each setting: the plans of the table's gradient side by side."""
+    backward = each_rival(rows, "backward, ms", TIME, "backward")
+    pairs = zip(backward, each_rival(rows, "whole, ms", TIME), strict=True)
+    columns = [column for pair in pairs for column in pair]
+    return f"{table(rows, ['dtype', *SIZES], columns)}\n\n{hardware(rows)}"
 
 
-def planned(runs: Sequence[Run]) -> str:
-    """A line for each run: the plans of the table's gradient side by side."""
-    present = {row.rival for run in runs for row in run}
-    shown = [rival for rival in RIVALS if rival.name in present]
-    header = ["dtype", "B", "K", "D", "N"]
-    header += [f"{r.title}, {part}, ms" for r in shown for part in ("backward", "whole")]
-    body = []
-    for run in runs:
-        known = _known(run)
-        body.append(
-            [
-                *(str(getattr(run[0], column)) for column in header[:5]),
-                *(
-                    _cells(known(rival.name, TIME, phase), spread=False)[0]
-                    for rival in shown
-                    for phase in PHASES[1:]
-                ),
-            ]
-        )
-    return f"{_table(body, header)}\n\n{_hardware(runs[0][0], _sets(runs))}"
+def scaled(rows: Rows, factors: Any) -> Rows:
+    return rows.assign(**{name: rows[name] * factors for name in ("median", "q20", "q80")})
 
 
-# --- trainers -------------------------------------------------------------------------------------
+def captured_table(rows: Rows) -> str:
+    """A line for each whole training step, captured as a CUDA graph or not."""
+    row = rows.iloc[0]
+    columns = [*spread("µs", TIME, STEP), ("triples / s", ("text", SPEED, STEP))]
+    columns += spread("× ours", RATIO, STEP)
+    shown = scaled(rows, rows["what"].map({TIME: 1000}).fillna(1))
+    what = f"{row['model']} on {row['graph']}, {sizes(row)}, {row['dtype']}, {row['optimizer']}"
+    return f"{table(shown, ['rival'], columns, first=STEP)}\n\n{what}. {hardware(rows[:0], row)}"
 
 
-def trainers(run: Run) -> str:
-    """A line for each trainer."""
-    from bench.train import RIVALS as TRAINERS
-
-    phase = "training step"
-    known = _known(run)
-    header = [
-        "end to end", "triples / s", "ms a step", "20–80 %", "× ours", "20–80 %", "peak MiB",
-        "table's gradient",
-    ]  # fmt: skip
-    body = []
-    for rival in TRAINERS:
-        first = known(rival.name, TIME, phase)
-        if first is None:
-            continue
-        version = f" ({first.library.split()[-1]})" if first.library else ""
-        title = f"{rival.title}{version}"
-        body.append(
-            [
-                title,
-                *_cells(known(rival.name, SPEED, phase), spread=False),
-                *_cells(first),
-                *_cells(known(rival.name, RATIO, phase)),
-                *_cells(known(rival.name, MEMORY, phase), spread=False),
-                first.gradient,
-            ]
-        )
-    row = run[0]
-    what = f"{row.model} on {row.graph}, {row.N:,} entities, d={row.D}, B={row.B}, K={row.K}"
-    return f"{_table(body, header)}\n\n{what}, {row.optimizer}. {_hardware(row)}"
+def trainers_table(rows: Rows) -> str:
+    """A line for each trainer, below each setting its caption."""
+    columns: Columns = [("triples / s", ("text", SPEED, STEP)), *spread("ms a step", TIME, STEP)]
+    columns += [*spread("× ours", RATIO, STEP), ("peak MiB", ("text", MEMORY, STEP))]
+    header = ["end to end", *(name for name, _ in columns), "table's gradient"]
+    tables = []
+    for _, run in rows.groupby("setting", sort=False):
+        row, shown = run.iloc[0], titled(run, TRAINERS)
+        versions = (" (" + shown["library"].str.extract(r" (\S+)$")[0] + ")").fillna("")
+        shown = shown.assign(rival=shown["rival"] + versions)
+        found = lines(shown, ["rival", "gradient"], columns)
+        body = [[name, *cells, gradient] for name, gradient, *cells in found]
+        what = f"{row['model']} on {row['graph']}, {row['N']:,} entities, d={row['D']}, "
+        what += f"B={row['B']}, K={row['K']}, {row['optimizer']}"
+        tables.append(f"{markdown_table(body, header)}\n\n{what}. {hardware(run)}")
+    return "\n\n".join(tables)
 
 
-# --- scale ----------------------------------------------------------------------------------------
+def scale_table(rows: Rows) -> str:
+    """A line for each size and gradient."""
+    row = rows.iloc[0]
+    axis = row["family"].removeprefix("scale-")
+    columns = [*each_rival(rows, "ms", TIME), *each_rival(rows, "MiB", MEMORY)]
+    shown = rows.sort_values(["gradient", axis], kind="stable")
+    shown = shown.assign(**{axis: shown[axis].map("{:,}".format)})
+    caption = f"{row['similarity']}, {sizes(row, [axis])}, {row['dtype']}. {hardware(rows)}"
+    return f"{table(shown, [axis, 'gradient'], columns, names=2)}\n\n{caption}"
 
 
-def axis_of(row: Row) -> str | None:
-    return next((axis for axis in FIELDS if row.family == family(axis)), None)
+def sampling_table(rows: Rows) -> str:
+    """A line for each graph."""
+    names = [
+        f"{r.rival.replace('-', ' ')} on {r.graph}: {r.K} walks of {r.phase} from each of "
+        f"{r.N:,} entities"
+        for r in rows.itertuples()
+    ]
+    shown, columns = scaled(rows, 0.001).assign(rival=names, phase=""), spread("seconds", TIME, "")
+    return f"{table(shown, ['rival'], columns, first='what')}\n\n{hardware(rows)}"
 
 
-def scales(runs: Sequence[Run]) -> str:
-    """Of one device and axis: a line for each size and gradient."""
-    axis = axis_of(runs[0][0])
-    assert axis is not None
-    present = {row.rival for run in runs for row in run}
-    shown = [rival for rival in RIVALS if rival.name in present]
-    header = [axis, "gradient", *(f"{r.title}, ms" for r in shown)]
-    header += [f"{r.title}, MiB" for r in shown]
-    body = []
-    for run in sorted(runs, key=lambda run: (run[0].gradient, getattr(run[0], axis))):
-        known = _known(run)
-        body.append(
-            [
-                f"{getattr(run[0], axis):,}",
-                run[0].gradient,
-                *(_cells(known(r.name, TIME), spread=False)[0] for r in shown),
-                *(_cells(known(r.name, MEMORY), spread=False)[0] for r in shown),
-            ]
-        )
-    row = runs[0][0]
-    fixed = ", ".join(
-        f"{name}={getattr(row, name)}" for name in ("B", "K", "D", "N") if name != axis
-    )
-    return (
-        f"{_table(body, header, 2)}\n\n{row.similarity}, {fixed}, {row.dtype}. "
-        f"{_hardware(row, _sets(runs))}"
-    )
+TABLES = {
+    "steps": steps_table, "plans": plans_table, "captured": captured_table,
+    "train": trainers_table, "scale-": scale_table, "sampling": sampling_table,
+}  # fmt: skip
 
 
-# --- the rest -------------------------------------------------------------------------------------
-
-
-def others(runs: Sequence[Run]) -> str:
-    """A line for each measurement that is compared with nothing."""
-    header = ["what", "seconds", "20–80 %"]
-    body = []
-    for row in (row for run in runs for row in run):
-        what = f"{row.rival.replace('-', ' ')} on {row.graph}: {row.K} walks of {row.phase}"
-        seconds = (f"{x / 1000:.3g}" for x in (row.median, row.q20, row.q80))
-        median, low, high = seconds
-        body.append([f"{what} from each of {row.N:,} entities", median, f"{low}–{high}"])
-    return f"{_table(body, header)}\n\n{_hardware(runs[0][0])}"
-
-
-def markdown(rows: Sequence[Row], plots: Sequence[str] = ()) -> str:
+def markdown(rows: Rows, plots: Sequence[str] = ()) -> str:
     """All tables, device by device, then links to the plots."""
     parts: list[str] = []
-    for of_device in _by(latest(rows), lambda row: (row.device, row.threads)):
-        steps = [run for run in of_device if run[0].family == "steps"]
-        if steps:
-            parts += _steps(steps)
-        plans = [run for run in of_device if run[0].family == "plans"]
-        if plans:
-            parts.append(planned(plans))
-        graph_steps = [run for run in of_device if run[0].family == "captured"]
-        if graph_steps:
-            parts.append(captured(graph_steps))
-        parts += [trainers(run) for run in of_device if run[0].family == "train"]
-        along = [run for run in of_device if axis_of(run[0])]
-        parts += [scales(group) for group in _by(along, lambda row: row.family)]
-        sampling = [run for run in of_device if run[0].family == "sampling"]
-        if sampling:
-            parts.append(others(sampling))
+    for _, on_device in latest(rows).groupby(["device", "threads"], sort=False):
+        for name, make in TABLES.items():
+            chosen = on_device[on_device["family"].str.startswith(name)]
+            parts += [make(family) for _, family in chosen.groupby("family", sort=False)]
     parts += [f"![{Path(plot).stem}]({plot})" for plot in plots]
     return "\n\n".join(parts)
 
 
-def captured(runs: Sequence[Run]) -> str:
-    """A line for each whole training step that was captured as a CUDA graph, or that was not."""
-    header = ["training step", "µs", "20–80 %", "triples / s", "× ours", "20–80 %"]
-    body = []
-    for run in runs:
-        known = _known(run)
-        for name in dict.fromkeys(row.rival for row in run):
-            row = known(name, TIME, "training step")
-            assert row is not None
-            median, low, high = (_number(1000 * x) for x in (row.median, row.q20, row.q80))
-            speed = _cells(known(name, SPEED, "training step"), spread=False)
-            ratio = _cells(known(name, RATIO, "training step"))
-            body.append([name, median, f"{low}–{high}", *speed, *ratio])
-    row = runs[0][0]
-    what = f"{row.model} on {row.graph}, {_sizes(row)}, {row.optimizer}"
-    return f"{_table(body, header)}\n\n{what}. {_hardware(row)}"
+_COLOURS = {
+    "fused-emu": "C0", "fused-softmax": "C2", "eager-emu": "C3", "eager-softmax": "C1",
+    "compiled-emu": "C4", "gather-scatter": "C7", "fused-emu-cuda": "C0", "fused-emu-triton": "C9",
+    "fused-softmax-cuda": "C2", "fused-softmax-triton": "C8",
+}  # fmt: skip
+_NAMED: list[Any] = [*RIVALS, *TRAINERS]
+_TITLES = {rival.name: rival.title.replace("*", "") for rival in _NAMED}
+
+
+def draw(rows: Rows, folder: Path) -> list[Path]:
+    """A PNG for each comparison of trainers, and one for each device and axis of scale."""
+    figures: dict[str, Any] = {}
+    rows = latest(rows)
+    for _, run in rows[rows["family"] == "train"].groupby("setting", sort=False):
+        names = ["device", "family", "graph", "N", "model", "D"]
+        figures[slug(" ".join(map(str, run.iloc[0][names])))] = _speeds(run)
+    scales = rows[rows["family"].str.startswith("scale-")]
+    for (device, family), run in scales.groupby(["device", "family"], sort=False):
+        figures[slug(f"{device} {family}")] = _curves(run)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        figure.savefig(folder / f"{name}.png", dpi=120, metadata={"Software": None})
+    return [folder / f"{name}.png" for name in figures]
+
+
+def _curves(rows: Rows) -> Any:
+    """Time and memory along an axis; solid where gradients are dense, dashed where sparse."""
+    row = rows.iloc[0]
+    axis = row["family"].removeprefix("scale-")
+    figure: Any = Figure(figsize=(12, 4), layout="constrained")
+    panels = figure.subplots(1, 2)
+    labels = {TIME: "ms a step", MEMORY: "peak MiB of a step"}
+    for panel, (what, label) in zip(panels, labels.items(), strict=True):
+        shown = rows[(rows["what"] == what) & (rows["phase"] == WHOLE)].sort_values(axis)
+        for (rival, gradient), line in shown.groupby(["rival", "gradient"]):
+            colour, style = _COLOURS.get(rival, "C5"), "-" if gradient == "dense" else "--"
+            panel.plot(
+                line[axis], line["median"], style, color=colour, marker="o", markersize=4,
+                label=f"{_TITLES.get(rival, rival)}, {gradient}",
+            )  # fmt: skip
+            between = (line[axis], line["q20"], line["q80"])
+            panel.fill_between(*between, color=colour, alpha=0.2, linewidth=0)
+        panel.set(xscale="log", yscale="log", xlabel=axis, ylabel=label)
+        panel.grid(alpha=0.3)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right", fontsize=7)
+    title = f"{row['similarity']}, {sizes(row, [axis])}, {row['dtype']}; {row['device']}"
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def _speeds(rows: Rows) -> Any:
+    """Triples a second of each trainer."""
+    row, speeds = rows.iloc[0], rows[rows["what"] == SPEED].iloc[::-1]
+    figure: Any = Figure(figsize=(7, 0.4 * len(speeds) + 1.2), layout="constrained")
+    panel = figure.subplots()
+    names, medians = speeds["rival"].map(_TITLES), speeds["median"]
+    errors = [medians - speeds["q20"], speeds["q80"] - medians]
+    panel.errorbar(medians, names, xerr=errors, fmt="none", ecolor="0.6")
+    colours = ["C0" if BY_NAME[name].has_ours else "C7" for name in speeds["rival"]]
+    panel.scatter(medians, names, color=colours, zorder=3)
+    panel.set(xscale="log", xlabel="triples a second")
+    panel.grid(alpha=0.3)
+    what = f"{row['model']} on {row['graph']} ({row['N']:,} entities), d={row['D']}"
+    panel.set_title(f"{what}, B={row['B']}, K={row['K']}\n{row['device']}", fontsize=9)
+    return figure
 
 
 def insert(text: str, block: str) -> str:
-    """``text`` with what stands between the markers replaced.
+    """``text`` with the part between the markers replaced."""
+    begin, end = MARKERS
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"expected one line {begin} and below it one {end}")
+    return f"{text.partition(begin)[0]}{begin}\n{block}\n{end}{text.partition(end)[2]}"
 
-    Raises:
-        ValueError: not exactly one pair of markers.
-    """
-    begin, end = map(re.escape, MARKERS)
-    new, count = re.subn(
-        f"(?s)({begin}\n).*?({end})", lambda found: f"{found[1]}{block}\n{found[2]}", text
-    )
-    if count != 1:
-        raise ValueError(f"expected one line {MARKERS[0]} and below it one {MARKERS[1]}")
-    return new
+
+def run(options: argparse.Namespace) -> int:
+    path: Path = options.results
+    rows = results.read(path)
+    if options.parts:
+        names = rows["family"] + ":" + rows["graph"]
+        rows = rows[rows["family"].isin(options.parts) | names.isin(options.parts)]
+    if rows.empty:
+        what = f"no results of {', '.join(options.parts)}" if options.parts else "no results"
+        print(f"{what} in {path}: run python -m bench first", file=sys.stderr)
+        return 1
+    links: list[str] = []
+    if not options.no_plots:
+        folder = options.plots or (path if path.is_dir() else path.parent) / "plots"
+        start = Path.cwd() if options.into is None else options.into.resolve().parent
+        drawn = draw(rows, folder)
+        links = [Path(os.path.relpath(plot.resolve(), start)).as_posix() for plot in drawn]
+    tables = markdown(rows, links)
+    if options.into is None:
+        print(tables)
+    else:
+        text = options.into.read_text(encoding="utf-8")
+        options.into.write_text(insert(text, tables), encoding="utf-8")
+    return 0

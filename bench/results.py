@@ -1,100 +1,99 @@
-"""Measurements as rows of a CSV file for each device, which only ever grows."""
+"""Measurements as rows of CSV files, one file for each device, to which runs append."""
 
 from __future__ import annotations
 
 import csv
-import dataclasses
 import datetime
 import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 import emu_kernels
+from bench.inputs import is_gpu
+
+if TYPE_CHECKING:
+    import pandas
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = Path(__file__).with_name("results")
-MIB = 2**20
 
 TIME, RATIO, MEMORY = "time", "time ratio", "peak memory"
 SHARE, BANDWIDTH = "share of the copy bandwidth", "copy bandwidth"
 SPEED = "triples a second"
-UNITS = {
-    TIME: "ms", RATIO: "x", MEMORY: "MiB", SHARE: "share", BANDWIDTH: "GB/s", SPEED: "1/s",
-}  # fmt: skip
-"""What a row tells, and in which unit."""
+UNITS = {TIME: "ms", RATIO: "x", MEMORY: "MiB", SHARE: "share", BANDWIDTH: "GB/s", SPEED: "1/s"}
+
+# date: when the run began, UTC, the same in all its rows; commit: "-dirty" where files differ;
+# family: of comparisons, as on the command line; what: a key of UNITS; base: the rival whose time a
+# ratio is relative to; gradient: of the table; library: the rival's. Empty where not applicable.
+COLUMNS = (
+    "date", "commit", "family", "what", "rival", "phase", "base", "graph", "model", "optimizer",
+    "similarity", "B", "K", "D", "N", "dtype", "gradient", "threads", "median", "q20", "q80",
+    "unit", "device", "instruction_set", "library", "emu_kernels", "torch", "python",
+)  # fmt: skip
+NUMBERS = dict.fromkeys(("B", "K", "D", "N", "threads"), "int64")
+NUMBERS |= dict.fromkeys(("median", "q20", "q80"), "float64")
+Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Row:
-    """One measurement. All rows of one run bear the same date."""
+class Recorder:
+    """Collects rows that share some columns."""
 
-    date: str  # when the run began, UTC
-    commit: str  # of this repository, "-dirty" where files differ from it
-    family: str  # of comparisons, as on the command line
-    what: str
-    rival: str
-    phase: str  # of what a step or a run consists of
-    base: str  # the rival by whose time a ratio divides, or ""
-    graph: str  # the triples' origin, or "" for random tensors
-    model: str  # or "" for the operator alone
-    optimizer: str  # or ""
-    similarity: str
-    B: int
-    K: int
-    D: int
-    N: int
-    dtype: str
-    gradient: str  # of the table, "dense" or "sparse"
-    threads: int  # of the CPU
-    median: float
-    q20: float
-    q80: float
-    unit: str
-    device: str
-    instruction_set: str
-    library: str  # the rival's, with its version, or ""
-    emu_kernels: str
-    torch: str
-    python: str
+    def __init__(self, device: str, **shared: Any) -> None:
+        self.shared: Row = dict.fromkeys(COLUMNS, "") | environment(device) | shared
+        self.rows: list[Row] = []
 
+    def add(self, what: str, values: Sequence[float], *, per: float = 0, **columns: Any) -> None:
+        """Quantiles of the values, or of ``per`` over the values."""
+        low, median, high = map(float, np.quantile(values, (0.2, 0.5, 0.8)))
+        if per:
+            low, median, high = per / high, per / median, per / low
+        spread = {"median": median, "q20": low, "q80": high, "what": what, "unit": UNITS[what]}
+        self.rows.append(self.shared | columns | spread)
 
-COLUMNS = tuple(field.name for field in dataclasses.fields(Row))
-T = TypeVar("T")
-_TYPES: dict[str, type] = {"int": int, "float": float, "str": str}
+    def add_times(
+        self,
+        rival: str,
+        times: Mapping[str, Sequence[float]],
+        base: str | None = None,
+        *,
+        batch: int = 0,
+        **columns: Any,
+    ) -> None:
+        """A rival's time, its speed where the batch is given, its ratio to the base's times."""
+        columns["rival"] = rival
+        self.add(TIME, [1000 * t for t in times[rival]], **columns)
+        if batch:
+            self.add(SPEED, times[rival], per=batch, **columns)
+        if base is not None and base in times:
+            ratios = [theirs / ours for theirs, ours in zip(times[rival], times[base], strict=True)]
+            self.add(RATIO, ratios, base=base, **columns)
 
 
-def _cpu_model() -> str:
-    try:
-        cpuinfo = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        cpuinfo = ""
-    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
-    return found[1].strip() if found else platform.processor() or platform.machine()
-
-
-def device(of: str = "cpu") -> str:
+def device_name(device: str = "cpu") -> str:
     """The GPU, or this machine's CPU with the number of cores that this process may use."""
-    if torch.device(of).type == "cuda":
-        return torch.cuda.get_device_name(of)
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else os.cpu_count()
-    return f"{_cpu_model()}, {cores} core{'s' if cores != 1 else ''}"
+    if is_gpu(device):
+        return torch.cuda.get_device_name(device)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)\n", info.read_text() if info.exists() else "")
+    model = found[1].strip() if found else platform.processor() or platform.machine()
+    return f"{model}, {cores} core{'s' if cores != 1 else ''}"
 
 
 def slug(name: str) -> str:
-    """A device's name as a file name."""
+    """As a file name."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def commit() -> str:
-    """The commit that is checked out; where git cannot tell, BENCH_COMMIT or "unknown"."""
+    """The commit that is checked out; without git BENCH_COMMIT or "unknown"."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(ROOT), *arguments]
@@ -102,90 +101,63 @@ def commit() -> str:
 
     try:
         name = git("rev-parse", "--short=12", "HEAD")
-        # The results themselves change with every run.
+        # Every run changes the results themselves.
         changed = git("status", "--porcelain", "--", ".", ":(exclude)bench/results")
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("BENCH_COMMIT", "unknown")
     return name + ("-dirty" if changed else "")
 
 
-def environment(of: str = "cpu") -> dict[str, Any]:
-    """The columns that are the same for all rows of a run on a device that begins now."""
+def environment(device: str = "cpu") -> Row:
+    """The columns that all rows of a run that begins now share."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
-        "device": device(of),
+        "device": device_name(device),
         "emu_kernels": emu_kernels.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
 
 
-def append(folder: Path, rows: Iterable[Row]) -> list[Path]:
-    """Add rows to the files of their devices; returns these.
-
-    Raises:
-        ValueError: a file that has other columns.
-    """
-    by_device: dict[str, list[Row]] = {}
+def append(folder: Path, rows: Iterable[Row], columns: Sequence[str] = COLUMNS) -> list[Path]:
+    """Add rows to the files of their devices, and return these. Needs no pandas."""
+    folder.mkdir(parents=True, exist_ok=True)
+    by_path: dict[Path, list[Row]] = {}
     for row in rows:
-        by_device.setdefault(row.device, []).append(row)
-    paths = []
-    for name, of_device in by_device.items():
-        paths.append(folder / f"{slug(name)}.csv")
-        append_to(paths[-1], of_device)
-    return paths
+        texts = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
+        by_path.setdefault(folder / f"{slug(row['device'])}.csv", []).append(texts)
+    for path, added in by_path.items():
+        with path.open("a+", newline="", encoding="utf-8") as file:
+            file.seek(0)
+            header = file.readline().strip()
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
+            if not header:
+                writer.writeheader()
+            elif header != ",".join(columns):
+                raise ValueError(f"{path}: expected the columns {', '.join(columns)}")
+            writer.writerows(added)
+    return list(by_path)
 
 
-def read(path: Path) -> list[Row]:
-    """The rows of a file or, in the order of their names, of a folder's files.
-
-    Raises:
-        ValueError: a file that is not of this form, with the line.
-    """
-    if path.is_dir():
-        return [row for file in sorted(path.glob("*.csv")) for row in read(file)]
-    return read_from(path, Row)
-
-
-def append_to(path: Path, rows: Sequence[Any]) -> None:
-    """Add dataclass instances, all of one class, to a file.
+def read(
+    path: Path, columns: Sequence[str] = COLUMNS, numbers: Mapping[str, str] = NUMBERS
+) -> pandas.DataFrame:
+    """The rows of a file, or of a folder's files by name.
 
     Raises:
-        ValueError: it has other columns.
+        ValueError: a file has other columns, or a value of another type.
     """
-    fresh = not path.exists()
-    if not fresh:
-        read_from(path, type(rows[0]))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="", encoding="utf-8") as file:
-        columns = [field.name for field in dataclasses.fields(rows[0])]
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        if fresh:
-            writer.writeheader()
-        for row in rows:
-            values = dataclasses.asdict(row)
-            writer.writerow(
-                {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()}
-            )
+    import pandas as pd
 
-
-def read_from(path: Path, kind: type[T]) -> list[T]:
-    """What :func:`append_to` wrote.
-
-    Raises:
-        ValueError: a file that is not of this form, with the line.
-    """
-    fields = {field.name: _TYPES[str(field.type)] for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    rows = []
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != tuple(fields):
-            raise ValueError(f"{path}: expected the columns {', '.join(fields)}")
-        for record in reader:
-            try:
-                values = {name: convert(record[name]) for name, convert in fields.items()}
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{path}: line {reader.line_num}: {error}") from error
-            rows.append(kind(**values))
-    return rows
+    types = {name: numbers.get(name, "str") for name in columns}
+    frames = [pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in types.items()})]
+    for file in sorted(path.glob("*.csv")) if path.is_dir() else [path]:
+        try:
+            frame = pd.read_csv(file, dtype=types, keep_default_na=False)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
+        if list(frame.columns) != list(columns):
+            raise ValueError(f"{file}: expected the columns {', '.join(columns)}")
+        frames.append(frame)
+    return pd.concat(frames, ignore_index=True)

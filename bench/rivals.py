@@ -1,28 +1,32 @@
-"""Who takes part in the comparison of one training step.
+"""Implementations of one training step that are compared.
 
-A step is the loss of one batch and its gradients with respect to the query and the table; of its
-phases, "forward" is the loss as training computes it (what backward needs is kept), "backward" the
-gradients of a loss that is there. Sparse gradients are coalesced: every optimiser begins with that.
-A new rival is one entry in ``RIVALS``.
+A step is the loss of one batch and its gradients with respect to the query and the table. Phase
+"forward" is the loss as training computes it (keeping what backward needs), "backward" the
+gradients of a computed loss. Sparse gradients are coalesced, as every optimiser does first.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import functools
 import importlib.metadata
 import os
 import shutil
-from collections.abc import Callable
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench import eager, native
-from bench.inputs import Inputs, Shape
+from bench import eager, measure
+from bench.inputs import Inputs, Shape, is_gpu, make
 from bench.measure import Step
-from bench.plans import PLANS, forced
 from emu_kernels import backends, fused_emu_loss, fused_softmax_loss
 
 EMU: dict[str, Any] = {"mutation_rate": 0.94, "beta": 0.25, "alpha": 0.73}
@@ -37,110 +41,106 @@ class Rival:
     name: str  # in results and on the command line
     title: str  # in tables
     prepare: Callable[[Inputs, str], Step]  # (inputs, phase)
-    unavailable: Callable[[Shape], str | None]  # why it cannot run on such a step here, or None
-    instruction_set: Callable[[str], str]  # of a device type
-    device: str | None = None  # the only type of device that it is measured on
+    cannot: Callable[[Shape], str | None] = lambda shape: None  # why it cannot run such a step
+    device: str | None = None  # the only type of device on which it is measured
+    backend: str | None = None  # of ours
+    plan: str | None = None  # of ours, forced
     phases: tuple[str, ...] = PHASES
-    dense_gradients: int = 1  # (N, D) buffers that it needs at once
-    tiles: float = 0.0  # (B, K, D) buffers that it needs at once, about
-    plan: bool = False  # ours, with the plan of the table's gradient forced
-    compiler: str | None = None  # a package that compiles it as it runs
+    dense_gradients: int = 1  # (N, D) buffers needed at once
+    tiles: int = 0  # (B, K, D) buffers needed at once
 
-    def library(self) -> str:
-        """That package with its version, or ""."""
-        if self.compiler is None:
-            return ""
-        return f"{self.compiler} {importlib.metadata.version(self.compiler)}"
+    def unavailable(self, shape: Shape) -> str | None:
+        """Why it cannot run such a step here, or None."""
+        if self.device not in (None, torch.device(shape.device).type):
+            return f"is measured with --device {self.device}"
+        tables = 1 if shape.sparse else 1 + self.dense_gradients
+        tiles = self.tiles * shape.batch * shape.negatives * shape.dim * 4
+        too_large = measure.too_large(tables * shape.table_bytes + tiles, shape.device)
+        return self.cannot(shape) or too_large
+
+    def columns(self, device: str) -> dict[str, Any]:
+        """Of a row of results."""
+        used, version = instruction_set(device), ""
+        if self.backend == "cpu":
+            from emu_kernels import _C
+
+            used = _C.instruction_set()
+        if self.backend == "triton":
+            version = f"triton {importlib.metadata.version('triton')}"
+        used = "native" if self.name == "gather-scatter" else used
+        return {"instruction_set": used, "library": version}
 
 
-def _step(
-    loss: Callable[..., Tensor], inputs: Inputs, phase: str, *arguments: Any, **options: Any
-) -> Step:
-    query, table = inputs.query, inputs.table
+def instruction_set(device: str) -> str:
+    """Torch's."""
+    if is_gpu(device):
+        return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    return torch.backends.cpu.get_cpu_capability().lower()
 
+
+def _step(loss: Callable[..., Tensor], inputs: Inputs, phase: str, **options: Any) -> Step:
     def forward(_: None = None) -> Tensor:
-        return loss(query, table, inputs.positive, inputs.negative, *arguments, **options)
+        return loss(*inputs.tensors, **options)
 
     def gradients(value: Tensor) -> tuple[Tensor, ...]:
-        of_query, of_table = torch.autograd.grad(value, (query, table))
+        of_query, of_table = torch.autograd.grad(value, (inputs.query, inputs.table))
         return of_query, of_table.coalesce() if of_table.is_sparse else of_table
 
-    if phase == "forward":
-        return Step(forward)
     if phase == "backward":
         return Step(gradients, before=forward)
-    return Step(lambda _: gradients(forward()))
+    return Step(forward if phase == "forward" else lambda _: gradients(forward()))
 
 
-# --- ours -----------------------------------------------------------------------------------------
+BACKENDS = {"cuda": "cuda", "triton": "cuda", "cpu": "cpu"}
+"""The device type on which each backend is measured: never a GPU's kernels emulated on a CPU."""
 
-OURS_DEVICES = {"cuda": "cuda", "triton": "cuda", "cpu": "cpu"}
-"""Where each backend is measured; a GPU's kernels emulated on a CPU never are."""
+PLANS: dict[str, tuple[str, dict[str, Any]]] = {
+    "cuda": ("atomic_gradient", {"segments": False, "atomics": True}),
+    "triton": ("table_gradients", {"segments": "sorted", "atomics": "atomic"}),
+}
+"""How a GPU's backend sums a dense gradient of the table: the name of its switch, and its values.
+
+"segments": ids are sorted, and each touched row is summed in order and written once.
+"atomics": contributions are added by atomics, in no fixed order.
+"""
 
 
-def _fused(loss: Callable[..., Tensor], backend: str, **options: Any) -> Any:
+@contextlib.contextmanager
+def forced(backend: str, plan: str | None) -> Iterator[None]:
+    """Have the backend use the plan, or its default for None."""
+    if plan is None:
+        yield
+        return
+    switch, values = PLANS[backend]
+    owner: Any = backends.get(backend)
+    if not hasattr(owner, switch):
+        owner = sys.modules[type(owner).__module__]
+    before = getattr(owner, switch)
+    setattr(owner, switch, values[plan])
+    try:
+        yield
+    finally:
+        setattr(owner, switch, before)
+
+
+def ours(loss: str, backend: str) -> str:
+    """The name of ours with that loss: "emu" or "softmax"."""
+    return f"fused-{loss}" if backend == "cpu" else f"fused-{loss}-{backend}"
+
+
+def base_of(names: Iterable[str]) -> str | None:
+    """The rival that others are compared with: EMU by our fastest backend among ``names``."""
+    return next((n for backend in BACKENDS if (n := ours("emu", backend)) in names), None)
+
+
+def _fused(loss: str, backend: str, plan: str | None = None) -> Rival:
+    function: Any = fused_softmax_loss
+    if loss == "emu":
+        function = functools.partial(fused_emu_loss, **EMU)
+
     def prepare(inputs: Inputs, phase: str) -> Step:
-        return _step(
-            loss,
-            inputs,
-            phase,
-            similarity=inputs.similarity,
-            sparse_grad=inputs.sparse,
-            backend=backend,
-            **options,
-        )
-
-    return prepare
-
-
-def _fused_unavailable(backend: str) -> Callable[[Shape], str | None]:
-    def unavailable(shape: Shape) -> str | None:
-        if torch.device(shape.device).type != OURS_DEVICES[backend]:
-            return f"is measured with --device {OURS_DEVICES[backend]}"
-        if backend not in backends.NAMES:
-            return "this version has no such backend"
-        return backends.get(backend).unavailable()
-
-    return unavailable
-
-
-def _fused_instruction_set(backend: str) -> Callable[[str], str]:
-    def instruction_set(device: str) -> str:
-        if backend != "cpu":
-            return eager_instruction_set(device)
-        from emu_kernels import _C
-
-        return str(_C.instruction_set())
-
-    return instruction_set
-
-
-def ours_name(what: str, backend: str) -> str:
-    return f"fused-{what}" if backend == "cpu" else f"fused-{what}-{backend}"
-
-
-def _ours(what: str, title: str, loss: Callable[..., Tensor], **options: Any) -> list[Rival]:
-    def of(backend: str) -> Rival:
-        where = "" if backend == "cpu" else f" ({backend})"
-        return Rival(
-            ours_name(what, backend),
-            title.format(where),
-            _fused(loss, backend, **options),
-            _fused_unavailable(backend),
-            _fused_instruction_set(backend),
-            device=OURS_DEVICES[backend],
-            compiler="triton" if backend == "triton" else None,
-        )
-
-    return [of(backend) for backend in OURS_DEVICES]
-
-
-def _planned(backend: str, plan: str) -> Rival:
-    """EMU with one of the two plans of the table's gradient."""
-    prepare = _fused(fused_emu_loss, backend, **EMU)
-
-    def prepared(inputs: Inputs, phase: str) -> Step:
-        step = prepare(inputs, phase)
+        kind = {"similarity": inputs.shape.similarity, "sparse_grad": inputs.shape.sparse}
+        step = _step(function, inputs, phase, backend=backend, **kind)
 
         def run(argument: Any) -> Any:
             with forced(backend, plan):
@@ -148,125 +148,112 @@ def _planned(backend: str, plan: str) -> Rival:
 
         return Step(run, step.before)
 
+    details = ", ".join(filter(None, ["" if backend == "cpu" else backend, plan]))
+    title = {"emu": "EMU, fused", "softmax": "sampled softmax, fused"}[loss]
+    title += f" ({details})" if details else ""
     return Rival(
-        f"{ours_name('emu', backend)}-{plan}",
-        f"EMU, fused ({backend}, {plan})",
-        prepared,
-        _fused_unavailable(backend),
-        _fused_instruction_set(backend),
-        device=OURS_DEVICES[backend],
-        plan=True,
-        compiler="triton" if backend == "triton" else None,
-    )
+        ours(loss, backend) + (f"-{plan}" if plan else ""),
+        f"**{title}**" if loss == "emu" and plan is None else title,
+        prepare, lambda shape: backends.get(backend).unavailable(),
+        BACKENDS[backend], backend, plan,
+    )  # fmt: skip
 
 
-# --- PyTorch --------------------------------------------------------------------------------------
+@functools.cache
+def fastest(shape: Shape) -> eager.Scores:
+    """The spelling that takes the least time, forward and backward."""
+    spellings = eager.SPELLINGS[shape.similarity]
+    if (shape.device, shape.dtype) == ("cpu", "float32"):
+        return spellings[0]
+    inputs = make(shape)
 
+    def seconds(scores: eager.Scores) -> float:
+        step = _step(eager.softmax_loss, inputs, WHOLE, scores=scores, sparse=True)
+        try:
+            return measure.turn_of(step, shape.device)()
+        except (NotImplementedError, RuntimeError):  # not for this dtype
+            return float("inf")
 
-def eager_instruction_set(device: str) -> str:
-    if torch.device(device).type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        return f"sm_{major}{minor}"
-    return torch.backends.cpu.get_cpu_capability().lower()
+    return min(reversed(spellings), key=seconds)
 
 
 def _eager(loss: Callable[..., Tensor], **options: Any) -> Callable[[Inputs, str], Step]:
-    def prepare(inputs: Inputs, phase: str) -> Step:
-        scores = eager.fastest(inputs)
-        return _step(loss, inputs, phase, scores=scores, sparse=inputs.sparse, **options)
-
-    return prepare
+    return lambda inputs, phase: _step(
+        loss, inputs, phase, scores=fastest(inputs.shape), sparse=inputs.shape.sparse, **options
+    )
 
 
-@lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=1)
 def _compiled_loss(shape: Shape) -> Callable[..., Tensor]:
-    # Or, after some shapes, torch would stop compiling and run the function as it is.
+    # Otherwise torch stops compiling after some shapes and runs the function as it is.
     torch.compiler.reset()
     scores = eager.SPELLINGS[shape.similarity][-1]
-
-    def loss(query: Tensor, table: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
-        return eager.emu_loss(query, table, positive, negative, scores=scores, **EMU)
-
-    return torch.compile(loss, dynamic=False)
+    return torch.compile(lambda *x: eager.emu_loss(*x, scores=scores, **EMU), dynamic=False)
 
 
-def _compiled(inputs: Inputs, phase: str) -> Step:
-    return _step(_compiled_loss(inputs.shape), inputs, phase)
-
-
-def _compiled_unavailable(shape: Shape) -> str | None:
-    if shape.gradient == "sparse":
+def _cannot_compile(shape: Shape) -> str | None:
+    if shape.sparse:
         return "torch.compile cannot trace sparse gradients"
     if shape.device == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
         return "torch.compile needs a C++ compiler (install GCC, or set CXX)"
     return None
 
 
-# --- the bare movement of rows --------------------------------------------------------------------
+@functools.cache
+def _native() -> ctypes.CDLL | str:
+    """gather_scatter.cpp compiled for this machine, or why it cannot be."""
+    name = os.environ.get("CXX", "c++")
+    if shutil.which(name) is None:
+        return f"no C++ compiler {name!r} in PATH (install GCC or Clang, or set CXX)"
+    source = str(Path(__file__).with_name("gather_scatter.cpp"))
+    with tempfile.TemporaryDirectory() as folder:
+        target = f"{folder}/gather_scatter.so"
+        flags = ("-std=c++20", "-O3", "-march=native", "-shared", "-fPIC", "-pthread")
+        done = subprocess.run([name, *flags, source, "-o", target], capture_output=True, text=True)
+        if done.returncode:
+            return f"{name} fails: {done.stderr.partition('error')[2].partition(chr(10))[0]}"
+        return ctypes.CDLL(target)  # stays mapped after the file is deleted
 
 
-def _gather_scatter(inputs: Inputs, phase: str) -> Step:
-    run = native.prepare(inputs)
-    return Step(lambda _: run())
+def gather_scatter(inputs: Inputs) -> Tensor:
+    """Gather the rows of ``negative``; (N, D), row n the Σ of query_b over negative_bk = n."""
+    query, table, _, ids = inputs.tensors
+    gradient = torch.empty(table.shape)
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (table, query, ids, gradient)]
+    sizes = map(ctypes.c_int64, (*ids.shape, query.shape[1], len(table)))
+    library: Any = _native()
+    if library.gather_scatter(*pointers[:3], *sizes, torch.get_num_threads(), pointers[3]):
+        raise MemoryError("gather_scatter")
+    return gradient
 
 
-def _gather_scatter_unavailable(shape: Shape) -> str | None:
-    if shape.device != "cpu":
-        return "is measured with --device cpu"
+def _cannot_gather(shape: Shape) -> str | None:
     if (shape.dtype, shape.gradient) != ("float32", "dense"):
-        return "is written for float32 and dense gradients"
-    return native.unavailable()
+        return "supports only float32 and dense gradients"
+    return found if isinstance(found := _native(), str) else None
 
 
-_FUSED_EMU = _ours("emu", "**EMU, fused{}**", fused_emu_loss, **EMU)
-OURS = _FUSED_EMU[-1]  # on a CPU
 RIVALS = (
-    *_FUSED_EMU,
-    *_ours("softmax", "sampled softmax, fused{}", fused_softmax_loss),
-    *(_planned(backend, plan) for backend in ("cuda", "triton") for plan in PLANS),
+    *(_fused("emu", backend) for backend in BACKENDS),
+    *(_fused("softmax", backend) for backend in BACKENDS),
+    *(_fused("emu", backend, plan) for backend, (_, plans) in PLANS.items() for plan in plans),
     Rival(
-        "eager-emu",
-        "EMU, eager PyTorch",
-        _eager(eager.emu_loss, **EMU),
-        lambda shape: None,
-        eager_instruction_set,
-        dense_gradients=2,
-        tiles=8,
+        "eager-emu", "EMU, eager PyTorch", _eager(eager.emu_loss, **EMU),
+        dense_gradients=2, tiles=8,
     ),
     Rival(
-        "compiled-emu",
-        "EMU, torch.compile",
-        _compiled,
-        _compiled_unavailable,
-        eager_instruction_set,
-        dense_gradients=2,
-        tiles=4,
+        "compiled-emu", "EMU, torch.compile",
+        lambda inputs, phase: _step(_compiled_loss(inputs.shape), inputs, phase),
+        _cannot_compile, dense_gradients=2, tiles=4,
     ),
+    Rival("eager-softmax", "sampled softmax, eager PyTorch", _eager(eager.softmax_loss), tiles=4),
     Rival(
-        "eager-softmax",
-        "sampled softmax, eager PyTorch",
-        _eager(eager.softmax_loss),
-        lambda shape: None,
-        eager_instruction_set,
-        tiles=4,
+        "gather-scatter", "bare gather and scatter of the rows",
+        lambda inputs, phase: Step(lambda _: gather_scatter(inputs)),
+        _cannot_gather, "cpu", phases=(WHOLE,),
     ),
-    Rival(
-        "gather-scatter",
-        "bare gather and scatter of the rows",
-        _gather_scatter,
-        _gather_scatter_unavailable,
-        lambda device: "native",
-        device="cpu",
-        phases=(WHOLE,),
-    ),
-)
+)  # fmt: skip
 BY_NAME = {rival.name: rival for rival in RIVALS}
-DEFAULT = tuple(rival.name for rival in RIVALS if not rival.plan)
+DEFAULT = tuple(rival.name for rival in RIVALS if rival.plan is None)
 SCALED = tuple(n for n in DEFAULT if n not in ("compiled-emu", "gather-scatter"))
-"""Compiling for every size takes longer than measuring; the bare movement is dense only."""
-
-
-def base_of(names: list[str] | tuple[str, ...]) -> str | None:
-    """Whose time the others' are divided by: EMU by our fastest backend among them."""
-    ours = (ours_name("emu", backend) for backend in OURS_DEVICES)
-    return next((name for name in ours if name in names), None)
+"""Compiling for every size takes longer than measuring; the bare gather and scatter is dense."""

@@ -1,103 +1,119 @@
 # The extension module (csrc/bindings.cpp). Arguments named like tensors are addresses, 0 for none.
-from typing import Any
+from typing import Any, TypedDict
 
 version: str
 
-class Batch:
+class _Draws(TypedDict):  # and the parameters of the mutation rule, by their names
+    mutation: str
+    seed: int
+    row_offset: int
+
+class _Place(TypedDict):
+    threads: int
+
+class _Gradient(TypedDict):
+    weight: int
+    mutated_weight: int
+    grad_query: int
+    grad_positive: int
+    grad_scale: int
+    grad_weights: int
+
+class Problem:
     def __init__(
         self,
         *,
-        keep: Any,
+        keep: object,
         query: int,
         table: int,
-        table_dtype: str,
-        table_stride: int,
-        table_rows: int,
         scale: int,
         weights: int,
         positive: int,
         negative: int,
+        report: int,
+        dtype: str,
+        table_stride: int,
+        table_rows: int,
         batch: int,
         dim: int,
         groups: int,
         count: int,
-        seed: int,
-        thresholds: int,
-        row_offset: int,
-        mutation: str,
-        threshold: int,
         similarity: str,
         phase_scale: float,
-        threads: int,
-    ) -> None: ...
-
-class MaskSpec:
-    def __init__(
-        self, *, mutation: str, seed: int, row_offset: int, threshold: int, thresholds: int
+        draws: _Draws,
+        place: _Place,
     ) -> None: ...
 
 class Segments:
-    def __init__(self, batch: Batch) -> None: ...
     def touched(self) -> int: ...
 
+def similarities() -> list[dict[str, Any]]: ...
+def mutations() -> list[dict[str, Any]]: ...
+def loss_workspace(*, problem: Problem, need_grad: bool) -> int: ...
+def query_gradient_workspace(*, problem: Problem) -> int: ...
 def loss_forward(
-    batch: Batch,
     *,
+    problem: Problem,
     beta: float,
     alpha: float,
+    coefficients: int,
     sample_weight: int,
     reduction: str,
+    need_grad: bool,
     loss: int,
     terms: int,
     row_scale: int,
-    gradient: tuple[int, ...],
-    need_grad: bool,
+    gradient: _Gradient,
+    workspace: int,
 ) -> None: ...
-def scores_forward(batch: Batch, positive: int, negative: int, mutated: int) -> None: ...
+def scores_forward(*, problem: Problem, positive: int, negative: int, mutated: int) -> None: ...
 def query_gradient(
-    batch: Batch,
+    *,
+    problem: Problem,
     positive_weight: int,
     weight: int,
     mutated_weight: int,
-    gradient: tuple[int, ...],
+    gradient: _Gradient,
+    workspace: int,
 ) -> None: ...
+def sort_ids(*, problem: Problem) -> Segments: ...
 def table_gradient(
-    batch: Batch,
+    *,
+    problem: Problem,
     segments: Segments,
     row_scale: int,
     weight: int,
     mutated_weight: int,
     grad_positive: int,
-    *,
     ids: int,
     out: int,
 ) -> None: ...
 def mutate_forward(
+    *,
     positive: int,
     negative: int,
     out: int,
-    *,
     dtype: str,
-    shape: tuple[int, int, int],
-    mask: MaskSpec,
-    threads: int,
+    batch: int,
+    count: int,
+    dim: int,
+    draws: _Draws,
+    place: _Place,
 ) -> None: ...
 def mutate_backward(
+    *,
     grad: int,
     grad_positive: int,
     grad_negative: int,
-    *,
     dtype: str,
-    shape: tuple[int, int, int],
-    mask: MaskSpec,
-    threads: int,
+    batch: int,
+    count: int,
+    dim: int,
+    draws: _Draws,
+    place: _Place,
 ) -> None: ...
-def prefer_huge_pages(memory: int, bytes: int) -> None: ...
-def find_bad_id(ids: int, count: int, lowest: int, rows: int, threads: int) -> int: ...
-def scale_rows(
-    rows: int, scale: int, out: int, count: int, dim: int, wide: bool, threads: int
-) -> None: ...
-def philox(counter: list[int], seed: int) -> list[int]: ...
+def prefer_huge_pages(*, memory: int, bytes: int) -> None: ...
+def philox(*, counter: list[int], seed: int) -> list[int]: ...
 def joins_torch() -> bool: ...
 def instruction_sets() -> list[str]: ...
 def instruction_set() -> str: ...

@@ -1,122 +1,45 @@
-# The CUDA kernels (csrc/cuda/bindings.cpp). Arguments named like tensors are addresses on the
-# device, 0 for none.
-
-from collections.abc import Sequence
+# The CUDA kernels (csrc/cuda/bindings.cpp). _C.pyi has what both modules have; here addresses are
+# on the device, and a _Place has the keys device, stream and processors.
+from emu_kernels._C import Problem as Problem
+from emu_kernels._C import loss_forward as loss_forward
+from emu_kernels._C import loss_workspace as loss_workspace
+from emu_kernels._C import mutate_backward as mutate_backward
+from emu_kernels._C import mutate_forward as mutate_forward
+from emu_kernels._C import mutations as mutations
+from emu_kernels._C import query_gradient as query_gradient
+from emu_kernels._C import query_gradient_workspace as query_gradient_workspace
+from emu_kernels._C import scores_forward as scores_forward
+from emu_kernels._C import similarities as similarities
 
 version: str
 architectures: str
 
 def toolkit() -> tuple[int, int]: ...
 def driver_problem() -> str: ...
-
-class Place:
-    def __init__(self, *, device: int, stream: int, processors: int) -> None: ...
-
-class Batch:
-    def __init__(
-        self,
-        *,
-        keep: object,
-        where: Place,
-        query: int,
-        table: int,
-        table_dtype: str,
-        table_stride: int,
-        table_rows: int,
-        scale: int,
-        weights: int,
-        positive: int,
-        negative: int,
-        report: int,
-        batch: int,
-        dim: int,
-        groups: int,
-        count: int,
-        seed: int,
-        thresholds: int,
-        row_offset: int,
-        mutation: str,
-        threshold: int,
-        similarity: str,
-        phase_scale: float,
-    ) -> None: ...
-    def loss_workspace(self, need_grad: bool) -> int: ...
-    def query_gradient_workspace(self) -> int: ...
-    def sort_workspace(self) -> int: ...
-    def partials_workspace(self) -> int: ...
-
-class MaskSpec:
-    def __init__(
-        self, *, mutation: str, seed: int, row_offset: int, threshold: int, thresholds: int
-    ) -> None: ...
-
-def loss_forward(
-    batch: Batch,
-    *,
-    beta: float,
-    alpha: float,
-    coefficients: int,
-    sample_weight: int,
-    reduction: str,
-    loss: int,
-    terms: int,
-    row_scale: int,
-    gradient: Sequence[int],
-    need_grad: bool,
-    workspace: int,
-) -> None: ...
-def scores_forward(batch: Batch, positive: int, negative: int, mutated: int, /) -> None: ...
-def query_gradient(
-    batch: Batch,
-    positive_weight: int,
-    weight: int,
-    mutated_weight: int,
-    gradient: Sequence[int],
-    workspace: int,
-    /,
-) -> None: ...
-def sort_ids(batch: Batch, sorted: int, /) -> None: ...
-def count_touched(batch: Batch, sorted: int, partials: int, /) -> int: ...
+def sort_workspace(*, problem: Problem) -> int: ...
+def partials_workspace(*, problem: Problem) -> int: ...
+def sort_ids(*, problem: Problem, sorted: int) -> None: ...
+def list_ids(*, problem: Problem, sorted: int) -> None: ...
+def count_touched(*, problem: Problem, sorted: int, partials: int) -> int: ...
 def table_gradient(
-    batch: Batch,
+    *,
+    problem: Problem,
     row_scale: int,
     weight: int,
     mutated_weight: int,
     grad_positive: int,
-    *,
     ids: int,
     out: int,
     sorted: int,
     partials: int,
 ) -> None: ...
 def table_gradient_atomic(
-    batch: Batch,
+    *,
+    problem: Problem,
     row_scale: int,
     weight: int,
     mutated_weight: int,
     grad_positive: int,
-    *,
     out: int,
     sorted: int,
-    partials: int,
-) -> None: ...
-def mutate_forward(
-    positive: int,
-    negative: int,
-    out: int,
-    *,
-    dtype: str,
-    shape: tuple[int, int, int],
-    mask: MaskSpec,
-    where: Place,
-) -> None: ...
-def mutate_backward(
-    grad: int,
-    grad_positive: int,
-    grad_negative: int,
-    *,
-    dtype: str,
-    shape: tuple[int, int, int],
-    mask: MaskSpec,
-    where: Place,
 ) -> None: ...

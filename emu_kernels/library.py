@@ -26,7 +26,8 @@ _TYPES = {
     str: "str",
 }
 
-_PARAMETERS = {rule.name: tuple(f.name for f in fields(rule)) for rule in RULES.values()}
+PARAMETERS = {rule.name: tuple(f.name for f in fields(rule)) for rule in RULES.values()}
+"""The parameters of each mutation rule, by its name."""
 _DEFAULTS = {f.name: f.default for rule in RULES.values() for f in fields(rule)}
 _FIELDS = {cls: tuple(f.name for f in fields(cls)) for cls in (Draws, Request, LossRequest)}
 
@@ -39,7 +40,7 @@ def flatten(request: Draws) -> Values:
     rule: Mutation = request.mutation
     values = {name: getattr(request, name) for name in _FIELDS[type(request)]}
     values |= {**_DEFAULTS, "mutation": rule.name}
-    for name in _PARAMETERS[rule.name]:
+    for name in PARAMETERS[rule.name]:
         values[name] = getattr(rule, name)
     return values
 
@@ -47,10 +48,12 @@ def flatten(request: Draws) -> Values:
 def build(cls: type[AnyDraws], values: Values) -> AnyDraws:
     """The inverse of :func:`flatten`; names that are not ``cls``'s are ignored."""
     name = values["mutation"]
-    parameters = {p: values[p] for p in _PARAMETERS[name]}
+    parameters = {p: values[p] for p in PARAMETERS[name]}
     given = {field: values[field] for field in _FIELDS[cls]}
     given["mutation"] = RULES[name](**parameters)
-    return cls(**given)
+    request = object.__new__(cls)
+    vars(request).update(given)  # a frozen class's own way is an assignment a field, and slow
+    return request
 
 
 def differentiable(cls: type[Draws]) -> tuple[str, ...]:

@@ -1,14 +1,10 @@
-// Philox-4x32 with 7 rounds (Salmon et al., SC'11): the constants and one scalar call, for host and
-// device. emu_kernels/mask.py states the mask contract that is built on it.
+// Philox-4x32 with 7 rounds (Salmon et al., SC'11): the constants, and one scalar call for host and device. The CPU
+// kernels have a vector form (cpu/random.inl.h). emu_kernels/mask.py states what is drawn with it.
 #pragma once
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define EMU_HD __host__ __device__ __forceinline__
-#else
-#define EMU_HD inline
-#endif
+#include "common/list.h"
 
 namespace emu {
 
@@ -18,8 +14,13 @@ constexpr uint32_t kPhiloxM1 = 0xCD9E8D57u;
 constexpr uint32_t kPhiloxW0 = 0x9E3779B9u;
 constexpr uint32_t kPhiloxW1 = 0xBB67AE85u;
 constexpr int kComponentsPerCall = 16;  // one byte of the four output words each
+constexpr uint32_t kMaskStream = 0, kShareStream = 1;
 
-EMU_HD void philox4x32(const uint32_t counter[4], uint64_t seed, uint32_t out[4]) {
+// (word >> kUniformShift) · kUniformUnit is a number in [0, 1) that a float holds exactly.
+constexpr int kUniformShift = 8;
+constexpr double kUniformUnit = 0x1p-24;
+
+EMU_MEMBER void philox4x32(const uint32_t counter[4], uint64_t seed, uint32_t out[4]) {
   uint32_t c0 = counter[0], c1 = counter[1], c2 = counter[2], c3 = counter[3];
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
   for (int r = 0; r < kPhiloxRounds; ++r) {

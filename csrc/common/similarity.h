@@ -1,27 +1,24 @@
-// The similarities φ(query, candidate), one small functor each, for scalars and vectors, host and device.
-// To add one, write its functor here and put it into the list at the end.
+// The similarities φ(query, candidate), one small struct each, for scalars and vectors, host and device. To add one,
+// write its struct here and put it into the list below it; CMake compiles CUDA kernels for each entry of the list.
+// emu_kernels/similarity.py describes the same similarities.
 //
 // φ = Σ_s w_s S_s, where S_s is a sum of terms over components, or minus the root of a sum of squares. A term
 // is a function of u, which is q·c or q − a·c. A row may be two halves, D/2 components each, with a sum each;
 // or a term may be a function of both halves (kCoupled), as of a complex number's parts.
 //
-// Each functor has: name, kHalves, kCoupled, kBilinear, kWeights (how many w it takes), root(h) (whether
-// half h's sum is of squares under a root), factor(h), and, with M the mathematics of a V, slopes by which
-// every gradient goes:
-//   uncoupled: term<h, M>(u), slope<h, M>(u) = −∂term/∂u (of a square: half of it)
-//   coupled:   a function of u0² + u1²: inverse<M>(square), value(square, inverse), −∂term/∂u_h = u_h · inverse;
+// Each has: name, kHalves, kCoupled, kBilinear, kWeights (how many w it takes), root(s) (whether sum s is of squares
+// under a root), factor(h), and, with M the mathematics of a V, the slopes from which every gradient is made:
+//   uncoupled: term<h, M>(u), slope<h, M>(u) = −∂term/∂u (of a square: half of it); a bilinear one needs no slope
+//   coupled:   a function of u0² + u1²: inverse<M>(square), value(square, inverse), where −∂term/∂u_h = u_h · inverse;
 //              and the same from the parts: term<M>(u0, u1), slopes<M>(u0, u1, s0, s1)
+// What does not depend on the M is written with operators that scalars and vectors both have.
 #pragma once
 
-#if defined(__CUDACC__)
-#define EMU_SIM __device__ static __forceinline__
-#else
-#define EMU_SIM static inline __attribute__((always_inline))
-#endif
+#include "common/list.h"
 
 namespace emu {
 
-// What multiplies a half's candidate: nothing, the query's scale a, or κ/2 (and the query too).
+// What a half's candidate is multiplied by: nothing, the query's scale a, or κ/2 (and so is the query).
 enum class Factor { kNone, kScale, kPhase };
 
 struct OneSum {
@@ -37,7 +34,7 @@ struct Dot : OneSum {
   static constexpr bool kBilinear = true;
   static constexpr Factor factor(int) { return Factor::kNone; }
   template <int h, class M, class V>
-  EMU_SIM V term(V u) {
+  EMU_INNER V term(V u) {
     return u;
   }
 };
@@ -46,11 +43,11 @@ struct Dot : OneSum {
 struct L1 : OneSum {
   static constexpr const char* name = "l1";
   template <int h, class M, class V>
-  EMU_SIM V term(V u) {
+  EMU_INNER V term(V u) {
     return -M::abs(u);
   }
   template <int h, class M, class V>
-  EMU_SIM V slope(V u) {
+  EMU_INNER V slope(V u) {
     return M::sign(u);
   }
 };
@@ -60,11 +57,11 @@ struct L2 : OneSum {
   static constexpr const char* name = "l2";
   static constexpr bool root(int) { return true; }
   template <int h, class M, class V>
-  EMU_SIM V term(V u) {
+  EMU_INNER V term(V u) {
     return u * u;
   }
   template <int h, class M, class V>
-  EMU_SIM V slope(V u) {
+  EMU_INNER V slope(V u) {
     return u;
   }
 };
@@ -76,20 +73,20 @@ struct Rotate : OneSum {
   static constexpr bool kCoupled = true;
   static constexpr Factor factor(int) { return Factor::kNone; }
   template <class M, class V>
-  EMU_SIM V inverse(V square) {
+  EMU_INNER V inverse(V square) {
     return M::inverse_root(square);
   }
   template <class V>
-  EMU_SIM V value(V square, V inverse) {
+  EMU_INNER V value(V square, V inverse) {
     return -(square * inverse);
   }
   template <class M, class V>
-  EMU_SIM V term(V re, V im) {
+  EMU_INNER V term(V re, V im) {
     const V square = re * re + im * im;
     return value(square, inverse<M>(square));
   }
   template <class M, class V>
-  EMU_SIM void slopes(V re, V im, V& s_re, V& s_im) {
+  EMU_INNER void slopes(V re, V im, V& s_re, V& s_im) {
     const V i = inverse<M>(re * re + im * im);
     s_re = re * i;
     s_im = im * i;
@@ -104,12 +101,12 @@ struct Hake {
   static constexpr bool root(int h) { return h == 1; }
   static constexpr Factor factor(int h) { return h == 1 ? Factor::kScale : Factor::kPhase; }
   template <int h, class M, class V>
-  EMU_SIM V term(V u) {
+  EMU_INNER V term(V u) {
     if constexpr (h == 1) return u * u;
     return -M::abs_sin(u);
   }
   template <int h, class M, class V>
-  EMU_SIM V slope(V u) {
+  EMU_INNER V slope(V u) {
     if constexpr (h == 1) return u;
     return M::abs_sin_slope(u);
   }
@@ -121,17 +118,27 @@ struct PRotate : OneSum {
   static constexpr int kWeights = 1;
   static constexpr Factor factor(int) { return Factor::kPhase; }
   template <int h, class M, class V>
-  EMU_SIM V term(V u) {
+  EMU_INNER V term(V u) {
     return -M::abs_sin(u);
   }
   template <int h, class M, class V>
-  EMU_SIM V slope(V u) {
+  EMU_INNER V slope(V u) {
     return M::abs_sin_slope(u);
   }
 };
 
-template <class... Ts>
-struct List {};
 using Similarities = List<Dot, L1, L2, Rotate, Hake, PRotate>;
+
+// What follows from a similarity's members.
+template <class Sim>
+struct Sums {
+  static_assert(Sim::kHalves == 1 || Sim::factor(0) != Factor::kScale, "only the last half can have a scale");
+  static_assert(!Sim::kCoupled || Sim::factor(1) == Factor::kNone, "coupled halves are not multiplied");
+  static constexpr int kCount = Sim::kCoupled ? 1 : Sim::kHalves;
+  // Whether a score is its one sum.
+  static constexpr bool kDirect = kCount == 1 && !Sim::root(0) && Sim::kWeights == 0;
+  // Whether a half's candidate is multiplied by the query's scale.
+  static constexpr bool kScaled = Sim::factor(Sim::kHalves - 1) == Factor::kScale;
+};
 
 }  // namespace emu

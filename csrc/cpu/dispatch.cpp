@@ -3,7 +3,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "cpu/instruction_set.h"
+#include "cpu/kernels.h"
 
 namespace emu {
 

@@ -15,7 +15,7 @@ EMU_INLINE typename F::V tail_load(const typename F::Real* from, int64_t count) 
   return load<typename F::V>(lanes);
 }
 
-// Statistics of softmax(positive, scores) where all but padding is finite. With `powers`, e^(s_k − max).
+// Statistics of softmax(positive, scores), where all but padding is finite. Writes e^(s_k − max) to `powers`.
 template <class F>
 static Softmax<typename F::Real> softmax(typename F::Real positive, const typename F::Real* scores,
                                          int64_t count, typename F::Real* powers) {
@@ -59,8 +59,8 @@ static bool all_finite(const typename F::Real* scores, int64_t count) {
 
 // Over the negatives of a tile, for N vectors of half h's components from j on, with x = (w_k + ŵ_k (1 − λ_k)):
 //   gradient += x c_k (bilinear) or x slope(u_k)      factor_gradient += x slope(u_k) c_k      share += ŵ_k λ_k
-// and for Mixup the mutated negative's own.
-template <class F, class Sim, int kMode, int h, int N>
+// With shares, the mutated negative has terms of its own.
+template <class F, class Sim, Mode kMode, int h, int N>
 static void accumulate_half(RowScratch<F, Sim, kMode>& s, const Layout<Sim>& at, int64_t j, int64_t from,
                             int64_t count) {
   using V = typename F::V;
@@ -80,8 +80,8 @@ static void accumulate_half(RowScratch<F, Sim, kMode>& s, const Layout<Sim>& at,
     const V w = F::broadcast(weight[k]);
     const V hat = kMode != kPlain ? F::broadcast(mutated_weight[k]) : V{};
     const V both = w + hat;
-    const V own = kMode == kMixup ? F::broadcast(s.tile.shares[k]) : V{};
-    const V from_positive = hat * (1 - own);  // of Mixup
+    const V own = kMode == kShare ? F::broadcast(s.tile.shares[k]) : V{};
+    const V from_positive = hat * (1 - own);  // of kShare
     for (int n = 0; n < N; ++n) {
       const int64_t i = n * F::kLanes;
       const V q = load<V>(s.query + first + i), c = load<V>(rows + k * at.row + i);
@@ -100,7 +100,7 @@ static void accumulate_half(RowScratch<F, Sim, kMode>& s, const Layout<Sim>& at,
         g[n] = F::fma(w, slope, g[n]);
         if (kScaled) f[n] = F::fma(w, slope * c, f[n]);
       }
-      if constexpr (kMode == kMixup) {
+      if constexpr (kMode == kShare) {
         const V mixed = mix(load<V>(s.positive + first + i), c, own);
         if constexpr (Sim::kBilinear) {
           g[n] = F::fma(hat, mixed, g[n]);
@@ -121,8 +121,8 @@ static void accumulate_half(RowScratch<F, Sim, kMode>& s, const Layout<Sim>& at,
   }
 }
 
-// The same where a term is a function of both halves, from the inverses that scoring left in the tile.
-template <class F, class Sim, int kMode, int N>
+// The same where a term is a function of both halves. Uses the inverses that scoring left in the tile.
+template <class F, class Sim, Mode kMode, int N>
 static void accumulate_coupled(RowScratch<F, Sim, kMode>& s, const Layout<Sim>& at, int64_t j, int64_t from,
                                int64_t count) {
   using V = typename F::V;
@@ -138,7 +138,7 @@ static void accumulate_coupled(RowScratch<F, Sim, kMode>& s, const Layout<Sim>& 
   for (int64_t k = 0; k < count; ++k) {
     const V w = F::broadcast(s.plain_weight[0][from + k]);
     const V hat = kMode != kPlain ? F::broadcast(s.mutated_weight[0][from + k]) : V{};
-    const V own = kMode == kMixup ? F::broadcast(s.tile.shares[k]) : V{};
+    const V own = kMode == kShare ? F::broadcast(s.tile.shares[k]) : V{};
     const typename F::Real* inverses = s.tile.inverses + k * kInverses * at.half_padded + j;
     for (int n = 0; n < N; ++n) {
       const int64_t i = n * F::kLanes;
@@ -155,7 +155,7 @@ static void accumulate_coupled(RowScratch<F, Sim, kMode>& s, const Layout<Sim>& 
           const V slope = hat * (mixed * mixed_inverse);
           g[h][n] += slope;
           share[h][n] += F::keep(mask, slope);
-        } else if (kMode == kMixup) {
+        } else if (kMode == kShare) {
           const V z = mix(load<V>(s.positive + first[h] + i), c, own);
           const V slope = hat * (difference<Sim, 0>(q, a, z) * mixed_inverse);
           g[h][n] += slope;
@@ -172,14 +172,14 @@ static void accumulate_coupled(RowScratch<F, Sim, kMode>& s, const Layout<Sim>& 
   }
 }
 
-// Vectors of components whose sums are in registers at a time: as many as there are registers for, but no more
-// than pay where a vector takes much arithmetic.
-template <class Sim, int kMode>
+// How many vectors of components have their sums in registers at a time: as many as there are registers for, and
+// fewer where more were not faster because a vector takes much arithmetic.
+template <class Sim, Mode kMode>
 constexpr int accumulators() {
-  return Sim::kBilinear && kMode != kMixup ? 6 : Sim::kCoupled || kMode == kMixup ? 2 : 3;
+  return Sim::kBilinear && kMode != kShare ? 6 : Sim::kCoupled || kMode == kShare ? 2 : 3;
 }
 
-// Calls f(j, Vectors<N>) over blocks of at most kMost vectors, evenly cut.
+// Cuts the vectors evenly into blocks of at most kMost, and calls body(first, Vectors<N>) for each block.
 template <int N>
 struct Vectors {
   static constexpr int value = N;
@@ -203,7 +203,7 @@ EMU_INLINE void for_blocks(int64_t vectors, Body&& body) {
   }
 }
 
-template <class F, class Sim, int kMode>
+template <class F, class Sim, Mode kMode>
 EMU_INLINE void accumulate_query(RowScratch<F, Sim, kMode>& s, const Layout<Sim>& at, int64_t from,
                                  int64_t count) {
   const int64_t vectors = (at.half + F::kLanes - 1) / F::kLanes;
@@ -219,8 +219,8 @@ EMU_INLINE void accumulate_query(RowScratch<F, Sim, kMode>& s, const Layout<Sim>
   });
 }
 
-// Adds the positive's own part, its mutated copies' among it for kSelect.
-template <class F, class Sim, int kMode, int h>
+// Adds the positive's own part; for kSelect also the components that mutated negatives took from it.
+template <class F, class Sim, Mode kMode, int h>
 EMU_INLINE void finish_gradient(RowScratch<F, Sim, kMode>& s, const Layout<Sim>& at) {
   using V = typename F::V;
   const V own = F::broadcast(s.positive_weight[Sim::kCoupled ? 0 : h]);
@@ -253,9 +253,9 @@ EMU_INLINE void finish_gradient(RowScratch<F, Sim, kMode>& s, const Layout<Sim>&
   }
 }
 
-// Row b's part of what a backward pass needs, from the weights of its scores in scratch.plain and .mutated.
-// The row was loaded, and scored unless scores are sums of uncoupled terms.
-template <class F, class Sim, int kMode>
+// Row b's part of what a backward pass needs, from the weights of its scores in s.plain and s.mutated. The row is
+// loaded; it is scored too, unless scores are sums of uncoupled terms.
+template <class F, class Sim, Mode kMode>
 static void gradient_row(const Problem& p, const Random& random, RowScratch<F, Sim, kMode>& s, int64_t b,
                          typename F::Real positive_weight, const GradientArgs& a) {
   using Real = typename F::Real;
@@ -343,18 +343,18 @@ static RowLoss<typename F::Real> row_loss(const LossArgs& a, typename F::Real po
   return out;
 }
 
-template <class F, class Sim, int kMode>
+template <class F, class Sim, Mode kMode>
 static void loss_forward(const Problem& p, const LossArgs& a) {
   using Real = typename F::Real;
   constexpr bool kMutated = kMode != kPlain;
-  const Random random(p.mask, p.D);
+  const Random random(p.draws, p.D);
   const int64_t K = p.K, kp = (K + 15) / 16 * 16;
   Workers<F, Sim, kMode> workers(p);
   Scratch rows_scratch(1, 2 * p.B * static_cast<int64_t>(sizeof(Real)));
   Real* uls = reinterpret_cast<Real*>(rows_scratch.slot(0));
   Real* vanilla = uls + p.B;
 
-  parallel(p.threads, p.B, [&](int64_t b, int slot) {
+  parallel(p.place.threads, p.B, [&](int64_t b, int slot) {
     RowScratch<F, Sim, kMode>& s = workers[slot];
     s.load_row(p, b);
     const Real positive = score_row<F, Sim, kMode>(p, random, s, b);
@@ -380,7 +380,7 @@ static void loss_forward(const Problem& p, const LossArgs& a) {
     if (a.need_grad) gradient_row<F, Sim, kMode>(p, random, s, b, loss.positive_weight, a.gradient);
   });
 
-  // In order, whatever the threads did.
+  // In the rows' order, so that the result does not depend on the threads.
   const Real* sample_weight = static_cast<const Real*>(a.sample_weight);
   const Real alpha = static_cast<Real>(a.alpha);
   double total = 0, total_weight = 0, total_uls = 0, total_vanilla = 0;
@@ -408,31 +408,31 @@ static void loss_forward(const Problem& p, const LossArgs& a) {
 
 // --- scores alone, with a backward for any upstream gradient -------------------------------------------
 
-template <class F, class Sim, int kMode>
+template <class F, class Sim, Mode kMode>
 static void scores_forward(const Problem& p, const ScoreArgs& a) {
   using Real = typename F::Real;
-  const Random random(p.mask, p.D);
+  const Random random(p.draws, p.D);
   Workers<F, Sim, kMode> workers(p);
-  parallel(p.threads, p.B, [&](int64_t b, int slot) {
+  parallel(p.place.threads, p.B, [&](int64_t b, int slot) {
     RowScratch<F, Sim, kMode>& s = workers[slot];
     s.load_row(p, b);
     static_cast<Real*>(a.positive)[b] = score_row<F, Sim, kMode>(p, random, s, b);
     blank_padding<Real, kMode != kPlain>(p, b, s.plain, s.mutated);
-      copy(static_cast<Real*>(a.negative) + b * p.K, s.plain, p.K);
+    copy(static_cast<Real*>(a.negative) + b * p.K, s.plain, p.K);
     if (kMode != kPlain) copy(static_cast<Real*>(a.mutated) + b * p.K, s.mutated, p.K);
   });
 }
 
-template <class F, class Sim, int kMode>
+template <class F, class Sim, Mode kMode>
 static void query_gradient(const Problem& p, const QueryGradientArgs& a) {
   using Real = typename F::Real;
-  const Random random(p.mask, p.D);
+  const Random random(p.draws, p.D);
   Workers<F, Sim, kMode> workers(p);
-  parallel(p.threads, p.B, [&](int64_t b, int slot) {
+  parallel(p.place.threads, p.B, [&](int64_t b, int slot) {
     RowScratch<F, Sim, kMode>& s = workers[slot];
     s.load_row(p, b);
-    if constexpr (!Layout<Sim>::kDirect || Sim::kCoupled) score_row<F, Sim, kMode>(p, random, s, b);
-    // Nothing flows into padding, whatever comes from above (its score is −inf).
+    if constexpr (!Sums<Sim>::kDirect || Sim::kCoupled) score_row<F, Sim, kMode>(p, random, s, b);
+    // Padding has no gradient, whatever its upstream weight (its score is −inf).
     const int64_t* ids = p.negative + b / p.rows_per_group() * p.K;
     for (int64_t k = 0; k < p.K; ++k) {
       const bool real = ids[k] >= 0;

@@ -1,5 +1,5 @@
-// Large pages for large results. Beyond a certain size a gradient's memory comes from the system anew at each step,
-// page by page as it is first written: with pages of 4 KiB that takes longer than to write the gradient itself.
+// Large pages for large results. The memory of a large gradient comes fresh from the system at each step, page by page
+// as it is first written. With pages of 4 KiB that takes longer than writing the gradient itself.
 #pragma once
 
 #include <cstddef>
@@ -11,10 +11,10 @@
 
 namespace emu {
 
-// Below this, malloc may reuse memory: it is the largest threshold beyond which glibc maps each allocation.
+// Below this size malloc may reuse memory. (glibc's threshold for mapping each allocation anew grows up to this.)
 constexpr size_t kAlwaysMapped = size_t{32} << 20;
 
-// Asks for them, where the system leaves that to the program. It may decline.
+// Asks the system for large pages. It may decline.
 inline void prefer_huge_pages(void* memory, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   if (bytes < kAlwaysMapped) return;

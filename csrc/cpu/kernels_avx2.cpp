@@ -1,7 +1,7 @@
 // Compiled with -mavx2 -mfma -mf16c.
 #include <immintrin.h>
 
-#include "cpu/instruction_set.h"
+#include "cpu/kernels.h"
 
 namespace emu {
 namespace avx2 {

@@ -5,7 +5,7 @@
 #include <arm_neon.h>
 #endif
 
-#include "cpu/instruction_set.h"
+#include "cpu/kernels.h"
 
 #define EMU_DOUBLES
 

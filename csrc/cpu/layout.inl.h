@@ -1,16 +1,10 @@
 // How rows lie in scratch memory, and the arithmetic that all inner loops share.
 
-// How a negative is mutated in the inner loops. Where a term is a function of one component, its mutated term
-// is its own or the positive's (kSelect); else each component is one or the other (kMask), or mixed (kMixup).
-enum Mode { kPlain, kSelect, kMask, kMixup };
-
-// Halves padded each: component j of half h is at h·half_padded + j. Mask bytes are in the table's order.
+// Each half is padded: component j of half h is at h·half_padded + j. Mask bytes are not; they have the table's order.
 template <class Sim>
 struct Layout {
   static constexpr int H = Sim::kHalves;
-  static constexpr int kSums = Sim::kCoupled ? 1 : H;
-  // Whether scores are the sums themselves.
-  static constexpr bool kDirect = kSums == 1 && !Sim::root(0) && Sim::kWeights == 0;
+  static constexpr int kSums = Sums<Sim>::kCount;
 
   int64_t half, half_padded, row, mask_row;
 
@@ -27,7 +21,7 @@ struct Layout {
   }
 };
 
-// From a row of components in order to a padded one (beyond whose halves are zeros) and back.
+// From a row in the table's order to a padded row, and back. The padding itself is not written: it stays zero.
 template <class Sim, class Real>
 EMU_INLINE void spread(const Layout<Sim>& at, Real* to, const Real* from) {
   for (int h = 0; h < at.H; ++h) {
@@ -53,7 +47,7 @@ EMU_INLINE void gather(const Problem& p, const Layout<Sim>& at, int64_t id, type
   with_table<F>(p, [&](auto* table) { gather_from<F, Sim>(at, table + id * p.table_stride, to); });
 }
 
-// Row b's query as the inner loops take it: that of phases times κ/2.
+// Row b's query as the inner loops take it: phases are multiplied by κ/2.
 template <class F, class Sim>
 EMU_INLINE void load_query(const Problem& p, const Layout<Sim>& at, int64_t b, typename F::Real* to) {
   using Real = typename F::Real;
@@ -65,7 +59,7 @@ EMU_INLINE void load_query(const Problem& p, const Layout<Sim>& at, int64_t b, t
   }
 }
 
-// What multiplies row b's candidates: a, or ones without a scale, and κ/2 for phases.
+// What row b's candidates are multiplied by: the scale a, or ones without a scale; κ/2 for phases.
 template <class F, class Sim>
 EMU_INLINE void load_factor(const Problem& p, const Layout<Sim>& at, int64_t b, typename F::Real* to) {
   using Real = typename F::Real;
@@ -91,7 +85,7 @@ EMU_INLINE V difference(V q, V a, V c) {
   return q - a * c;
 }
 
-// Mixup's candidate, of the negative's share.
+// A negative mixed with the positive; `share` is the negative's part.
 template <class V>
 EMU_INLINE V mix(V positive, V negative, V share) {
   return positive + share * (negative - positive);

@@ -1,6 +1,6 @@
 // Scratch memory, and rows of the table in it.
 
-// Scratch memory, one part a thread slot; freed at the end of the call.
+// Scratch memory with one part for each thread slot; freed at the end of the call.
 class Scratch {
  public:
   Scratch(int slots, int64_t bytes_each) : stride_((bytes_each + 63) / 64 * 64) {
@@ -31,13 +31,13 @@ struct Carver {
 
 EMU_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 EMU_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
-// As memcpy, but for nothing the addresses may be null.
+// memcpy of elements; both addresses may be null where the count is 0.
 template <class T>
 EMU_INLINE void copy(T* to, const T* from, int64_t count) {
   if (count > 0) __builtin_memcpy(to, from, sizeof(T) * static_cast<size_t>(count));
 }
 
-// Components padded to whole calls of the random number generator, which is whole vectors too.
+// A number of components rounded up to whole calls of the random number generator, and so to whole vectors.
 EMU_INLINE int64_t padded(int64_t dim) { return (dim + 15) / 16 * 16; }
 
 template <class F, class T>

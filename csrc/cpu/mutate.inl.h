@@ -4,16 +4,16 @@ EMU_INLINE void draw_row_masks(const Random& random, const MutateArgs& a, int64_
                                int64_t dp, uint8_t* masks) {
   U64 lane;
   for (int i = 0; i < kMaskLanes; ++i) lane[i] = static_cast<uint64_t>(from + i);
-  random.draw_masks(lane, U64{} + (a.mask.row_offset + static_cast<uint64_t>(b)), masks, dp);
+  random.draw_masks(lane, U64{} + (a.draws.row_offset + static_cast<uint64_t>(b)), masks, dp);
 }
 
 // T: an unsigned integer as wide as an element, whose value does not matter.
 template <class T>
 static void mutate_forward_as(const MutateArgs& a) {
-  const Random random(a.mask, a.D);
+  const Random random(a.draws, a.D);
   const int64_t dp = padded(a.D);
-  Scratch scratch(a.threads, kMaskLanes * dp);
-  parallel(a.threads, a.B, [&](int64_t b, int slot) {
+  Scratch scratch(a.place.threads, kMaskLanes * dp);
+  parallel(a.place.threads, a.B, [&](int64_t b, int slot) {
     uint8_t* masks = scratch.slot(slot);
     const T* positive = static_cast<const T*>(a.positive) + b * a.D;
     for (int64_t from = 0; from < a.K; from += kMaskLanes) {
@@ -38,10 +38,10 @@ static void mutate_forward(const MutateArgs& a) {
 
 template <class T, class Real>
 static void mutate_backward_as(const MutateArgs& a) {
-  const Random random(a.mask, a.D);
+  const Random random(a.draws, a.D);
   const int64_t dp = padded(a.D);
-  Scratch scratch(a.threads, kMaskLanes * dp + dp * static_cast<int64_t>(sizeof(Real)));
-  parallel(a.threads, a.B, [&](int64_t b, int slot) {
+  Scratch scratch(a.place.threads, kMaskLanes * dp + dp * static_cast<int64_t>(sizeof(Real)));
+  parallel(a.place.threads, a.B, [&](int64_t b, int slot) {
     Real* sum = reinterpret_cast<Real*>(scratch.slot(slot));
     uint8_t* masks = reinterpret_cast<uint8_t*>(sum + dp);
     __builtin_memset(sum, 0, sizeof(Real) * static_cast<size_t>(dp));

@@ -1,29 +1,31 @@
-// Masks and Mixup's shares: the contract of emu_kernels/mask.py, several (row, negative) pairs at once.
+// Masks and shares as emu_kernels/mask.py specifies them, for several (row, negative) pairs at once.
 
 constexpr int kMaskLanes = kVectorBytes / 8;  // (row, negative) pairs drawn at once
 
-// Masks have one byte a component: 0xFF where mutated, else 0.
+// A mask has a byte for each component: 0xFF where mutated, else 0.
 //
-// The counter's words are (block, k, row, stream). After the first round two words depend on the block alone
-// and two on (k, row) alone, so two of the rounds are done once a block and once a pair, not once for both.
+// The counter's words are (block, k, row, stream). After the first round two words depend on the block alone and two
+// on (k, row) alone. So the first two rounds are done once for each block and once for each pair, not for each
+// combination of the two.
 class Random {
  public:
-  Random(const MaskSpec& spec, int64_t dim)
-      : spec_(spec),
-        half_(spec.pairs ? dim / 2 : 0),
-        units_(padded(spec.pairs ? dim / 2 : dim)),
+  Random(const Draws& draws, int64_t dim)
+      : draws_(draws),
+        half_(draws.pairs ? dim / 2 : 0),
+        units_(padded(draws.pairs ? dim / 2 : dim)),
         memory_(1, units_ / kComponentsPerCall * int64_t{sizeof(Block)}) {
+    const uint64_t seed = static_cast<uint64_t>(*draws.seed);
     for (int r = 0; r < kPhiloxRounds; ++r) {
-      key0_[r] = U64{} + (static_cast<uint32_t>(spec.seed) + static_cast<uint32_t>(r) * kPhiloxW0);
-      key1_[r] = U64{} + (static_cast<uint32_t>(spec.seed >> 32) + static_cast<uint32_t>(r) * kPhiloxW1);
+      key0_[r] = U64{} + (static_cast<uint32_t>(seed) + static_cast<uint32_t>(r) * kPhiloxW0);
+      key1_[r] = U64{} + (static_cast<uint32_t>(seed >> 32) + static_cast<uint32_t>(r) * kPhiloxW1);
     }
     blocks_ = reinterpret_cast<Block*>(memory_.slot(0));
-    const int64_t units = spec.pairs ? dim / 2 : dim;
+    const int64_t units = draws.pairs ? dim / 2 : dim;
     for (int64_t i = 0; i < units_ / kComponentsPerCall; ++i) {
-      blocks_[i] = second_round(static_cast<uint32_t>(i), 0);
+      blocks_[i] = second_round(static_cast<uint32_t>(i), kMaskStream);
       for (int64_t at = 0; at < kComponentsPerCall; ++at) {
         const int64_t unit = i * kComponentsPerCall + at;
-        const int threshold = spec.thresholds == nullptr || unit >= units ? 0 : spec.thresholds[unit];
+        const int threshold = draws.thresholds == nullptr || unit >= units ? 0 : draws.thresholds[unit];
         blocks_[i].last[at] = static_cast<uint8_t>(threshold > 0 ? threshold - 1 : 0);
         blocks_[i].allowed[at] = threshold > 0 ? 0xFF : 0;
       }
@@ -32,15 +34,15 @@ class Random {
 
   // Masks of kMaskLanes pairs, `stride` bytes apart; k and row in 64-bit lanes.
   void draw_masks(U64 k, U64 row, uint8_t* out, int64_t stride) const {
-    if (spec_.thresholds == nullptr && (spec_.threshold <= 0 || spec_.threshold >= 256)) {
+    if (draws_.thresholds == nullptr && (draws_.threshold <= 0 || draws_.threshold >= 256)) {
       for (int i = 0; i < kMaskLanes; ++i) {
-        __builtin_memset(out + i * stride, spec_.threshold > 0 ? 0xFF : 0, static_cast<size_t>(stride));
+        __builtin_memset(out + i * stride, draws_.threshold > 0 ? 0xFF : 0, static_cast<size_t>(stride));
       }
       return;
     }
     U64 p0, p1;
     first_round(k, row, p0, p1);
-    if (spec_.thresholds == nullptr) {
+    if (draws_.thresholds == nullptr) {
       draw_blocks<false>(p0, p1, out, stride);
     } else {
       draw_blocks<true>(p0, p1, out, stride);
@@ -52,21 +54,19 @@ class Random {
     }
   }
 
-  // Mixup's shares of kMaskLanes pairs.
-  template <class Real>
-  void draw_shares(U64 k, U64 row, Real* out) const {
+  // Shares of kMaskLanes pairs.
+  template <class F>
+  void draw_shares(U64 k, U64 row, typename F::Real* out) const {
+    using Pairs = typename F::Pairs;
     U64 p0, p1, words[4];
     first_round(k, row, p0, p1);
-    const Block stream = second_round(0, 1);
-    rounds(stream, p0, p1, words);
-    for (int i = 0; i < kMaskLanes; ++i) {
-      uint32_t top = 0;
-      for (int w = 0; w < spec_.threshold; ++w) {
-        const uint32_t word = static_cast<uint32_t>(words[w][i]);
-        top = word > top ? word : top;
-      }
-      out[i] = static_cast<Real>(top >> 8) * static_cast<Real>(0x1p-24);
+    rounds(second_round(0, kShareStream), p0, p1, words);
+    Pairs uniform[4];
+    for (int w = 0; w < 4; ++w) {
+      const U64 top = (words[w] & 0xFFFFFFFFu) >> kUniformShift;
+      uniform[w] = __builtin_convertvector(top, Pairs) * static_cast<typename F::Real>(kUniformUnit);
     }
+    store(out, share_of(Mutations{}, draws_.rule, uniform, draws_));
   }
 
  private:
@@ -129,7 +129,7 @@ class Random {
           const U8 last = (U8)(U64{} + load<uint64_t>(own.last + 8 * i));
           halves[i] = (U64)((U8)halves[i] <= last) & (U64{} + load<uint64_t>(own.allowed + 8 * i));
         } else {
-          halves[i] = (U64)((U8)halves[i] <= U8{} + static_cast<uint8_t>(spec_.threshold - 1));
+          halves[i] = (U64)((U8)halves[i] <= U8{} + static_cast<uint8_t>(draws_.threshold - 1));
         }
       }
       store_pairs(halves[0], halves[1], out + (block + n) * kComponentsPerCall, stride);
@@ -137,7 +137,7 @@ class Random {
   }
 
   U64 key0_[kPhiloxRounds], key1_[kPhiloxRounds];  // ready in every lane
-  MaskSpec spec_;
+  Draws draws_;
   int64_t half_, units_;
   Scratch memory_;
   Block* blocks_;

@@ -1,17 +1,16 @@
-// A row's negatives in the cache, and their scores.
+// A row's negatives in a tile that fits the cache, and their scores.
 
 constexpr int64_t kTileBytes = 256 * 1024;     // of a tile's rows: what else it holds is as much at most
 constexpr int kStreamRows = 8;                 // gathered, masked and scored together
 constexpr int kPrefetchRows = 8;               // ahead
 constexpr int64_t kPrefetchBytes = 1024;       // of a row; the processor goes on by itself
 
-template <class F, class Sim, int kMode>
+template <class F, class Sim, Mode kMode>
 struct Tile {
   using Real = typename F::Real;
-  static constexpr bool kMasked = kMode == kSelect || kMode == kMask;
   Real* rows;      // (capacity, row), zero beyond a half's end and where padding
   uint8_t* masks;  // (capacity, mask_row)
-  Real* shares;    // (capacity,) of Mixup
+  Real* shares;    // (capacity,) of kShare
   Real* inverses;  // (capacity, kInverses, half_padded) of coupled terms: of the negative, of the mutated one
   int64_t capacity;
   int64_t group = -1, first = -1, scored_row = -1;  // what the arrays hold now
@@ -26,19 +25,19 @@ struct Tile {
     const Layout<Sim> at(p.D);
     capacity = rows_that_fit(p);
     rows = carver.take<Real>(capacity * at.row);
-    masks = carver.take<uint8_t>(kMasked ? capacity * at.mask_row : 0);
-    shares = carver.take<Real>(kMode == kMixup ? capacity : 0);
+    masks = carver.take<uint8_t>(masked(kMode) ? capacity * at.mask_row : 0);
+    shares = carver.take<Real>(kMode == kShare ? capacity : 0);
     inverses = carver.take<Real>(capacity * kInverses * at.half_padded);
     if (rows != nullptr) __builtin_memset(rows, 0, sizeof(Real) * capacity * at.row);
   }
 
-  // Whether the arrays hold the negatives from `from` on of group g, with what is row b's own.
+  // Whether the arrays hold negatives `from` and following of group g, and what depends on row b.
   bool holds(int64_t g, int64_t b, int64_t from) const {
     return group == g && first == from && ((kMode == kPlain && !Sim::kCoupled) || scored_row == b);
   }
 
-  // Makes the arrays hold them, a few at a time, and has body(k, n) use negatives k .. k + n of the tile
-  // while they are in the L1.
+  // Fills the arrays, a few negatives at a time, and calls body(k, n) while negatives k .. k + n − 1 of the tile are
+  // in the L1 cache.
   template <class Body>
   void stream(const Problem& p, const Random& random, int64_t g, int64_t b, int64_t from, int64_t count,
               Body&& body) {
@@ -47,15 +46,15 @@ struct Tile {
     group = g, first = from, scored_row = b;
     U64 lane;
     for (int i = 0; i < kMaskLanes; ++i) lane[i] = static_cast<uint64_t>(from + i);
-    const U64 row = U64{} + (p.mask.row_offset + static_cast<uint64_t>(b));
+    const U64 row = U64{} + (p.draws.row_offset + static_cast<uint64_t>(b));
     for (int64_t k = 0; k < count; k += kStreamRows) {
       const int64_t n = min64(kStreamRows, count - k);
       if (!gathered) gather_rows(p, at, p.negative + g * p.K + from, k, n, count);
       if (kMode != kPlain && !complete) {
         for (int64_t i = k; i < k + n; i += kMaskLanes) {
           const U64 ks = lane + static_cast<uint64_t>(i);
-          if (kMasked) random.draw_masks(ks, row, masks + i * at.mask_row, at.mask_row);
-          if (kMode == kMixup) random.draw_shares(ks, row, shares + i);
+          if (masked(kMode)) random.draw_masks(ks, row, masks + i * at.mask_row, at.mask_row);
+          if (kMode == kShare) random.template draw_shares<F>(ks, row, shares + i);
         }
       }
       body(k, n);
@@ -67,7 +66,7 @@ struct Tile {
     with_table<F>(p, [&](auto* table) {
       const int64_t bytes = min64(p.D * static_cast<int64_t>(sizeof(*table)), kPrefetchBytes);
       for (int64_t i = k; i < k + n; ++i) {
-        // One at a time: a burst of them would fill the queue of misses, and the loads would wait behind it.
+        // One row at a time: many prefetches at once would fill the queue of misses, and delay the loads below.
         const int64_t later = i + kPrefetchRows < count ? ids[i + kPrefetchRows] : -1;
         if (later >= 0) prefetch_row(table + later * p.table_stride, bytes);
         if (ids[i] >= 0) {
@@ -81,17 +80,17 @@ struct Tile {
 };
 
 // What one thread needs to work on a row.
-template <class F, class Sim, int kMode>
+template <class F, class Sim, Mode kMode>
 struct RowScratch {
   using Real = typename F::Real;
-  static constexpr int kSums = Layout<Sim>::kSums;
+  static constexpr int kSums = Sums<Sim>::kCount;
   Tile<F, Sim, kMode> tile;
-  // (row,) each. positive_term: terms, and of coupled ones what they are functions of. For kSelect, share:
-  // Σ_k ŵ_k λ_k; else the positive's gradient by way of the mutated negatives.
+  // (row,) each. positive_term: the positive's terms; for coupled terms the differences that they are functions of.
+  // share: for kSelect Σ_k ŵ_k λ_k, else the part of the positive's gradient that comes from mutated negatives.
   Real *query, *factor, *positive, *positive_term, *gradient, *share, *factor_gradient;
-  // (K rounded up to a vector,) each. Sums become scores, then weights of scores. Where scores are more than
-  // a sum: `value` the sums (or minus their roots), `weight` the weights of the sums. Coupled ones have
-  // `value` of their own too, so that a tile can be scored again when there are weights already.
+  // (K rounded up to whole vectors,) each. plain and mutated hold sums, then scores, then weights of scores. Where a
+  // score is more than its sum, `value` holds the sums (or minus their roots) and `weight` the weights of the sums.
+  // Coupled terms have a `value` too, so that a tile can be scored again after the weights are there.
   Real *plain, *mutated;
   Real *plain_value[kSums], *mutated_value[kSums], *plain_weight[kSums], *mutated_weight[kSums];
   Real positive_value[kSums], positive_weight[kSums];
@@ -110,11 +109,11 @@ struct RowScratch {
     for (int s = 0; s < kSums; ++s) {
       plain_value[s] = plain_weight[s] = plain;
       mutated_value[s] = mutated_weight[s] = mutated;
-      if (!Layout<Sim>::kDirect || Sim::kCoupled) {
+      if (!Sums<Sim>::kDirect || Sim::kCoupled) {
         plain_value[s] = carver.take<Real>(kp);
         mutated_value[s] = carver.take<Real>(kp);
       }
-      if (!Layout<Sim>::kDirect) {
+      if (!Sums<Sim>::kDirect) {
         plain_weight[s] = carver.take<Real>(kp);
         mutated_weight[s] = carver.take<Real>(kp);
       }
@@ -137,14 +136,14 @@ struct RowScratch {
 };
 
 // A RowScratch for each thread slot.
-template <class F, class Sim, int kMode>
+template <class F, class Sim, Mode kMode>
 class Workers {
   using Worker = RowScratch<F, Sim, kMode>;
 
  public:
   explicit Workers(const Problem& p)
-      : memory_(p.threads, static_cast<int64_t>(sizeof(Worker)) + 64 + Worker::bytes(p)) {
-    for (int t = 0; t < p.threads; ++t) {
+      : memory_(p.place.threads, static_cast<int64_t>(sizeof(Worker)) + 64 + Worker::bytes(p)) {
+    for (int t = 0; t < p.place.threads; ++t) {
       Carver carver{memory_.slot(t)};
       Worker* place = carver.take<Worker>(1);
       new (place) Worker(p, carver);
@@ -158,9 +157,9 @@ class Workers {
 
 // --- scores --------------------------------------------------------------------------------------------
 
-// Sums of half h over R consecutive rows of a tile: Σ_j term(u), plain and mutated. Two accumulators a sum
-// would be more; R = 4 rows hide the latency already.
-template <class F, class Sim, int kMode, int h, int R>
+// Sums of half h over R consecutive rows of a tile: Σ_j term(u), plain and mutated. One accumulator for each sum is
+// enough: R = 4 rows hide the latency.
+template <class F, class Sim, Mode kMode, int h, int R>
 EMU_INLINE void score_half(const RowScratch<F, Sim, kMode>& s, const Layout<Sim>& at, int64_t k,
                            typename F::Real* plain, typename F::Real* mutated) {
   using V = typename F::V;
@@ -168,13 +167,13 @@ EMU_INLINE void score_half(const RowScratch<F, Sim, kMode>& s, const Layout<Sim>
   const typename F::Real* rows = s.tile.rows + k * at.row + first;
   const uint8_t* masks = s.tile.masks + k * at.mask_row + h * at.half;
   V sum[R] = {}, mutated_sum[R] = {}, share[R] = {};
-  if (kMode == kMixup) {
+  if (kMode == kShare) {
     for (int r = 0; r < R; ++r) share[r] = F::broadcast(s.tile.shares[k + r]);
   }
   for (int64_t j = 0; j < at.half; j += F::kLanes) {
     const V q = load<V>(s.query + first + j);
     const V a = Sim::kBilinear ? V{} : load<V>(s.factor + first + j);
-    const V positive = kMode == kMixup ? load<V>(s.positive + first + j) : V{};
+    const V positive = kMode == kShare ? load<V>(s.positive + first + j) : V{};
     const V from_positive = kMode == kSelect ? load<V>(s.positive_term + first + j) : V{};
     for (int r = 0; r < R; ++r) {
       const V c = load<V>(rows + r * at.row + j);
@@ -182,7 +181,7 @@ EMU_INLINE void score_half(const RowScratch<F, Sim, kMode>& s, const Layout<Sim>
       sum[r] += term;
       if (kMode == kSelect) {
         mutated_sum[r] += F::select(F::load_mask(masks + r * at.mask_row + j), from_positive, term);
-      } else if (kMode == kMixup) {
+      } else if (kMode == kShare) {
         const V mixed = mix(positive, c, share[r]);
         mutated_sum[r] += Sim::template term<h, F>(difference<Sim, h>(q, a, mixed));
       }
@@ -193,7 +192,7 @@ EMU_INLINE void score_half(const RowScratch<F, Sim, kMode>& s, const Layout<Sim>
 }
 
 // The same where a term is a function of both halves. Leaves the terms' inverses in the tile.
-template <class F, class Sim, int kMode, int R>
+template <class F, class Sim, Mode kMode, int R>
 EMU_INLINE void score_coupled(const RowScratch<F, Sim, kMode>& s, const Layout<Sim>& at, int64_t k,
                               typename F::Real* plain, typename F::Real* mutated) {
   using V = typename F::V;
@@ -202,7 +201,7 @@ EMU_INLINE void score_coupled(const RowScratch<F, Sim, kMode>& s, const Layout<S
   const uint8_t* masks = s.tile.masks + k * at.mask_row;
   typename F::Real* inverses = s.tile.inverses + k * kInverses * at.half_padded;
   V sum[R] = {}, mutated_sum[R] = {}, share[R] = {};
-  if (kMode == kMixup) {
+  if (kMode == kShare) {
     for (int r = 0; r < R; ++r) share[r] = F::broadcast(s.tile.shares[k + r]);
   }
   for (int64_t j = 0; j < at.half; j += F::kLanes) {
@@ -210,7 +209,7 @@ EMU_INLINE void score_coupled(const RowScratch<F, Sim, kMode>& s, const Layout<S
     for (int h = 0; h < 2; ++h) {
       q[h] = load<V>(s.query + h * at.half_padded + j);
       a[h] = load<V>(s.factor + h * at.half_padded + j);
-      positive[h] = load<V>((kMode == kMixup ? s.positive : s.positive_term) + h * at.half_padded + j);
+      positive[h] = load<V>((kMode == kShare ? s.positive : s.positive_term) + h * at.half_padded + j);
       positive_square[h] = positive[h] * positive[h];
     }
     for (int r = 0; r < R; ++r) {
@@ -222,7 +221,7 @@ EMU_INLINE void score_coupled(const RowScratch<F, Sim, kMode>& s, const Layout<S
         if (kMode == kMask) {
           const auto mask = F::load_mask(masks + r * at.mask_row + h * at.half + j);
           mixed[h] = F::select(mask, positive_square[h], square[h]);
-        } else if (kMode == kMixup) {
+        } else if (kMode == kShare) {
           const V v = difference<Sim, 0>(q[h], a[h], mix(positive[h], c, share[r]));
           mixed[h] = v * v;
         }
@@ -240,7 +239,7 @@ EMU_INLINE void score_coupled(const RowScratch<F, Sim, kMode>& s, const Layout<S
   if (kMode != kPlain) horizontal_sums<F, R>(mutated_sum, mutated);
 }
 
-template <class F, class Sim, int kMode, int R>
+template <class F, class Sim, Mode kMode, int R>
 EMU_INLINE void score_rows(const RowScratch<F, Sim, kMode>& s, const Layout<Sim>& at, int64_t k, int64_t to) {
   if constexpr (Sim::kCoupled) {
     score_coupled<F, Sim, kMode, R>(s, at, k, s.plain_value[0] + to, s.mutated_value[0] + to);
@@ -253,7 +252,7 @@ EMU_INLINE void score_rows(const RowScratch<F, Sim, kMode>& s, const Layout<Sim>
 }
 
 // The positive's terms of half h, and their sum.
-template <class F, class Sim, int kMode, int h>
+template <class F, class Sim, Mode kMode, int h>
 EMU_INLINE typename F::Real positive_half(RowScratch<F, Sim, kMode>& s, const Layout<Sim>& at) {
   using V = typename F::V;
   V sum = {};
@@ -267,7 +266,7 @@ EMU_INLINE typename F::Real positive_half(RowScratch<F, Sim, kMode>& s, const La
   return horizontal_sum<F>(sum);
 }
 
-template <class F, class Sim, int kMode>
+template <class F, class Sim, Mode kMode>
 EMU_INLINE void score_positive(RowScratch<F, Sim, kMode>& s, const Layout<Sim>& at) {
   using V = typename F::V;
   if constexpr (Sim::kCoupled) {
@@ -290,11 +289,11 @@ EMU_INLINE void score_positive(RowScratch<F, Sim, kMode>& s, const Layout<Sim>& 
 
 // From sums to scores: Σ_s w_s S_s. Leaves in `weight` the derivatives of the scores by the sums (by half the
 // squares), and returns the positive's score.
-template <class F, class Sim, int kMode>
+template <class F, class Sim, Mode kMode>
 static typename F::Real finish_scores(const Problem& p, RowScratch<F, Sim, kMode>& s) {
   using Real = typename F::Real;
-  constexpr int kSums = Layout<Sim>::kSums;
-  if constexpr (Layout<Sim>::kDirect) {
+  constexpr int kSums = Sums<Sim>::kCount;
+  if constexpr (Sums<Sim>::kDirect) {
     if (Sim::kCoupled) copy(s.plain, s.plain_value[0], p.K);
     if (Sim::kCoupled && kMode != kPlain) copy(s.mutated, s.mutated_value[0], p.K);
     return s.positive_value[0];
@@ -335,16 +334,16 @@ static typename F::Real finish_scores(const Problem& p, RowScratch<F, Sim, kMode
 }
 
 // From the weights of scores (in scratch.plain and .mutated) to those of the sums, and the gradient of w.
-template <class F, class Sim, int kMode>
+template <class F, class Sim, Mode kMode>
 static void finish_weights(const Problem& p, RowScratch<F, Sim, kMode>& s, typename F::Real positive_weight,
                            typename F::Real* grad_weights) {
   using Real = typename F::Real;
   using V = typename F::V;
-  if constexpr (Layout<Sim>::kDirect) {
+  if constexpr (Sums<Sim>::kDirect) {
     s.positive_weight[0] = positive_weight;
     return;
   }
-  for (int i = 0; i < Layout<Sim>::kSums; ++i) {
+  for (int i = 0; i < Sums<Sim>::kCount; ++i) {
     Real sum = positive_weight * s.positive_value[i];
     s.positive_weight[i] *= positive_weight;
     const auto apply = [&](const Real* of_score, const Real* values, Real* weights) {
@@ -360,8 +359,8 @@ static void finish_weights(const Problem& p, RowScratch<F, Sim, kMode>& s, typen
   }
 }
 
-// The sums of row b's negatives from .. from + count, which are a tile.
-template <class F, class Sim, int kMode>
+// The sums of row b's negatives from .. from + count − 1, which fill a tile.
+template <class F, class Sim, Mode kMode>
 static void score_tile(const Problem& p, const Random& random, RowScratch<F, Sim, kMode>& s, int64_t b,
                        int64_t from, int64_t count) {
   const Layout<Sim> at(p.D);
@@ -373,7 +372,7 @@ static void score_tile(const Problem& p, const Random& random, RowScratch<F, Sim
 }
 
 // Scores of row b into scratch.plain and scratch.mutated; returns s⁺.
-template <class F, class Sim, int kMode>
+template <class F, class Sim, Mode kMode>
 static typename F::Real score_row(const Problem& p, const Random& random, RowScratch<F, Sim, kMode>& s,
                                   int64_t b) {
   score_positive<F, Sim, kMode>(s, Layout<Sim>(p.D));

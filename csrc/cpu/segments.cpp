@@ -39,7 +39,7 @@ Segments::Segments(const Problem& p) {
   const int bits = bit_width(static_cast<uint64_t>(p.N));  // keys 0..N; N is padding
   const int digit_bits = choose_digit_bits(bits, n);
   const uint32_t bins = 1u << digit_bits;
-  const int chunks = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(p.threads, n / kMinChunk)));
+  const int chunks = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(p.place.threads, n / kMinChunk)));
   std::vector<uint32_t> histogram(static_cast<size_t>(chunks) * bins);
   storage_.reset(new uint64_t[bits > digit_bits ? 2 * n : n]);
   uint64_t* to = storage_.get();
@@ -51,7 +51,7 @@ Segments::Segments(const Problem& p) {
   };
   const auto pass = [&](int shift, auto&& source) {
     std::fill(histogram.begin(), histogram.end(), 0);
-    parallel(p.threads, chunks, [&](int64_t chunk, int) {
+    parallel(p.place.threads, chunks, [&](int64_t chunk, int) {
       uint32_t* counts = histogram.data() + chunk * bins;
       for (int64_t e = n * chunk / chunks; e < n * (chunk + 1) / chunks; ++e) {
         ++counts[(source(e) >> shift) & (bins - 1)];
@@ -66,7 +66,7 @@ Segments::Segments(const Problem& p) {
         total += c;
       }
     }
-    parallel(p.threads, chunks, [&](int64_t chunk, int) {
+    parallel(p.place.threads, chunks, [&](int64_t chunk, int) {
       uint32_t* front = histogram.data() + chunk * bins;
       for (int64_t e = n * chunk / chunks; e < n * (chunk + 1) / chunks; ++e) {
         const uint64_t record = source(e);

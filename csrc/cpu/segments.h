@@ -1,11 +1,10 @@
-// The backward pass goes entity by entity: this sorts the ids of a batch once, so that each touched row of
-// the table has its contributions in one segment.
+// A batch's ids sorted, so that the backward pass finds all contributions to a row of the table in one segment.
 #pragma once
 
 #include <cstdint>
 #include <memory>
 
-#include "cpu/problem.h"
+#include "common/problem.h"
 
 namespace emu {
 
@@ -14,7 +13,7 @@ class Segments {
  public:
   explicit Segments(const Problem& problem);
 
-  // id << 32 | e, ascending, so the same for any number of threads.
+  // id << 32 | e, ascending: the same for any number of threads.
   const uint64_t* sorted() const { return sorted_; }
   int64_t size() const { return size_; }
   int64_t touched() const;  // distinct ids

@@ -7,27 +7,26 @@ constexpr int kBuffer = 64;            // contributions at a time, masks and wei
 template <class F, class Sim>
 struct Pairs {
   using Real = typename F::Real;
-  static constexpr int kSums = Layout<Sim>::kSums;
+  static constexpr int kSums = Sums<Sim>::kCount;
   uint32_t key[kBuffer];
   int64_t row[kBuffer];
   int64_t k[kBuffer];
   Real plain[kSums][kBuffer];    // g_b w_bk
   Real mutated[kSums][kBuffer];  // g_b ŵ_bk; for kSelect g_b (w_bk + ŵ_bk)
-  Real shares[kBuffer];          // of Mixup
+  Real shares[kBuffer];          // of kShare
   uint8_t* masks;                // (kBuffer, mask_row)
   int count;
 };
 
-// Rows of all queries, of what multiplies candidates, and of positives where candidates are mixed with them.
+// Padded rows of all queries, of the factors of candidates, and, where candidates are mixed with them, of positives.
 template <class Real>
 struct RowData {
   Real *queries, *factors, *positives;  // (B, row)
   int64_t factor_stride;                // 0 where all rows' are the same
 };
 
-// Σ over pairs of (w + ŵ (1 − λ)) ∂φ/∂c, for N vectors of half h's components; `candidate` and `sum` from
-// component j of the half on.
-template <class F, class Sim, int kMode, int h, int N>
+// sum += Σ over pairs of (w + ŵ (1 − λ)) ∂φ/∂c, for N vectors of half h's components from component j on.
+template <class F, class Sim, Mode kMode, int h, int N>
 static void accumulate_candidate(const Pairs<F, Sim>& pairs, int from, int to,
                                  const RowData<typename F::Real>& rows, const Layout<Sim>& at, int64_t j,
                                  const typename F::Real* candidate, typename F::Real* sum) {
@@ -41,8 +40,8 @@ static void accumulate_candidate(const Pairs<F, Sim>& pairs, int from, int to,
   for (int i = from; i < to; ++i) {
     V w = F::broadcast(pairs.plain[h][i]);
     const V hat = kMode != kPlain ? F::broadcast(pairs.mutated[h][i]) : V{};
-    const V share = kMode == kMixup ? F::broadcast(pairs.shares[i]) : V{};
-    if (Sim::kBilinear && kMode == kMixup) w += hat * share;
+    const V share = kMode == kShare ? F::broadcast(pairs.shares[i]) : V{};
+    if (Sim::kBilinear && kMode == kShare) w += hat * share;
     const typename F::Real* query = rows.queries + pairs.row[i] * at.row + first;
     const typename F::Real* factor = rows.factors + pairs.row[i] * rows.factor_stride + first;
     for (int n = 0; n < N; ++n) {
@@ -58,7 +57,7 @@ static void accumulate_candidate(const Pairs<F, Sim>& pairs, int from, int to,
       } else {
         s[n] = F::fma(w, d, s[n]);
       }
-      if constexpr (kMode == kMixup && !Sim::kBilinear) {
+      if constexpr (kMode == kShare && !Sim::kBilinear) {
         const V positive = load<V>(rows.positives + pairs.row[i] * at.row + first + n * F::kLanes);
         const V mixed = mix(positive, c[n], share);
         s[n] = F::fma(hat * share, a * Sim::template slope<h, F>(difference<Sim, h>(q, a, mixed)), s[n]);
@@ -68,7 +67,7 @@ static void accumulate_candidate(const Pairs<F, Sim>& pairs, int from, int to,
   for (int n = 0; n < N; ++n) store(sum + first + n * F::kLanes, s[n]);
 }
 
-template <class F, class Sim, int kMode, int N>
+template <class F, class Sim, Mode kMode, int N>
 static void accumulate_candidate_coupled(const Pairs<F, Sim>& pairs, int from, int to,
                                          const RowData<typename F::Real>& rows, const Layout<Sim>& at,
                                          int64_t j, const typename F::Real* candidate,
@@ -85,7 +84,7 @@ static void accumulate_candidate_coupled(const Pairs<F, Sim>& pairs, int from, i
   for (int i = from; i < to; ++i) {
     const V w = F::broadcast(pairs.plain[0][i]);
     const V hat = kMode != kPlain ? F::broadcast(pairs.mutated[0][i]) : V{};
-    const V share = kMode == kMixup ? F::broadcast(pairs.shares[i]) : V{};
+    const V share = kMode == kShare ? F::broadcast(pairs.shares[i]) : V{};
     const typename F::Real* query = rows.queries + pairs.row[i] * at.row;
     const typename F::Real* factor = rows.factors + pairs.row[i] * rows.factor_stride;
     const typename F::Real* positives = rows.positives + pairs.row[i] * at.row;
@@ -111,7 +110,7 @@ static void accumulate_candidate_coupled(const Pairs<F, Sim>& pairs, int from, i
         if (kMode == kMask) {
           const auto mask = F::load_mask(pairs.masks + i * at.mask_row + h * at.half + j + l);
           s[h][n] = F::fma(F::select(mask, V{}, hat), mixed_slope[h], s[h][n]);
-        } else if (kMode == kMixup) {
+        } else if (kMode == kShare) {
           s[h][n] = F::fma(hat * share, mixed_slope[h], s[h][n]);
         }
       }
@@ -122,7 +121,7 @@ static void accumulate_candidate_coupled(const Pairs<F, Sim>& pairs, int from, i
   }
 }
 
-template <class F, class Sim, int kMode>
+template <class F, class Sim, Mode kMode>
 struct TableGradient {
   using Real = typename F::Real;
   using V = typename F::V;
@@ -134,8 +133,8 @@ struct TableGradient {
   const int64_t group_rows, entries_per_piece, pieces;
   const uint64_t* sorted;
   const int64_t size;
-  // A piece is a fixed number of sorted entries, so its sums do not depend on the threads. A segment that
-  // crosses pieces leaves partial sums, which are added up in order at the end.
+  // A piece is a fixed number of sorted entries, so its sums do not depend on the number of threads. A segment that
+  // lies in several pieces leaves partial sums, which are added up in order at the end.
   Scratch rows_memory, partials_memory, ordinals_memory, slots_memory;
   RowData<Real> rows;
   Real* partials;     // (pieces, 2, row): of the first and of the last segment
@@ -144,26 +143,25 @@ struct TableGradient {
   TableGradient(const Problem& problem, const TableGradientArgs& args)
       : p(problem),
         a(args),
-        random(problem.mask, problem.D),
+        random(problem.draws, problem.D),
         at(problem.D),
         group_rows(problem.rows_per_group()),
         entries_per_piece(max64(1, kPiecePairs / max64(1, problem.rows_per_group()))),
-        pieces((args.segments->size() + entries_per_piece - 1) / entries_per_piece),
-        sorted(args.segments->sorted()),
-        size(args.segments->size()),
+        pieces((args.sorted_size + entries_per_piece - 1) / entries_per_piece),
+        sorted(static_cast<const uint64_t*>(args.sorted)),
+        size(args.sorted_size),
         rows_memory(1, row_bytes(nullptr)),
         partials_memory(1, pieces * 2 * at.row * static_cast<int64_t>(sizeof(Real))),
         ordinals_memory(1, pieces * 8),
-        slots_memory(problem.threads, slot_bytes()) {
+        slots_memory(problem.place.threads, slot_bytes()) {
     row_bytes(rows_memory.slot(0));
     partials = reinterpret_cast<Real*>(partials_memory.slot(0));
     ordinals = reinterpret_cast<int64_t*>(ordinals_memory.slot(0));
   }
 
-  static constexpr bool kMasked = kMode == kSelect || kMode == kMask;
   static constexpr bool kMixed = kMode != kPlain && kMode != kSelect && !Sim::kBilinear;
 
-  // Lays out `rows` from base on; returns the bytes that takes.
+  // Lays out `rows` from base on, or nowhere for a null base; returns the bytes that they take.
   int64_t row_bytes(uint8_t* base) {
     Carver carver{base};
     rows.queries = carver.take<Real>(p.B * at.row);
@@ -174,13 +172,13 @@ struct TableGradient {
   }
 
   int64_t slot_bytes() const {
-    return static_cast<int64_t>(sizeof(Pairs<F, Sim>)) + 256 + (kMasked ? kBuffer * at.mask_row : 0) +
+    return static_cast<int64_t>(sizeof(Pairs<F, Sim>)) + 256 + (masked(kMode) ? kBuffer * at.mask_row : 0) +
            2 * at.row * static_cast<int64_t>(sizeof(Real));
   }
 
   void run() {
     const size_t row_size = sizeof(Real) * static_cast<size_t>(at.row);
-    parallel(p.threads, (p.B + 63) / 64, [&](int64_t block, int) {
+    parallel(p.place.threads, (p.B + 63) / 64, [&](int64_t block, int) {
       for (int64_t b = block * 64; b < min64(p.B, block * 64 + 64); ++b) {
         __builtin_memset(rows.queries + b * at.row, 0, row_size);
         load_query<F, Sim>(p, at, b, rows.queries + b * at.row);
@@ -203,7 +201,7 @@ struct TableGradient {
     } else if (size == 0) {
       zero_rows(0, p.N);
     }
-    parallel(p.threads, pieces, [&](int64_t piece, int slot) { sum_piece(piece, slot); });
+    parallel(p.place.threads, pieces, [&](int64_t piece, int slot) { sum_piece(piece, slot); });
     join_partials();
   }
 
@@ -238,7 +236,7 @@ struct TableGradient {
   void sum_piece(int64_t piece, int slot) {
     Carver carver{slots_memory.slot(slot)};
     Pairs<F, Sim>& pairs = *carver.take<Pairs<F, Sim>>(1);
-    pairs.masks = carver.take<uint8_t>(kMasked ? kBuffer * at.mask_row : 0);
+    pairs.masks = carver.take<uint8_t>(masked(kMode) ? kBuffer * at.mask_row : 0);
     Real* sum = carver.take<Real>(at.row);
     Real* candidate = carver.take<Real>(at.row);
 
@@ -307,7 +305,7 @@ struct TableGradient {
           const int64_t from = (i * p.B + row) * p.K + k;
           pairs.plain[i][n] = scale[row] * weight[from];
           if (kMode == kSelect) pairs.mutated[i][n] = scale[row] * (weight[from] + mutated_weight[from]);
-          if (kMode == kMask || kMode == kMixup) pairs.mutated[i][n] = scale[row] * mutated_weight[from];
+          if (kMode == kMask || kMode == kShare) pairs.mutated[i][n] = scale[row] * mutated_weight[from];
         }
         __builtin_prefetch(rows.queries + row * at.row);
         if (++row_in_group == group_rows) row_in_group = 0, ++entry;
@@ -321,10 +319,10 @@ struct TableGradient {
       for (int lane = 0; lane < kMaskLanes; ++lane) {
         const int at = i + lane < n ? i + lane : n - 1;
         k[lane] = static_cast<uint64_t>(pairs.k[at]);
-        row[lane] = p.mask.row_offset + static_cast<uint64_t>(pairs.row[at]);
+        row[lane] = p.draws.row_offset + static_cast<uint64_t>(pairs.row[at]);
       }
-      if (kMasked) random.draw_masks(k, row, pairs.masks + i * at.mask_row, at.mask_row);
-      if (kMode == kMixup) random.draw_shares(k, row, pairs.shares + i);
+      if (masked(kMode)) random.draw_masks(k, row, pairs.masks + i * at.mask_row, at.mask_row);
+      if (kMode == kShare) random.template draw_shares<F>(k, row, pairs.shares + i);
     }
   }
 
@@ -372,7 +370,7 @@ struct TableGradient {
   }
 };
 
-template <class F, class Sim, int kMode>
+template <class F, class Sim, Mode kMode>
 static void table_gradient(const Problem& p, const TableGradientArgs& a) {
   TableGradient<F, Sim, kMode>(p, a).run();
 }

@@ -1,5 +1,5 @@
-// Threads: torch's, where its OpenMP runtime is found in the process. Elsewhere, in the child of a fork(), which
-// that runtime does not survive, and with EMU_KERNELS_THREADS=own in the environment, a small pool of our own.
+// Threads: torch's own. Where its OpenMP runtime is not found, and in the child of a fork(), which that runtime does
+// not survive, a call runs on its caller's thread alone.
 #pragma once
 
 #include <cstdint>
@@ -8,13 +8,12 @@ namespace emu {
 
 using Task = void (*)(void* context, int64_t item, int slot);
 
-// Runs task(context, item, slot) for every item in [0, items), on at most `threads` threads; slot < threads
-// is the same for all that one thread runs. Items are handed out dynamically, so what an item computes
-// must not depend on the slot. Called from several threads at once, one gets our own pool and the others run
-// alone.
+// Runs task(context, item, slot) for every item in [0, items), on at most `threads` threads; slot < threads is the
+// same for all that one thread runs. Items are handed out dynamically, so what an item computes must not depend on
+// the slot.
 void parallel_for(int threads, int64_t items, Task task, void* context);
 
-// Whether they are torch's. Throws std::invalid_argument where EMU_KERNELS_THREADS says neither.
+// Whether torch's threads were found and can be used.
 bool joins_torch();
 
 template <class F>

@@ -2,8 +2,9 @@
 // function compiled for one instruction set can be merged with another's. Hence no standard library
 // templates here or in kernels.inl.h.
 //
-// F32 and F64 name the lanes: V a vector, M a mask of its lanes, kLanes how many. U64 carries the random
-// number generator: 32-bit words in the low halves of 64-bit lanes, high halves undefined.
+// F32 and F64 name the lanes: V a vector, M a mask of its lanes, kLanes how many; Pairs is a vector of as many numbers
+// as U64 has lanes. U64 carries the random number generator: 32-bit words in the low halves of 64-bit lanes, high
+// halves undefined.
 
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
@@ -14,7 +15,6 @@ constexpr int kVectorBytes = 16;
 #endif
 
 #define EMU_INLINE static inline __attribute__((always_inline))
-#define EMU_MEMBER inline __attribute__((always_inline))
 
 typedef float VF __attribute__((vector_size(kVectorBytes)));
 typedef double VD __attribute__((vector_size(kVectorBytes)));
@@ -37,6 +37,7 @@ EMU_INLINE void store(void* to, V v) {
 struct F32 {
   using Real = float;
   using V = VF;
+  typedef float Pairs __attribute__((vector_size(kVectorBytes / 2)));
   static constexpr int kLanes = kVectorBytes / 4;
 #if defined(__AVX512F__)
   using M = __mmask16;
@@ -166,6 +167,7 @@ struct F32 {
 struct F64 {
   using Real = double;
   using V = VD;
+  using Pairs = VD;
   using M = VL;
   static constexpr int kLanes = kVectorBytes / 8;
   EMU_INLINE M load_mask(const uint8_t* bytes) {

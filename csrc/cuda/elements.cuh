@@ -3,9 +3,9 @@
 
 #include <cstring>
 
+#include "common/problem.h"
 #include "common/similarity.h"
 #include "cuda/platform.h"
-#include "cuda/problem.h"
 
 namespace emu::cuda {
 
@@ -64,7 +64,7 @@ struct Chunk {
       memcpy(words + i * kWords / V, &x, sizeof(T));
     }
   }
-  // Has what was computed from it computed again, where it is used again.
+  // Makes the compiler compute again, where it is used again, what was computed from it.
   EMU_DEVICE void forget() {
 #pragma unroll
     for (uint32_t& word : words) emu::cuda::forget(word);
@@ -110,7 +110,7 @@ EMU_DEVICE Chunk<T, V> load_chunk(const T* from, int j, int end, Width width) {
   return chunk;
 }
 
-// The same of query, scale and gradients; `whole`: whether 16 bytes may be loaded at once.
+// The same for query, scale and gradients; `whole`: whether 16 bytes may be loaded at once.
 template <int V, class Real>
 EMU_DEVICE void load_reals(const Real* from, int j, int end, bool whole, Real (&to)[V]) {
   constexpr int kStep = 16 / sizeof(Real);

@@ -1,7 +1,7 @@
-// Masks and Mixup's shares: the contract of emu_kernels/mask.py.
+// Masks and shares, as emu_kernels/mask.py specifies them.
 //
-// One Philox call decides sixteen components, more than a thread has of a row. So a team draws the bytes of a few
-// rows into shared memory, a call a thread, and each thread then reads those of its own components.
+// One Philox call decides sixteen components, more than one thread has of a row. So a team draws the bytes of a few
+// rows into shared memory, each thread with calls of its own, and each thread then reads the bytes of its components.
 #pragma once
 
 #include "common/philox.h"
@@ -11,24 +11,27 @@
 namespace emu::cuda {
 
 EMU_DEVICE void draw_block(uint64_t seed, uint32_t block, uint32_t k, uint32_t row, uint32_t (&words)[4]) {
-  const uint32_t counter[4] = {block, k, row, 0};
+  const uint32_t counter[4] = {block, k, row, kMaskStream};
   philox4x32(counter, seed, words);
 }
 
-// Read anew for each few rows: the keys of all rounds take more registers than there are to keep.
-EMU_DEVICE uint64_t load_seed(const MaskSpec& spec) {
-  return static_cast<uint64_t>(*static_cast<const volatile int64_t*>(spec.seed));
+// Read again for every few rows (hence volatile): there are too few registers to keep the keys of all rounds.
+EMU_DEVICE uint64_t load_seed(const Draws& draws) {
+  return static_cast<uint64_t>(*static_cast<const volatile int64_t*>(draws.seed));
 }
 
-// Mixup's share of negative k of a row.
+// The share of negative k of a row.
 template <class Real>
-EMU_DEVICE Real draw_share(const MaskSpec& spec, uint32_t k, uint32_t row) {
-  const uint32_t counter[4] = {0, k, row, 1};
-  uint32_t words[4], top = 0;
-  philox4x32(counter, load_seed(spec), words);
+EMU_DEVICE Real draw_share(const Draws& draws, uint32_t k, uint32_t row) {
+  const uint32_t counter[4] = {0, k, row, kShareStream};
+  uint32_t words[4];
+  philox4x32(counter, load_seed(draws), words);
+  Real uniform[4];
 #pragma unroll
-  for (int w = 0; w < 4; ++w) top = w < spec.threshold && words[w] > top ? words[w] : top;
-  return static_cast<Real>(top >> 8) * static_cast<Real>(5.9604644775390625e-8);  // 2^−24
+  for (int w = 0; w < 4; ++w) {
+    uniform[w] = static_cast<Real>(words[w] >> kUniformShift) * static_cast<Real>(kUniformUnit);
+  }
+  return share_of(Mutations{}, draws.rule, uniform, draws);
 }
 
 // A component is mutated where its byte, shifted to the top of a word, is at most this.
@@ -36,22 +39,22 @@ struct Limit {
   uint32_t top;
   bool decided;  // bytes are drawn as 0 for mutated and 255 for not
 
-  EMU_DEVICE explicit Limit(const MaskSpec& spec)
-      : top(static_cast<uint32_t>(spec.threshold) * (1u << 24) - 1),
-        decided(spec.thresholds != nullptr || spec.threshold <= 0) {
+  EMU_DEVICE explicit Limit(const Draws& draws)
+      : top(static_cast<uint32_t>(draws.threshold) * (1u << 24) - 1),
+        decided(draws.thresholds != nullptr || draws.threshold <= 0) {
     if (decided) top = (1u << 24) - 1;
   }
   EMU_DEVICE bool mutated(uint32_t word, int byte) const { return word << (24 - 8 * byte) <= top; }
 
-  // Sixteen bytes of one call as the shared memory wants them.
-  EMU_DEVICE void decide(const MaskSpec& spec, int units, int block, uint32_t (&words)[4]) const {
+  // Where bytes cannot be compared with one limit later, decides the sixteen of one call now.
+  EMU_DEVICE void decide(const Draws& draws, int units, int block, uint32_t (&words)[4]) const {
     if (!decided) return;
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
       uint32_t out = 0;
       for (int i = 0; i < 4; ++i) {
         const int unit = block * kComponentsPerCall + 4 * w + i;
-        const int threshold = spec.thresholds != nullptr && unit < units ? spec.thresholds[unit] : 0;
+        const int threshold = draws.thresholds != nullptr && unit < units ? draws.thresholds[unit] : 0;
         out |= static_cast<int>(words[w] >> (8 * i) & 0xFF) < threshold ? 0 : 0xFFu << (8 * i);
       }
       words[w] = out;
@@ -63,35 +66,35 @@ struct Limit {
 template <class Sim>
 struct MaskTile {
   static constexpr int H = Sim::kHalves;
-  const MaskSpec& spec;
+  const Draws& draws;
   const Limit limit;
   unsigned char* const bytes;  // (rows, row_bytes)
   const int tile, half, units, region;
   int c0 = 0;
-  // Philox blocks of each half's components. By name, not by number: an array indexed at run time is in local memory.
+  // Philox blocks of each half's components. No arrays: those that are indexed at run time lie in local memory.
   int first0 = 0, first1 = 0, blocks0 = 0, blocks1 = 0;
   int first_row, first_block, row_step, block_step;  // which a thread draws
 
   static EMU_MEMBER int row_bytes(int tile) { return H * (tile + kComponentsPerCall); }
 
   EMU_DEVICE MaskTile(const Problem& p, int tile_size, unsigned char* memory)
-      : spec(p.mask),
-        limit(p.mask),
+      : draws(p.draws),
+        limit(p.draws),
         bytes(memory),
         tile(tile_size),
         half(static_cast<int>(p.D) / H),
-        units(static_cast<int>(p.D) / (p.mask.pairs ? 2 : 1)),
+        units(static_cast<int>(p.D) / (p.draws.pairs ? 2 : 1)),
         region(tile_size + kComponentsPerCall) {}
 
-  // Pairs of a row in one piece: their two components may be in different chunks of it.
-  EMU_DEVICE bool scattered() const { return H == 1 && spec.pairs; }
+  // Where a row is one half but masks are of pairs, the two components of a pair may be in different tiles.
+  EMU_DEVICE bool scattered() const { return H == 1 && draws.pairs; }
 
   EMU_DEVICE void move_to(const Team& team, int column) {
     c0 = column;
     const int width = tile < half - c0 ? tile : half - c0;
     first0 = c0 / kComponentsPerCall;
     blocks0 = (c0 + width + kComponentsPerCall - 1) / kComponentsPerCall - first0;
-    if (H > 1 && !spec.pairs) {
+    if (H > 1 && !draws.pairs) {
       first1 = (half + c0) / kComponentsPerCall;
       blocks1 = (half + c0 + width + kComponentsPerCall - 1) / kComponentsPerCall - first1;
     }
@@ -101,12 +104,12 @@ struct MaskTile {
     row_step = team.threads / all, block_step = team.threads % all;
   }
 
-  // counter(r, k, row) gives the counter's words of row r; false draws nothing.
+  // counter(r, k, row) sets the counter's words for row r; where it returns false, nothing is drawn.
   template <class Counter>
   EMU_DEVICE void draw(int rows, Counter&& counter) {
     const int all = blocks0 + blocks1;
     int r = first_row, at = first_block;
-    const uint64_t seed = load_seed(spec);
+    const uint64_t seed = load_seed(draws);
 #pragma unroll 1
     while (r < rows) {
       uint32_t k, row;
@@ -115,7 +118,7 @@ struct MaskTile {
         const int local = at - h * blocks0, block = (h == 0 ? first0 : first1) + local;
         uint32_t words[4];
         draw_block(seed, static_cast<uint32_t>(block), k, row, words);
-        limit.decide(spec, units, block, words);
+        limit.decide(draws, units, block, words);
         if (scattered()) {
           scatter(r, block, words);
         } else {
@@ -145,7 +148,7 @@ struct MaskTile {
   // The words that hold row r's bytes of components j .. j + V − 1 of half h.
   template <int V, int kWords>
   EMU_DEVICE void load(int r, int h, int j, uint32_t (&words)[kWords]) const {
-    const int of = h == 1 && spec.pairs ? 0 : h;
+    const int of = h == 1 && draws.pairs ? 0 : h;
     const int at = of * region + (of * half + j) -
                    (scattered() ? c0 : (of == 0 ? first0 : first1) * kComponentsPerCall);
     const unsigned char* from = bytes + r * H * region + at;

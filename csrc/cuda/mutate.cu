@@ -7,15 +7,15 @@ namespace {
 
 constexpr int kThreads = 128;
 
-// Which sixteen components of rows a thread or a block has: those that one call decides, in one of the halves where
-// masks are of pairs.
+// How rows are cut: into the sixteen components that one Philox call decides; where masks are of pairs, into those of
+// either half.
 struct Cut {
   int64_t units, blocks, parts;
 
   EMU_MEMBER explicit Cut(const MutateArgs& a)
-      : units(a.D / (a.mask.pairs ? 2 : 1)),
+      : units(a.D / (a.draws.pairs ? 2 : 1)),
         blocks((units + kComponentsPerCall - 1) / kComponentsPerCall),
-        parts(a.mask.pairs ? 2 : 1) {}
+        parts(a.draws.pairs ? 2 : 1) {}
   EMU_MEMBER int64_t count() const { return blocks * parts; }
 };
 
@@ -28,15 +28,15 @@ struct Bits {
 
   EMU_DEVICE Bits(const MutateArgs& args, const Cut& cut, int64_t index)
       : a(args),
-        limit(args.mask),
+        limit(args.draws),
         block(static_cast<int>(index % cut.blocks)),
         from(index / cut.blocks * cut.units + block * int64_t{kComponentsPerCall}),
         count(cut.units - block * int64_t{kComponentsPerCall}) {}
 
   EMU_DEVICE void draw(int64_t b, int64_t k) {
-    draw_block(load_seed(a.mask), static_cast<uint32_t>(block), static_cast<uint32_t>(k),
-               a.mask.row_offset + static_cast<uint32_t>(b), words);
-    limit.decide(a.mask, static_cast<int>(block * kComponentsPerCall + count), block, words);
+    draw_block(load_seed(a.draws), static_cast<uint32_t>(block), static_cast<uint32_t>(k),
+               a.draws.row_offset + static_cast<uint32_t>(b), words);
+    limit.decide(a.draws, static_cast<int>(block * kComponentsPerCall + count), block, words);
   }
   EMU_DEVICE bool mutated(int i) const { return limit.mutated(words[i / 4], i % 4); }
 };
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kThreads) mutate_rows(const __grid_constant__ 
   }
 }
 
-// A block for sixteen components of a row of the batch: its threads share the negatives.
+// One block for sixteen components of a row of the batch; its threads divide the negatives among themselves.
 template <class T>
 __global__ void __launch_bounds__(kThreads) mutate_rows_gradient(const __grid_constant__ MutateArgs a) {
   using Real = typename Sum<T>::Real;
@@ -92,36 +92,36 @@ __global__ void __launch_bounds__(kThreads) mutate_rows_gradient(const __grid_co
 }
 
 template <class T>
-void run_forward(const MutateArgs& a, void* stream) {
+void run_forward(const MutateArgs& a) {
   const int64_t threads = a.B * a.K * Cut(a).count();
   if (threads == 0) return;
-  EMU_LAUNCH(mutate_rows<T>, "mutate_rows", grid((threads + kThreads - 1) / kThreads), kThreads, 0, stream, a);
+  EMU_LAUNCH(mutate_rows<T>, "mutate_rows", grid((threads + kThreads - 1) / kThreads), kThreads, 0, a.place.stream, a);
 }
 
 template <class T>
-void run_backward(const MutateArgs& a, void* stream) {
+void run_backward(const MutateArgs& a) {
   if (a.B == 0) return;
   EMU_LAUNCH(mutate_rows_gradient<T>, "mutate_rows_gradient", grid(a.B * Cut(a).count()), kThreads,
-             kThreads / kWarp * sizeof(double), stream, a);
+             kThreads / kWarp * sizeof(double), a.place.stream, a);
 }
 
 }  // namespace
 
-void mutate_forward(const MutateArgs& a, const Launch& launch) {
-  switch (launch.dtype) {
+void mutate_forward(const MutateArgs& a) {
+  switch (a.dtype) {
     case DType::kBFloat16:
-    case DType::kHalf: return run_forward<uint16_t>(a, launch.stream);
-    case DType::kFloat: return run_forward<uint32_t>(a, launch.stream);
-    case DType::kDouble: return run_forward<uint64_t>(a, launch.stream);
+    case DType::kHalf: return run_forward<uint16_t>(a);
+    case DType::kFloat: return run_forward<uint32_t>(a);
+    case DType::kDouble: return run_forward<uint64_t>(a);
   }
 }
 
-void mutate_backward(const MutateArgs& a, const Launch& launch) {
-  switch (launch.dtype) {
-    case DType::kBFloat16: return run_backward<BFloat16>(a, launch.stream);
-    case DType::kHalf: return run_backward<Half>(a, launch.stream);
-    case DType::kFloat: return run_backward<float>(a, launch.stream);
-    case DType::kDouble: return run_backward<double>(a, launch.stream);
+void mutate_backward(const MutateArgs& a) {
+  switch (a.dtype) {
+    case DType::kBFloat16: return run_backward<BFloat16>(a);
+    case DType::kHalf: return run_backward<Half>(a);
+    case DType::kFloat: return run_backward<float>(a);
+    case DType::kDouble: return run_backward<double>(a);
   }
 }
 

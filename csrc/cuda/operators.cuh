@@ -1,4 +1,4 @@
-// The operators of one similarity, launch by launch. Included by kernels_*.cu.
+// The operators of one similarity: which kernels each launches, and how.
 #pragma once
 
 #include "cuda/operators.h"
@@ -35,9 +35,10 @@ Plan make_plan(const Problem& p) {
   return plan;
 }
 
-// For passes over a row's negatives: teams of one warp share a block, and blocks share a row where rows are few.
+// For passes over a row's negatives. Where a team is one warp, several share a block; where rows are few, several
+// blocks share a row.
 template <class Sim, class T, Mode kMode>
-Plan make_query_plan(const Problem& p, int processors, int columns) {
+Plan make_query_plan(const Problem& p, int columns) {
   constexpr int R = Shape<Sim, T, kMode>::R;
   Plan plan = make_plan<Sim, T, kMode>(p);
   const int64_t groups = (p.K + R - 1) / R;
@@ -46,13 +47,13 @@ Plan make_query_plan(const Problem& p, int processors, int columns) {
   }
   const int64_t warps = p.B * columns * (plan.threads() / kWarp);
   const int64_t most = (groups + plan.teams - 1) / plan.teams;
-  int64_t splits = warps > 0 ? int64_t{processors} * kWantedWarps / warps : 1;
+  int64_t splits = warps > 0 ? int64_t{p.place.processors} * kWantedWarps / warps : 1;
   splits = splits < most ? splits : most;
   plan.splits = static_cast<int>(splits < 1 ? 1 : splits);
   return plan;
 }
 
-// Parts of a workspace; without memory, only their sizes.
+// Hands out parts of a workspace, or, where base is null, adds up their sizes.
 struct Carver {
   char* base;
   int64_t used = 0;
@@ -71,8 +72,9 @@ struct Operators {
   static constexpr int kSums = Sums<Sim>::kCount;
   static constexpr bool kMutated = kMode != Mode::kPlain;
 
-  // Doubles are for checking gradients; Mixup is for comparison. They and long rows take two passes.
-  static constexpr bool kCanBeOnline = sizeof(T) < 8 && kMode != Mode::kMixup;
+  // Whether scores and gradients can be made in one pass over the negatives. Doubles (for checking gradients), shares
+  // (for comparison with masks) and long rows take two.
+  static constexpr bool kCanBeOnline = sizeof(T) < 8 && kMode != Mode::kShare;
 
   static bool online(const Problem& p) {
     if constexpr (!kCanBeOnline) return false;
@@ -81,12 +83,12 @@ struct Operators {
   }
 
   template <Pass kPass>
-  static void run_pass(const QueryMajorArgs& args, const Launch& launch, const char* name) {
+  static void run_pass(const QueryMajorArgs& args, const char* name) {
     const int columns = kPass == Pass::kWeighted ? args.plan.tiles() : 1;
     const size_t shared = QueryMajor<Sim, T, kMode, kPass>::Memory::block(args.plan);
     EMU_LAUNCH((query_major<Sim, T, kMode, kPass>), name,
                dim3(grid(args.p.B * args.plan.splits), static_cast<unsigned>(columns)), args.plan.threads(), shared,
-               launch.stream, args);
+               args.p.place.stream, args);
   }
 
   struct LossMemory {
@@ -95,11 +97,11 @@ struct Operators {
     Plan scores, weighted;
     int64_t bytes;
 
-    LossMemory(const Problem& p, const Launch& launch, bool need_grad, void* workspace) {
+    LossMemory(const Problem& p, bool need_grad, void* workspace) {
       Carver carver{static_cast<char*>(workspace)};
       const bool in_one = need_grad && online(p);
-      scores = make_query_plan<Sim, T, kMode>(p, launch.processors, 1);
-      weighted = make_query_plan<Sim, T, kMode>(p, launch.processors, scores.tiles());
+      scores = make_query_plan<Sim, T, kMode>(p, 1);
+      weighted = make_query_plan<Sim, T, kMode>(p, scores.tiles());
       positive_value = carver.take<Real>(kSums * p.B);
       uls = carver.take<Real>(p.B);
       vanilla = carver.take<Real>(p.B);
@@ -115,12 +117,12 @@ struct Operators {
     }
   };
 
-  static int64_t loss_workspace(const Problem& p, const Launch& launch, bool need_grad) {
-    return LossMemory(p, launch, need_grad, nullptr).bytes;
+  static int64_t loss_workspace(const Problem& p, bool need_grad) {
+    return LossMemory(p, need_grad, nullptr).bytes;
   }
 
-  static void loss_forward(const Problem& p, const LossArgs& a, const Launch& launch) {
-    const LossMemory memory(p, launch, a.need_grad, a.workspace);
+  static void loss_forward(const Problem& p, const LossArgs& a) {
+    const LossMemory memory(p, a.need_grad, a.workspace);
     if (p.B > 0) {
       QueryMajorArgs args{};
       args.p = p;
@@ -132,62 +134,61 @@ struct Operators {
       args.sums = memory.sums;
       const bool in_one = a.need_grad && online(p);
       if constexpr (kCanBeOnline) {
-        if (in_one) run_pass<Pass::kOnline>(args, launch, "query_major (online)");
+        if (in_one) run_pass<Pass::kOnline>(args, "query_major (online)");
       }
-      if (!in_one) run_pass<Pass::kScores>(args, launch, "query_major (scores)");
+      if (!in_one) run_pass<Pass::kScores>(args, "query_major (scores)");
 
       RowLossArgs rows{p,      memory.positive_value,  args.value, args.mutated_value,
                        a.beta, a.alpha,                a.coefficients,
                        memory.uls, memory.vanilla, memory.state, a.gradient.grad_weights, kMutated, a.need_grad};
       EMU_LAUNCH((row_loss<Sim, Real>), "row_loss", grid(p.B), kRowThreads, kRowThreads / kWarp * sizeof(Real),
-                 launch.stream, rows);
+                 p.place.stream, rows);
       if (a.need_grad) {
         if (in_one) {
           if constexpr (kCanBeOnline) {
-            finish_gradient<Pass::kOnline>(p, memory.scores, memory.sums, memory.highest, memory.state, a.gradient,
-                                           launch);
+            finish_gradient<Pass::kOnline>(p, memory.scores, memory.sums, memory.highest, memory.state, a.gradient);
           }
         } else {
-          weigh(p, memory.weighted, memory.sums, memory.state, a.gradient, launch);
+          weigh(p, memory.weighted, memory.sums, memory.state, a.gradient);
         }
       }
     }
     const ReduceArgs reduce{p.B,  memory.uls, memory.vanilla, a.sample_weight, a.coefficients, a.alpha, a.reduction,
                             kMutated, a.loss, a.terms, a.row_scale};
     EMU_LAUNCH(reduce_rows<Real>, "reduce_rows", 1, kReduceThreads, kReduceThreads / kWarp * sizeof(double),
-               launch.stream, reduce);
+               p.place.stream, reduce);
   }
 
-  // Gradients under the weights of sums that `gradient` has by now.
+  // The gradients from the weights of sums, which `gradient` has already.
   static void weigh(const Problem& p, const Plan& plan, Real* sums, RowState<Real>* state,
-                    const GradientArgs& gradient, const Launch& launch) {
+                    const GradientArgs& gradient) {
     QueryMajorArgs args{};
     args.p = p;
     args.plan = plan;
     args.weight = gradient.weight;
     args.mutated_weight = gradient.mutated_weight;
     args.sums = sums;
-    run_pass<Pass::kWeighted>(args, launch, "query_major (weighted)");
-    finish_gradient<Pass::kWeighted>(p, plan, sums, nullptr, state, gradient, launch);
+    run_pass<Pass::kWeighted>(args, "query_major (weighted)");
+    finish_gradient<Pass::kWeighted>(p, plan, sums, nullptr, state, gradient);
   }
 
   template <Pass kPass>
   static void finish_gradient(const Problem& p, const Plan& plan, const Real* sums, const Real* highest,
-                              const RowState<Real>* state, const GradientArgs& gradient, const Launch& launch) {
+                              const RowState<Real>* state, const GradientArgs& gradient) {
     const RowGradientArgs args{p,     plan, sums, highest, state, gradient.grad_query, gradient.grad_positive,
                                gradient.grad_scale};
-    EMU_LAUNCH((row_gradient<Sim, T, kMode, kPass>), "row_gradient", grid(p.B), kRowThreads, 0, launch.stream, args);
+    EMU_LAUNCH((row_gradient<Sim, T, kMode, kPass>), "row_gradient", grid(p.B), kRowThreads, 0, p.place.stream, args);
   }
 
-  static void scores_forward(const Problem& p, const ScoreArgs& a, const Launch& launch) {
+  static void scores_forward(const Problem& p, const ScoreArgs& a) {
     if (p.B == 0) return;
     QueryMajorArgs args{};
     args.p = p;
-    args.plan = make_query_plan<Sim, T, kMode>(p, launch.processors, 1);
+    args.plan = make_query_plan<Sim, T, kMode>(p, 1);
     args.positive_score = a.positive;
     args.score = a.negative;
     args.mutated_score = a.mutated;
-    run_pass<Pass::kScores>(args, launch, "query_major (scores)");
+    run_pass<Pass::kScores>(args, "query_major (scores)");
   }
 
   struct WeightsMemory {
@@ -196,9 +197,9 @@ struct Operators {
     Plan plan;
     int64_t bytes;
 
-    WeightsMemory(const Problem& p, const Launch& launch, void* workspace) {
+    WeightsMemory(const Problem& p, void* workspace) {
       Carver carver{static_cast<char*>(workspace)};
-      plan = make_query_plan<Sim, T, kMode>(p, launch.processors, make_plan<Sim, T, kMode>(p).tiles());
+      plan = make_query_plan<Sim, T, kMode>(p, make_plan<Sim, T, kMode>(p).tiles());
       positive_value = carver.take<Real>(kSums * p.B);
       state = carver.take<RowState<Real>>(p.B);
       sums = carver.take<Real>(p.B * plan.splits * Arrays<Sim, kMode, Pass::kWeighted>::kCount * p.D);
@@ -206,21 +207,21 @@ struct Operators {
     }
   };
 
-  static int64_t query_gradient_workspace(const Problem& p, const Launch& launch) {
-    return WeightsMemory(p, launch, nullptr).bytes;
+  static int64_t query_gradient_workspace(const Problem& p) {
+    return WeightsMemory(p, nullptr).bytes;
   }
 
-  static void query_gradient(const Problem& p, const QueryGradientArgs& a, const Launch& launch) {
+  static void query_gradient(const Problem& p, const QueryGradientArgs& a) {
     if (p.B == 0) return;
-    const WeightsMemory memory(p, launch, a.workspace);
+    const WeightsMemory memory(p, a.workspace);
     if constexpr (!Sums<Sim>::kDirect) {
       QueryMajorArgs args{};
       args.p = p;
-      args.plan = make_query_plan<Sim, T, kMode>(p, launch.processors, 1);
+      args.plan = make_query_plan<Sim, T, kMode>(p, 1);
       args.positive_value = memory.positive_value;
       args.value = a.gradient.weight;
       args.mutated_value = a.gradient.mutated_weight;
-      run_pass<Pass::kScores>(args, launch, "query_major (scores)");
+      run_pass<Pass::kScores>(args, "query_major (scores)");
     }
     const RowWeightsArgs rows{p,
                               memory.positive_value,
@@ -233,8 +234,8 @@ struct Operators {
                               a.gradient.grad_weights,
                               kMutated};
     EMU_LAUNCH((row_weights<Sim, Real>), "row_weights", grid(p.B), kRowThreads, kRowThreads / kWarp * sizeof(Real),
-               launch.stream, rows);
-    weigh(p, memory.plan, memory.sums, memory.state, a.gradient, launch);
+               p.place.stream, rows);
+    weigh(p, memory.plan, memory.sums, memory.state, a.gradient);
   }
 
   static TableGradientKernelArgs table_args(const Problem& p, const TableGradientArgs& a) {
@@ -257,80 +258,77 @@ struct Operators {
     return args;
   }
 
-  static void table_gradient(const Problem& p, const TableGradientArgs& a, const Launch& launch) {
-    if (a.ids == nullptr) fill_zero(a.out, static_cast<size_t>(p.N * p.D) * sizeof(T), launch.stream, "table_gradient");
-    if (count_entries(p) == 0) return;
-    const TableGradientKernelArgs args = table_args(p, a);
-    run_table_gradient<false>(args, launch, "add_segments");
-    EMU_LAUNCH(join_pieces<T>, "join_pieces", grid(args.pieces.count()), kJoinThreads, 0, launch.stream, args);
+  static void zero_rows(const Problem& p, const TableGradientArgs& a) {
+    fill_zero(a.out, static_cast<size_t>(p.N * p.D) * sizeof(T), p.place.stream, "table_gradient");
   }
 
-  static void table_gradient_atomic(const Problem& p, const TableGradientArgs& a, const Launch& launch) {
-    if constexpr (sizeof(T) == 4 && kMode != Mode::kMixup) {
-      fill_zero(a.out, static_cast<size_t>(p.N * p.D) * sizeof(T), launch.stream, "table_gradient");
-      if (count_entries(p) > 0) run_table_gradient<true>(table_args(p, a), launch, "add_segments (atomic)");
+  static void table_gradient(const Problem& p, const TableGradientArgs& a) {
+    if (a.ids == nullptr) zero_rows(p, a);
+    if (count_entries(p) == 0) return;
+    const TableGradientKernelArgs args = table_args(p, a);
+    run_table_gradient<false>(args, "add_segments");
+    EMU_LAUNCH(join_pieces<T>, "join_pieces", grid(args.pieces.count()), kJoinThreads, 0, p.place.stream, args);
+  }
+
+  static void table_gradient_atomic(const Problem& p, const TableGradientArgs& a) {
+    if constexpr (sizeof(T) == 4 && kMode != Mode::kShare) {
+      zero_rows(p, a);
+      if (count_entries(p) > 0) run_table_gradient<true>(table_args(p, a), "add_segments (atomic)");
     } else {
-      throw std::invalid_argument("atomics add to fp32 gradients only, and not of Mixup");
+      throw std::invalid_argument("atomics add to fp32 gradients only, and not under shares");
     }
   }
 
   template <bool kAtomic>
-  static void run_table_gradient(TableGradientKernelArgs args, const Launch& launch, const char* name) {
+  static void run_table_gradient(TableGradientKernelArgs args, const char* name) {
     if (args.plan.team_threads == kWarp) args.plan.teams = 4;
     const size_t shared =
         static_cast<size_t>(args.plan.teams) * TableGradient<Sim, T, kMode, kAtomic>::memory(args.plan);
     const int64_t blocks = (args.pieces.count() + args.plan.teams - 1) / args.plan.teams;
     EMU_LAUNCH((add_segments<Sim, T, kMode, kAtomic>), name,
                dim3(grid(blocks), static_cast<unsigned>(args.plan.tiles())), args.plan.threads(), shared,
-               launch.stream, args);
+               args.p.place.stream, args);
   }
 };
 
 // --- from run-time values to template arguments ---------------------------------------------------------------
 
-template <class Sim, class T, class Call>
-auto with_mode(const Launch& launch, Call&& call) {
-  constexpr Mode kByMask = Sim::kCoupled ? Mode::kMask : Mode::kSelect;
-  switch (launch.mutation) {
-    case Mutation::kNone: return call(Operators<Sim, T, Mode::kPlain>{});
-    case Mutation::kMask: return call(Operators<Sim, T, kByMask>{});
-    default: return call(Operators<Sim, T, Mode::kMixup>{});
-  }
-}
-
 template <class Sim, class Call>
-auto with_operators(const Launch& launch, Call&& call) {
-  switch (launch.dtype) {
-    case DType::kFloat: return with_mode<Sim, float>(launch, call);
-    case DType::kBFloat16: return with_mode<Sim, BFloat16>(launch, call);
-    case DType::kHalf: return with_mode<Sim, Half>(launch, call);
-    default: return with_mode<Sim, double>(launch, call);
-  }
+auto with_operators(const Problem& p, Call&& call) {
+  return with_mode<Sim>(p.draws.kind, [&](auto mode) {
+    constexpr Mode kMode = decltype(mode)::value;
+    switch (p.dtype) {
+      case DType::kFloat: return call(Operators<Sim, float, kMode>{});
+      case DType::kBFloat16: return call(Operators<Sim, BFloat16, kMode>{});
+      case DType::kHalf: return call(Operators<Sim, Half, kMode>{});
+      default: return call(Operators<Sim, double, kMode>{});
+    }
+  });
 }
 
 template <class Sim>
 Kernels make_kernels() {
   Kernels kernels{};
-  kernels.loss_workspace = [](const Problem& p, const Launch& launch, bool need_grad) {
-    return with_operators<Sim>(launch, [&](auto of) { return of.loss_workspace(p, launch, need_grad); });
+  kernels.loss_workspace = [](const Problem& p, bool need_grad) {
+    return with_operators<Sim>(p, [&](auto of) { return of.loss_workspace(p, need_grad); });
   };
-  kernels.query_gradient_workspace = [](const Problem& p, const Launch& launch) {
-    return with_operators<Sim>(launch, [&](auto of) { return of.query_gradient_workspace(p, launch); });
+  kernels.query_gradient_workspace = [](const Problem& p) {
+    return with_operators<Sim>(p, [&](auto of) { return of.query_gradient_workspace(p); });
   };
-  kernels.loss_forward = [](const Problem& p, const LossArgs& a, const Launch& launch) {
-    with_operators<Sim>(launch, [&](auto of) { of.loss_forward(p, a, launch); });
+  kernels.loss_forward = [](const Problem& p, const LossArgs& a) {
+    with_operators<Sim>(p, [&](auto of) { of.loss_forward(p, a); });
   };
-  kernels.scores_forward = [](const Problem& p, const ScoreArgs& a, const Launch& launch) {
-    with_operators<Sim>(launch, [&](auto of) { of.scores_forward(p, a, launch); });
+  kernels.scores_forward = [](const Problem& p, const ScoreArgs& a) {
+    with_operators<Sim>(p, [&](auto of) { of.scores_forward(p, a); });
   };
-  kernels.query_gradient = [](const Problem& p, const QueryGradientArgs& a, const Launch& launch) {
-    with_operators<Sim>(launch, [&](auto of) { of.query_gradient(p, a, launch); });
+  kernels.query_gradient = [](const Problem& p, const QueryGradientArgs& a) {
+    with_operators<Sim>(p, [&](auto of) { of.query_gradient(p, a); });
   };
-  kernels.table_gradient = [](const Problem& p, const TableGradientArgs& a, const Launch& launch) {
-    with_operators<Sim>(launch, [&](auto of) { of.table_gradient(p, a, launch); });
+  kernels.table_gradient = [](const Problem& p, const TableGradientArgs& a) {
+    with_operators<Sim>(p, [&](auto of) { of.table_gradient(p, a); });
   };
-  kernels.table_gradient_atomic = [](const Problem& p, const TableGradientArgs& a, const Launch& launch) {
-    with_operators<Sim>(launch, [&](auto of) { of.table_gradient_atomic(p, a, launch); });
+  kernels.table_gradient_atomic = [](const Problem& p, const TableGradientArgs& a) {
+    with_operators<Sim>(p, [&](auto of) { of.table_gradient_atomic(p, a); });
   };
   return kernels;
 }

@@ -4,44 +4,41 @@
 
 #include <stdexcept>
 
-#include "cuda/problem.h"
+#include "common/problem.h"
 
 namespace emu::cuda {
 
-// Bytes of workspace that a call needs.
-int64_t loss_workspace(const Problem& p, const Launch& launch, bool need_grad);
-int64_t query_gradient_workspace(const Problem& p, const Launch& launch);
-int64_t partials_workspace(const Problem& p, const Launch& launch);
+// One similarity's kernels. The first two say how many bytes of workspace a call needs.
+struct Kernels {
+  int64_t (*loss_workspace)(const Problem&, bool need_grad);
+  int64_t (*query_gradient_workspace)(const Problem&);
+  void (*loss_forward)(const Problem&, const LossArgs&);
+  void (*scores_forward)(const Problem&, const ScoreArgs&);
+  void (*query_gradient)(const Problem&, const QueryGradientArgs&);
+  void (*table_gradient)(const Problem&, const TableGradientArgs&);
+  // Another way to a dense fp32 gradient: adds every contribution with atomics, in no fixed order.
+  void (*table_gradient_atomic)(const Problem&, const TableGradientArgs&);
+};
 
-void loss_forward(const Problem& p, const LossArgs& a, const Launch& launch);
-void scores_forward(const Problem& p, const ScoreArgs& a, const Launch& launch);
-void query_gradient(const Problem& p, const QueryGradientArgs& a, const Launch& launch);
+// similarity.cu is compiled once for each entry of the list in common/similarity.h.
+template <class Sim>
+Kernels make_kernels();
 
-// The gradient of the table. Where only touched rows are wanted, count_touched comes first: it numbers them and returns
-// where in `partials`, in bytes, their count will be.
-int64_t count_touched(const Problem& p, const TableGradientArgs& a, const Launch& launch);
-void table_gradient(const Problem& p, const TableGradientArgs& a, const Launch& launch);
-// The other way for a dense fp32 gradient: adds every contribution with atomics, in no fixed order.
-void table_gradient_atomic(const Problem& p, const TableGradientArgs& a, const Launch& launch);
+// Those of the problem's similarity.
+Kernels kernels(const Problem& p);
 
-void mutate_forward(const MutateArgs& a, const Launch& launch);
-void mutate_backward(const MutateArgs& a, const Launch& launch);
+// For the gradient of the touched rows only, before table_gradient: numbers the touched rows, and returns the place
+// in `partials`, in bytes, where their count will be.
+int64_t count_touched(const Problem& p, const TableGradientArgs& a);
+int64_t partials_workspace(const Problem& p);
+
+void mutate_forward(const MutateArgs& a);
+void mutate_backward(const MutateArgs& a);
 
 // Throws std::invalid_argument for more blocks than a grid has.
 inline unsigned grid(int64_t blocks) {
   if (blocks > 0x7FFFFFFF) throw std::invalid_argument("the cuda backend takes at most 2**31 - 1 blocks a kernel");
   return static_cast<unsigned>(blocks);
 }
-
-// One similarity's kernels: kernels_*.cu.
-struct Kernels {
-  int64_t (*loss_workspace)(const Problem&, const Launch&, bool);
-  int64_t (*query_gradient_workspace)(const Problem&, const Launch&);
-  void (*loss_forward)(const Problem&, const LossArgs&, const Launch&);
-  void (*scores_forward)(const Problem&, const ScoreArgs&, const Launch&);
-  void (*query_gradient)(const Problem&, const QueryGradientArgs&, const Launch&);
-  void (*table_gradient)(const Problem&, const TableGradientArgs&, const Launch&);
-  void (*table_gradient_atomic)(const Problem&, const TableGradientArgs&, const Launch&);
-};
 
 }  // namespace emu::cuda

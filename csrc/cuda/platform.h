@@ -1,8 +1,8 @@
 // CUDA as the kernels use it. Under nvcc these are the real thing; the tests compile the same sources as plain
-// C++ against a header of theirs that defines the same names, and run them on the CPU.
+// C++ against tests/cuda/host_execution.h, which defines the same names, and run them on the CPU.
 //
 // So kernels get their shared memory from EMU_SHARED_MEMORY and are launched by EMU_LAUNCH, use only whole warps
-// in shuffles and __syncwarp, never wait by spinning, and take nothing of PTX but what is wrapped here.
+// in shuffles and __syncwarp, never wait by spinning, and use PTX only through the functions here.
 #pragma once
 
 #include <cstdint>
@@ -44,8 +44,8 @@ EMU_DEVICE void add_vector(float* to, float x, float y, float z, float w) {
 #endif
 }
 
-// Makes the compiler forget what it knows of a word, and so what it computed from it: registers are scarcer than
-// instructions.
+// Hides from the compiler where a word came from, so that it computes again what it would keep in registers, which
+// are scarce.
 EMU_DEVICE void forget(uint32_t& word) { asm volatile("" : "+r"(word)); }
 
 EMU_DEVICE float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
@@ -53,7 +53,7 @@ EMU_DEVICE float half_to_float(uint16_t bits) { return __half2float(__ushort_as_
 EMU_DEVICE uint16_t float_to_half(float x) { return __half_as_ushort(__float2half_rn(x)); }
 EMU_DEVICE uint16_t float_to_bfloat16(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
 
-// Products and differences that are each rounded, whatever the compiler would contract.
+// Products and differences that are each rounded: the compiler does not contract them.
 EMU_DEVICE float multiply(float a, float b) { return __fmul_rn(a, b); }
 EMU_DEVICE double multiply(double a, double b) { return __dmul_rn(a, b); }
 EMU_DEVICE float subtract(float a, float b) { return __fsub_rn(a, b); }

@@ -1,5 +1,5 @@
-// Query-major: a row's negatives go by once, and are scored, or weighed into the gradients of query, scale and
-// positive, or both.
+// Query-major: one pass over a row's negatives, which scores them, or adds them to the gradients of query, scale and
+// positive under their weights, or does both.
 #pragma once
 
 #include "cuda/shape.cuh"
@@ -15,7 +15,7 @@ enum class Pass {
 struct QueryMajorArgs {
   Problem p;
   Plan plan;
-  // kScores, kOnline: what each sum is (its root's negative), to be kept: (S, B) and (S, B, K), or null.
+  // kScores, kOnline: outputs for each sum (or minus its root): (S, B) and (S, B, K), or null.
   void *positive_value, *value, *mutated_value;
   void *positive_score, *score, *mutated_score;  // (B,), (B, K), (B, K) or null
   const void *weight, *mutated_weight;           // kWeighted: (S, B, K), of the sums
@@ -23,15 +23,15 @@ struct QueryMajorArgs {
   void* sums;     // kOnline, kWeighted: (B, splits, arrays, D)
 };
 
-// The arrays of sums over a row's negatives. With online weights each comes thrice: weighted by e^(s − max),
-// by e^(ŝ − max), and as it is; the positive's by the last two only.
+// The arrays of sums over a row's negatives. In an online pass there are three of each kind: weighted by e^(s − max),
+// by e^(ŝ − max), and not weighted. For the positive there are the last two.
 template <class Sim, Mode kMode, Pass kPass>
 struct Arrays {
   static constexpr bool kMutated = kMode != Mode::kPlain;
   static constexpr int kWays = kPass == Pass::kOnline && kMutated ? 3 : 1;
   static constexpr int kShareWays = !kMutated ? 0 : kPass == Pass::kOnline ? 2 : 1;
   static constexpr int kQuery = 0, kShare = kWays, kFactor = kWays + kShareWays;
-  // Without a scale there are no gradients of it to be kept; with one, only hake's are few enough for kOnline.
+  // The gradient of a scale takes arrays of its own. An online pass has registers for them with two halves only.
   static constexpr bool kFactors = Sums<Sim>::kScaled && (kPass != Pass::kOnline || Sim::kHalves > 1);
   static constexpr int kCount = kFactor + (kFactors ? kWays : 0);
 };
@@ -48,7 +48,7 @@ struct QueryMajor {
   static constexpr int kValues = kSums * kKinds * R;  // of R rows; value (s, kind, r) at (s·kinds + kind)·R + r
   static constexpr int kLanes = kWarp / kValues;      // lanes that hold the same value
 
-  // A team's shared memory: masks, Mixup's shares, scratch for sums. At the end the block's sums take its place.
+  // A team's shared memory: masks, shares, scratch for sums. At the end it is used to join the teams' sums.
   struct Memory {
     static EMU_MEMBER size_t masks(const Plan& plan) {
       return masked(kMode) ? static_cast<size_t>(R) * MaskTile<Sim>::row_bytes(plan.tile) : 0;
@@ -122,7 +122,7 @@ struct QueryMajor {
   }
 
   EMU_DEVICE Real mix(int r, int h, int i, Real c) const {
-    if constexpr (kMode == Mode::kMixup) return positive[h][i] + multiply(shares[r], subtract(c, positive[h][i]));
+    if constexpr (kMode == Mode::kShare) return positive[h][i] + multiply(shares[r], subtract(c, positive[h][i]));
     return is_mutated(r, h, i) ? positive[h][i] : c;
   }
   EMU_DEVICE bool is_mutated(int r, int h, int i) const { return tile.limit.mutated(words[r][h][i / 4], i % 4); }
@@ -140,7 +140,7 @@ struct QueryMajor {
         const Real term = Sim::template term<h, M>(difference<Sim, h>(q, f, c));
         plain += term;
         if constexpr (kMode == Mode::kSelect) mutated += is_mutated(r, h, i) ? positive_term[h][i] : term;
-        if constexpr (kMode == Mode::kMixup) {
+        if constexpr (kMode == Mode::kShare) {
           mutated += Sim::template term<h, M>(difference<Sim, h>(q, f, mix(r, h, i, c)));
         }
       }
@@ -166,7 +166,7 @@ struct QueryMajor {
     }
   }
 
-  // From a sum to what is kept of it, and the derivative of the score by it (by half the squares).
+  // From a sum to its value (minus the root, if there is one) and the score's derivative by it (by half the squares).
   EMU_DEVICE void finish_value(int s, Real& value, Real& derivative) const {
     derivative = Sim::kWeights > 0 && p.weights != nullptr ? static_cast<const Real*>(p.weights)[s] : Real{1};
     if (Sim::root(Sim::kCoupled ? 0 : s)) {
@@ -179,7 +179,7 @@ struct QueryMajor {
     return Sim::kWeights > 0 && p.weights != nullptr ? static_cast<const Real*>(p.weights)[s] : Real{1};
   }
 
-  // s⁺, from all its components; leaves the first columns loaded.
+  // s⁺, from all components. Tiles are taken in reverse, so that the first one's columns stay loaded.
   EMU_DEVICE Real score_positive() {
     Real sums[2] = {};  // the second is of hake alone
     for (int tile_at = plan.tiles() - 1; tile_at >= 0; --tile_at) {
@@ -224,7 +224,7 @@ struct QueryMajor {
 
   // --- gradients -------------------------------------------------------------------------------------------
 
-  // Ways of weighing a term: of the negative, of the mutated negative, and of the latter's label.
+  // The weights of a term: the negative's, the mutated negative's, and that of the label of the mutated one.
   struct Weights {
     Real plain[kSums], mutated[kSums], label[kSums];
   };
@@ -246,7 +246,7 @@ struct QueryMajor {
           add_mutated<h, kScaledHalf>(i, w.mutated[s], w.label[s], slope, c);
         }
       }
-      if constexpr (kMode == Mode::kMixup) {
+      if constexpr (kMode == Mode::kShare) {
         const Real mixed = mix(r, h, i, c), rest = 1 - shares[r];
         Real mixed_slope = mixed;
         if constexpr (!Sim::kBilinear) mixed_slope = Sim::template slope<h, M>(difference<Sim, h>(q, f, mixed));
@@ -277,7 +277,7 @@ struct QueryMajor {
     if constexpr (kMutated) {
       add_mutated<h, false>(i, w.mutated[0], w.label[0], mixed_slope[h], Real{0});
       Real rest;
-      if constexpr (kMode == Mode::kMixup) {
+      if constexpr (kMode == Mode::kShare) {
         rest = 1 - shares[r];
       } else {
         rest = is_mutated(r, h, i) ? 1 : 0;
@@ -348,7 +348,7 @@ struct QueryMajor {
 
     const int lane_value = team.lane / kLanes;
     const int lane_r = lane_value % R, lane_kind = lane_value / R % kKinds, lane_sum = lane_value / (R * kKinds);
-    const int64_t group = p.group_rows() > 0 ? b / p.group_rows() : 0;
+    const int64_t group = p.rows_per_group() > 0 ? b / p.rows_per_group() : 0;
     const int64_t* ids = p.negative + group * p.K;
     const int64_t groups = (p.K + R - 1) / R;
     const int64_t end = groups * (split + 1) / plan.splits;
@@ -375,12 +375,13 @@ struct QueryMajor {
           }
         }
         if constexpr (kMutated) {
-          // What the team last read of the masks, it has: of more than one warp, since it made its sums.
-          if (kPass == Pass::kWeighted || kMode == Mode::kMixup || !one_tile || team.one_warp()) team.sync();
-          const uint32_t row = p.mask.row_offset + static_cast<uint32_t>(b);
-          if constexpr (kMode == Mode::kMixup) {
+          // All of the team must have read the last masks before new ones are drawn. Where nothing has synchronised it
+          // since, this does.
+          if (kPass == Pass::kWeighted || kMode == Mode::kShare || !one_tile || team.one_warp()) team.sync();
+          const uint32_t row = p.draws.row_offset + static_cast<uint32_t>(b);
+          if constexpr (kMode == Mode::kShare) {
             if (team.at < R) {
-              shares[team.at] = draw_share<Real>(p.mask, static_cast<uint32_t>(k0 + team.at), row);
+              shares[team.at] = draw_share<Real>(p.draws, static_cast<uint32_t>(k0 + team.at), row);
             }
           } else {
             tile.draw(R, [&](int r, uint32_t& k, uint32_t& of_row) {
@@ -492,7 +493,7 @@ struct QueryMajor {
     }
   }
 
-  // A lane's value of its row, kind and sum, and its row's score.
+  // Writes this lane's value (of one row, kind and sum) and its row's score.
   EMU_DEVICE void keep_values(int64_t k, int kind, int sum, bool counts, const Real (&value)[kSums], Real score) {
     if (k >= p.K || team.at >= kWarp || team.lane % kLanes != 0) return;
     Real own = value[0];
@@ -543,7 +544,7 @@ struct QueryMajor {
         __syncthreads();
       }
     }
-    // The last team has them all.
+    // The last team has the sums of all.
     if (team.index != plan.teams - 1) return;
     if (kPass == Pass::kOnline && team.at == 0) {
       Real* const to = static_cast<Real*>(a.highest) + (b * plan.splits + split) * 2;

@@ -1,4 +1,4 @@
-// What is left of a row once its negatives went by: softmax, loss, weights of sums, and the gradients' last steps.
+// What is done with a row after its pass over the negatives: softmax, loss, weights of sums, the gradients' last steps.
 #pragma once
 
 #include "cuda/query_major.cuh"
@@ -7,8 +7,8 @@ namespace emu::cuda {
 
 constexpr int kRowThreads = 128;
 
-// What a row's gradients need of its softmax: c = (α/Σe, mass/Σê, β/K), the maxima that e and ê are relative to, and
-// the weights of the positive's sums.
+// What a row's gradients need from its softmax: the factors α/Σe, mass/Σê and β/K, the maxima that e and ê are relative
+// to, and the weights of the positive's sums.
 template <class Real>
 struct RowState {
   Real plain, mutated, label, highest, mutated_highest, positive_weight[2];
@@ -24,13 +24,13 @@ struct RowValues {
   EMU_DEVICE RowValues(const Problem& problem, int64_t row)
       : p(problem),
         b(row),
-        ids(problem.negative + (problem.group_rows() > 0 ? row / problem.group_rows() : 0) * problem.K) {}
+        ids(problem.negative + (problem.rows_per_group() > 0 ? row / problem.rows_per_group() : 0) * problem.K) {}
 
   EMU_DEVICE bool counts(int64_t k) const { return ids[k] != -1; }  // or is out of range, and NaN
   EMU_DEVICE Real weight(int s) const {
     return Sim::kWeights > 0 && p.weights != nullptr ? static_cast<const Real*>(p.weights)[s] : Real{1};
   }
-  // Of a score by a sum (by half its squares), from what was kept of the sum.
+  // The score's derivative by a sum (by half the squares), from the sum's value.
   EMU_DEVICE Real derivative(int s, Real value) const {
     if (!Sim::root(Sim::kCoupled ? 0 : s)) return weight(s);
     return value == 0 ? Real{0} : -weight(s) / value;
@@ -65,7 +65,7 @@ struct RowLossArgs {
   bool mutated, need_grad;
 };
 
-// The weighted sum of what is kept of a row's sums, for the gradient of w.
+// Writes the gradient of a row's w: its threads' sums added up.
 template <class Sim, class Real>
 EMU_DEVICE void keep_weights_gradient(const RowValues<Sim, Real>& row, Real (&sums)[2], Real* scratch, void* to) {
   if constexpr (Sim::kWeights > 0) {
@@ -184,7 +184,7 @@ struct RowWeightsArgs {
   bool mutated;
 };
 
-// From given weights of scores to those of the sums. Nothing flows into padding, whatever comes from above.
+// From weights of scores to weights of sums. Padding has no gradient, whatever its upstream weight.
 template <class Sim, class Real>
 __global__ void __launch_bounds__(kRowThreads) row_weights(const __grid_constant__ RowWeightsArgs a) {
   constexpr int kSums = Sums<Sim>::kCount;
@@ -226,7 +226,8 @@ struct RowGradientArgs {
   void *grad_query, *grad_positive, *grad_scale;
 };
 
-// Joins the splits' sums in order and adds the positive's own part, its mutated copies' among it for kSelect.
+// Adds up the splits' sums in order, and the positive's own part; for kSelect also the components that mutated
+// negatives took from it.
 template <class Sim, class T, Mode kMode, Pass kPass>
 __global__ void __launch_bounds__(kRowThreads) row_gradient(const __grid_constant__ RowGradientArgs a) {
   using Real = typename Sum<T>::Real;
@@ -311,7 +312,7 @@ struct ReduceArgs {
 
 constexpr int kReduceThreads = 1024;
 
-// One block, in an order of its own that is always the same.
+// One block, which always adds up in the same order.
 template <class Real>
 __global__ void __launch_bounds__(kReduceThreads) reduce_rows(const __grid_constant__ ReduceArgs a) {
   EMU_SHARED_MEMORY(shared);

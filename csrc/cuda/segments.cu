@@ -6,7 +6,7 @@ namespace {
 
 constexpr int kCountThreads = 128;
 
-// ordinals[block] = how many touched rows begin after the first entry of a run of entries, and up to its next's.
+// ordinals[run] = how many touched rows begin in a run, the entries of one piece (chunks of rows share them).
 __global__ void __launch_bounds__(kCountThreads)
     count_segments(SortedIds sorted, int64_t rows, int64_t entries_a_piece, int64_t* ordinals) {
   EMU_SHARED_MEMORY(shared);
@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kCountThreads)
   if (threadIdx.x == 0) ordinals[blockIdx.x] = begun;
 }
 
-// Of runs' counts c: ordinals[i] = which touched row run i begins in; and the count of all of them at [runs].
+// From these counts: ordinals[run] = which touched row the run begins in; ordinals[runs] = how many there are in all.
 __global__ void __launch_bounds__(kWarp)
     number_segments(SortedIds sorted, int64_t runs, int64_t entries_a_piece, int64_t* ordinals) {
   const int lane = static_cast<int>(threadIdx.x);
@@ -45,12 +45,12 @@ __global__ void __launch_bounds__(kWarp)
 
 }  // namespace
 
-int64_t partials_workspace(const Problem& p, const Launch& launch) {
+int64_t partials_workspace(const Problem& p) {
   const Pieces pieces = cut_pieces(p, count_entries(p));
   Carver carver{nullptr};
   carver.take<int64_t>(pieces.count() / pieces.chunks + 1);
   const int64_t reals = pieces.count() * 2 * p.D;
-  if (launch.dtype == DType::kDouble) {
+  if (p.dtype == DType::kDouble) {
     carver.take<double>(reals);
   } else {
     carver.take<float>(reals);
@@ -58,16 +58,16 @@ int64_t partials_workspace(const Problem& p, const Launch& launch) {
   return carver.used;
 }
 
-int64_t count_touched(const Problem& p, const TableGradientArgs& a, const Launch& launch) {
+int64_t count_touched(const Problem& p, const TableGradientArgs& a) {
   const SortedIds sorted = sorted_ids(p, a.sorted);
   const Pieces pieces = cut_pieces(p, sorted.entries);
   const int64_t runs = pieces.count() / pieces.chunks;
   int64_t* const ordinals = static_cast<int64_t*>(a.partials);
   if (runs > 0) {
     EMU_LAUNCH(count_segments, "count_segments", grid(runs), kCountThreads, kCountThreads / kWarp * sizeof(int),
-               launch.stream, sorted, p.N, pieces.entries_a_piece, ordinals);
+               p.place.stream, sorted, p.N, pieces.entries_a_piece, ordinals);
   }
-  EMU_LAUNCH(number_segments, "number_segments", 1, kWarp, 0, launch.stream, sorted, runs, pieces.entries_a_piece,
+  EMU_LAUNCH(number_segments, "number_segments", 1, kWarp, 0, p.place.stream, sorted, runs, pieces.entries_a_piece,
              ordinals);
   return runs * int64_t{sizeof(int64_t)};
 }

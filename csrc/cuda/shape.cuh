@@ -1,4 +1,4 @@
-// How rows are cut into the components of threads, and what all kernels know of it.
+// How rows are cut into the components of threads.
 #pragma once
 
 #include "cuda/elements.cuh"
@@ -7,24 +7,8 @@
 
 namespace emu::cuda {
 
-// How a negative is mutated in the inner loops. Where a term is a function of one component, its mutated term
-// is its own or the positive's (kSelect); else the candidate itself is mixed.
-enum class Mode { kPlain, kSelect, kMask, kMixup };
-
-constexpr bool masked(Mode mode) { return mode == Mode::kSelect || mode == Mode::kMask; }
-
-template <class Sim>
-struct Sums {
-  static constexpr int H = Sim::kHalves;
-  static constexpr int kCount = Sim::kCoupled ? 1 : H;
-  // Whether scores are the sums themselves.
-  static constexpr bool kDirect = kCount == 1 && !Sim::root(0) && Sim::kWeights == 0;
-  // Whether a half's candidate is multiplied by the query's scale.
-  static constexpr bool kScaled = Sim::factor(H - 1) == Factor::kScale;
-};
-
-// V components of each half a thread, R rows of candidates at a time: 16 bytes of a row where registers allow, and
-// eight loads in flight.
+// A thread has V components of each half, and R rows of candidates at a time: 16 bytes of a row where registers allow,
+// and eight loads in flight.
 template <class Sim, class T, Mode kMode>
 struct Shape {
   static constexpr int H = Sim::kHalves;
@@ -49,7 +33,7 @@ struct Plan {
   EMU_MEMBER int threads() const { return team_threads * teams; }
 };
 
-// The query's side of a thread's components, and the positive's.
+// The query's side of a thread's components.
 template <class Sim, class T, int V>
 struct Columns {
   using Real = typename Sum<T>::Real;

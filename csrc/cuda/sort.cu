@@ -48,9 +48,9 @@ __global__ void __launch_bounds__(kThreads)
   values[e] = static_cast<uint32_t>(e);
 }
 
-void list(const Problem& p, int64_t entries, uint32_t* keys, uint32_t* values, void* stream) {
-  EMU_LAUNCH(list_entries, "list_entries", grid((entries + kThreads - 1) / kThreads), kThreads, 0, stream, p, entries,
-             keys, values);
+void list(const Problem& p, int64_t entries, uint32_t* keys, uint32_t* values) {
+  EMU_LAUNCH(list_entries, "list_entries", grid((entries + kThreads - 1) / kThreads), kThreads, 0, p.place.stream, p,
+             entries, keys, values);
 }
 
 #if defined(__CUDACC__)
@@ -95,23 +95,24 @@ int64_t count_entries(const Problem& p) {
 int64_t sort_workspace(const Problem& p) {
   const int64_t entries = count_entries(p), each = padded(entries * 4);
   if (entries == 0) return 0;
-  const size_t rest = sort_pairs(nullptr, 0, Buffers(p, nullptr), entries, bit_width(static_cast<uint64_t>(p.N)), nullptr);
+  const int bits = bit_width(static_cast<uint64_t>(p.N));
+  const size_t rest = sort_pairs(nullptr, 0, Buffers(p, nullptr), entries, bits, nullptr);
   return 4 * each + static_cast<int64_t>(rest);
 }
 
-void sort_ids(const Problem& p, void* workspace, void* stream) {
+void sort_ids(const Problem& p, void* workspace) {
   const int64_t entries = count_entries(p);
   if (entries == 0) return;
   const Buffers b(p, workspace);
-  list(p, entries, b.unsorted_key, b.unsorted_entry, stream);
+  list(p, entries, b.unsorted_key, b.unsorted_entry);
   const size_t bytes = static_cast<size_t>(sort_workspace(p) - 4 * padded(entries * 4));
-  sort_pairs(b.rest, bytes, b, entries, bit_width(static_cast<uint64_t>(p.N)), stream);
+  sort_pairs(b.rest, bytes, b, entries, bit_width(static_cast<uint64_t>(p.N)), p.place.stream);
 }
 
-void list_ids(const Problem& p, void* workspace, void* stream) {
+void list_ids(const Problem& p, void* workspace) {
   const int64_t entries = count_entries(p);
   const Buffers b(p, workspace);
-  if (entries > 0) list(p, entries, b.key, b.entry, stream);
+  if (entries > 0) list(p, entries, b.key, b.entry);
 }
 
 SortedIds sorted_ids(const Problem& p, const void* workspace) {

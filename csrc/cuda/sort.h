@@ -1,8 +1,7 @@
-// The backward pass goes entity by entity: the ids of a batch are sorted once, so that each touched row of the table
-// has its contributions in one segment.
+// A batch's ids sorted, so that the backward pass finds all contributions to a row of the table in one segment.
 #pragma once
 
-#include "cuda/problem.h"
+#include "common/problem.h"
 
 namespace emu::cuda {
 
@@ -16,9 +15,9 @@ struct SortedIds {
 int64_t count_entries(const Problem& p);
 int64_t sort_workspace(const Problem& p);
 // Throws std::invalid_argument for more ids or table rows than 32 bits count.
-void sort_ids(const Problem& p, void* workspace, void* stream);
-// The same, by entry alone.
-void list_ids(const Problem& p, void* workspace, void* stream);
+void sort_ids(const Problem& p, void* workspace);
+// Lists the entries in their own order instead.
+void list_ids(const Problem& p, void* workspace);
 SortedIds sorted_ids(const Problem& p, const void* workspace);
 
 }  // namespace emu::cuda

@@ -1,8 +1,9 @@
-// Entity-major: the gradient of the table. A piece is a run of sorted entries, whose contributions a team adds up in
-// registers, segment by segment; each touched row is written once. A segment that crosses pieces leaves partial sums,
-// which are joined in order: no atomics, the same bits every time.
+// Entity-major: the gradient of the table. A piece is a number of consecutive sorted entries. A team adds up their
+// contributions in registers, segment by segment, and writes each touched row once. A segment that lies in several
+// pieces leaves partial sums, which are joined in order: no atomics, the same bits every time.
 //
-// The rival, for dense fp32 gradients: entries as they come, each contribution added to its row by atomics.
+// Another way to a dense fp32 gradient (kAtomic): entries are not sorted, and each contribution is added to its row
+// with atomics.
 #pragma once
 
 #include "cuda/rows.cuh"
@@ -14,7 +15,8 @@ constexpr int kBatch = 32;  // contributions whose weights are looked up togethe
 constexpr int kFewestPairs = 32;
 constexpr int64_t kMostPieces = 8192;  // so partial sums take memory in proportion to D alone
 
-// Sorted entries cut into pieces; where sets of negatives are shared by many rows, an entry into several.
+// How sorted entries are cut into pieces. Where many rows share a set of negatives, an entry is cut too, into chunks of
+// rows.
 struct Pieces {
   int64_t entries, entries_a_piece, rows_a_piece, chunks;
 
@@ -22,7 +24,7 @@ struct Pieces {
 };
 
 inline Pieces cut_pieces(const Problem& p, int64_t entries) {
-  const int64_t rows = p.group_rows() > 0 ? p.group_rows() : 1;
+  const int64_t rows = p.rows_per_group() > 0 ? p.rows_per_group() : 1;
   const int64_t pairs = entries * rows;
   const int64_t each = pairs / kMostPieces > kFewestPairs ? pairs / kMostPieces : kFewestPairs;
   Pieces pieces{entries, each / rows > 0 ? each / rows : 1, rows, 1};
@@ -45,7 +47,7 @@ struct TableGradientKernelArgs {
   void* partials;           // (pieces, 2, D) real: of the first and of the last segment
 };
 
-// One piece: where it begins and ends, and whether its first and its last segment are in others too.
+// One piece: where it begins and ends, and whether its first and its last segment lie in other pieces too.
 struct Piece {
   int64_t index, first, last, row, rows;  // entries first .. last − 1, rows row .. row + rows − 1 of each
   bool continues, goes_on, one_segment, empty;
@@ -53,7 +55,7 @@ struct Piece {
 
   EMU_DEVICE Piece(const TableGradientKernelArgs& a, int64_t at) : index(at) {
     const Pieces& cut = a.pieces;
-    const int64_t chunk = at % cut.chunks, group_rows = a.p.group_rows();
+    const int64_t chunk = at % cut.chunks, group_rows = a.p.rows_per_group();
     first = at / cut.chunks * cut.entries_a_piece;
     last = first + cut.entries_a_piece < cut.entries ? first + cut.entries_a_piece : cut.entries;
     row = chunk * cut.rows_a_piece;
@@ -75,7 +77,7 @@ struct TableGradient {
   using S = Shape<Sim, T, kMode>;
   static constexpr int H = S::H, V = S::V, kSums = Sums<Sim>::kCount;
   static constexpr bool kMutated = kMode != Mode::kPlain;
-  static constexpr bool kMixed = kMode == Mode::kMixup || kMode == Mode::kMask;
+  static constexpr bool kMixed = kMode == Mode::kShare || kMode == Mode::kMask;
   static constexpr bool kNeedsPositive = kMixed && !Sim::kBilinear;
   static constexpr int R = S::R > 4 ? 4 : S::R;  // rows of queries loaded at a time
 
@@ -84,7 +86,7 @@ struct TableGradient {
   struct Pairs {
     Real plain[kSums][kBatch];    // g_b w_bk
     Real mutated[kSums][kBatch];  // g_b ŵ_bk; for kSelect g_b (w_bk + ŵ_bk)
-    Real share[kBatch];           // of Mixup
+    Real share[kBatch];           // of kShare
     uint32_t key[kBatch], row[kBatch], k[kBatch];
   };
 
@@ -152,7 +154,7 @@ struct TableGradient {
         if constexpr (masked(kMode)) {
           if (r0 > 0) team.sync();
           tile.draw(R, [&](int r, uint32_t& k, uint32_t& row) {
-            k = pairs.k[r0 + r], row = p.mask.row_offset + pairs.row[r0 + r];
+            k = pairs.k[r0 + r], row = p.draws.row_offset + pairs.row[r0 + r];
             return k < kNothing;
           });
           team.sync();
@@ -205,7 +207,7 @@ struct TableGradient {
     }
   }
 
-  // A lane's contribution of the next batch; the key N says that there is none.
+  // Reads one contribution for each thread. The key N stands for none.
   EMU_DEVICE void look_up(const Piece& piece, int64_t n, int64_t count) {
     const int at = team.at;
     pairs.key[at] = static_cast<uint32_t>(p.N);
@@ -225,7 +227,7 @@ struct TableGradient {
     }
     const uint32_t g = e / static_cast<uint32_t>(p.K);
     const uint32_t k = e - g * static_cast<uint32_t>(p.K);
-    const int64_t row = g * p.group_rows() + piece.row + i;
+    const int64_t row = g * p.rows_per_group() + piece.row + i;
     pairs.row[at] = static_cast<uint32_t>(row), pairs.k[at] = k;
 #pragma unroll
     for (int s = 0; s < kSums; ++s) {
@@ -237,12 +239,12 @@ struct TableGradient {
         pairs.mutated[s][at] = scale[row] * (kMode == Mode::kSelect ? w + mutated : mutated);
       }
     }
-    if constexpr (kMode == Mode::kMixup) {
-      pairs.share[at] = draw_share<Real>(p.mask, k, p.mask.row_offset + static_cast<uint32_t>(row));
+    if constexpr (kMode == Mode::kShare) {
+      pairs.share[at] = draw_share<Real>(p.draws, k, p.draws.row_offset + static_cast<uint32_t>(row));
     }
   }
 
-  // Row b's query, or for a positive the gradient that it brings.
+  // Row b's query; for a positive, its gradient.
   EMU_DEVICE void load_query(int at, Real (&to)[H][V]) {
     const bool positive = pairs.k[at] == kPositive;
     const Real* from = static_cast<const Real*>(positive ? a.grad_positive : p.query) +
@@ -299,8 +301,8 @@ struct TableGradient {
   EMU_DEVICE void add_half(int r, int at, const Real (&query)[V], const Chunk<T, V>& positive) {
     Real w = pairs.plain[h][at];
     const Real hat = kMutated ? pairs.mutated[h][at] : Real{0};
-    const Real share = kMode == Mode::kMixup ? pairs.share[at] : Real{0};
-    if (Sim::kBilinear && kMode == Mode::kMixup) w += hat * share;
+    const Real share = kMode == Mode::kShare ? pairs.share[at] : Real{0};
+    if (Sim::kBilinear && kMode == Mode::kShare) w += hat * share;
     uint32_t words[S::kWords];
     if constexpr (kMode == Mode::kSelect) tile.template load<V>(r, h, j, words);
     Real factor[V];
@@ -317,7 +319,7 @@ struct TableGradient {
       } else {
         sum[h][i] += w * d;
       }
-      if constexpr (kMode == Mode::kMixup && !Sim::kBilinear) {
+      if constexpr (kMode == Mode::kShare && !Sim::kBilinear) {
         const Real z = positive.at(i), c = candidate[h].at(i);
         const Real mixed = z + multiply(share, subtract(c, z));
         sum[h][i] += hat * share * (f * Sim::template slope<h, M>(difference<Sim, h>(q, f, mixed)));
@@ -327,7 +329,7 @@ struct TableGradient {
 
   EMU_DEVICE void add_coupled(int r, int at, const Real (&query)[H][V], const Chunk<T, V> (&positive)[H]) {
     const Real w = pairs.plain[0][at], hat = kMutated ? pairs.mutated[0][at] : Real{0};
-    const Real share = kMode == Mode::kMixup ? pairs.share[at] : Real{0};
+    const Real share = kMode == Mode::kShare ? pairs.share[at] : Real{0};
     uint32_t words[2][S::kWords];
     if constexpr (kMode == Mode::kMask) {
       tile.template load<V>(r, 0, j, words[0]);
@@ -344,7 +346,7 @@ struct TableGradient {
         if constexpr (kMutated) {
           const Real z = positive[h].at(i);
           if (kMode == Mode::kMask) mutated[h] = tile.limit.mutated(words[h][i / 4], i % 4);
-          const Real candidate_mixed = kMode == Mode::kMixup ? z + multiply(share, subtract(c, z)) : mutated[h] ? z : c;
+          const Real candidate_mixed = kMode == Mode::kShare ? z + multiply(share, subtract(c, z)) : mutated[h] ? z : c;
           mixed[h] = difference<Sim, 0>(query[h][i], Real{1}, candidate_mixed);
         }
       }
@@ -354,7 +356,7 @@ struct TableGradient {
       for (int h = 0; h < 2; ++h) {
         sum[h][i] += w * slope[h];
         if (kMode == Mode::kMask) sum[h][i] += (mutated[h] ? Real{0} : hat) * mixed_slope[h];
-        if (kMode == Mode::kMixup) sum[h][i] += hat * share * mixed_slope[h];
+        if (kMode == Mode::kShare) sum[h][i] += hat * share * mixed_slope[h];
       }
     }
   }
@@ -405,7 +407,8 @@ __global__ void __launch_bounds__(kMostTeamThreads, 1)
 
 constexpr int kJoinThreads = 128;
 
-// A block a piece: where a segment begins that goes on in other pieces, adds up its sums and writes it.
+// One block for each piece. If a segment begins in it that goes on in other pieces, adds up the segment's partial sums
+// and writes its row.
 template <class T>
 __global__ void __launch_bounds__(kJoinThreads) join_pieces(const __grid_constant__ TableGradientKernelArgs a) {
   using Real = typename Sum<T>::Real;
@@ -419,7 +422,7 @@ __global__ void __launch_bounds__(kJoinThreads) join_pieces(const __grid_constan
     const Piece next(a, end);
     if (!(next.one_segment && next.goes_on)) break;
   }
-  // The segment may have begun within the piece: which touched row that is, its successor's first knows.
+  // Which touched row it is: the next piece begins with this segment, but this piece may begin with another.
   const int64_t next_of_entry = (piece.index + 1) / a.pieces.chunks;
   const int64_t ordinal = a.ids == nullptr                                ? static_cast<int64_t>(key)
                           : a.pieces.chunks > 1                           ? a.ordinals[piece.index / a.pieces.chunks]

@@ -64,7 +64,7 @@ EMU_DEVICE Real warp_sums(Real (&v)[N], int lane) {
   return warp_sums_from<kWarp / 2>(v, lane);
 }
 
-// The same over a team; `scratch` holds the team's threads' worth of values.
+// The same over a team; `scratch` holds a value for each of its threads.
 template <int N, class Real>
 EMU_DEVICE Real team_sums(const Team& team, Real (&v)[N], Real* scratch) {
   Real sum = warp_sums(v, team.lane);
@@ -76,7 +76,7 @@ EMU_DEVICE Real team_sums(const Team& team, Real (&v)[N], Real* scratch) {
   return sum;
 }
 
-// Over all threads of a block, to all of them; `scratch` holds a value a warp.
+// Joins the values of all threads of a block, for all of them; `scratch` holds a value for each warp.
 template <class Real, class Join>
 EMU_DEVICE Real block_join(Real x, Real* scratch, Join&& join) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;

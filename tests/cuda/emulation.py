@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import importlib.util
 import os
+import re
 import shlex
 import subprocess
 import sysconfig
@@ -23,6 +24,7 @@ import torch
 from emu_kernels import backends
 from emu_kernels._version import __version__
 from emu_kernels.backends.cuda import CudaBackend
+from emu_kernels.backends.native import NativeBackend
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULE = "_cuda_emulated"
@@ -35,17 +37,24 @@ FLAGS = (
 )
 
 
+def similarities(root: Path = ROOT) -> list[str]:
+    """The list of csrc/common/similarity.h, as CMakeLists.txt reads it."""
+    text = (root / "csrc/common/similarity.h").read_text()
+    return re.findall(r"\w+", re.findall(r"using Similarities = List<([^>]*)>", text)[0])
+
+
 def build(*extra: str, root: Path = ROOT) -> Path:
     """The extension module compiled from ``root`` with ``extra`` flags."""
     compiler = os.environ.get("CXX", "g++")
-    sources = [
-        *sorted((root / "csrc/cuda").glob("*.cu")),
-        root / "csrc/cuda/bindings.cpp",
-        ROOT / "tests/cuda/order.cpp",
+    kernels = root / "csrc/cuda"
+    sources: list[tuple[Any, ...]] = [
+        *((kernels / "similarity.cu", f"-DEMU_SIMILARITY={name}") for name in similarities(root)),
+        *((path,) for path in sorted(kernels.glob("*.cu")) if path.name != "similarity.cu"),
+        (kernels / "bindings.cpp",),
+        (ROOT / "tests/cuda/order.cpp",),
     ]
     headers = [
-        *sorted((root / "csrc/cuda").glob("*.h")),
-        *sorted((root / "csrc/cuda").glob("*.cuh")),
+        *sorted(kernels.glob("*.*h")),
         *sorted((root / "csrc/common").glob("*.h")),
         ROOT / "tests/cuda/host_execution.h",
     ]
@@ -66,19 +75,18 @@ def build(*extra: str, root: Path = ROOT) -> Path:
     cache = ROOT / ".pytest_cache" / "emulated-cuda"
     cache.mkdir(parents=True, exist_ok=True)
 
-    def compile_one(source: Path) -> Path:
+    def compile_one(source: Path, *own: str) -> Path:
         digest = common.copy()
-        digest.update(source.read_bytes())
+        digest.update(source.read_bytes() + repr(own).encode())
         out = cache / f"{source.stem}-{digest.hexdigest()[:16]}.o"
         if not out.is_file():
             fresh = out.with_suffix(f".{os.getpid()}")
-            command = [compiler, "-x", "c++", *flags, "-c", str(source), "-o", str(fresh)]
-            _run(command)
+            _run([compiler, "-x", "c++", *flags, *own, "-c", str(source), "-o", str(fresh)])
             fresh.replace(out)
         return out
 
     with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        objects = list(pool.map(compile_one, sources))
+        objects = list(pool.map(lambda source: compile_one(*source), sources))
     digest = hashlib.sha256("".join(o.name for o in objects).encode()).hexdigest()[:16]
     module = cache / f"{MODULE}-{digest}.so"
     if not module.is_file():
@@ -110,14 +118,14 @@ class EmulatedCudaBackend(CudaBackend):
     device_types = ("cpu",)
 
     def __init__(self, native: ModuleType) -> None:
-        self._native = native
+        NativeBackend.__init__(self, native, None)
         self._library = ctypes.CDLL(native.__file__)
 
     def unavailable(self) -> str | None:
         return None
 
-    def _place(self, device: torch.device) -> Any:
-        return self._native.Place(device=0, stream=0, processors=PROCESSORS)
+    def _place(self, device: torch.device) -> dict[str, int]:
+        return {"device": 0, "stream": 0, "processors": PROCESSORS}
 
     def set_order(self, order: str, seed: int = 1) -> None:
         """Of the threads of a block: "forward", "reverse" or "random"."""

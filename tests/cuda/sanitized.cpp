@@ -30,7 +30,7 @@ T number(int64_t i) {
 }
 
 template <class Sim, class T, Mode kMode>
-void run(Mutation mutation, int64_t D, bool pairs, bool each) {
+void run(int64_t D, bool pairs, bool each) {
   using Real = typename Sum<T>::Real;
   using Of = Operators<Sim, T, kMode>;
   constexpr int64_t B = 6, K = 11, G = 3, N = 5, S = Sums<Sim>::kCount, W = Sim::kWeights;
@@ -54,8 +54,10 @@ void run(Mutation mutation, int64_t D, bool pairs, bool each) {
   p.positive = positive.get(), p.negative = negative.get();
   p.table_stride = D, p.N = N, p.B = B, p.D = D, p.G = G, p.K = K;
   p.phase_scale = 1;
-  p.mask = {seed.get(), each ? thresholds.get() : nullptr, 3, mutation == Mutation::kMixup ? 2 : 100, pairs};
-  const Launch launch{DType::kFloat, 0, mutation, 1, nullptr};  // its dtype and similarity are this function's
+  p.draws.pairs = pairs, p.draws.seed = seed.get(), p.draws.row_offset = 3;
+  p.draws.threshold = 100, p.draws.thresholds = each ? thresholds.get() : nullptr;
+  p.draws.rule = 3, p.draws.order = 2;  // Mixup's, where shares are drawn
+  p.place.processors = 1;
 
   Array<Real> weight(S * B * K), mutated_weight(S * B * K), grad_query(B * D), grad_positive(B * D);
   Array<Real> grad_scale(B * D), grad_weights(B * 2), loss(B), terms(2), ones(B);
@@ -64,27 +66,28 @@ void run(Mutation mutation, int64_t D, bool pairs, bool each) {
                               p.scale != nullptr ? grad_scale.get() : nullptr,
                               W > 0 ? grad_weights.get() : nullptr};
   for (const bool need_grad : {false, true}) {
-    const Array<char> workspace(Of::loss_workspace(p, launch, need_grad));
+    const Array<char> workspace(Of::loss_workspace(p, need_grad));
     Of::loss_forward(p, {0.3, 0.2, nullptr, nullptr, Reduction::kNone, need_grad, loss.get(), terms.get(),
-                         row_scale.get(), gradient, workspace.get()},
-                     launch);
+                         row_scale.get(), gradient, workspace.get()});
   }
 
   Array<char> sorted(sort_workspace(p));
   const Pieces pieces = cut_pieces(p, count_entries(p));
   Array<char> partials((pieces.count() + 1) * (8 + 2 * D * static_cast<int64_t>(sizeof(Real))) + 512);
-  TableGradientArgs table_args{row_scale.get(), weight.get(), mutated_weight.get(), grad_positive.get(), nullptr,
-                               nullptr,         sorted.get(), partials.get()};
+  TableGradientArgs table_args{};
+  table_args.row_scale = row_scale.get(), table_args.grad_positive = grad_positive.get();
+  table_args.weight = weight.get(), table_args.mutated_weight = mutated_weight.get();
+  table_args.sorted = sorted.get(), table_args.partials = partials.get();
   Array<T> dense(N * D);
   table_args.out = dense.get();
-  sort_ids(p, sorted.get(), nullptr);
-  Of::table_gradient(p, table_args, launch);
-  const int64_t at = count_touched(p, table_args, launch);
+  sort_ids(p, sorted.get());
+  Of::table_gradient(p, table_args);
+  const int64_t at = count_touched(p, table_args);
   const int64_t touched = *reinterpret_cast<const int64_t*>(partials.get() + at);
   Array<int64_t> ids(touched);
   Array<T> values(touched * D);
   table_args.ids = ids.get(), table_args.out = values.get();
-  Of::table_gradient(p, table_args, launch);
+  Of::table_gradient(p, table_args);
   for (int64_t i = 0; i < touched * D; ++i) {
     const int64_t of = ids.get()[i / D] * D + i % D;
     if (widen(values.get()[i]) != widen(dense.get()[of]) || !std::isfinite(widen(values.get()[i]))) {
@@ -92,18 +95,18 @@ void run(Mutation mutation, int64_t D, bool pairs, bool each) {
       std::exit(1);
     }
   }
-  if constexpr (sizeof(T) == 4 && kMode != Mode::kMixup) {
-    list_ids(p, sorted.get(), nullptr);
+  if constexpr (sizeof(T) == 4 && kMode != Mode::kShare) {
+    list_ids(p, sorted.get());
     table_args.ids = nullptr, table_args.out = dense.get();
-    Of::table_gradient_atomic(p, table_args, launch);
+    Of::table_gradient_atomic(p, table_args);
   }
 
   Array<Real> plain(B * K), mutated(B * K);
-  Of::scores_forward(p, {loss.get(), plain.get(), mutated.get()}, launch);
+  Of::scores_forward(p, {loss.get(), plain.get(), mutated.get()});
   for (int64_t i = 0; i < B * K; ++i) plain.get()[i] = mutated.get()[i] = number<Real>(i);
   for (int64_t i = 0; i < B; ++i) ones.get()[i] = 1;
-  const Array<char> workspace(Of::query_gradient_workspace(p, launch));
-  Of::query_gradient(p, {ones.get(), plain.get(), mutated.get(), gradient, workspace.get()}, launch);
+  const Array<char> workspace(Of::query_gradient_workspace(p));
+  Of::query_gradient(p, {ones.get(), plain.get(), mutated.get(), gradient, workspace.get()});
 }
 
 template <class T>
@@ -117,22 +120,21 @@ void mutate(DType dtype, bool pairs) {
   MutateArgs a{};
   a.positive = positive.get(), a.negative = negative.get(), a.out = out.get();
   a.grad_positive = grad_positive.get(), a.grad_negative = out.get();
-  a.B = B, a.K = K, a.D = D;
-  a.mask = {seed.get(), nullptr, 0, 100, pairs};
-  const Launch launch{dtype, 0, Mutation::kMask, 1, nullptr};
-  mutate_forward(a, launch);
-  mutate_backward(a, launch);
+  a.dtype = dtype, a.B = B, a.K = K, a.D = D;
+  a.draws.pairs = pairs, a.draws.seed = seed.get(), a.draws.threshold = 100;
+  mutate_forward(a);
+  mutate_backward(a);
 }
 
 }  // namespace
 
 int main() {
   host::set_order("random", 1);
-  run<Dot, BFloat16, Mode::kSelect>(Mutation::kMask, 38, true, true);
-  run<L2, float, Mode::kMixup>(Mutation::kMixup, 7, false, true);
-  run<Rotate, float, Mode::kMask>(Mutation::kMask, 36, false, false);
-  run<Hake, float, Mode::kSelect>(Mutation::kMask, 136, false, true);
-  run<Dot, double, Mode::kPlain>(Mutation::kNone, 1, false, false);
+  run<Dot, BFloat16, Mode::kSelect>(38, true, true);
+  run<L2, float, Mode::kShare>(7, false, true);
+  run<Rotate, float, Mode::kMask>(36, false, false);
+  run<Hake, float, Mode::kSelect>(136, false, true);
+  run<Dot, double, Mode::kPlain>(1, false, false);
   mutate<float>(DType::kFloat, false);
   mutate<BFloat16>(DType::kBFloat16, true);
 }

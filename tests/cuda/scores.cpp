@@ -24,9 +24,9 @@ int main(int, char** arguments) {
   p.positive = positive.data(), p.negative = negative.data();
   p.table_stride = D, p.N = N, p.B = B, p.D = D, p.G = B, p.K = K;
   p.phase_scale = 1;
-  p.mask = {&seed, nullptr, 0, 128, false};
-  const Launch launch{DType::kFloat, 0, Mutation::kMask, 1, nullptr};
-  Operators<Dot, float, Mode::kSelect>::scores_forward(p, {scores.data(), negatives.data(), mutated.data()}, launch);
+  p.draws.seed = &seed, p.draws.threshold = 128;
+  p.place.processors = 1;
+  Operators<Dot, float, Mode::kSelect>::scores_forward(p, {scores.data(), negatives.data(), mutated.data()});
   for (float x : scores) std::printf("%a\n", static_cast<double>(x));
   for (float x : negatives) std::printf("%a\n", static_cast<double>(x));
   for (float x : mutated) std::printf("%a\n", static_cast<double>(x));

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from emu_kernels import _C, emu_mutate, emu_scores, fused_emu_loss, fused_softmax_loss
+from emu_kernels import _C, backends, emu_mutate, emu_scores, fused_emu_loss, fused_softmax_loss
 from tests.ops.support import (
     LOSS,
     Inputs,
@@ -96,40 +96,13 @@ def test_mutate_has_the_same_bits_for_any_number(kernel: str, device: torch.devi
         assert all(map(torch.equal, outcome(), expected))
 
 
-OWN = {"EMU_KERNELS_THREADS": "own"}
-
-
-def test_own_pool() -> None:
-    """Where torch's threads cannot be used: the tests of this module, run again without them."""
-    if not _C.joins_torch():
-        return  # what they run on anyway
-    report = "from emu_kernels import _C; print(_C.joins_torch())"
-    assert run_python("-c", report, env=OWN).stdout.strip() == "False"
-    select = "cpu or fork or decides or concurrent"
-    done = run_python(
-        *("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", f"({select}) and not own_pool"),
-        "tests/ops/test_threads.py",
-        env=OWN,
-    )
-    assert done.returncode == 0, done.stdout
-    assert " passed" in done.stdout
-
-
-def test_unknown_choice() -> None:
-    code = "from tests.ops.support import *; from emu_kernels import *;"
-    code += "evaluate(fused_emu_loss, make(64, 256, 32, rows=300), backend='cpu', **LOSS)"
-    done = run_python("-c", code, env={"EMU_KERNELS_THREADS": "mine"})
-    assert done.returncode != 0
-    assert "ValueError: EMU_KERNELS_THREADS: expected torch or own, got 'mine'" in done.stderr
-
-
 @pytest.mark.skipif(
     not (sys.platform.startswith("linux") and "+cpu" in torch.__version__),
     reason="elsewhere torch may be built on other threads",
 )
 def test_torch_is_joined() -> None:
     """By the builds that `make` installs: else torch's threads and ours disturb each other."""
-    assert _C.joins_torch() or os.environ.get("EMU_KERNELS_THREADS") == "own"
+    assert _C.joins_torch()
 
 
 SHARE_THREADS = """
@@ -149,36 +122,11 @@ assert use_torch() == before
 """
 
 
-@pytest.mark.skipif(not _C.joins_torch(), reason="our own pool is used")
+@pytest.mark.skipif(not _C.joins_torch(), reason="torch's threads are not used")
 def test_no_other_threads() -> None:
     """Neither a second set beside torch's, nor its own ended and started anew."""
     done = run_python("-c", SHARE_THREADS)
     assert done.returncode == 0, done.stderr
-
-
-COUNT_THREADS = """
-import os, torch
-from tests.ops.support import LOSS, evaluate, make
-from emu_kernels import fused_emu_loss
-
-def threads(number):
-    torch.set_num_threads(number)
-    evaluate(fused_emu_loss, inputs, backend="cpu", **LOSS)
-    return len(os.listdir("/proc/self/task"))
-
-inputs = make(64, 256, 32, rows=300)  # small enough that torch itself starts no threads
-before = len(os.listdir("/proc/self/task"))
-print(*(threads(number) - before for number in (1, 4)))
-"""
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="threads are counted in /proc")
-def test_torch_decides_how_many() -> None:
-    done = run_python("-c", COUNT_THREADS)
-    assert done.returncode == 0, done.stderr
-    with_one, with_four = map(int, done.stdout.split())
-    assert with_one == 0
-    assert with_four == 3
 
 
 @pytest.mark.usefixtures("threads", "compiled")
@@ -235,7 +183,7 @@ assert same_bits(compute(), expected), "the parent"
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no fork")
 def test_fork() -> None:
-    """A child works, with threads, whether the parent was idle or in the middle of a call."""
+    """A child works, on one thread, whether the parent was idle or in the middle of a call."""
     done = run_python("-c", FORK)
     assert done.returncode == 0, done.stderr
 
@@ -291,7 +239,7 @@ def mutate(inputs: Inputs) -> None:
     ("function", "call"),
     [
         ("loss_forward", train),
-        ("Segments", train),
+        ("sort_ids", train),
         ("table_gradient", train),
         ("scores_forward", score),
         ("query_gradient", score),
@@ -319,7 +267,7 @@ def test_interpreter_is_free_while_a_kernel_runs(
         thread.start()
         ready.wait()
         with monkeypatch.context() as patch:
-            patch.setattr("emu_kernels.backends.cpu._C", Watched(function, gate, order))
+            patch.setattr(backends.get("cpu"), "_native", Watched(function, gate, order))
             call(inputs)
         thread.join()
         if order[0] == "other thread ran":

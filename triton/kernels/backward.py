@@ -25,6 +25,9 @@ from emu_kernels.triton.tiles import (
     zeros,
 )
 
+VARYING = [name for name in SIZES if name != "R"]
+"""R is specialised: where it is 1, a set of negatives a row, nothing is divided by it."""
+
 
 @triton.jit
 def _load_weights(pointer, rows, k, sizes, valid, factor, kind: tl.constexpr):
@@ -105,7 +108,7 @@ def _add_parts(x, y, kind: tl.constexpr):
     return [x[i] + y[i] for i in (0, 1)[: kind.PARTS]]
 
 
-@triton.jit(do_not_specialize=[*SIZES, "entries", "negatives"])
+@triton.jit(do_not_specialize=[*VARYING, "entries", "negatives"])
 def table_gradient(
     inputs, kind: tl.constexpr, B, K, R, N, row_offset, threshold,
     row_scale,
@@ -217,7 +220,7 @@ def _atomic_add(pointer, base, j, inside, parts, kind: tl.constexpr):
         tl.atomic_add(pointer + (base + (i * kind.W + j)), parts[i], mask=inside, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=VARYING)
 def scatter(
     inputs, kind: tl.constexpr, B, K, R, N, row_offset, threshold,
     row_scale,

@@ -29,7 +29,7 @@ from emu_kernels.backends.base import (
     new_scores_gradient,
 )
 from emu_kernels.backends.triton import interpreted
-from emu_kernels.mutation import Component, Mutation
+from emu_kernels.mutation import Component, Mutation, NoMutation
 from emu_kernels.request import Draws, LossRequest, Request
 from emu_kernels.similarity import SIMILARITIES, Similarity
 from emu_kernels.triton import backward, forward, losses, mutate, rows
@@ -330,10 +330,8 @@ def loss_forward(request: LossRequest, *, need_grad: bool) -> LossState:
         if need_grad:
             positive, positive_weight = p.new(2, p.kind.SUMS, p.rows)
             plain, mutated = state.weight, state.mutated_weight
-            given: dict[str, Any] = {}
         else:
             positive, plain, mutated = new_scores(request)
-            given = _of_scores(p)
         if need_grad and _one_pass(p):
             spans, statistics = _accumulate(p, positive, state), p.new(5, p.rows)
         else:
@@ -354,7 +352,7 @@ def loss_forward(request: LossRequest, *, need_grad: bool) -> LossState:
             beta=request.beta,
             alpha=request.alpha,
             BLOCK=block(p.count),
-            **given,
+            **_of_sums(p, scored=not need_grad),
         )
         if positive_weight is not None and statistics is not None and spans is not None:
             _merge(p, positive_weight, state, statistics, spans)
@@ -380,12 +378,18 @@ def loss_forward(request: LossRequest, *, need_grad: bool) -> LossState:
         return state
 
 
-def _of_scores(p: Problem) -> dict[str, Any]:
-    """Arguments of losses.loss_rows where it is given scores: each is its one sum."""
-    return {
-        "kind": p.kind._replace(SUMS=1, ROOTS=(False,)),
-        "inputs": p.inputs._replace(weights=None),
-    }
+NO_ROWS = _kind(0, NoMutation())._replace(TERMS=(), SOURCE="")
+
+
+def _of_sums(p: Problem, *, scored: bool = False) -> dict[str, Any]:
+    """Common arguments of the kernels from sums to weights: with nothing of rows and of how they
+    are mutated, so that one compilation serves them all. ``scored``: each score is its one sum."""
+    kind = NO_ROWS._replace(MUTATED=p.kind.MUTATED)
+    inputs = Inputs(positive=p.inputs.positive, negative=p.inputs.negative)
+    if not scored:
+        kind = kind._replace(SUMS=p.kind.SUMS, ROOTS=p.kind.ROOTS, DIRECT=p.kind.DIRECT)
+        inputs = inputs._replace(weights=p.inputs.weights)
+    return {"kind": kind, "inputs": inputs}
 
 
 def query_gradient(request: Request, upstream: ScoreWeights) -> ScoresGradient:
@@ -408,6 +412,7 @@ def query_gradient(request: Request, upstream: ScoreWeights) -> ScoresGradient:
             positive_weight=of_sums,
             grad_weights=_optional(state.grad_weights),
             BLOCK=block(p.count),
+            **_of_sums(p),
         )
         _query_gradient(p, of_sums, state)
         return state
@@ -524,41 +529,32 @@ def _contiguous(sums: SumWeights) -> dict[str, Any]:
 # --- mutation alone -------------------------------------------------------------------------------
 
 
-class _Mutation:
-    """A launch of the kernels of (B, K, D) tensors."""
-
-    def __init__(self, like: Tensor, draws: Draws) -> None:
-        batch, count, dim = like.shape
-        kind = _kind(dim, draws.mutation)
-        thresholds, threshold = _thresholds(draws.mutation)
-        self.tile = tile(kind.W, count)
-        self.kind = _with_tile(kind, self.tile)
-        self.inputs = Inputs(seed=draws.seed, thresholds=thresholds)
-        self.sizes = Sizes(batch, count, 1, 0, draws.row_offset, threshold)
-
-    def run(self, kernel: Any, programs: int, **own: Any) -> None:
-        given = {"inputs": self.inputs, "kind": self.kind, **self.sizes._asdict()}
-        run(kernel, programs * self.kind.CHUNKS, self.tile.warps, **given, **own)
+def _mutate(kernel: Any, like: Tensor, draws: Draws, *, whole: bool, **own: Any) -> None:
+    """Launch for tensors (B, K, D): a program takes a tile of a row's negatives, or all of them."""
+    batch, count, dim = like.shape
+    kind = _kind(dim, draws.mutation)
+    at = tile(kind.W, count)
+    kind = _with_tile(kind, at)
+    thresholds, threshold = _thresholds(draws.mutation)
+    sizes = Sizes(batch, count, 1, 0, draws.row_offset, threshold)
+    blocks = 1 if whole else -(-count // at.rows)
+    inputs = Inputs(seed=draws.seed, thresholds=thresholds)
+    programs = batch * blocks * kind.CHUNKS
+    run(kernel, programs, at.warps, inputs=inputs, kind=kind, **sizes._asdict(), **own)
 
 
 def mutate_forward(positive: Tensor, negative: Tensor, draws: Draws) -> Tensor:
     with _on(negative):
         out = torch.empty_like(negative)
-        of = _Mutation(negative, draws)
-        programs = negative.shape[0] * -(-negative.shape[1] // of.tile.rows)
-        of.run(mutate.mutate_forward, programs, positive=positive, negative=negative, out=out)
+        own = {"positive": positive, "negative": negative, "out": out}
+        _mutate(mutate.mutate_forward, negative, draws, whole=False, **own)
         return out
 
 
 def mutate_backward(grad: Tensor, draws: Draws) -> MutateGradient:
     with _on(grad):
-        grad_negative = torch.empty_like(grad)
-        grad_positive = _result(grad, (grad.shape[0], grad.shape[2]))
-        _Mutation(grad, draws).run(
-            mutate.mutate_backward,
-            grad.shape[0],
-            grad=grad,
-            grad_positive=grad_positive,
-            grad_negative=grad_negative,
-        )
-        return MutateGradient(grad_positive.to(grad.dtype), grad_negative)
+        by_positive = _result(grad, (grad.shape[0], grad.shape[2]))
+        by_negative = torch.empty_like(grad)
+        own = {"grad": grad, "grad_positive": by_positive, "grad_negative": by_negative}
+        _mutate(mutate.mutate_backward, grad, draws, whole=True, **own)
+        return MutateGradient(by_positive.to(grad.dtype), by_negative)

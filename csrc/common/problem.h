@@ -1,55 +1,46 @@
-// What the Python side hands to the CUDA kernels. Pointers are to device memory, checked and contiguous unless a
-// stride is given; "real" is float, or double for a double table. Sizes: B rows, K negatives a row, G sets of
-// negatives, D components, N table rows. Ids are not checked: the kernels do.
+// What Python hands to the kernels, on the CPU and on a GPU. Tensors are checked, and contiguous unless a stride is
+// given; "real" is float, or double for a double table. Sizes: B rows, K negatives a row, G sets of negatives, D
+// components, N table rows, S sums a score (2 for hake, else 1), W similarity weights.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 
-#include "common/types.h"
+#include "common/mutation.h"
 
-#if defined(__CUDACC__)
-#define EMU_MEMBER __host__ __device__ __forceinline__
-#else
-#define EMU_MEMBER inline
-#endif
+namespace emu {
 
-namespace emu::cuda {
+enum class DType { kFloat, kBFloat16, kHalf, kDouble };
+enum class Reduction { kNone, kSum, kMean };
 
-struct MaskSpec {
-  const int64_t* seed;        // (1,), read when a kernel runs, so that a replayed graph draws fresh masks
-  const int16_t* thresholds;  // of each component (of each pair), or null
-  uint32_t row_offset;
-  int threshold;  // of all bytes, 0..256; for Mixup the order
-  bool pairs;     // component j decides for component D/2 + j too
+// Where a call runs.
+struct Place {
+  int threads;     // CPU: how many
+  int device;      // CUDA, as the next two
+  int processors;  // of the device
+  void* stream;
 };
 
 struct Problem {
   const void* query;        // (B, D) real
   const void* table;        // (N, D) of dtype, rows table_stride elements apart
-  const void* scale;        // (B, S) real, or null: ones
+  const void* scale;        // (B, D/2 or D) real, or null: ones
   const void* weights;      // (W,) real, or null: ones
-  const int64_t* positive;  // (B,)
-  const int64_t* negative;  // (G, K)
-  int64_t* report;          // (2,) on the host: an id of positive and one of negative that is out of range
+  const int64_t* positive;  // (B,) in [0, N)
+  const int64_t* negative;  // (G, K) in [-1, N), −1 for padding
+  int64_t* report;          // CUDA, where ids are not checked before: (2,) on the host, for an id out of range of
+                            // positive and one of negative
+  DType dtype;
   int64_t table_stride;
   int64_t N, B, D, G, K;
-  double phase_scale;
-  MaskSpec mask;
-
-  EMU_MEMBER int64_t group_rows() const { return G ? B / G : 0; }
-};
-
-// How a call is to run.
-struct Launch {
-  DType dtype;
   int similarity;  // its place in the list of common/similarity.h
-  Mutation mutation;
-  int processors;  // of the device
-  void* stream;
+  double phase_scale;
+  Draws draws;
+  Place place;
+
+  EMU_MEMBER int64_t rows_per_group() const { return G ? B / G : 0; }
 };
 
-// What a backward pass needs, all real (backends/base.py, LossState). S is 2 for hake, else 1.
+// What a backward pass needs, all real. A weight is what a sum's terms share (backends/base.py, LossState).
 struct GradientArgs {
   void* weight;          // (S, B, K)
   void* mutated_weight;  // (S, B, K) with mutation
@@ -61,7 +52,7 @@ struct GradientArgs {
 
 struct LossArgs {
   double beta, alpha;
-  const void* coefficients;   // (2,) real, β and α instead of the two numbers, or null
+  const void* coefficients;   // CUDA: (2,) real, β and α in the place of the two numbers, or null
   const void* sample_weight;  // (B,) real or null
   Reduction reduction;
   bool need_grad;
@@ -70,7 +61,7 @@ struct LossArgs {
   void* terms;      // (2,)
   void* row_scale;  // (B,)
   GradientArgs gradient;
-  void* workspace;  // of loss_workspace bytes
+  void* workspace;  // CUDA: of loss_workspace bytes
 };
 
 struct ScoreArgs {
@@ -84,7 +75,7 @@ struct QueryGradientArgs {
   const void* weight;           // (B, K)
   const void* mutated_weight;   // (B, K) with mutation
   GradientArgs gradient;
-  void* workspace;  // of query_gradient_workspace bytes
+  void* workspace;  // CUDA: of query_gradient_workspace bytes
 };
 
 struct TableGradientArgs {
@@ -94,8 +85,9 @@ struct TableGradientArgs {
   const void* grad_positive;   // (B, D)
   int64_t* ids;                // (touched,): the sparse form; null: the dense form
   void* out;                   // (N, D) or (touched, D) of dtype
-  void* sorted;                // of segments_workspace bytes, filled by sort_ids
-  void* partials;              // of partials_workspace bytes
+  const void* sorted;          // the batch's ids in order: cpu/segments.h, cuda/sort.h
+  int64_t sorted_size;         // CPU
+  void* partials;              // CUDA: of partials_workspace bytes
 };
 
 struct MutateArgs {
@@ -104,8 +96,10 @@ struct MutateArgs {
   void* out;             // forward: (B, K, D)
   void* grad_positive;   // backward: (B, D)
   void* grad_negative;   // backward: (B, K, D)
+  DType dtype;
   int64_t B, K, D;
-  MaskSpec mask;
+  Draws draws;
+  Place place;
 };
 
-}  // namespace emu::cuda
+}  // namespace emu

@@ -1,0 +1,112 @@
+// The mutation rules, one small struct each, for scalars and vectors, host and device. To add one, write its struct
+// here and put it into the list below it; emu_kernels/mutation.py describes the same rules.
+//
+// A rule has: name; kDraw, what it draws for each negative of a row; for masks kPairs, whether a unit of the mask is
+// the pair of components j and D/2 + j; for shares the function share(u, draws) from four uniform numbers in [0, 1)
+// to the share; and read_parameters, which fills in its own parameters from Python's keyword arguments.
+#pragma once
+
+#include <cstdint>
+
+#include "common/list.h"
+
+namespace emu {
+
+enum class Draw {
+  kNone,
+  kMask,  // a byte for each unit, which is mutated (taken from the positive) if its byte is below a threshold
+  kShare  // one number for each negative: how much of itself it keeps
+};
+
+// What one call draws. emu_kernels/mask.py says how the generator's counter follows from seed and row.
+struct Draws {
+  int rule;             // its place in the list
+  Draw kind;            // the rule's kDraw
+  bool pairs;           // the rule's kPairs
+  const int64_t* seed;  // (1,), read when a kernel runs: a replayed CUDA graph draws what the seed then says
+  uint32_t row_offset;
+  // The parameters of all rules.
+  int threshold;              // of all bytes, 0..256
+  const int16_t* thresholds;  // of each unit, or null
+  int order;                  // 1..4
+};
+
+struct NoMutation {
+  static constexpr const char* name = "none";
+  static constexpr Draw kDraw = Draw::kNone;
+  static constexpr bool kPairs = false;
+  template <class Read>
+  static void read_parameters(Draws&, Read&&) {}
+};
+
+struct Component {
+  static constexpr const char* name = "component";
+  static constexpr Draw kDraw = Draw::kMask;
+  static constexpr bool kPairs = false;
+  template <class Read>
+  static void read_parameters(Draws& draws, Read&& read) {
+    read("threshold", draws.threshold);
+    read("thresholds", draws.thresholds);
+  }
+};
+
+struct Pair : Component {
+  static constexpr const char* name = "pair";
+  static constexpr bool kPairs = true;
+};
+
+// The largest of `order` uniform numbers, which is distributed as Beta(order, 1).
+struct Mixup {
+  static constexpr const char* name = "mixup";
+  static constexpr Draw kDraw = Draw::kShare;
+  static constexpr bool kPairs = false;
+  template <class Read>
+  static void read_parameters(Draws& draws, Read&& read) {
+    read("order", draws.order);
+  }
+  template <class V>
+  EMU_INNER V share(const V (&uniform)[4], const Draws& draws) {
+    V largest = uniform[0];
+    for (int w = 1; w < 4; ++w) {
+      if (w < draws.order) largest = uniform[w] > largest ? uniform[w] : largest;
+    }
+    return largest;
+  }
+};
+
+using Mutations = List<NoMutation, Component, Pair, Mixup>;
+
+// --- what the kernels make of the list ------------------------------------------------------------------------
+
+// The share that the call's rule makes of four uniform numbers.
+template <class V, class First, class... Rest>
+EMU_INNER V share_of(List<First, Rest...>, int place, const V (&uniform)[4], const Draws& draws) {
+  if constexpr (sizeof...(Rest) > 0) {
+    if constexpr (First::kDraw == Draw::kShare) {
+      if (place == 0) return First::share(uniform, draws);
+    }
+    return share_of(List<Rest...>{}, place - 1, uniform, draws);
+  } else if constexpr (First::kDraw == Draw::kShare) {
+    return First::share(uniform, draws);
+  } else {
+    return uniform[0];  // not reached: the rule draws shares
+  }
+}
+
+// How the inner loops mutate a negative. Where a term is a function of one component, the mutated term is the
+// negative's or the positive's (kSelect); else components are exchanged before terms are taken (kMask). With a
+// share, every component is mixed.
+enum Mode { kPlain, kSelect, kMask, kShare };
+
+constexpr bool masked(Mode mode) { return mode == kSelect || mode == kMask; }
+
+template <class Sim, class Body>
+auto with_mode(Draw draw, Body&& body) {
+  switch (draw) {
+    case Draw::kNone: return body(Constant<kPlain>{});
+    case Draw::kMask: return body(Constant<Sim::kCoupled ? kMask : kSelect>{});
+    default: return body(Constant<kShare>{});
+  }
+}
+
+}  // namespace emu
