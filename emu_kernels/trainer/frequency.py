@@ -7,8 +7,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from .batches import Batch, generator, stream_columns
 from .data import Direction
-from .sampling import Batch, generator, stream_columns
 
 _FRACTION_BITS = 32  # of a fixed-point probability
 

@@ -1,16 +1,19 @@
 """Models: how an entity and a relation become a query, and what the query is compared with.
 
 A model scores φ(query, candidate), where the query is all of the model except the entity that is
-predicted. Only φ over many candidates is heavy, and it lives in the kernels; what is here is a
-table of entities, a table of relations, and a small piece of ordinary PyTorch between them.
+predicted. Only φ over many candidates is heavy, and it lives in the kernels. This module holds
+a table of entities, a table of relations, and a small piece of ordinary PyTorch between them.
 
-A new model is one subclass and one entry in :data:`MODELS`.
+A new model is a subclass with :func:`model` above it, and a field of :class:`ModelOptions` for each
+option of its own.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +22,7 @@ from torch.nn.functional import normalize
 from emu_kernels import emu_scores
 
 from .data import Direction
-
-MARGIN = 24.0  # γ
+from .settings import AT_LEAST_0, AT_LEAST_1, setting
 
 _CANDIDATES = 256  # scored at once: a tile of so many rows stays in a CPU's cache
 
@@ -29,7 +31,7 @@ class Query(NamedTuple):
     """What φ compares candidates with."""
 
     vector: Tensor  # (B, D)
-    scale: Tensor | None = None  # a: multiplies what the candidates hold in its place
+    scale: Tensor | None = None  # a: multiplies the candidates' components
 
 
 class Model(nn.Module):
@@ -40,7 +42,7 @@ class Model(nn.Module):
         num_relations: R.
         dim: d, the model's dimension; a row may be wider (ComplEx stores 2d reals).
         generator: draws the initial values, U(−(γ+2)/d, (γ+2)/d), on the CPU.
-        margin: γ. A softmax loss does not see it but here.
+        margin: γ. A softmax loss depends on it only through these values.
         norm: p of the distance's p-norm, in models that leave the choice (``norms``).
     """
 
@@ -48,6 +50,7 @@ class Model(nn.Module):
     relation_width: ClassVar[int] = 1
     norms: ClassVar[tuple[int, ...]] = ()
     regularization: ClassVar[float] = 0.0  # L3, of the model's baseline in EMU's paper
+    options: ClassVar[tuple[str, ...]] = ()  # settings of its own: more keywords of __init__
 
     similarity: str  # φ, by the name the kernels know it by
     phase_scale: float = 1.0  # κ of φ
@@ -60,7 +63,7 @@ class Model(nn.Module):
         dim: int,
         generator: torch.Generator,
         *,
-        margin: float = MARGIN,
+        margin: float = 24.0,
         norm: int = 1,
     ) -> None:
         super().__init__()
@@ -88,11 +91,11 @@ class Model(nn.Module):
         raise NotImplementedError
 
     def candidates(self) -> Tensor:
-        """(N, D): the entities as φ meets them."""
+        """(N, D): the entities as φ reads them."""
         return self.entity
 
     def phi(self, query: Query) -> dict[str, Any]:
-        """φ as the public functions take it, as keyword arguments."""
+        """φ as keyword arguments of the public functions."""
         return {
             "similarity": self.similarity,
             "scale": query.scale,
@@ -104,7 +107,7 @@ class Model(nn.Module):
         """φ of each query with each candidate (C, D), as (B, C). Memory is bounded by the result,
         and where only the reference backend can run by B · ``_CANDIDATES`` · D.
 
-        By the operator: it is faster than torch.cdist, and so are its scores the trained ones.
+        Through the operator: it is faster than torch.cdist, and its scores are the trained ones.
         """
         first = torch.zeros(len(query.vector), dtype=torch.int64, device=candidates.device)
         ids = torch.arange(len(candidates), device=candidates.device).split(_CANDIDATES)
@@ -113,6 +116,36 @@ class Model(nn.Module):
             emu_scores(query.vector, candidates, first, i, mutation=None, **arguments) for i in ids
         ]
         return torch.cat([s.negative for s in scores], dim=1)
+
+
+MODELS: dict[str, type[Model]] = {}
+M = TypeVar("M", bound=type[Model])
+
+
+def model(name: str) -> Callable[[M], M]:
+    """Enter a class into :data:`MODELS`."""
+
+    def enter(cls: M) -> M:
+        MODELS[name] = cls
+        return cls
+
+    return enter
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """model"""
+
+    model: str = setting("DistMult", "the scoring function", choices=MODELS.keys())
+    dim: int = setting(100, "dimension d", limit=AT_LEAST_1)
+    norm: int = setting(
+        1, "p of the distance's p-norm, in models that leave the choice", choices=(1, 2)
+    )
+    margin: float = setting(
+        24.0,
+        "γ: initial values are in ±(γ+2)/d; selfadv's margin, with distances",
+        limit=AT_LEAST_0,
+    )
 
 
 class DotProduct(Model):
@@ -125,6 +158,7 @@ class DotProduct(Model):
         return query.vector @ candidates.T
 
 
+@model("DistMult")
 class DistMult(DotProduct):
     """⟨h, r, t⟩ (Yang et al., 2015)."""
 
@@ -132,6 +166,7 @@ class DistMult(DotProduct):
         return Query(entity * relation)
 
 
+@model("ComplEx")
 class ComplEx(DotProduct):
     """Re⟨h, r, conj(t)⟩ (Trouillon et al., 2016). A row holds d real parts, then d imaginary."""
 
@@ -143,6 +178,7 @@ class ComplEx(DotProduct):
         return Query(_complex_product(entity, r_re, -r_im if direction == "head" else r_im))
 
 
+@model("TransE")
 class TransE(Model):
     """−‖h + r − t‖, the 1-norm or the 2-norm (Bordes et al., 2013).
 
@@ -156,6 +192,7 @@ class TransE(Model):
         return Query(entity + relation if direction == "tail" else entity - relation)
 
 
+@model("RotatE")
 class RotatE(Model):
     """−Σ_j |h_j e^{iθ_j} − t_j| (Sun et al., 2019). A row holds d real parts, then d imaginary.
 
@@ -172,6 +209,7 @@ class RotatE(Model):
         return Query(_complex_product(entity, phase.cos(), -sine if direction == "head" else sine))
 
 
+@model("pRotatE")
 class PRotatE(Model):
     """−w Σ_j |sin((h_j + r_j − t_j)/2)|, RotatE with moduli that are all alike (Sun et al., 2019).
 
@@ -191,6 +229,7 @@ class PRotatE(Model):
         return Query(entity + relation if direction == "tail" else entity - relation)
 
 
+@model("HAKE")
 class HAKE(Model):
     """−w_p Σ_j |sin((h_p + r_p − t_p)_j/2)| − w_m ‖h_m ⊙ (|r_m| + r_b) − t_m ⊙ (1 − r_b)‖₂
     (Zhang et al., 2020).
@@ -223,6 +262,7 @@ class HAKE(Model):
         return Query(torch.cat((phase - r_phase, modulus * of_tail), dim=-1), of_head)
 
 
+@model("PairRE")
 class PairRE(Model):
     """−‖h ⊙ r_h − t ⊙ r_t‖ of normalised h and t, the 1-norm or the 2-norm (Chao et al., 2021).
 
@@ -244,17 +284,6 @@ class PairRE(Model):
 
     def candidates(self) -> Tensor:
         return normalize(self.entity, dim=-1)
-
-
-MODELS: dict[str, type[Model]] = {
-    "DistMult": DistMult,
-    "ComplEx": ComplEx,
-    "TransE": TransE,
-    "RotatE": RotatE,
-    "pRotatE": PRotatE,
-    "HAKE": HAKE,
-    "PairRE": PairRE,
-}
 
 
 def _complex_product(x: Tensor, re: Tensor, im: Tensor) -> Tensor:

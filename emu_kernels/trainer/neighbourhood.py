@@ -37,8 +37,8 @@ from torch.nn.functional import embedding_bag
 from tqdm import tqdm
 
 from . import checkpoint
+from .batches import Batch, generator
 from .errors import RunError
-from .sampling import Batch, generator
 
 FORMAT_VERSION = 1  # of the cache, and of how walks are drawn: another one finds no old file
 

@@ -28,11 +28,11 @@ import emu_kernels
 from emu_kernels.mask import CONTRACT_VERSION
 
 from . import checkpoint
+from .batches import generator
 from .config import Config
 from .data import SPLITS, Graph
 from .errors import RunError
 from .models import MODELS, Model
-from .sampling import generator
 
 Metric = dict[str, Any]
 
@@ -185,13 +185,15 @@ class RunFolder:
 
 def new_model(config: Config, graph: Graph) -> Model:
     """A model as it is before the first step, the same on every device."""
-    return MODELS[config.model](
+    cls = MODELS[config.model]
+    return cls(
         graph.num_entities,
         graph.num_relations,
         config.dim,
         generator(torch.device("cpu"), config.seed, "init"),
         margin=config.margin,
         norm=config.norm,
+        **{name: getattr(config, name) for name in cls.options},
     )
 
 

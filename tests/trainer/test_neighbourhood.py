@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from emu_kernels.trainer import neighbourhood
+from emu_kernels.trainer.batches import Batch
 from emu_kernels.trainer.data import DIRECTIONS
 from emu_kernels.trainer.neighbourhood import (
     Neighbourhoods,
@@ -18,7 +19,6 @@ from emu_kernels.trainer.neighbourhood import (
     k_hop,
     random_walks,
 )
-from emu_kernels.trainer.sampling import Batch
 
 CPU = torch.device("cpu")
 

@@ -6,16 +6,9 @@ import pytest
 import torch
 
 from emu_kernels.trainer import sampling
+from emu_kernels.trainer.batches import AlternatingBatches, Batch, Batches, derive_seed
 from emu_kernels.trainer.data import DIRECTIONS
-from emu_kernels.trainer.sampling import (
-    AlternatingBatches,
-    Batch,
-    Batches,
-    FilteredNegatives,
-    KnownTriples,
-    UniformNegatives,
-    derive_seed,
-)
+from emu_kernels.trainer.sampling import FilteredNegatives, KnownTriples, UniformNegatives
 
 CPU = torch.device("cpu")
 
