@@ -54,8 +54,8 @@ class BatchSampler(Protocol):
     def __call__(self, step: int) -> Batch: ...
 
 
-class Batches:
-    """Training triples, epoch after epoch, each epoch in an order of its own.
+class AlternatingBatches:
+    """Training triples, epoch after epoch, each in its own order; tails and heads in turn.
 
     Epochs follow each other without a gap: a batch that crosses the border takes its rest from
     the next one, so every batch is full and every triple is seen once an epoch.
@@ -67,16 +67,16 @@ class Batches:
 
     def __init__(self, triples: Tensor, batch_size: int, seed: int) -> None:
         self._columns = triples.T.contiguous()  # (3, M)
-        self.batch_size = batch_size
+        self._batch_size = batch_size
         self._seed = seed
         # A batch touches two epochs at a border, or more where it is larger than the graph.
         self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
 
-    def __call__(self, step: int) -> Tensor:
-        """(3, B): heads, relations and tails of a step's batch."""
-        return stream_columns(
-            self._epoch, self._columns.shape[1], step * self.batch_size, self.batch_size
+    def __call__(self, step: int) -> Batch:
+        head, relation, tail = stream_columns(
+            self._epoch, self._columns.shape[1], step * self._batch_size, self._batch_size
         )
+        return Batch(head, relation, tail, DIRECTIONS[step % 2])
 
     def _draw_epoch(self, epoch: int) -> Tensor:
         device = self._columns.device
@@ -98,14 +98,3 @@ def stream_columns(epoch: Callable[[int], Tensor], size: int, start: int, count:
         pieces.append(epoch(index)[:, :missing])
         missing -= pieces[-1].shape[1]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
-
-
-class AlternatingBatches:
-    """The triples of :class:`Batches`, with tails and heads predicted in turn."""
-
-    def __init__(self, triples: Tensor, batch_size: int, seed: int) -> None:
-        self._batches = Batches(triples, batch_size, seed)
-
-    def __call__(self, step: int) -> Batch:
-        head, relation, tail = self._batches(step)
-        return Batch(head, relation, tail, DIRECTIONS[step % 2])

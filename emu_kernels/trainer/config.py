@@ -67,7 +67,7 @@ ADJUSTABLE = tuple(f.name for f in fields(RunningOptions))
 class Config(
     SourceOptions, ModelOptions, LossOptions, SamplingOptions, OptimisationOptions, RunningOptions
 ):
-    """All settings of a run.
+    """All settings of a run. The bases' docstrings are the headings of ``emu-train --help``.
 
     Raises:
         ConfigError: a value, or a combination of values, cannot work; says why.
@@ -116,8 +116,7 @@ class Config(
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Config:
-        """The config of :meth:`to_json`'s result; what an older version did not store has its
-        default.
+        """Read :meth:`to_json`'s result; a setting that it lacks has its default.
 
         Raises:
             ConfigError: a setting is unknown or cannot work.

@@ -81,32 +81,33 @@ def load_dataset(name: str) -> Graph:
     if name not in DATASETS:
         raise DataError(f"unknown dataset {name!r}; known: {', '.join(DATASETS)}")
     dataset = DATASETS[name]
+    return dataset.read(*map(_fetch, dataset.files))
+
+
+def _fetch(file: RemoteFile) -> Path:
+    """The verified file in the user's folder, or in the cache after a download."""
     folder = os.environ.get(FOLDER_VARIABLE)
-    fetch = _from_folder if folder else _from_cache
-    root = Path(folder or pooch.os_cache("emu-kernels"))
-    return dataset.read(*(fetch(file, root) for file in dataset.files))
-
-
-def _from_folder(file: RemoteFile, folder: Path) -> Path:
-    path = folder / file.name
+    path = Path(folder or pooch.os_cache("emu-kernels")) / file.name
     if not path.is_file():
-        raise DataError(
-            f"{path} is missing: {FOLDER_VARIABLE} is set to {folder}, so put there "
-            f"{file.url} ({file.checksum}), or unset it to download the file"
-        )
-    _verify(path, file.checksum)
-    return path
-
-
-def _from_cache(file: RemoteFile, cache: Path) -> Path:
-    path = cache / file.name
-    if not path.is_file():
+        if folder:
+            raise DataError(
+                f"{path} is missing: {FOLDER_VARIABLE} is set to {folder}, so put there "
+                f"{file.url} ({file.checksum}), or unset it to download the file"
+            )
         _download(file, path)
-    try:
-        _verify(path, file.checksum)
-    except DataError:
-        path.unlink()  # so that the next call downloads it again
-        raise
+    algorithm, _, digest = file.checksum.partition(":")
+    content = path.read_bytes()
+    if algorithm == "git-blob":
+        found = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    else:
+        found = hashlib.new(algorithm, content).hexdigest()
+    if found != digest:
+        if not folder:
+            path.unlink()  # so that the next call downloads it again
+        raise DataError(
+            f"{path} is corrupted or another file: expected {file.checksum}, got "
+            f"{algorithm}:{found}; remove it and fetch it again"
+        )
     return path
 
 
@@ -127,17 +128,3 @@ def _download(file: RemoteFile, path: Path) -> None:
             f"and set {FOLDER_VARIABLE} to that folder; or pass a folder that holds train.txt, "
             "valid.txt and test.txt as --data"
         ) from error
-
-
-def _verify(path: Path, checksum: str) -> None:
-    algorithm, _, digest = checksum.partition(":")
-    content = path.read_bytes()
-    if algorithm == "git-blob":
-        found = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-    else:
-        found = hashlib.new(algorithm, content).hexdigest()
-    if found != digest:
-        raise DataError(
-            f"{path} is corrupted or another file: expected {checksum}, got {algorithm}:{found}; "
-            "remove it and fetch it again"
-        )

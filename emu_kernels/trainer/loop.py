@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import torch
@@ -37,12 +37,12 @@ from .sparse import RowwiseAdagrad, add_rows
 class Trainer:
     """One run: a model, its optimizer, and where it stands.
 
-    Everything drawn is a function of (seed, step), so what a checkpoint holds (model, optimizer,
-    step) determines all that follows.
+    Everything drawn is a function of (seed, step), so a checkpoint (model, optimizer, step)
+    determines all that follows.
 
     Args:
         config: the settings.
-        graph: what to train on.
+        graph: the training, validation and test triples.
         run: where to write; None keeps everything in memory.
     """
 
@@ -318,12 +318,7 @@ class StopRequest:
             self._previous = {s: signal.signal(s, self._request) for s in self._SIGNALS}
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._restore()
 
     def _request(self, number: int, frame: FrameType | None) -> None:

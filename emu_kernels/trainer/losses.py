@@ -24,7 +24,7 @@ from .settings import AT_LEAST_0, SHARE, Choice, setting
 
 
 class Step(NamedTuple):
-    """What a loss is computed from."""
+    """The inputs of a loss."""
 
     config: LossOptions
     model: Model

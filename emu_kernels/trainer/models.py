@@ -1,19 +1,18 @@
-"""Models: how an entity and a relation become a query, and what the query is compared with.
+"""Models: a query from an entity and a relation, and the similarity that compares it.
 
 A model scores φ(query, candidate), where the query is all of the model except the entity that is
 predicted. Only φ over many candidates is heavy, and it lives in the kernels. This module holds
 a table of entities, a table of relations, and a small piece of ordinary PyTorch between them.
 
-A new model is a subclass with :func:`model` above it, and a field of :class:`ModelOptions` for each
-option of its own.
+A new model is a subclass with a name, and a field of :class:`ModelOptions` for each option of its
+own.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,14 +27,19 @@ _CANDIDATES = 256  # scored at once: a tile of so many rows stays in a CPU's cac
 
 
 class Query(NamedTuple):
-    """What φ compares candidates with."""
+    """The side of φ that candidates are compared with."""
 
     vector: Tensor  # (B, D)
     scale: Tensor | None = None  # a: multiplies the candidates' components
 
 
+MODELS: dict[str, type[Model]] = {}
+
+
 class Model(nn.Module):
     """Two embedding tables and the query between them.
+
+    ``class DistMult(Model, name="DistMult")`` enters the subclass into :data:`MODELS`.
 
     Args:
         num_entities: N.
@@ -55,6 +59,10 @@ class Model(nn.Module):
     similarity: str  # φ, by the name the kernels know it by
     phase_scale: float = 1.0  # κ of φ
     similarity_weights: nn.Parameter | None  # w of φ
+
+    def __init_subclass__(cls, name: str | None = None) -> None:
+        if name is not None:
+            MODELS[name] = cls
 
     def __init__(
         self,
@@ -118,20 +126,6 @@ class Model(nn.Module):
         return torch.cat([s.negative for s in scores], dim=1)
 
 
-MODELS: dict[str, type[Model]] = {}
-M = TypeVar("M", bound=type[Model])
-
-
-def model(name: str) -> Callable[[M], M]:
-    """Enter a class into :data:`MODELS`."""
-
-    def enter(cls: M) -> M:
-        MODELS[name] = cls
-        return cls
-
-    return enter
-
-
 @dataclass(frozen=True)
 class ModelOptions:
     """model"""
@@ -158,16 +152,14 @@ class DotProduct(Model):
         return query.vector @ candidates.T
 
 
-@model("DistMult")
-class DistMult(DotProduct):
+class DistMult(DotProduct, name="DistMult"):
     """⟨h, r, t⟩ (Yang et al., 2015)."""
 
     def query(self, entity: Tensor, relation: Tensor, direction: Direction) -> Query:
         return Query(entity * relation)
 
 
-@model("ComplEx")
-class ComplEx(DotProduct):
+class ComplEx(DotProduct, name="ComplEx"):
     """Re⟨h, r, conj(t)⟩ (Trouillon et al., 2016). A row holds d real parts, then d imaginary."""
 
     entity_width = 2
@@ -178,8 +170,7 @@ class ComplEx(DotProduct):
         return Query(_complex_product(entity, r_re, -r_im if direction == "head" else r_im))
 
 
-@model("TransE")
-class TransE(Model):
+class TransE(Model, name="TransE"):
     """−‖h + r − t‖, the 1-norm or the 2-norm (Bordes et al., 2013).
 
     With the initial values, and without the constraint ‖entity‖ = 1, of RotatE's reference trainer.
@@ -192,8 +183,7 @@ class TransE(Model):
         return Query(entity + relation if direction == "tail" else entity - relation)
 
 
-@model("RotatE")
-class RotatE(Model):
+class RotatE(Model, name="RotatE"):
     """−Σ_j |h_j e^{iθ_j} − t_j| (Sun et al., 2019). A row holds d real parts, then d imaginary.
 
     A relation holds its phases θ in units of (γ+2)/(dπ), so that they begin uniform in [−π, π].
@@ -209,8 +199,7 @@ class RotatE(Model):
         return Query(_complex_product(entity, phase.cos(), -sine if direction == "head" else sine))
 
 
-@model("pRotatE")
-class PRotatE(Model):
+class PRotatE(Model, name="pRotatE"):
     """−w Σ_j |sin((h_j + r_j − t_j)/2)|, RotatE with moduli that are all alike (Sun et al., 2019).
 
     All rows hold phases, in RotatE's units. w is learned and begins at (γ+2)/(2d), as in the
@@ -229,8 +218,7 @@ class PRotatE(Model):
         return Query(entity + relation if direction == "tail" else entity - relation)
 
 
-@model("HAKE")
-class HAKE(Model):
+class HAKE(Model, name="HAKE"):
     """−w_p Σ_j |sin((h_p + r_p − t_p)_j/2)| − w_m ‖h_m ⊙ (|r_m| + r_b) − t_m ⊙ (1 − r_b)‖₂
     (Zhang et al., 2020).
 
@@ -262,12 +250,11 @@ class HAKE(Model):
         return Query(torch.cat((phase - r_phase, modulus * of_tail), dim=-1), of_head)
 
 
-@model("PairRE")
-class PairRE(Model):
+class PairRE(Model, name="PairRE"):
     """−‖h ⊙ r_h − t ⊙ r_t‖ of normalised h and t, the 1-norm or the 2-norm (Chao et al., 2021).
 
     A relation holds r_h, then r_t. Entities are normalised to ‖·‖₂ = 1 where they are looked up, so
-    what is mutated are normalised rows (a mutant's own norm is not 1). The kernels read rows of a
+    the mutation sees normalised rows (a mutant's own norm is not 1). The kernels read rows of a
     table, so the whole table is normalised at each step: N·D more for it, N·D for its gradient, and
     a few passes over both. Where B·K is many times N, as on FB15k-237, a step needs nearly every
     row anyway.

@@ -1,4 +1,4 @@
-"""What a step trains on: batches of triples, and negatives for them.
+"""Samplers: the batches of triples that a step trains on, and negatives for them.
 
 A new sampler is an entry of :data:`SAMPLERS`, and a field of :class:`SamplingOptions` for each
 option of its own.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import pooch
 import torch
@@ -20,6 +20,8 @@ from .data import DIRECTIONS, Direction, Graph, split_triples
 from .frequency import BernoulliBatches
 from .neighbourhood import StructureAwareNegatives, cached_neighbourhoods
 from .settings import AT_LEAST_0, AT_LEAST_1, Choice, setting
+
+T = TypeVar("T")
 
 _BLOCK_IDS = 1 << 22  # negatives drawn at once: 32 MiB of ids
 
@@ -164,27 +166,21 @@ def _structure_aware(
 
 
 @dataclass(frozen=True)
-class Corruption(Choice):
-    """Makes the batches; takes options, graph, training triples on the device, and seed."""
+class Sampler(Choice, Generic[T]):
+    """Makes a :class:`BatchSampler` or :class:`NegativeSampler` of options, graph, training
+    triples (M, 3) on the device to train on, and seed."""
 
-    make: Callable[[SamplingOptions, Graph, Tensor, int], BatchSampler]
-
-
-@dataclass(frozen=True)
-class Sampler(Choice):
-    """Makes the negatives; takes options, graph, training triples on the device, and seed."""
-
-    make: Callable[[SamplingOptions, Graph, Tensor, int], NegativeSampler]
+    make: Callable[[SamplingOptions, Graph, Tensor, int], T]
     shares_sets: bool = False  # heeds rows_per_set
 
 
-CORRUPTIONS = {
-    "alternate": Corruption(
+CORRUPTIONS: dict[str, Sampler[BatchSampler]] = {
+    "alternate": Sampler(
         "tails and heads in turn",
         (),
         lambda options, graph, train, seed: AlternatingBatches(train, options.batch_size, seed),
     ),
-    "bernoulli": Corruption(
+    "bernoulli": Sampler(
         "by the relation's Bernoulli probability",
         (),
         lambda options, graph, train, seed: BernoulliBatches(
@@ -193,7 +189,7 @@ CORRUPTIONS = {
     ),
 }
 
-SAMPLERS = {
+SAMPLERS: dict[str, Sampler[NegativeSampler]] = {
     "uniform": Sampler(
         "all entities",
         (),

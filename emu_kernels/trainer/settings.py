@@ -58,7 +58,7 @@ def setting(
 
 @dataclass(frozen=True)
 class Choice:
-    """What the entry of a registry says about itself."""
+    """An entry of a registry, and its description."""
 
     help: str
     options: tuple[str, ...]  # names of the settings that it reads
@@ -92,7 +92,7 @@ def flag(name: str) -> str:
 
 
 def add_options(parser: argparse._ActionsContainer, settings: type[DataclassInstance]) -> None:
-    """An option for each setting. What is not given is absent from the parsed options."""
+    """Add an option for each setting. One that is not given is absent from the parsed options."""
     types = get_type_hints(settings)
     for f in fields(settings):
         help, choices = f.metadata["help"], f.metadata["choices"]

@@ -104,7 +104,7 @@ def test_help_shows_the_defaults(capsys):
 
 
 def test_a_loss_from_outside(graph_folder, tmp_path, monkeypatch, capsys):
-    """What the registry holds is on the command line."""
+    """An entry of the registry is on the command line."""
     monkeypatch.setitem(LOSSES, "mine", dataclasses.replace(LOSSES["uls"], help="my own"))
     with pytest.raises(SystemExit):
         train("--help")

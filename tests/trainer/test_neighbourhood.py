@@ -1,4 +1,4 @@
-"""Neighbourhoods: who is in them, how they are kept, and what is drawn from them."""
+"""Neighbourhoods: their members, their cache, and the negatives drawn from them."""
 
 from __future__ import annotations
 
