@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 from abc import abstractmethod
-from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
@@ -47,12 +46,13 @@ def load(name: str, absent: str | None = None) -> tuple[Any, str | None]:
 
 
 def pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
+    """0 of an empty tensor too."""
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def pointers(tensors: NamedTuple, *names: str) -> dict[str, int]:
     """The addresses of a tuple's tensors (of those named), by name."""
-    return {name: pointer(getattr(tensors, name)) for name in names or tensors._fields}
+    return {name: getattr(tensors, name).data_ptr() for name in names or tensors._fields}
 
 
 def _dtype(tensor: Tensor) -> str:
@@ -68,10 +68,9 @@ def _draws(draws: Draws) -> dict[str, Any]:
     """The rule's own parameters among them, by their names."""
     rule = draws.mutation
     out = {"mutation": rule.name, "seed": draws.seed.data_ptr(), "row_offset": draws.row_offset}
-    for field in fields(rule):
-        value = getattr(rule, field.name)
+    for name, value in vars(rule).items():
         is_tensor = value is None or isinstance(value, Tensor)
-        out[field.name] = pointer(value) if is_tensor else value
+        out[name] = pointer(value) if is_tensor else value
     return out
 
 
