@@ -26,8 +26,7 @@ _TYPES = {
     str: "str",
 }
 
-PARAMETERS = {rule.name: tuple(f.name for f in fields(rule)) for rule in RULES.values()}
-"""The parameters of each mutation rule, by its name."""
+_PARAMETERS = {rule.name: tuple(f.name for f in fields(rule)) for rule in RULES.values()}
 _DEFAULTS = {f.name: f.default for rule in RULES.values() for f in fields(rule)}
 _FIELDS = {cls: tuple(f.name for f in fields(cls)) for cls in (Draws, Request, LossRequest)}
 
@@ -40,7 +39,7 @@ def flatten(request: Draws) -> Values:
     rule: Mutation = request.mutation
     values = {name: getattr(request, name) for name in _FIELDS[type(request)]}
     values |= {**_DEFAULTS, "mutation": rule.name}
-    for name in PARAMETERS[rule.name]:
+    for name in _PARAMETERS[rule.name]:
         values[name] = getattr(rule, name)
     return values
 
@@ -48,7 +47,7 @@ def flatten(request: Draws) -> Values:
 def build(cls: type[AnyDraws], values: Values) -> AnyDraws:
     """The inverse of :func:`flatten`; names that are not ``cls``'s are ignored."""
     name = values["mutation"]
-    parameters = {p: values[p] for p in PARAMETERS[name]}
+    parameters = {p: values[p] for p in _PARAMETERS[name]}
     given = {field: values[field] for field in _FIELDS[cls]}
     given["mutation"] = RULES[name](**parameters)
     request = object.__new__(cls)

@@ -24,7 +24,6 @@ from emu_kernels.backends.base import (
     new_scores,
     new_scores_gradient,
 )
-from emu_kernels.library import PARAMETERS
 from emu_kernels.ops import KernelBackend
 from emu_kernels.request import Draws, LossRequest, Request
 
@@ -47,12 +46,13 @@ def load(name: str, absent: str | None = None) -> tuple[Any, str | None]:
 
 
 def pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
+    """0 of an empty tensor too."""
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def pointers(tensors: NamedTuple, *names: str) -> dict[str, int]:
     """The addresses of a tuple's tensors (of those named), by name."""
-    return {name: pointer(getattr(tensors, name)) for name in names or tensors._fields}
+    return {name: getattr(tensors, name).data_ptr() for name in names or tensors._fields}
 
 
 def _dtype(tensor: Tensor) -> str:
@@ -68,8 +68,7 @@ def _draws(draws: Draws) -> dict[str, Any]:
     """The rule's own parameters among them, by their names."""
     rule = draws.mutation
     out = {"mutation": rule.name, "seed": draws.seed.data_ptr(), "row_offset": draws.row_offset}
-    for name in PARAMETERS[rule.name]:
-        value = getattr(rule, name)
+    for name, value in vars(rule).items():
         is_tensor = value is None or isinstance(value, Tensor)
         out[name] = pointer(value) if is_tensor else value
     return out

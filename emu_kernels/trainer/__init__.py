@@ -4,11 +4,13 @@ A thin trainer: ordinary PyTorch around one call of :func:`emu_kernels.fused_emu
 
 =============== ====================================================================
 ``data``        triples, vocabularies, files and archives
-``datasets``    the public datasets by name: checksums, download, cache
-``models``      a query for each model, and the similarity that it is compared with
-``losses``      what a step minimises
-``presets``     the settings of a model on a dataset, by name
-``sampling``    batches and negatives as functions of (seed, step)
+``datasets``    the public datasets by name: addresses, checksums, cache
+``models``      a query for each model, and the similarity that compares it
+``losses``      the objectives of a step
+``sampling``    negatives, as functions of (seed, step, batch)
+``batches``     seeds, and batches as functions of (seed, step)
+``presets``     settings by name
+``config``      all settings of a run; ``settings`` makes flags and checks of them
 ``evaluation``  filtered ranking in both directions
 ``loop``        the training loop
 ``run``         the run folder: config, metrics, checkpoints, embeddings

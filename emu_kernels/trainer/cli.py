@@ -13,12 +13,9 @@ from typing import Any
 
 import torch
 
-from emu_kernels.mask import effective_rate
-from emu_kernels.mutation import MASK_UNITS
-
-from .config import ADJUSTABLE, BASELINE, CORRUPTIONS, OPTIMIZERS, SAMPLERS, Config
+from .config import ADJUSTABLE, Config
 from .data import Graph, load_graph
-from .datasets import CHECKSUMS, FOLDER_VARIABLE, load_dataset
+from .datasets import load_dataset
 from .errors import ConfigError, TrainerError
 from .loop import Trainer, settle
 from .losses import LOSSES
@@ -26,6 +23,8 @@ from .models import MODELS
 from .presets import PRESETS
 from .report import metrics_table
 from .run import RunFolder
+from .sampling import SAMPLERS
+from .settings import add_options, flag
 
 INTERRUPTED = 130  # the exit status that shells give to a program ended by Ctrl-C
 
@@ -40,6 +39,11 @@ examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``emu-train``.
+
+    Returns:
+        The exit status: 0; 1 after an error that a person can act on; 130 after Ctrl-C.
+    """
     parser = _parser()
     options = vars(parser.parse_args(arguments))
     if not options.keys() & {"dataset", "data", "preset", "resume"}:
@@ -84,7 +88,7 @@ def _start(options: dict[str, Any], run_dir: str | None) -> Trainer:
     settings |= options
     settings.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
     config = settle(Config(**settings))
-    graph = load_source(config)
+    graph = _load_source(config)
     if run_dir is None:
         name = config.dataset or Path(config.data or "").resolve().name
         stamp = time.strftime("%Y%m%d-%H%M%S")
@@ -93,13 +97,13 @@ def _start(options: dict[str, Any], run_dir: str | None) -> Trainer:
 
 
 def _resume(path: Path, settings: dict[str, Any], run_dir: str | None) -> Trainer:
-    fixed = [f"--{name.replace('_', '-')}" for name in settings if name not in ADJUSTABLE]
+    fixed = [flag(name) for name in settings if name not in ADJUSTABLE]
     if run_dir is not None:
         fixed.append("--run-dir")
     if fixed:
         raise ConfigError(
             f"--resume takes the run's own settings, so {', '.join(fixed)} cannot be given; "
-            f"what can: {', '.join('--' + name.replace('_', '-') for name in ADJUSTABLE)}"
+            f"what can: {', '.join(map(flag, ADJUSTABLE))}"
         )
     run = RunFolder.open(path)
     if "device" in settings:
@@ -112,32 +116,18 @@ def _resume(path: Path, settings: dict[str, Any], run_dir: str | None) -> Traine
 
 
 def _summary(config: Config) -> str:
-    """What is trained how, on one line."""
-    labels = f"β {config.beta:g}, α {config.alpha:g}"
-    unit = "" if config.mask_unit == "component" else f" of {config.mask_unit}s"
-    method = {
-        "emu": f"EMU (mutation rate {effective_rate(config.mutation_rate):.4f}{unit}, {labels})",
-        "uls": f"EMU without mutation ({labels})",
-        "mixup": f"EMU with Mixup (order {config.mixup_order}, {labels})",
-        "softmax": "sampled softmax",
-        "selfadv": "self-adversarial negative sampling "
-        f"(γ {config.margin:g}, temperature {config.adversarial_temperature:g})",
-        "onevsall": "softmax over all entities",
-    }[config.loss]
-    if config.sampler != "uniform":
-        method += f", {config.sampler} negatives ({config.hops} hops)"
-    if config.subsampling:
-        method += ", subsampling weights"
+    """Model, loss, negatives, optimizer and backend on one line."""
     norm = f", {config.norm}-norm" if MODELS[config.model].norms else ""
+    weights = ", subsampling weights" if config.subsampling else ""
     return (
-        f"{config.model}{norm}, d = {config.dim}, {method}; {config.optimizer}, lr {config.lr:g}, "
-        f"L3 {config.regularization:g}, seed {config.seed}; backend {config.backend} on "
-        f"{config.device}"
+        f"{config.model}{norm}, d = {config.dim}, {LOSSES[config.loss].summary(config)}, "
+        f"negatives from {SAMPLERS[config.sampler].summary(config)}{weights}; "
+        f"{config.optimizer}, lr {config.lr:g}, L3 {config.regularization:g}, seed {config.seed}; "
+        f"backend {config.backend} on {config.device}"
     )
 
 
-def load_source(config: Config) -> Graph:
-    """The graph that a config names."""
+def _load_source(config: Config) -> Graph:
     if config.dataset is not None:
         return load_dataset(config.dataset)
     assert config.data is not None
@@ -151,125 +141,23 @@ def _parser() -> argparse.ArgumentParser:
         description="Train knowledge-graph embeddings with the fused EMU loss.",
         epilog=f"presets:\n{presets}\n\n{EXAMPLES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,  # what is not given is absent, not None
+        argument_default=argparse.SUPPRESS,  # an option that is not given is absent, not None
     )
-    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
-
     parser.add_argument(
         "--preset",
-        choices=tuple(PRESETS),
+        choices=PRESETS,
         metavar="NAME",
-        help="a model on a dataset as the paper trains it, of those below; options given beside "
-        "it override it",
+        help="settings by name, of those below; options given beside it override it",
     )
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument(
-        "--dataset",
-        choices=tuple(CHECKSUMS),
-        help=f"downloaded, verified and cached; taken from the folder {FOLDER_VARIABLE} if set",
-    )
-    source.add_argument(
-        "--data", metavar="PATH", help="a folder (or tar archive) with train/valid/test.txt"
-    )
-    source.add_argument("--resume", metavar="RUN", help="continue a run folder where it stopped")
     parser.add_argument(
         "--run-dir", metavar="FOLDER", help="where to write; default runs/NAME-MODEL-LOSS-TIME"
     )
-
-    def add(group: argparse._ArgumentGroup, name: str, help: str, **keywords: Any) -> None:
-        default = defaults[name]
-        if default is not None and not isinstance(default, bool):
-            help = f"{help} (default {default})"
-            keywords.setdefault("type", type(default))
-            if "choices" not in keywords:
-                keywords.setdefault("metavar", "X")
-        group.add_argument(f"--{name.replace('_', '-')}", help=help, **keywords)
-
-    group = parser.add_argument_group("model")
-    add(group, "model", "the scoring function", choices=tuple(MODELS))
-    add(group, "dim", "dimension d")
-    add(group, "norm", "p-norm of the distance (TransE, PairRE)", choices=(1, 2))
-    add(group, "margin", "γ: initial values are in ±(γ+2)/d; selfadv's margin, with distances")
-
-    regularization = ", ".join(
-        f"{model.regularization:g} for {name}"
-        for name, model in MODELS.items()
-        if model.regularization
-    )
-    group = parser.add_argument_group("loss")
-    add(
-        group,
-        "loss",
-        "EMU, EMU without mutation or with Mixup, sampled softmax, self-adversarial negative "
-        "sampling, softmax over all entities",
-        choices=tuple(LOSSES),
-    )
-    add(group, "mutation_rate", "share of components taken from the positive, in steps of 1/256")
-    add(
-        group,
-        "mask_unit",
-        "what is mutated as a whole; a pair is a complex number's two parts",
-        choices=MASK_UNITS,
-    )
-    add(group, "mixup_order", "negatives' share in Mixup is drawn from Beta(order, 1)")
-    add(group, "beta", "label of a mutated negative")
-    add(group, "alpha", "weight of the vanilla term beside EMU")
-    add(
-        group,
-        "regularization",
-        f"L3 (cubic) regularisation of both tables (default with {BASELINE}: {regularization}; "
-        "otherwise 0)",
-        type=float,
-        metavar="X",
-    )
-
-    add(group, "adversarial_temperature", "of selfadv; 0 weights all negatives alike")
-    add(
-        group,
-        "subsampling",
-        "weight triples by 1/√frequency, as RotatE's trainer does",
-        action="store_true",
-    )
-
-    group = parser.add_argument_group("negatives and batches")
-    add(group, "batch_size", "triples a step")
-    add(
-        group,
-        "corruption",
-        "predict tails and heads in turn, or by the relation's Bernoulli probability",
-        choices=CORRUPTIONS,
-    )
-    add(group, "negatives", "negatives a triple")
-    add(
-        group,
-        "sampler",
-        "negatives from all entities, or from the given entity's neighbourhood (SAN), which are "
-        "best filtered",
-        choices=SAMPLERS,
-    )
-    add(group, "hops", "of the neighbourhood")
-    add(group, "walks", "random walks an entity that find its neighbourhood; 0 for all of it")
-    add(group, "rows_per_set", "consecutive triples that share one set of uniform negatives")
-    add(group, "filter_negatives", "leave out negatives true in training", action="store_true")
-
-    group = parser.add_argument_group("optimisation")
-    add(group, "optimizer", "the optimizer", choices=OPTIMIZERS)
-    add(group, "lr", "learning rate")
-    add(
-        group,
-        "sparse",
-        "read and write only the entities of the batch: for tables much larger than batch times "
-        "negatives",
-        action="store_true",
-    )
-    add(group, "steps", "training steps")
-    add(group, "seed", "repeats a run exactly, on the same device and versions")
-
-    group = parser.add_argument_group("running")
-    add(group, "eval_every", "steps between validations and checkpoints")
-    add(group, "log_every", "steps between lines in metrics.jsonl")
-    group.add_argument("--device", help="cpu, cuda, cuda:1, ... (default cuda where there is one)")
-    group.add_argument("--backend", help="kernels to use (default the fastest that can run)")
+    source, *groups = Config.__bases__
+    exclusive = parser.add_mutually_exclusive_group()
+    add_options(exclusive, source)
+    exclusive.add_argument("--resume", metavar="RUN", help="continue a run folder where it stopped")
+    for group in groups:
+        add_options(parser.add_argument_group(group.__doc__), group)
     return parser
 
 

@@ -2,116 +2,98 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from emu_kernels import Mixup
-from emu_kernels.mutation import MASK_UNITS
-
+from .datasets import DATASETS, FOLDER_VARIABLE
 from .errors import ConfigError
-from .losses import LOSSES
-from .models import MARGIN, MODELS, Model
-
-OPTIMIZERS = ("Adagrad", "Adam")
-SAMPLERS = ("uniform", "structure-aware")
-CORRUPTIONS = ("alternate", "bernoulli")
-
-BASELINE = "softmax"  # its L3 regularisation is the model's own; other losses have none by default
-
-_COUNTS = (
-    "dim",
-    "batch_size",
-    "negatives",
-    "steps",
-    "eval_every",
-    "log_every",
-    "hops",
-    "rows_per_set",
-)
+from .losses import LOSSES, LossOptions
+from .models import MODELS, Model, ModelOptions
+from .sampling import SAMPLERS, SamplingOptions
+from .settings import ABOVE_0, AT_LEAST_0, AT_LEAST_1, check, setting
 
 
 @dataclass(frozen=True)
-class Config:
-    """What determines a run's numbers, and a few settings that do not (see ``ADJUSTABLE``)."""
+class SourceOptions:
+    """data"""
 
-    dataset: str | None = None  # a name of datasets.CHECKSUMS
-    data: str | None = None  # or a folder or archive with train.txt, valid.txt and test.txt
-    model: str = "DistMult"
-    dim: int = 100
-    norm: int = 1
-    margin: float = MARGIN
-    loss: str = "emu"
-    mutation_rate: float = 0.61
-    mask_unit: str = "component"
-    mixup_order: int = Mixup.order
-    beta: float = 0.53
-    alpha: float = 0.11
-    adversarial_temperature: float = 1.0
-    subsampling: bool = False
-    batch_size: int = 1000
-    negatives: int = 256
-    filter_negatives: bool = False
-    sampler: str = "uniform"
-    hops: int = 3  # of the structure-aware sampler
-    walks: int = 1000  # an entity; 0 for the exact neighbourhood
-    rows_per_set: int = 1  # consecutive rows that share a set of negatives
-    corruption: str = "alternate"
-    optimizer: str = "Adagrad"
-    lr: float = 0.1
-    sparse: bool = False  # gradients and steps of touched entities only
-    regularization: float | None = None  # None: the default of model and loss
-    steps: int = 20_000
-    seed: int = 0
-    eval_every: int = 1000
-    log_every: int = 100
-    device: str = "cpu"
-    backend: str | None = None  # None: the fastest that can run on the device
+    dataset: str | None = setting(
+        None,
+        f"downloaded, verified and cached; read from the folder {FOLDER_VARIABLE} if set",
+        choices=DATASETS.keys(),
+    )
+    data: str | None = setting(None, "a folder (or tar archive) with train/valid/test.txt")
+
+
+@dataclass(frozen=True)
+class OptimisationOptions:
+    """optimisation"""
+
+    optimizer: str = setting("Adagrad", "the optimizer", choices=("Adagrad", "Adam"))
+    lr: float = setting(0.1, "learning rate", limit=ABOVE_0)
+    sparse: bool = setting(
+        False,
+        "read and write only the entities of the batch: for tables much larger than batch times "
+        "negatives",
+    )
+    regularization: float | None = setting(
+        None,
+        "L3 (cubic) regularisation of both tables (default with "
+        + ", ".join(name for name, loss in LOSSES.items() if loss.regularized)
+        + ": "
+        + ", ".join(f"{m.regularization:g} for {n}" for n, m in MODELS.items() if m.regularization)
+        + "; otherwise 0)",
+        limit=AT_LEAST_0,
+    )
+    seed: int = setting(0, "repeats a run exactly, on the same device and versions")
+
+
+@dataclass(frozen=True)
+class RunningOptions:
+    """running (can be given with --resume)"""
+
+    steps: int = setting(20_000, "training steps", limit=AT_LEAST_1)
+    eval_every: int = setting(1000, "steps between validations and checkpoints", limit=AT_LEAST_1)
+    log_every: int = setting(100, "steps between lines in metrics.jsonl", limit=AT_LEAST_1)
+    device: str = setting("cpu", "cpu, cuda, cuda:1, ...; emu-train looks for cuda first")
+    backend: str | None = setting(None, "kernels to use (default the fastest that can run)")
+
+
+# What --resume may change: none of these changes a step's numbers (a device's generator does).
+ADJUSTABLE = tuple(f.name for f in fields(RunningOptions))
+
+
+@dataclass(frozen=True)
+class Config(
+    SourceOptions, ModelOptions, LossOptions, SamplingOptions, OptimisationOptions, RunningOptions
+):
+    """All settings of a run. The bases' docstrings are the headings of ``emu-train --help``.
+
+    Raises:
+        ConfigError: a value, or a combination of values, cannot work; says why.
+    """
 
     def __post_init__(self) -> None:
         if (self.dataset is None) == (self.data is None):
             raise ConfigError("give either a dataset's name or a data folder, not both or neither")
-        _one_of("model", self.model, tuple(MODELS))
-        _one_of("loss", self.loss, tuple(LOSSES))
-        _one_of("mask_unit", self.mask_unit, MASK_UNITS)
-        _one_of("optimizer", self.optimizer, OPTIMIZERS)
-        _one_of("sampler", self.sampler, SAMPLERS)
-        _one_of("corruption", self.corruption, CORRUPTIONS)
-        for name in _COUNTS:
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.walks < 0:
-            raise ConfigError(f"walks must be at least 0, got {self.walks}")
+        check(self)
+        model, loss = MODELS[self.model], LOSSES[self.loss]
+        if self.regularization is None:
+            default = model.regularization if loss.regularized else 0.0
+            object.__setattr__(self, "regularization", default)
         if self.batch_size % self.rows_per_set:
             raise ConfigError(
                 f"rows_per_set must divide the batch size {self.batch_size}, "
                 f"got {self.rows_per_set}"
             )
-        if self.rows_per_set > 1 and self.sampler != "uniform":
-            raise ConfigError("rows_per_set: only uniform negatives can be shared between rows")
-        if self.regularization is None:
-            default = MODELS[self.model].regularization if self.loss == BASELINE else 0.0
-            object.__setattr__(self, "regularization", default)
-        for name in ("beta", "alpha", "margin", "adversarial_temperature", "regularization"):
-            value = getattr(self, name)
-            if not (value >= 0 and math.isfinite(value)):
-                raise ConfigError(f"{name} must be a finite number of at least 0, got {value}")
-        if not 0 <= self.mutation_rate <= 1:
-            raise ConfigError(f"mutation_rate must be in [0, 1], got {self.mutation_rate}")
-        try:
-            Mixup(self.mixup_order)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"mixup_order: {error}") from error
-        norms = MODELS[self.model].norms
-        if self.norm not in (norms or (1,)):
-            known = f"1 or 2, got {self.norm}" if norms else f"left out: {self.model} has no choice"
-            raise ConfigError(f"norm must be {known}")
+        if self.rows_per_set > 1 and not SAMPLERS[self.sampler].shares_sets:
+            raise ConfigError(f"rows_per_set: {self.sampler} negatives cannot be shared")
+        if self.norm not in (model.norms or (1,)):
+            raise ConfigError(f"norm must be left out: {self.model} has no choice")
+        if self.mask_unit == "pair" and model.entity_width * self.dim % 2:
+            raise ConfigError(f"mask_unit 'pair' needs an even dim with {self.model}")
         if self.sparse:
             self._check_sparse()
-        if self.mask_unit == "pair" and MODELS[self.model].entity_width * self.dim % 2:
-            raise ConfigError(f"mask_unit 'pair' needs an even dim with {self.model}")
-        if not (self.lr > 0 and math.isfinite(self.lr)):
-            raise ConfigError(f"lr must be a finite number above 0, got {self.lr}")
 
     def _check_sparse(self) -> None:
         """Whether a step of this run touches few entities, and in a way that can be sparse."""
@@ -119,8 +101,8 @@ class Config:
             raise ConfigError(
                 f"sparse needs Adagrad: {self.optimizer} moves every entity each step"
             )
-        if self.loss == "onevsall":
-            raise ConfigError("sparse: the loss onevsall touches every entity at each step")
+        if LOSSES[self.loss].all_entities:
+            raise ConfigError(f"sparse: the loss {self.loss} touches every entity at each step")
         if self.regularization:
             raise ConfigError(
                 "sparse: regularization touches every entity at each step; set it to 0, "
@@ -134,16 +116,12 @@ class Config:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Config:
+        """Read :meth:`to_json`'s result; a setting that it lacks has its default.
+
+        Raises:
+            ConfigError: a setting is unknown or cannot work.
+        """
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ConfigError(f"unknown settings, of a newer version perhaps: {', '.join(unknown)}")
         return cls(**values)
-
-
-# What --resume may change: none of these changes a step's numbers (a device's generator does).
-ADJUSTABLE = ("steps", "eval_every", "log_every", "device", "backend")
-
-
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"unknown {name} {value!r}; known: {', '.join(choices)}")

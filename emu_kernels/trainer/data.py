@@ -6,13 +6,12 @@ tar archive; an archive's members are read in memory and nothing of it is ever e
 
 from __future__ import annotations
 
-import io
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -39,8 +38,8 @@ class Graph:
     def from_names(cls, splits: dict[str, list[NamedTriple]]) -> Graph:
         """Number the names in sorted order, whichever split they appear in.
 
-        What appears only in validation or test is kept, as LibKGE does: its embedding stays as
-        initialised, and its triples are ranked like all others. See :meth:`unseen`.
+        Names that appear only in validation or test are kept, as LibKGE does: their embeddings
+        stay as initialised, and their triples are ranked like all others. See :meth:`unseen`.
         """
         everything = [triple for split in SPLITS for triple in splits[split]]
         entities = sorted({name for head, _, tail in everything for name in (head, tail)})
@@ -76,7 +75,7 @@ class Graph:
         return int((~seen).sum())
 
     def summary(self) -> str:
-        """Lines for a person: sizes, and what is unseen in training."""
+        """Lines for a person: sizes, and how many triples are unseen in training."""
         sizes = ", ".join(f"{len(self.triples[split]):,} {split}" for split in SPLITS)
         unseen = [
             f"\n{count:,} of the {split} triples hold an entity or relation unseen in training: "
@@ -91,7 +90,7 @@ class Graph:
 
 
 def split_triples(triples: Tensor, direction: Direction) -> tuple[Tensor, Tensor, Tensor]:
-    """(given, relation, target), each (M,): what the query is made of, and what it looks for."""
+    """(given, relation, target), each (M,): the query's entity and relation, and its answer."""
     head, relation, tail = triples.T
     return (head, relation, tail) if direction == "tail" else (tail, relation, head)
 
@@ -100,59 +99,54 @@ def load_graph(path: Path) -> Graph:
     """Read a graph from a folder or from a tar archive.
 
     Raises:
-        DataError: something is missing, malformed, corrupted or unsafe; says what and where.
+        DataError: something is missing, malformed, corrupted or unsafe; says where.
     """
     if path.is_dir():
-        return Graph.from_names(_read_folder(path))
-    if path.is_file():
-        return Graph.from_names(_read_archive(path))
-    raise DataError(
-        f"{path}: no such folder or archive; expected a folder with train.txt, valid.txt and "
-        "test.txt, or a tar archive of them"
-    )
-
-
-def _read_folder(folder: Path) -> dict[str, list[NamedTriple]]:
-    splits = {}
+        contents = {
+            split: (str(file), file.read_bytes())
+            for split in SPLITS
+            if (file := path / f"{split}.txt").is_file()
+        }
+    elif path.is_file():
+        contents = _read_archive(path)
+    else:
+        raise DataError(
+            f"{path}: no such folder or archive; expected a folder with train.txt, valid.txt and "
+            "test.txt, or a tar archive of them"
+        )
     for split in SPLITS:
-        path = folder / f"{split}.txt"
-        if not path.is_file():
-            raise DataError(
-                f"{path} is missing; {folder} must hold train.txt, valid.txt and test.txt"
-            )
-        with path.open("rb") as stream:
-            splits[split] = _read_split(stream, str(path))
-    return splits
+        if split not in contents:
+            raise DataError(f"{path} holds no {split}.txt; it must hold train, valid and test")
+    splits = {split: list(_parse(content, where)) for split, (where, content) in contents.items()}
+    if not splits["train"]:
+        raise DataError(f"{contents['train'][0]} holds no triples: there is nothing to train on")
+    return Graph.from_names(splits)
 
 
-def _read_archive(path: Path) -> dict[str, list[NamedTriple]]:
-    splits: dict[str, list[NamedTriple]] = {}
+def _read_archive(path: Path) -> dict[str, tuple[str, bytes]]:
+    """By split, a name for messages, and the content."""
+    contents: dict[str, tuple[str, bytes]] = {}
     try:
         with tarfile.open(path) as archive:
             for member in archive:
                 _check_member(member, path)
-                split = PurePosixPath(member.name).stem
-                if not member.isfile() or PurePosixPath(member.name).name != f"{split}.txt":
+                name = PurePosixPath(member.name)
+                if not member.isfile() or name.suffix != ".txt" or name.stem not in SPLITS:
                     continue
-                if split not in SPLITS:
-                    continue
-                if split in splits:
-                    raise DataError(f"{path} holds {split}.txt more than once")
+                if name.stem in contents:
+                    raise DataError(f"{path} holds {name.name} more than once")
                 stream = archive.extractfile(member)
                 assert stream is not None  # a regular file, as checked above
-                splits[split] = _read_split(io.BytesIO(stream.read()), f"{path}:{member.name}")
+                contents[name.stem] = (f"{path}:{member.name}", stream.read())
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise DataError(f"{path} is corrupted or not a tar archive: {error}") from error
-    for split in SPLITS:
-        if split not in splits:
-            raise DataError(f"{path} holds no {split}.txt; it must hold train, valid and test")
-    return splits
+    return contents
 
 
 def _check_member(member: tarfile.TarInfo, path: Path) -> None:
     """Refuse an archive that would write outside its folder if someone extracted it.
 
-    Nothing is extracted here, so it could do no harm; but no honest dataset looks like that.
+    Nothing is extracted here, so it could do no harm, but an honest dataset has no such member.
     """
     name = PurePosixPath(member.name)
     escapes = name.is_absolute() or ".." in name.parts or "\\" in member.name
@@ -163,15 +157,8 @@ def _check_member(member: tarfile.TarInfo, path: Path) -> None:
         )
 
 
-def _read_split(stream: BinaryIO, where: str) -> list[NamedTriple]:
-    triples = list(_parse(stream, where))
-    if not triples and where.endswith("train.txt"):
-        raise DataError(f"{where} holds no triples: there is nothing to train on")
-    return triples
-
-
-def _parse(lines: Iterable[bytes], where: str) -> Iterator[NamedTriple]:
-    for number, raw in enumerate(lines, start=1):
+def _parse(content: bytes, where: str) -> Iterator[NamedTriple]:
+    for number, raw in enumerate(content.split(b"\n"), start=1):
         try:
             line = raw.decode("utf-8").rstrip("\r\n")
         except UnicodeDecodeError as error:

@@ -2,11 +2,11 @@
 
 
 class TrainerError(Exception):
-    """Base class: something outside the program is not as it must be."""
+    """Base class: something outside the program is wrong."""
 
 
 class DataError(TrainerError):
-    """A dataset is missing, malformed or not what its checksum says."""
+    """A dataset is missing, malformed, or differs from its checksum."""
 
 
 class ConfigError(TrainerError):

@@ -1,4 +1,4 @@
-"""What training takes from frequencies: which side of a triple to corrupt, and its weight."""
+"""Frequencies of entities and pairs decide the side of a triple to corrupt, and its weight."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from .batches import Batch, generator, stream_columns
 from .data import Direction
-from .sampling import Batch, generator, stream_columns
 
 _FRACTION_BITS = 32  # of a fixed-point probability
 
@@ -98,7 +98,7 @@ class BernoulliBatches:
         order = torch.randperm(self._columns.shape[1], generator=draws, device=device)
         comb = torch.randint(1 << _FRACTION_BITS, (1,), generator=draws, device=device)
         ends = self._lengths[order].cumsum(0)
-        ends[-1:] = self._heads << _FRACTION_BITS  # what rounding down has lost
+        ends[-1:] = self._heads << _FRACTION_BITS  # restores the loss by rounding down
         hits = (ends + comb) >> _FRACTION_BITS
         missed = hits.diff(prepend=torch.zeros_like(hits[:1])) == 0
         # The head part first, each in the epoch's order: a mask would have to wait for the device.

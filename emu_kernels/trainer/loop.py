@@ -9,11 +9,9 @@ import signal
 import sys
 import threading
 import time
-from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
-import pooch
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding
@@ -22,37 +20,29 @@ from tqdm import tqdm
 from emu_kernels import backends
 
 from . import checkpoint
+from .batches import derive_seed
 from .config import Config
 from .data import Graph
 from .errors import ConfigError, RunError, TrainingError
 from .evaluation import Evaluator, Metrics
-from .frequency import BernoulliBatches, SubsamplingWeights
+from .frequency import SubsamplingWeights
 from .losses import LOSSES, Step
 from .models import Model
-from .neighbourhood import StructureAwareNegatives, cached_neighbourhoods
 from .plot import plot_metrics
 from .run import RunFolder, new_model, restore_model
-from .sampling import (
-    AlternatingBatches,
-    BatchSampler,
-    FilteredNegatives,
-    KnownTriples,
-    NegativeSampler,
-    UniformNegatives,
-    derive_seed,
-)
+from .sampling import CORRUPTIONS, new_negatives
 from .sparse import RowwiseAdagrad, add_rows
 
 
 class Trainer:
     """One run: a model, its optimizer, and where it stands.
 
-    Everything drawn is a function of (seed, step), so what a checkpoint holds (model, optimizer,
-    step) determines all that follows.
+    Everything drawn is a function of (seed, step), so a checkpoint (model, optimizer, step)
+    determines all that follows.
 
     Args:
         config: the settings.
-        graph: what to train on.
+        graph: the training, validation and test triples.
         run: where to write; None keeps everything in memory.
     """
 
@@ -66,8 +56,9 @@ class Trainer:
         self.evaluator = Evaluator(graph, self.device)
 
         train = graph.triples["train"].to(self.device)
-        self._batches = _new_batches(config, graph, train)
-        self._negatives = _new_negatives(config, graph, train)
+        make_batches = CORRUPTIONS[config.corruption].make
+        self._batches = make_batches(config, graph, train, config.seed)
+        self._negatives = new_negatives(config, graph, train, config.seed)
         self._weights = (
             SubsamplingWeights(train, graph.num_relations) if config.subsampling else None
         )
@@ -142,6 +133,8 @@ class Trainer:
                 negative=negative,
                 sample_weight=None if self._weights is None else self._weights(batch),
                 seed=derive_seed(config.seed, "mask", self.step),
+                backend=config.backend,
+                sparse_grad=config.sparse,
             )
         )
 
@@ -297,39 +290,6 @@ def settle(config: Config) -> Config:
     return dataclasses.replace(config, backend=backend)
 
 
-def _new_batches(config: Config, graph: Graph, train: Tensor) -> BatchSampler:
-    if config.corruption == "bernoulli":
-        return BernoulliBatches(train, graph.num_relations, config.batch_size, config.seed)
-    return AlternatingBatches(train, config.batch_size, config.seed)
-
-
-def _new_negatives(config: Config, graph: Graph, train: Tensor) -> NegativeSampler:
-    sampler: NegativeSampler
-    if config.sampler == "structure-aware":
-        neighbourhoods = cached_neighbourhoods(
-            train,
-            graph.num_entities,
-            hops=config.hops,
-            walks=config.walks,
-            seed=config.seed,
-            folder=Path(pooch.os_cache("emu-kernels")) / "neighbourhoods",
-        )
-        sampler = StructureAwareNegatives(
-            neighbourhoods, config.negatives, config.seed, train.device
-        )
-    else:
-        sampler = UniformNegatives(
-            graph.num_entities,
-            config.batch_size // config.rows_per_set,
-            config.negatives,
-            config.seed,
-            train.device,
-        )
-    if not config.filter_negatives:
-        return sampler
-    return FilteredNegatives(sampler, KnownTriples(train, graph.num_entities, graph.num_relations))
-
-
 def _new_optimizer(config: Config, model: Model) -> torch.optim.Optimizer:
     # On a CPU the fused step is one pass over parameter, gradient and state, not several.
     fused = True if torch.device(config.device).type == "cpu" else None
@@ -358,12 +318,7 @@ class StopRequest:
             self._previous = {s: signal.signal(s, self._request) for s in self._SIGNALS}
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._restore()
 
     def _request(self, number: int, frame: FrameType | None) -> None:

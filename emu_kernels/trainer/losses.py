@@ -1,36 +1,32 @@
 """Losses: what a step minimises, given the model's query and the ids to compare it with.
 
-==============  ==================================================================================
-``emu``         embedding mutation under unbounded label smoothing (Takamoto et al., 2025)
-``uls``         the same without mutation
-``mixup``       the same with Mixup in the place of mutation
-``softmax``     cross-entropy of the positive among the sampled negatives: the paper's baseline
-``selfadv``     self-adversarial negative sampling (Sun et al., 2019)
-``onevsall``    cross-entropy of the positive among all entities (Lacroix et al., 2018)
-==============  ==================================================================================
+A new loss is a function with :func:`loss` above it, and a field of :class:`LossOptions` for each
+option of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid
 
 from emu_kernels import Mixup, emu_scores, fused_emu_loss, fused_softmax_loss
+from emu_kernels.mask import MAX_MIXUP_ORDER, effective_rate
+from emu_kernels.mutation import MASK_UNITS
 from emu_kernels.reference import reduce
 
-if TYPE_CHECKING:
-    from .config import Config
-    from .models import Model, Query
+from .models import Model, Query
+from .settings import AT_LEAST_0, SHARE, Choice, setting
 
 
 class Step(NamedTuple):
-    """What a loss is computed from."""
+    """The inputs of a loss."""
 
-    config: Config
+    config: LossOptions
     model: Model
     query: Query  # of B rows
     table: Tensor  # (N, D), the model's candidates
@@ -38,20 +34,76 @@ class Step(NamedTuple):
     negative: Tensor  # (G, K), G dividing B; −1 is padding
     sample_weight: Tensor | None  # (B,); the loss is the mean that they weight
     seed: int  # of the masks
+    backend: str | None = None
+    sparse_grad: bool = False
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What all operators take."""
-        config = self.config
+        """The arguments that all operators take."""
         return {
             "query": self.query.vector,
             "table": self.table,
             "positive": self.positive,
             "negative": self.negative,
-            "backend": config.backend,
-            "sparse_grad": config.sparse,
+            "backend": self.backend,
+            "sparse_grad": self.sparse_grad,
             **self.model.phi(self.query),
         }
+
+
+@dataclass(frozen=True)
+class Loss(Choice):
+    """A loss: maps a step to a scalar."""
+
+    function: Callable[[Step], Tensor]
+    regularized: bool  # by default, as the model's baseline in EMU's paper
+    all_entities: bool  # its gradient touches every entity
+
+    def __call__(self, step: Step) -> Tensor:
+        return self.function(step)
+
+
+LOSSES: dict[str, Loss] = {}
+
+
+def loss(
+    help: str, *options: str, regularized: bool = False, all_entities: bool = False
+) -> Callable[[Callable[[Step], Tensor]], Loss]:
+    """Enter a function into :data:`LOSSES`, by its own name."""
+
+    def enter(function: Callable[[Step], Tensor]) -> Loss:
+        entry = Loss(help, options, function, regularized, all_entities)
+        return LOSSES.setdefault(function.__name__, entry)
+
+    return enter
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """loss"""
+
+    loss: str = setting("emu", "what a step minimises", choices=LOSSES)
+    mutation_rate: float = setting(
+        0.61,
+        "share of components taken from the positive, in steps of 1/256",
+        limit=SHARE,
+        show=lambda rate: f"{effective_rate(rate):.4f}",
+    )
+    mask_unit: str = setting(
+        "component",
+        "what is mutated as a whole; a pair is a complex number's two parts",
+        choices=MASK_UNITS,
+    )
+    mixup_order: int = setting(
+        Mixup.order,
+        "negatives' share in Mixup is drawn from Beta(order, 1)",
+        choices=range(1, MAX_MIXUP_ORDER + 1),
+    )
+    beta: float = setting(0.53, "label of a mutated negative", limit=AT_LEAST_0)
+    alpha: float = setting(0.11, "weight of the vanilla term beside EMU", limit=AT_LEAST_0)
+    adversarial_temperature: float = setting(
+        1.0, "of selfadv; 0 weights all negatives alike", limit=AT_LEAST_0
+    )
 
 
 def _emu(step: Step, mutation_rate: float | Mixup) -> Tensor:
@@ -66,29 +118,36 @@ def _emu(step: Step, mutation_rate: float | Mixup) -> Tensor:
     )
 
 
+@loss("EMU", "mutation_rate", "mask_unit", "beta", "alpha")
 def emu(step: Step) -> Tensor:
+    """Embedding mutation under unbounded label smoothing (Takamoto et al., 2025)."""
     return _emu(step, step.config.mutation_rate)
 
 
+@loss("EMU without mutation", "beta", "alpha")
 def uls(step: Step) -> Tensor:
     return _emu(step, 0.0)
 
 
+@loss("EMU with Mixup in place of mutation", "mixup_order", "beta", "alpha")
 def mixup(step: Step) -> Tensor:
     return _emu(step, Mixup(step.config.mixup_order))
 
 
+@loss("sampled softmax", regularized=True)
 def softmax(step: Step) -> Tensor:
+    """Cross-entropy of the positive among the sampled negatives: the baseline of EMU's paper."""
     return fused_softmax_loss(**step.arguments, sample_weight=step.sample_weight)
 
 
+@loss("self-adversarial negative sampling", "margin", "adversarial_temperature")
 def selfadv(step: Step) -> Tensor:
     """−log σ(γ + s⁺) − Σ_k p_k log σ(−γ − s⁻_k), p = softmax(temperature · s⁻) without gradient.
 
     RotatE's equation 6 (arXiv 1902.10197), with distances −s. γ belongs to a distance: the dot
     product has none, as in the authors' program. A row without negatives keeps its first term.
     """
-    margin = 0.0 if step.model.similarity == "dot" else step.config.margin
+    margin = 0.0 if step.model.similarity == "dot" else step.model.margin
     scores = emu_scores(**step.arguments, mutation=None, margin=margin)
     real = scores.negative != float("-inf")
     negative = scores.negative.masked_fill(~real, 0.0)
@@ -98,8 +157,12 @@ def selfadv(step: Step) -> Tensor:
     return reduce(rows, step.sample_weight, "mean")
 
 
+@loss("softmax over all entities", all_entities=True)
 def onevsall(step: Step) -> Tensor:
-    """logsumexp over all entities of s − s⁺. Takes B·N scores, and no sampled negatives."""
+    """logsumexp over all entities of s − s⁺ (Lacroix et al., 2018).
+
+    Takes B·N scores, and no sampled negatives.
+    """
     if step.model.similarity == "dot":
         scores = step.model.score(step.query, step.table)  # (B, N)
     else:
@@ -108,13 +171,3 @@ def onevsall(step: Step) -> Tensor:
         scores = emu_scores(**arguments, mutation=None).negative
     rows = cross_entropy(scores, step.positive, reduction="none")
     return reduce(rows, step.sample_weight, "mean")
-
-
-LOSSES: dict[str, Callable[[Step], Tensor]] = {
-    "emu": emu,
-    "uls": uls,
-    "mixup": mixup,
-    "softmax": softmax,
-    "selfadv": selfadv,
-    "onevsall": onevsall,
-}

@@ -1,15 +1,17 @@
-"""Models: how an entity and a relation become a query, and what the query is compared with.
+"""Models: a query from an entity and a relation, and the similarity that compares it.
 
 A model scores φ(query, candidate), where the query is all of the model except the entity that is
-predicted. Only φ over many candidates is heavy, and it lives in the kernels; what is here is a
-table of entities, a table of relations, and a small piece of ordinary PyTorch between them.
+predicted. Only φ over many candidates is heavy, and it lives in the kernels. This module holds
+a table of entities, a table of relations, and a small piece of ordinary PyTorch between them.
 
-A new model is one subclass and one entry in :data:`MODELS`.
+A new model is a subclass with a name, and a field of :class:`ModelOptions` for each option of its
+own.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -19,28 +21,32 @@ from torch.nn.functional import normalize
 from emu_kernels import emu_scores
 
 from .data import Direction
-
-MARGIN = 24.0  # γ
+from .settings import AT_LEAST_0, AT_LEAST_1, setting
 
 _CANDIDATES = 256  # scored at once: a tile of so many rows stays in a CPU's cache
 
 
 class Query(NamedTuple):
-    """What φ compares candidates with."""
+    """The side of φ that candidates are compared with."""
 
     vector: Tensor  # (B, D)
-    scale: Tensor | None = None  # a: multiplies what the candidates hold in its place
+    scale: Tensor | None = None  # a: multiplies the candidates' components
+
+
+MODELS: dict[str, type[Model]] = {}
 
 
 class Model(nn.Module):
     """Two embedding tables and the query between them.
+
+    ``class DistMult(Model, name="DistMult")`` enters the subclass into :data:`MODELS`.
 
     Args:
         num_entities: N.
         num_relations: R.
         dim: d, the model's dimension; a row may be wider (ComplEx stores 2d reals).
         generator: draws the initial values, U(−(γ+2)/d, (γ+2)/d), on the CPU.
-        margin: γ. A softmax loss does not see it but here.
+        margin: γ. A softmax loss depends on it only through these values.
         norm: p of the distance's p-norm, in models that leave the choice (``norms``).
     """
 
@@ -48,10 +54,15 @@ class Model(nn.Module):
     relation_width: ClassVar[int] = 1
     norms: ClassVar[tuple[int, ...]] = ()
     regularization: ClassVar[float] = 0.0  # L3, of the model's baseline in EMU's paper
+    options: ClassVar[tuple[str, ...]] = ()  # settings of its own: more keywords of __init__
 
     similarity: str  # φ, by the name the kernels know it by
     phase_scale: float = 1.0  # κ of φ
     similarity_weights: nn.Parameter | None  # w of φ
+
+    def __init_subclass__(cls, name: str | None = None) -> None:
+        if name is not None:
+            MODELS[name] = cls
 
     def __init__(
         self,
@@ -60,7 +71,7 @@ class Model(nn.Module):
         dim: int,
         generator: torch.Generator,
         *,
-        margin: float = MARGIN,
+        margin: float = 24.0,
         norm: int = 1,
     ) -> None:
         super().__init__()
@@ -88,11 +99,11 @@ class Model(nn.Module):
         raise NotImplementedError
 
     def candidates(self) -> Tensor:
-        """(N, D): the entities as φ meets them."""
+        """(N, D): the entities as φ reads them."""
         return self.entity
 
     def phi(self, query: Query) -> dict[str, Any]:
-        """φ as the public functions take it, as keyword arguments."""
+        """φ as keyword arguments of the public functions."""
         return {
             "similarity": self.similarity,
             "scale": query.scale,
@@ -104,7 +115,7 @@ class Model(nn.Module):
         """φ of each query with each candidate (C, D), as (B, C). Memory is bounded by the result,
         and where only the reference backend can run by B · ``_CANDIDATES`` · D.
 
-        By the operator: it is faster than torch.cdist, and so are its scores the trained ones.
+        Through the operator: it is faster than torch.cdist, and its scores are the trained ones.
         """
         first = torch.zeros(len(query.vector), dtype=torch.int64, device=candidates.device)
         ids = torch.arange(len(candidates), device=candidates.device).split(_CANDIDATES)
@@ -113,6 +124,22 @@ class Model(nn.Module):
             emu_scores(query.vector, candidates, first, i, mutation=None, **arguments) for i in ids
         ]
         return torch.cat([s.negative for s in scores], dim=1)
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """model"""
+
+    model: str = setting("DistMult", "the scoring function", choices=MODELS.keys())
+    dim: int = setting(100, "dimension d", limit=AT_LEAST_1)
+    norm: int = setting(
+        1, "p of the distance's p-norm, in models that leave the choice", choices=(1, 2)
+    )
+    margin: float = setting(
+        24.0,
+        "γ: initial values are in ±(γ+2)/d; selfadv's margin, with distances",
+        limit=AT_LEAST_0,
+    )
 
 
 class DotProduct(Model):
@@ -125,14 +152,14 @@ class DotProduct(Model):
         return query.vector @ candidates.T
 
 
-class DistMult(DotProduct):
+class DistMult(DotProduct, name="DistMult"):
     """⟨h, r, t⟩ (Yang et al., 2015)."""
 
     def query(self, entity: Tensor, relation: Tensor, direction: Direction) -> Query:
         return Query(entity * relation)
 
 
-class ComplEx(DotProduct):
+class ComplEx(DotProduct, name="ComplEx"):
     """Re⟨h, r, conj(t)⟩ (Trouillon et al., 2016). A row holds d real parts, then d imaginary."""
 
     entity_width = 2
@@ -143,7 +170,7 @@ class ComplEx(DotProduct):
         return Query(_complex_product(entity, r_re, -r_im if direction == "head" else r_im))
 
 
-class TransE(Model):
+class TransE(Model, name="TransE"):
     """−‖h + r − t‖, the 1-norm or the 2-norm (Bordes et al., 2013).
 
     With the initial values, and without the constraint ‖entity‖ = 1, of RotatE's reference trainer.
@@ -156,7 +183,7 @@ class TransE(Model):
         return Query(entity + relation if direction == "tail" else entity - relation)
 
 
-class RotatE(Model):
+class RotatE(Model, name="RotatE"):
     """−Σ_j |h_j e^{iθ_j} − t_j| (Sun et al., 2019). A row holds d real parts, then d imaginary.
 
     A relation holds its phases θ in units of (γ+2)/(dπ), so that they begin uniform in [−π, π].
@@ -172,7 +199,7 @@ class RotatE(Model):
         return Query(_complex_product(entity, phase.cos(), -sine if direction == "head" else sine))
 
 
-class PRotatE(Model):
+class PRotatE(Model, name="pRotatE"):
     """−w Σ_j |sin((h_j + r_j − t_j)/2)|, RotatE with moduli that are all alike (Sun et al., 2019).
 
     All rows hold phases, in RotatE's units. w is learned and begins at (γ+2)/(2d), as in the
@@ -191,7 +218,7 @@ class PRotatE(Model):
         return Query(entity + relation if direction == "tail" else entity - relation)
 
 
-class HAKE(Model):
+class HAKE(Model, name="HAKE"):
     """−w_p Σ_j |sin((h_p + r_p − t_p)_j/2)| − w_m ‖h_m ⊙ (|r_m| + r_b) − t_m ⊙ (1 − r_b)‖₂
     (Zhang et al., 2020).
 
@@ -223,11 +250,11 @@ class HAKE(Model):
         return Query(torch.cat((phase - r_phase, modulus * of_tail), dim=-1), of_head)
 
 
-class PairRE(Model):
+class PairRE(Model, name="PairRE"):
     """−‖h ⊙ r_h − t ⊙ r_t‖ of normalised h and t, the 1-norm or the 2-norm (Chao et al., 2021).
 
     A relation holds r_h, then r_t. Entities are normalised to ‖·‖₂ = 1 where they are looked up, so
-    what is mutated are normalised rows (a mutant's own norm is not 1). The kernels read rows of a
+    the mutation sees normalised rows (a mutant's own norm is not 1). The kernels read rows of a
     table, so the whole table is normalised at each step: N·D more for it, N·D for its gradient, and
     a few passes over both. Where B·K is many times N, as on FB15k-237, a step needs nearly every
     row anyway.
@@ -244,17 +271,6 @@ class PairRE(Model):
 
     def candidates(self) -> Tensor:
         return normalize(self.entity, dim=-1)
-
-
-MODELS: dict[str, type[Model]] = {
-    "DistMult": DistMult,
-    "ComplEx": ComplEx,
-    "TransE": TransE,
-    "RotatE": RotatE,
-    "pRotatE": PRotatE,
-    "HAKE": HAKE,
-    "PairRE": PairRE,
-}
 
 
 def _complex_product(x: Tensor, re: Tensor, im: Tensor) -> Tensor:

@@ -37,8 +37,8 @@ from torch.nn.functional import embedding_bag
 from tqdm import tqdm
 
 from . import checkpoint
+from .batches import Batch, generator
 from .errors import RunError
-from .sampling import Batch, generator
 
 FORMAT_VERSION = 1  # of the cache, and of how walks are drawn: another one finds no old file
 
@@ -96,7 +96,7 @@ class StructureAwareNegatives:
 
 
 def adjacency(triples: Tensor, num_entities: int) -> Neighbourhoods:
-    """Who shares a triple with whom: each pair once, in both directions, without loops.
+    """Pairs of entities that share a triple: each once, in both directions, without loops.
 
     Args:
         triples: (M, 3) on the CPU.
@@ -231,17 +231,13 @@ def _cache_key(triples: Tensor, num_entities: int, hops: int, walks: int, seed: 
 
 
 def _read(path: Path, key: str, num_entities: int) -> Neighbourhoods | None:
-    """What the file holds; None where it is missing, damaged or of another graph."""
-    if not path.is_file():
-        return None
+    """The file's neighbourhoods; None where it is missing, damaged or of another graph."""
     try:
         tensors, state = checkpoint.load(path)
-    except RunError:
-        return None
-    indptr, indices = tensors.get("indptr"), tensors.get("indices")
-    if state.get("key") != key or indptr is None or indices is None:
-        return None
-    if indptr.dtype != torch.int64 or indices.dtype != torch.int32 or indices.ndim != 1:
+        if state["key"] != key:
+            return None
+        indptr, indices = tensors["indptr"], tensors["indices"]
+    except (RunError, KeyError):
         return None
     # An id out of range would only be noticed in training.
     sound = (

@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"({head}, {options.relation}, {tail}), the model of step {state['step']}")
         print(tabulate(rows, ("", direction, "score", "known from"), disable_numparse=True))
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads has seen enough, as `head` does
+    except BrokenPipeError:  # the reader has closed the pipe, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
     return 0
 

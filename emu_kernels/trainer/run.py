@@ -1,7 +1,7 @@
 """The run folder: everything a run leaves behind, and everything that continuing it needs.
 
 ==========================  ===========================================================
-``config.json``             settings, versions, what the graph holds
+``config.json``             settings, versions, the graph's sizes
 ``graph.safetensors``       triples and names, so that a run can be moved and continued
 ``metrics.jsonl``           a JSON object a line: training loss, evaluations
 ``plot.png``                loss and MRR over steps
@@ -28,11 +28,11 @@ import emu_kernels
 from emu_kernels.mask import CONTRACT_VERSION
 
 from . import checkpoint
+from .batches import generator
 from .config import Config
 from .data import SPLITS, Graph
 from .errors import RunError
 from .models import MODELS, Model
-from .sampling import generator
 
 Metric = dict[str, Any]
 
@@ -51,7 +51,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, config: Config, graph: Graph) -> RunFolder:
-        """Make the folder and write what is fixed for the run's whole life.
+        """Make the folder; write the settings and the graph.
 
         Raises:
             RunError: it holds a run already, or cannot be written.
@@ -150,7 +150,7 @@ class RunFolder:
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def forget_metrics_after(self, step: int) -> None:
-        """Drop what was logged after the checkpoint that training continues from."""
+        """Drop lines logged after the checkpoint that training continues from."""
         kept = [json.dumps(metric) + "\n" for metric in self.read_metrics()]
         kept = [line for line in kept if json.loads(line)["step"] <= step]
         checkpoint.write_atomically(self.metrics_file, lambda file: file.write_text("".join(kept)))
@@ -185,13 +185,15 @@ class RunFolder:
 
 def new_model(config: Config, graph: Graph) -> Model:
     """A model as it is before the first step, the same on every device."""
-    return MODELS[config.model](
+    cls = MODELS[config.model]
+    return cls(
         graph.num_entities,
         graph.num_relations,
         config.dim,
         generator(torch.device("cpu"), config.seed, "init"),
         margin=config.margin,
         norm=config.norm,
+        **{name: getattr(config, name) for name in cls.options},
     )
 
 

@@ -1,70 +1,29 @@
-"""Batches and negatives, each a pure function of the run's seed and the step.
+"""Samplers: the batches of triples that a step trains on, and negatives for them.
 
-Nothing here has a state that a checkpoint would have to hold: the order of an epoch, a block of
-negatives and a step's mask are each drawn from a generator seeded with (seed, stream, index). So
-a resumed run draws what the uninterrupted run would have drawn, wherever it was cut.
-
-Two small protocols make the samplers interchangeable, whatever they draw and on whatever device:
-
-==========================  ==================================================================
-:class:`BatchSampler`       step -> the triples of a step and the entity to predict
-  AlternatingBatches        tails and heads in turn
-  frequency.BernoulliBatches  heads or tails by the relation's cardinality (Wang et al., 2014)
-:class:`NegativeSampler`    step and batch -> ids of negatives, (G, K)
-  UniformNegatives          from all entities; a set for each row, or for each block of rows
-  neighbourhood.StructureAwareNegatives  from the given entity's neighbourhood (SAN)
-  FilteredNegatives         another sampler's, without those that are true in training
-==========================  ==================================================================
+A new sampler is an entry of :data:`SAMPLERS`, and a field of :class:`SamplingOptions` for each
+option of its own.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
-from functools import lru_cache
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, Protocol, TypeVar
 
+import pooch
 import torch
 from torch import Tensor
 
-from .data import DIRECTIONS, Direction, split_triples
+from .batches import AlternatingBatches, Batch, BatchSampler, generator
+from .data import DIRECTIONS, Direction, Graph, split_triples
+from .frequency import BernoulliBatches
+from .neighbourhood import StructureAwareNegatives, cached_neighbourhoods
+from .settings import AT_LEAST_0, AT_LEAST_1, Choice, setting
+
+T = TypeVar("T")
 
 _BLOCK_IDS = 1 << 22  # negatives drawn at once: 32 MiB of ids
-
-
-def derive_seed(seed: int, stream: str, index: int) -> int:
-    """An int in [0, 2⁶³) for item `index` of a named stream of a run's randomness."""
-    digest = hashlib.blake2b(f"{seed}/{stream}/{index}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
-def generator(device: torch.device, seed: int, stream: str, index: int = 0) -> torch.Generator:
-    return torch.Generator(device).manual_seed(derive_seed(seed, stream, index))
-
-
-class Batch(NamedTuple):
-    """The triples of a step, all to be predicted in one direction."""
-
-    head: Tensor  # (B,)
-    relation: Tensor  # (B,)
-    tail: Tensor  # (B,)
-    direction: Direction  # which entity is predicted, and so corrupted
-
-    @property
-    def given(self) -> Tensor:
-        """(B,): the entity that the query is made of."""
-        return self.head if self.direction == "tail" else self.tail
-
-    @property
-    def positive(self) -> Tensor:
-        """(B,): the entity to predict."""
-        return self.tail if self.direction == "tail" else self.head
-
-
-class BatchSampler(Protocol):
-    """Draws the batch of a step: a pure function of the step (and of a seed held inside)."""
-
-    def __call__(self, step: int) -> Batch: ...
 
 
 class NegativeSampler(Protocol):
@@ -76,63 +35,6 @@ class NegativeSampler(Protocol):
     """
 
     def __call__(self, step: int, batch: Batch) -> Tensor: ...
-
-
-class Batches:
-    """Training triples, epoch after epoch, each epoch in an order of its own.
-
-    Epochs follow each other without a gap: a batch that crosses the border takes its rest from
-    the next one, so every batch is full and every triple is seen once an epoch.
-
-    Args:
-        triples: (M, 3) on the device to train on, M > 0.
-        batch_size: B.
-    """
-
-    def __init__(self, triples: Tensor, batch_size: int, seed: int) -> None:
-        self._columns = triples.T.contiguous()  # (3, M)
-        self.batch_size = batch_size
-        self._seed = seed
-        # A batch touches two epochs at a border, or more where it is larger than the graph.
-        self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
-
-    def __call__(self, step: int) -> Tensor:
-        """(3, B): heads, relations and tails of a step's batch."""
-        return stream_columns(
-            self._epoch, self._columns.shape[1], step * self.batch_size, self.batch_size
-        )
-
-    def _draw_epoch(self, epoch: int) -> Tensor:
-        device = self._columns.device
-        order = torch.randperm(
-            self._columns.shape[1],
-            generator=generator(device, self._seed, "epoch", epoch),
-            device=device,
-        )
-        return self._columns[:, order]
-
-
-def stream_columns(epoch: Callable[[int], Tensor], size: int, start: int, count: int) -> Tensor:
-    """(C, count): columns of the endless row epoch(0), epoch(1), ..., each (C, size), size > 0."""
-    index, start = divmod(start, size)
-    pieces = [epoch(index)[:, start : start + count]]
-    missing = count - pieces[0].shape[1]
-    while missing > 0:
-        index += 1
-        pieces.append(epoch(index)[:, :missing])
-        missing -= pieces[-1].shape[1]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
-
-
-class AlternatingBatches:
-    """The triples of :class:`Batches`, with tails and heads predicted in turn."""
-
-    def __init__(self, triples: Tensor, batch_size: int, seed: int) -> None:
-        self._batches = Batches(triples, batch_size, seed)
-
-    def __call__(self, step: int) -> Batch:
-        head, relation, tail = self._batches(step)
-        return Batch(head, relation, tail, DIRECTIONS[step % 2])
 
 
 class UniformNegatives:
@@ -164,7 +66,7 @@ class UniformNegatives:
 
 
 class KnownTriples:
-    """Tells which negatives are true: turns those that make a known triple into padding (−1).
+    """Turns negatives that make a known triple into padding (−1).
 
     Args:
         triples: (M, 3), the triples to know (those of the training split).
@@ -247,3 +149,94 @@ class FilteredNegatives:
         if sets < rows:
             negative = negative.view(sets, rows // sets, -1).amin(dim=1)
         return negative
+
+
+def _structure_aware(
+    options: SamplingOptions, graph: Graph, train: Tensor, seed: int
+) -> NegativeSampler:
+    neighbourhoods = cached_neighbourhoods(
+        train,
+        graph.num_entities,
+        hops=options.hops,
+        walks=options.walks,
+        seed=seed,
+        folder=Path(pooch.os_cache("emu-kernels")) / "neighbourhoods",
+    )
+    return StructureAwareNegatives(neighbourhoods, options.negatives, seed, train.device)
+
+
+@dataclass(frozen=True)
+class Sampler(Choice, Generic[T]):
+    """Makes a :class:`BatchSampler` or :class:`NegativeSampler` of options, graph, training
+    triples (M, 3) on the device to train on, and seed."""
+
+    make: Callable[[SamplingOptions, Graph, Tensor, int], T]
+    shares_sets: bool = False  # heeds rows_per_set
+
+
+CORRUPTIONS: dict[str, Sampler[BatchSampler]] = {
+    "alternate": Sampler(
+        "tails and heads in turn",
+        (),
+        lambda options, graph, train, seed: AlternatingBatches(train, options.batch_size, seed),
+    ),
+    "bernoulli": Sampler(
+        "by the relation's Bernoulli probability",
+        (),
+        lambda options, graph, train, seed: BernoulliBatches(
+            train, graph.num_relations, options.batch_size, seed
+        ),
+    ),
+}
+
+SAMPLERS: dict[str, Sampler[NegativeSampler]] = {
+    "uniform": Sampler(
+        "all entities",
+        (),
+        lambda options, graph, train, seed: UniformNegatives(
+            graph.num_entities,
+            options.batch_size // options.rows_per_set,
+            options.negatives,
+            seed,
+            train.device,
+        ),
+        shares_sets=True,
+    ),
+    "structure-aware": Sampler(
+        "the given entity's neighbourhood, SAN", ("hops", "walks"), _structure_aware
+    ),
+}
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """negatives and batches"""
+
+    batch_size: int = setting(1000, "triples a step", limit=AT_LEAST_1)
+    corruption: str = setting("alternate", "which entity to predict", choices=CORRUPTIONS)
+    subsampling: bool = setting(False, "weight triples by 1/√frequency, as RotatE's trainer does")
+    negatives: int = setting(256, "negatives a triple", limit=AT_LEAST_1)
+    sampler: str = setting("uniform", "where negatives are drawn from", choices=SAMPLERS)
+    hops: int = setting(3, "of the neighbourhood", limit=AT_LEAST_1)
+    walks: int = setting(
+        1000,
+        "random walks an entity that find its neighbourhood; 0 for all of it",
+        limit=AT_LEAST_0,
+    )
+    rows_per_set: int = setting(
+        1, "consecutive triples that share one set of negatives", limit=AT_LEAST_1
+    )
+    filter_negatives: bool = setting(
+        False, "leave out negatives true in training; advised with structure-aware"
+    )
+
+
+def new_negatives(
+    options: SamplingOptions, graph: Graph, train: Tensor, seed: int
+) -> NegativeSampler:
+    """The sampler that the options name, filtered where they say so."""
+    negatives = SAMPLERS[options.sampler].make(options, graph, train, seed)
+    if not options.filter_negatives:
+        return negatives
+    known = KnownTriples(train, graph.num_entities, graph.num_relations)
+    return FilteredNegatives(negatives, known)

@@ -1,4 +1,4 @@
-"""Steps that cost what they touch: sparse gradients of the entity table, and Adagrad by rows."""
+"""Sparse gradients of the entity table, and Adagrad by rows: a step costs the rows it touches."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import torch
 from torch import Tensor
 
 _BLOCK = 2**19
-"""Components that a CPU steps at a time, so that what is between operations stays in the cache."""
+"""Components that a CPU steps at a time, so that intermediate results stay in the cache."""
 
 
 def add_rows(gradient: Tensor, ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Add to rows of a table's sparse gradient, in place, those that it has.
+    """Add rows to a table's sparse gradient, in place, where the gradient has them.
 
     Args:
         gradient: (N, D), coalesced, ids ascending.
         ids: (B,) rows of the table, repeats allowed.
-        rows: (B, D) what is added to them.
+        rows: (B, D) to add to them.
 
     Returns:
-        The ids that it does not have, each once, and what was to be added to them.
+        (R,) the ids that the gradient lacks, each once, and (R, D) the sums of their rows.
     """
     touched, values = gradient._indices()[0], gradient._values()
     ids, place = ids.unique(return_inverse=True)

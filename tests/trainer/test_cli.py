@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from emu_kernels.trainer import cli, predict
+from emu_kernels.trainer.losses import LOSSES
 from emu_kernels.trainer.run import RunFolder
 
 QUICK = """
@@ -36,7 +38,9 @@ def test_train_prints_and_leaves_results(graph_folder, tmp_path, capsys):
     assert train("--data", graph_folder, "--run-dir", run_folder, *QUICK) == 0
     out = capsys.readouterr().out
     assert "48 entities, 4 relations; triples: 900 train, 100 valid, 100 test" in out
-    assert "EMU (mutation rate 0.6094, β 0.53, α 0.11)" in out  # 156 / 256
+    assert (
+        "EMU (mutation rate 0.6094, mask unit component, beta 0.53, alpha 0.11)" in out
+    )  # 156 / 256
     assert "Hits@10" in out
     assert f"emu-predict {run_folder}" in out
     assert (run_folder / "best.safetensors").exists()
@@ -95,8 +99,19 @@ def test_help_shows_the_defaults(capsys):
     out = " ".join(capsys.readouterr().out.split())
     for said in ("(default 0.61)", "0.001 for RotatE; otherwise 0)", "--resume RUN"):
         assert said in out
-    for said in ("distmult-fb15k-237", "hake-wn18rr", "{emu,uls,mixup,softmax,selfadv,onevsall}"):
+    for said in ("distmult-fb15k-237", "--loss {emu,uls,", "sampled softmax", "--hops X"):
         assert said in out
+
+
+def test_a_loss_from_outside(graph_folder, tmp_path, monkeypatch, capsys):
+    """An entry of the registry is on the command line."""
+    monkeypatch.setitem(LOSSES, "mine", dataclasses.replace(LOSSES["uls"], help="my own"))
+    with pytest.raises(SystemExit):
+        train("--help")
+    assert "mine (my own)" in " ".join(capsys.readouterr().out.split())
+    path = tmp_path / "run"
+    assert train("--data", graph_folder, "--run-dir", path, *QUICK, "--loss=mine", "--beta=1") == 0
+    assert "my own (beta 1, alpha 0.11)" in capsys.readouterr().out
 
 
 def test_an_existing_run_is_not_overwritten(run_folder, graph_folder, capsys):
@@ -129,7 +144,10 @@ def test_a_preset_and_what_overrides_it(graph_folder, tmp_path, capsys):
     path = tmp_path / "run"
     options = ["--preset", "rotate-fb15k-237", "--loss", "softmax", "--data", graph_folder]
     assert train(*options, "--run-dir", path, *QUICK) == 0
-    assert "RotatE, d = 8, sampled softmax; Adagrad, lr 0.05, L3 0.001" in capsys.readouterr().out
+    assert (
+        "RotatE, d = 8, sampled softmax, negatives from all entities; Adagrad, lr 0.05, L3 0.001"
+        in (capsys.readouterr().out)
+    )
     config = RunFolder.open(path).read_config()
     assert (config.model, config.lr, config.negatives, config.dataset) == ("RotatE", 0.05, 8, None)
 
@@ -147,18 +165,18 @@ def test_a_preset_alone_names_its_dataset(data_folder, tmp_path, monkeypatch, ca
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--loss=uls"], "EMU without mutation (β 0.53, α 0.11);"),
-        (["--loss=mixup", "--mixup-order=3"], "EMU with Mixup (order 3, β 0.53, α 0.11);"),
-        (["--mask-unit=pair"], "EMU (mutation rate 0.6094 of pairs, β 0.53, α 0.11);"),
+        (["--loss=mixup", "--mixup-order=3"], "(mixup order 3, beta 0.53, alpha 0.11)"),
+        (["--mask-unit=pair"], "EMU (mutation rate 0.6094, mask unit pair, beta 0.53, alpha"),
         (
             ["--loss=selfadv", "--margin=9", "--adversarial-temperature=0.5", "--subsampling"],
-            "negative sampling (γ 9, temperature 0.5), subsampling weights;",
+            "(margin 9, adversarial temperature 0.5), negatives from all entities, subsampling",
         ),
-        (["--loss=onevsall"], "softmax over all entities;"),
+        (["--sampler=structure-aware", "--walks=9"], "neighbourhood, SAN (hops 3, walks 9);"),
         (["--model=PairRE", "--norm=2"], "PairRE, 2-norm, d = 8,"),
     ],
 )
-def test_settings_are_told(graph_folder, tmp_path, capsys, options, said):
+def test_settings_are_printed(graph_folder, tmp_path, monkeypatch, capsys, options, said):
+    monkeypatch.setattr("pooch.os_cache", lambda name: tmp_path / name)
     folder = ["--data", graph_folder, "--run-dir", tmp_path / "run"]
     assert train(*folder, *QUICK, "--steps=2", *options) == 0
     assert said in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Reading graphs: what is accepted, and what each bad input says."""
+"""Reading graphs: the accepted formats, and the message for each bad input."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_missing_folder(tmp_path):
 
 def test_missing_file(tmp_path):
     (write_folder(tmp_path) / "valid.txt").unlink()
-    with pytest.raises(DataError, match=r"valid\.txt is missing"):
+    with pytest.raises(DataError, match=r"holds no valid\.txt"):
         load_graph(tmp_path)
 
 

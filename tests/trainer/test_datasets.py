@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import http.server
 import shutil
@@ -12,9 +13,14 @@ from pathlib import Path
 import pooch
 import pytest
 
-from emu_kernels.trainer import datasets
-from emu_kernels.trainer.data import SPLITS
-from emu_kernels.trainer.datasets import FOLDER_VARIABLE, Checksum, load_dataset
+from emu_kernels.trainer.data import SPLITS, load_graph
+from emu_kernels.trainer.datasets import (
+    DATASETS,
+    FOLDER_VARIABLE,
+    Dataset,
+    RemoteFile,
+    load_dataset,
+)
 from emu_kernels.trainer.errors import DataError
 
 SIZES = {  # entities, relations, train, valid, test
@@ -34,14 +40,21 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "emu-kernels"
 
 
+def move(patch: pytest.MonkeyPatch, url: str) -> None:
+    """Let nations be at another address."""
+    (file,) = DATASETS["nations"].files
+    files = (dataclasses.replace(file, url=f"{url}/{file.name}"),)
+    patch.setitem(DATASETS, "nations", dataclasses.replace(DATASETS["nations"], files=files))
+
+
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder that is served where the datasets are downloaded from."""
+    """A folder that is served where nations is downloaded from."""
     folder = tmp_path / "served"
     folder.mkdir()
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as instance:
-        monkeypatch.setattr(datasets, "BASE_URL", f"http://127.0.0.1:{instance.server_port}")
+        move(monkeypatch, f"http://127.0.0.1:{instance.server_port}")
         thread = threading.Thread(target=instance.serve_forever)
         thread.start()
         yield folder
@@ -71,12 +84,12 @@ def test_missing_in_the_local_folder(tmp_path, monkeypatch):
 def test_corrupted_in_the_local_folder(tmp_path, monkeypatch):
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
     (tmp_path / "nations.tar.gz").write_bytes(b"something else")
-    with pytest.raises(DataError, match=r"corrupted or another file: expected sha256 feb3"):
+    with pytest.raises(DataError, match=r"corrupted or another file: expected sha256:feb3"):
         load_dataset("nations")
 
 
 def test_no_network_says_what_to_put_where(cache, monkeypatch):
-    monkeypatch.setattr(datasets, "BASE_URL", "http://127.0.0.1:9")  # nobody listens there
+    move(monkeypatch, "http://127.0.0.1:9")  # nobody listens there
     with pytest.raises(DataError) as caught:
         load_dataset("nations")
     for said in ("could not be downloaded", "nations.tar.gz", "feb3e3", FOLDER_VARIABLE, "--data"):
@@ -104,8 +117,26 @@ def test_download_of_nothing(cache, server):
         load_dataset("nations")
 
 
-def test_git_blob_checksum(tmp_path):
-    """The known answer is what `git hash-object` prints."""
-    path = tmp_path / "hello"
-    path.write_bytes(b"hello\n")
-    assert Checksum("git-blob", "").of(path) == "ce013625030ba8dba906f756967f9e9ca394464a"
+def test_a_dataset_of_several_files_with_its_own_reader(tmp_path, monkeypatch):
+    """The checksums are what sha256sum and `git hash-object` print for the content."""
+    content = b"a\tr\tb\n"
+    checksums = (
+        "sha256:b664af6cca16a3aa9a1e51c01d8c710759a7b326a534b5d92ab4eff03affe72a",
+        "git-blob:eb365133a3b6c6ae45e81b5653f5361354170ccb",
+        "git-blob:eb365133a3b6c6ae45e81b5653f5361354170ccb",
+    )
+    files = tuple(
+        RemoteFile(f"three/{split}.txt", f"http://127.0.0.1:9/{split}", checksum)
+        for split, checksum in zip(SPLITS, checksums, strict=True)
+    )
+    monkeypatch.setitem(
+        DATASETS, "three", Dataset(files, lambda train, valid, test: load_graph(train.parent))
+    )
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    (tmp_path / "three").mkdir()
+    for file in files:
+        (tmp_path / file.name).write_bytes(content)
+    assert load_dataset("three").entities == ["a", "b"]
+    (tmp_path / "three" / "valid.txt").write_bytes(content * 2)
+    with pytest.raises(DataError, match=r"valid\.txt is corrupted .* got git-blob:"):
+        load_dataset("three")

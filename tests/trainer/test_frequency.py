@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from emu_kernels import fused_softmax_loss
+from emu_kernels.trainer.batches import Batch
 from emu_kernels.trainer.data import Direction
 from emu_kernels.trainer.frequency import BernoulliBatches, SubsamplingWeights, head_probability
-from emu_kernels.trainer.sampling import Batch
 
 # One head with 30 tails, 20 heads with one tail, and 10 pairs: 1-to-N, N-to-1 and 1-to-1.
 TRIPLES = torch.tensor(

@@ -13,17 +13,30 @@ import pytest
 import torch
 
 from emu_kernels import fused_emu_loss
+from emu_kernels.trainer.batches import derive_seed
 from emu_kernels.trainer.config import Config
 from emu_kernels.trainer.data import Graph
 from emu_kernels.trainer.errors import ConfigError, RunError, TrainingError
 from emu_kernels.trainer.loop import Trainer, add_l3_gradient, settle
 from emu_kernels.trainer.losses import LOSSES
 from emu_kernels.trainer.models import MODELS
+from emu_kernels.trainer.presets import PRESETS
 from emu_kernels.trainer.run import RunFolder
-from emu_kernels.trainer.sampling import derive_seed
 from emu_kernels.trainer.sparse import add_rows
 
 SMALL = Config(data="-", dim=16, batch_size=64, negatives=8, steps=60, eval_every=30, log_every=10)
+
+
+@pytest.fixture(autouse=True)
+def no_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plot takes longer than the steps between two of them."""
+    if "plots" not in request.fixturenames:
+        monkeypatch.setattr("emu_kernels.trainer.loop.plot_metrics", lambda *_: None)
+
+
+@pytest.fixture
+def plots() -> None:
+    """For the tests that look at them."""
 
 
 def small(**settings: Any) -> Config:
@@ -332,7 +345,7 @@ def test_loss_that_is_not_finite_ends_the_run(graph, tmp_path, monkeypatch):
     assert not RunFolder.open(tmp_path / "run").last_file.exists()
 
 
-def test_run_folder_holds_what_it_should(graph, tmp_path):
+def test_run_folder_holds_what_it_should(graph, tmp_path, plots):
     trainer = start(tmp_path / "run", SMALL, graph)
     trainer.train()
     trainer.finish()
@@ -465,9 +478,9 @@ def test_damaged_config(graph, tmp_path, content):
         ({"adversarial_temperature": -1.0}, "adversarial_temperature must be a finite number"),
         ({"mask_unit": "row"}, "unknown mask_unit 'row'; known: component, pair"),
         ({"mask_unit": "pair", "dim": 7}, "mask_unit 'pair' needs an even dim with DistMult"),
-        ({"mixup_order": 0}, "mixup_order: order: expected 1 to 4, got 0"),
+        ({"mixup_order": 0}, "unknown mixup_order 0; known: 1, 2, 3, 4"),
         ({"norm": 2}, "norm must be left out: DistMult has no choice"),
-        ({"norm": 3, "model": "TransE"}, "norm must be 1 or 2, got 3"),
+        ({"norm": 3, "model": "TransE"}, "unknown norm 3; known: 1, 2"),
         ({"sparse": True, "optimizer": "Adam"}, "sparse needs Adagrad"),
         ({"sparse": True, "loss": "onevsall"}, "onevsall touches every entity"),
         ({"sparse": True, "regularization": 1e-5}, "regularization touches every entity"),
@@ -483,6 +496,38 @@ def test_config_survives_json():
     assert Config.from_json(json.loads(json.dumps(SMALL.to_json()))) == SMALL
     with pytest.raises(ConfigError, match="colour"):
         Config.from_json(SMALL.to_json() | {"colour": "red"})
+
+
+def test_config_of_version_0_1_0_can_be_read():
+    stored = json.loads("""{
+        "dataset": "umls", "data": null, "model": "TransE", "dim": 8, "norm": 2, "margin": 24.0,
+        "loss": "mixup", "mutation_rate": 0.61, "mask_unit": "component", "mixup_order": 3,
+        "beta": 0.53, "alpha": 0.11, "adversarial_temperature": 1.0, "subsampling": false,
+        "batch_size": 64, "negatives": 8, "filter_negatives": true, "sampler": "uniform",
+        "hops": 3, "walks": 1000, "rows_per_set": 8, "corruption": "alternate",
+        "optimizer": "Adagrad", "lr": 0.1, "sparse": false, "regularization": 0.0, "steps": 40,
+        "seed": 0, "eval_every": 20, "log_every": 10, "device": "cpu", "backend": "cpu"
+    }""")
+    assert Config.from_json(stored).to_json() == stored
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_can_work(name):
+    Config(**PRESETS[name])
+
+
+def test_only_the_baseline_is_regularised_by_default():
+    default = {
+        (model, loss): Config(data="-", model=model, loss=loss).regularization
+        for model in MODELS
+        for loss in LOSSES
+    }
+    assert {key: value for key, value in default.items() if value} == {
+        ("DistMult", "softmax"): 1e-5,
+        ("ComplEx", "softmax"): 1e-5,
+        ("TransE", "softmax"): 1e-3,
+        ("RotatE", "softmax"): 1e-3,
+    }
 
 
 @pytest.mark.parametrize("settings", [{"device": "abacus"}, {"backend": "abacus"}])
@@ -520,9 +565,9 @@ def test_every_sampler_trains_with_every_loss(graph, tmp_path, monkeypatch, samp
         ({"sampler": "other"}, "unknown sampler"),
         ({"corruption": "other"}, "unknown corruption"),
         ({"hops": 0}, "hops must be at least 1"),
-        ({"walks": -1}, "walks must be at least 0"),
+        ({"walks": -1}, "walks must be a finite number of at least 0"),
         ({"rows_per_set": 7}, "must divide the batch size"),
-        ({"rows_per_set": 2, "sampler": "structure-aware"}, "only uniform negatives"),
+        ({"rows_per_set": 2, "sampler": "structure-aware"}, "structure-aware negatives cannot"),
     ],
 )
 def test_settings_of_samplers_that_do_not_fit(settings, message):

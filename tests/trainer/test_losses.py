@@ -57,7 +57,7 @@ def expected_rows(name: str, step: Step) -> Tensor:
     }
     positive, negative, mutated = scores_of(step, mutations.get(name, 0.0))
     if name == "selfadv":
-        margin = 0.0 if step.model.similarity == "dot" else config.margin
+        margin = 0.0 if step.model.similarity == "dot" else step.model.margin
         rows = []
         for plus, row in zip(positive, negative, strict=True):
             real = row[row > float("-inf")]

@@ -1,4 +1,4 @@
-"""Neighbourhoods: who is in them, how they are kept, and what is drawn from them."""
+"""Neighbourhoods: their members, their cache, and the negatives drawn from them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from emu_kernels.trainer import neighbourhood
+from emu_kernels.trainer.batches import Batch
 from emu_kernels.trainer.data import DIRECTIONS
 from emu_kernels.trainer.neighbourhood import (
     Neighbourhoods,
@@ -18,7 +19,6 @@ from emu_kernels.trainer.neighbourhood import (
     k_hop,
     random_walks,
 )
-from emu_kernels.trainer.sampling import Batch
 
 CPU = torch.device("cpu")
 

@@ -6,16 +6,9 @@ import pytest
 import torch
 
 from emu_kernels.trainer import sampling
+from emu_kernels.trainer.batches import AlternatingBatches, Batch, derive_seed
 from emu_kernels.trainer.data import DIRECTIONS
-from emu_kernels.trainer.sampling import (
-    AlternatingBatches,
-    Batch,
-    Batches,
-    FilteredNegatives,
-    KnownTriples,
-    UniformNegatives,
-    derive_seed,
-)
+from emu_kernels.trainer.sampling import FilteredNegatives, KnownTriples, UniformNegatives
 
 CPU = torch.device("cpu")
 
@@ -24,6 +17,10 @@ def triples(count: int, entities: int = 20, relations: int = 3) -> torch.Tensor:
     draws = torch.Generator().manual_seed(7)
     sizes = (entities, relations, entities)
     return torch.stack([torch.randint(n, (count,), generator=draws) for n in sizes], dim=1)
+
+
+def columns(batch: Batch) -> torch.Tensor:
+    return torch.stack(batch[:3])
 
 
 def test_seeds_are_distinct_and_in_range():
@@ -45,9 +42,9 @@ def test_derived_seed_known_answer():
 @pytest.mark.parametrize("batch_size", [1, 7, 10, 25])  # below, across, at and above an epoch
 def test_every_epoch_holds_every_triple_once(batch_size):
     data = torch.arange(30).reshape(10, 3)
-    batches = Batches(data, batch_size, seed=1)
+    batches = AlternatingBatches(data, batch_size, seed=1)
     steps = -(-50 // batch_size)
-    stream = torch.cat([batches(step) for step in range(steps)], dim=1)
+    stream = torch.cat([columns(batches(step)) for step in range(steps)], dim=1)
     assert stream.shape == (3, steps * batch_size)
     orders = [stream[:, start : start + 10] for start in range(0, 50, 10)]
     for order in orders:
@@ -57,18 +54,16 @@ def test_every_epoch_holds_every_triple_once(batch_size):
 
 def test_batches_are_a_function_of_seed_and_step():
     data = triples(100)
-    straight = Batches(data, 30, seed=1)
-    expected = [straight(step) for step in range(20)]
-    assert torch.equal(Batches(data, 30, seed=1)(13), expected[13])
-    assert not torch.equal(Batches(data, 30, seed=2)(13), expected[13])
+    straight = AlternatingBatches(data, 30, seed=1)
+    expected = [columns(straight(step)) for step in range(20)]
+    assert torch.equal(columns(AlternatingBatches(data, 30, seed=1)(13)), expected[13])
+    assert not torch.equal(columns(AlternatingBatches(data, 30, seed=2)(13)), expected[13])
 
 
 def test_tails_and_heads_are_predicted_in_turn():
-    data = triples(100)
-    plain, alternating = Batches(data, 30, seed=1), AlternatingBatches(data, 30, seed=1)
+    batches = AlternatingBatches(triples(100), 30, seed=1)
     for step in range(6):
-        batch = alternating(step)
-        assert torch.equal(torch.stack(batch[:3]), plain(step))
+        batch = batches(step)
         assert batch.direction == ("tail", "head")[step % 2]
         given, positive = (batch.head, batch.tail) if step % 2 == 0 else (batch.tail, batch.head)
         assert batch.given is given

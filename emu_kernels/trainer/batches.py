@@ -1,0 +1,100 @@
+"""Seeds, and the batches of training triples.
+
+Each is a pure function of the run's seed and the step, and keeps no state that a checkpoint would
+have to hold: the order of an epoch, a block of negatives and a step's mask are each drawn from a
+generator seeded with (seed, stream, index). So a resumed run draws what the uninterrupted run
+would have drawn, wherever it was cut.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .data import DIRECTIONS, Direction
+
+
+def derive_seed(seed: int, stream: str, index: int) -> int:
+    """An int in [0, 2⁶³) for item `index` of a named stream of a run's randomness."""
+    digest = hashlib.blake2b(f"{seed}/{stream}/{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def generator(device: torch.device, seed: int, stream: str, index: int = 0) -> torch.Generator:
+    return torch.Generator(device).manual_seed(derive_seed(seed, stream, index))
+
+
+class Batch(NamedTuple):
+    """The triples of a step, all to be predicted in one direction."""
+
+    head: Tensor  # (B,)
+    relation: Tensor  # (B,)
+    tail: Tensor  # (B,)
+    direction: Direction  # which entity is predicted, and so corrupted
+
+    @property
+    def given(self) -> Tensor:
+        """(B,): the entity that the query is made of."""
+        return self.head if self.direction == "tail" else self.tail
+
+    @property
+    def positive(self) -> Tensor:
+        """(B,): the entity to predict."""
+        return self.tail if self.direction == "tail" else self.head
+
+
+class BatchSampler(Protocol):
+    """Draws the batch of a step: a pure function of the step (and of a seed held inside)."""
+
+    def __call__(self, step: int) -> Batch: ...
+
+
+class AlternatingBatches:
+    """Training triples, epoch after epoch, each in its own order; tails and heads in turn.
+
+    Epochs follow each other without a gap: a batch that crosses the border takes its rest from
+    the next one, so every batch is full and every triple is seen once an epoch.
+
+    Args:
+        triples: (M, 3) on the device to train on, M > 0.
+        batch_size: B.
+    """
+
+    def __init__(self, triples: Tensor, batch_size: int, seed: int) -> None:
+        self._columns = triples.T.contiguous()  # (3, M)
+        self._batch_size = batch_size
+        self._seed = seed
+        # A batch touches two epochs at a border, or more where it is larger than the graph.
+        self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
+
+    def __call__(self, step: int) -> Batch:
+        head, relation, tail = stream_columns(
+            self._epoch, self._columns.shape[1], step * self._batch_size, self._batch_size
+        )
+        return Batch(head, relation, tail, DIRECTIONS[step % 2])
+
+    def _draw_epoch(self, epoch: int) -> Tensor:
+        device = self._columns.device
+        order = torch.randperm(
+            self._columns.shape[1],
+            generator=generator(device, self._seed, "epoch", epoch),
+            device=device,
+        )
+        return self._columns[:, order]
+
+
+def stream_columns(epoch: Callable[[int], Tensor], size: int, start: int, count: int) -> Tensor:
+    """(C, count): columns of the endless row epoch(0), epoch(1), ..., each (C, size), size > 0."""
+    index, start = divmod(start, size)
+    pieces = [epoch(index)[:, start : start + count]]
+    missing = count - pieces[0].shape[1]
+    while missing > 0:
+        index += 1
+        pieces.append(epoch(index)[:, :missing])
+        missing -= pieces[-1].shape[1]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)

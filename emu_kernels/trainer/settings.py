@@ -1,0 +1,112 @@
+"""Settings: dataclass fields that carry their help text, choices and limits.
+
+A setting stands once, at its field. :func:`check` validates it, :func:`add_options` puts it on a
+command line. Where its choices are a registry of :class:`Choice`, they describe themselves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, fields
+from types import NoneType
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, get_args, get_type_hints
+
+from .errors import ConfigError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T")
+
+
+class Limit(NamedTuple):
+    """The values that a number may have."""
+
+    words: str  # completes "must be ..."
+    allows: Callable[[float], bool]
+
+
+AT_LEAST_1 = Limit("at least 1", lambda x: x >= 1)
+AT_LEAST_0 = Limit("a finite number of at least 0", lambda x: 0 <= x < math.inf)
+ABOVE_0 = Limit("a finite number above 0", lambda x: 0 < x < math.inf)
+SHARE = Limit("in [0, 1]", lambda x: 0 <= x <= 1)
+
+
+def setting(
+    default: T,
+    help: str,
+    *,
+    limit: Limit | None = None,
+    choices: Collection[T] | None = None,
+    show: Callable[[T], str] = lambda value: (
+        f"{value:g}" if isinstance(value, float) else f"{value}"
+    ),
+) -> T:
+    """A dataclass field.
+
+    Args:
+        default: None where it follows from other settings; `help` then says how.
+        help: for the command line, which appends the default.
+        choices: read at each use, so a registry may still grow.
+        show: the value for a reader.
+    """
+    metadata = {"help": help, "limit": limit, "choices": choices, "show": show}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An entry of a registry, and its description."""
+
+    help: str
+    options: tuple[str, ...]  # names of the settings that it reads
+
+    def summary(self, settings: DataclassInstance) -> str:
+        """The help text and the values of the options."""
+        show = {f.name: f.metadata["show"] for f in fields(settings)}
+        shown = [f"{x.replace('_', ' ')} {show[x](getattr(settings, x))}" for x in self.options]
+        return f"{self.help} ({', '.join(shown)})" if shown else self.help
+
+
+def check(settings: DataclassInstance) -> None:
+    """Raises: ConfigError: a setting is not among its choices or outside its limit."""
+    for f in fields(settings):
+        value, choices, limit = (
+            getattr(settings, f.name),
+            f.metadata["choices"],
+            f.metadata["limit"],
+        )
+        if value is None:
+            continue
+        if choices is not None and value not in choices:
+            known = ", ".join(map(str, choices))
+            raise ConfigError(f"unknown {f.name} {value!r}; known: {known}")
+        if limit is not None and not limit.allows(value):
+            raise ConfigError(f"{f.name} must be {limit.words}, got {value}")
+
+
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def add_options(parser: argparse._ActionsContainer, settings: type[DataclassInstance]) -> None:
+    """Add an option for each setting. One that is not given is absent from the parsed options."""
+    types = get_type_hints(settings)
+    for f in fields(settings):
+        help, choices = f.metadata["help"], f.metadata["choices"]
+        keywords: dict[str, Any] = {"default": argparse.SUPPRESS}
+        if types[f.name] is bool:
+            parser.add_argument(flag(f.name), action="store_true", help=help, **keywords)
+            continue
+        (kind,) = {*(get_args(types[f.name]) or [types[f.name]])} - {NoneType}
+        if choices is not None:
+            keywords["choices"] = choices
+        elif kind is not str:
+            keywords["metavar"] = "X"
+        if isinstance(choices, Mapping):
+            help += ": " + ", ".join(f"{name} ({choice.help})" for name, choice in choices.items())
+        if f.default is not None:
+            help += f" (default {f.default})"
+        parser.add_argument(flag(f.name), type=kind, help=help, **keywords)
