@@ -6,6 +6,7 @@ from __future__ import annotations
 import triton.language as tl
 
 import triton
+from emu_kernels.triton.forward import scale_parts
 from emu_kernels.triton.kinds import SIZES, Sizes
 from emu_kernels.triton.tiles import (
     components,
@@ -15,16 +16,25 @@ from emu_kernels.triton.tiles import (
     load_parts,
     load_scale,
     load_sums,
-    mix,
+    mix_parts,
     no_tile,
     over_rows,
     spread,
     store_parts,
-    tile_terms,
+    terms,
+    zeros,
 )
 
 VARYING = [name for name in SIZES if name != "R"]
 """R is specialised: where it is 1, a set of negatives a row, nothing is divided by it."""
+
+
+@triton.jit
+def _load_weights(pointer, rows, k, sizes, valid, factor, kind: tl.constexpr):
+    """Tiles of each sum's weights, times a factor of each row."""
+    each = sizes.B.to(tl.int64) * sizes.K
+    weights = load_sums(pointer, rows * sizes.K + k, each, valid, kind)
+    return [spread(w * factor) for w in weights]
 
 
 @triton.jit
@@ -34,86 +44,73 @@ def contributions(
     row_scale,
     weight,
     mutated_weight,
-    seed_value,
-    bound0,
-    bound1,
+    seed,
+    bounds,
     rows,  # (ROWS,) b
     k,  # (ROWS,)
     valid,  # (ROWS,)
-    c0,  # candidates, broadcastable to the tile
-    c1,
+    c,  # candidates, broadcastable to the tile
     first,
     kind: tl.constexpr,
 ):
-    """Tiles of both parts: the gradients of candidates k of rows b, 0 where not valid."""
+    """Tiles of each part: the gradients of candidates k of rows b, 0 where not valid."""
     REAL: tl.constexpr = inputs.query.dtype.element_ty
     j = components(first, kind.WIDTH)
     inside = spread(valid) & (j < kind.W)
     b = spread(rows)
     factor = tl.load(row_scale + rows, mask=valid, other=0.0)
-    at = rows * sizes.K + k
-    each = sizes.B.to(tl.int64) * sizes.K
-    w0, w1 = load_sums(weight, at, each, valid, kind)
-    w0, w1 = spread(w0 * factor), spread(w1 * factor)
-    h0, h1 = w0, w1
-    if kind.MUTATED:
-        h0, h1 = load_sums(mutated_weight, at, each, valid, kind)
-        h0, h1 = spread(h0 * factor), spread(h1 * factor)
-    q0, q1 = load_parts(inputs.query, b * kind.D, j, inside, kind, REAL)
-    a0, a1 = load_scale(inputs.scale, b, j, inside, q0, kind, REAL)
-    if kind.MUTATED:
-        l0, l1 = draw(
-            seed_value, bound0, bound1, k, sizes.row_offset + rows, first, kind, REAL,
-        )  # fmt: skip
-    if kind.BILINEAR or (not kind.MUTATED):
-        x0, x1 = w0, w1
-        if kind.MUTATED:
-            x0 = w0 + keep(l0, h0, kind)
-            x1 = x0
-            if kind.PARTS == 2:
-                x1 = w1 + keep(l1, h1, kind)
-        if kind.BILINEAR:
-            g0, g1 = x0 * q0, x1 * q1
-        else:
-            _, _, d0, d1 = tile_terms(q0, q1, a0, a1, c0, c1, kind)
-            g0, g1 = -x0 * d0, -x1 * d1
-    elif kind.COUPLED or kind.SHARED:
-        own = spread(tl.load(inputs.positive + rows, mask=valid, other=0))
-        own = tl.where((own >= 0) & (own < sizes.N), own, 0)
-        z0, z1 = load_parts(inputs.table, own * kind.STRIDE, j, inside, kind, REAL)
-        _, _, d0, d1 = tile_terms(q0, q1, a0, a1, c0, c1, kind)
-        y0 = mix(z0, c0, l0, kind)
-        y1 = y0
-        if kind.PARTS == 2:
-            y1 = mix(z1, c1, l1, kind)
-        _, _, e0, e1 = tile_terms(q0, q1, a0, a1, y0, y1, kind)
-        g0 = -tl.fma(w0, d0, keep(l0, h0 * e0, kind))
-        g1 = g0
-        if kind.PARTS == 2:
-            g1 = -tl.fma(w1, d1, keep(l1, h1 * e1, kind))
+    w = _load_weights(weight, rows, k, sizes, valid, factor, kind)
+    q = load_parts(inputs.query, b * kind.D, j, inside, kind, REAL)
+    a = load_scale(inputs.scale, b, j, inside, q[0], kind, REAL)
+    _, d = terms(q, a, c, kind)
+    if not kind.MUTATED:
+        g = [w[i % kind.SUMS] for i in (0, 1)[: kind.PARTS]]
+        g = _by_candidate(g, q, d, kind)
     else:
-        _, _, d0, d1 = tile_terms(q0, q1, a0, a1, c0, c1, kind)
-        g0 = -(w0 + keep(l0, h0, kind)) * d0
-        g1 = g0
-        if kind.PARTS == 2:
-            g1 = -(w1 + keep(l1, h1, kind)) * d1
-    if kind.SECOND_SCALED:
-        if kind.SCALED:
-            g0 *= a0
-        g1 *= a1
-    return g0, g1
+        h = _load_weights(mutated_weight, rows, k, sizes, valid, factor, kind)
+        drawn = draw(seed, bounds, k, sizes.row_offset + rows, first, kind, REAL)
+        if (kind.COUPLED or kind.SHARED) and (not kind.BILINEAR):
+            # The terms' derivatives at ẑ are others than at the candidate and the positive.
+            own = spread(tl.load(inputs.positive + rows, mask=valid, other=0))
+            own = tl.where((own >= 0) & (own < sizes.N), own, 0)
+            z = load_parts(inputs.table, own * kind.STRIDE, j, inside, kind, REAL)
+            _, e = terms(q, a, mix_parts(z, c, drawn, kind), kind)
+            g = _of_both(w, d, h, e, drawn, kind)
+        else:
+            g = _by_candidate(_kept(w, h, drawn, kind), q, d, kind)
+    return scale_parts(a, g, kind)
+
+
+@triton.jit
+def _kept(w, h, drawn, kind: tl.constexpr):
+    return [w[i % kind.SUMS] + keep(drawn[i], h[i % kind.SUMS], kind) for i in (0, 1)[: kind.PARTS]]
+
+
+@triton.jit
+def _by_candidate(x, q, d, kind: tl.constexpr):
+    """x times the terms' derivatives by the candidate, but for the scale."""
+    if kind.BILINEAR:
+        return [x[i] * q[i] for i in (0, 1)[: kind.PARTS]]
+    else:
+        return [-x[i] * d[i] for i in (0, 1)[: kind.PARTS]]
+
+
+@triton.jit
+def _of_both(w, d, h, e, drawn, kind: tl.constexpr):
+    return [
+        -tl.fma(w[i % kind.SUMS], d[i], keep(drawn[i], h[i % kind.SUMS] * e[i], kind))
+        for i in (0, 1)[: kind.PARTS]
+    ]
+
+
+@triton.jit
+def _add_parts(x, y, kind: tl.constexpr):
+    return [x[i] + y[i] for i in (0, 1)[: kind.PARTS]]
 
 
 @triton.jit(do_not_specialize=[*VARYING, "entries", "negatives"])
 def table_gradient(
-    inputs,
-    kind: tl.constexpr,
-    B,
-    K,
-    R,
-    N,
-    row_offset,
-    threshold,
+    inputs, kind: tl.constexpr, B, K, R, N, row_offset, threshold,
     row_scale,
     weight,
     mutated_weight,
@@ -126,7 +123,7 @@ def table_gradient(
     entries,
     negatives,
     PIECE: tl.constexpr,
-):
+):  # fmt: skip
     """One program: a chunk of components, PIECE entries, segment by segment, in order."""
     REAL: tl.constexpr = inputs.query.dtype.element_ty
     first = (tl.program_id(0) % kind.CHUNKS) * kind.WIDTH
@@ -139,50 +136,45 @@ def table_gradient(
     lane_negative = tl.load(order + lane, mask=lane < end, other=negatives) < negatives
     before = tl.load(keys + begin - 1, mask=begin > 0, other=-1)
     after = tl.load(keys + end, mask=end < entries, other=-1)
-    seed_value = tl.load(inputs.seed)
+    seed = tl.load(inputs.seed)
     sizes = Sizes(B, K, R, N, row_offset, threshold)
-    bound0, bound1 = load_bounds(inputs.thresholds, threshold, first, kind)
+    bounds = load_bounds(inputs.thresholds, threshold, first, kind)
     entry = begin
     key = tl.load(keys + begin)
     while (entry < end) & (key < N):
         same = lane_key == key
         of_negatives = tl.sum((same & lane_negative).to(tl.int32), 0)
         following = entry + tl.sum(same.to(tl.int32), 0)
-        c0, c1 = load_parts(inputs.table, key.to(tl.int64) * kind.STRIDE, j, j < kind.W, kind, REAL)
-        sum0 = no_tile(inputs.query, kind.D, j, K, kind, REAL)
-        sum1 = sum0
+        c = load_parts(inputs.table, key.to(tl.int64) * kind.STRIDE, j, j < kind.W, kind, REAL)
+        total = no_tile(inputs.query, kind.D, j, K, kind, REAL)
         for start in range(0, of_negatives * R, kind.ROWS):
             pair = start + tl.arange(0, kind.ROWS)
             valid = pair < of_negatives * R
             # In 32 bits: a division in 64 is a function call.
             origin = tl.load(order + entry + pair // R, mask=valid, other=0).to(tl.int32)
             rows = (origin // K * R + pair % R).to(tl.int64)
-            g0, g1 = contributions(
-                inputs, sizes, row_scale, weight, mutated_weight, seed_value, bound0, bound1,
-                rows, origin % K, valid, c0, c1, first, kind,
+            g = contributions(
+                inputs, sizes, row_scale, weight, mutated_weight, seed, bounds, rows, origin % K,
+                valid, c, first, kind,
             )  # fmt: skip
-            sum0 += g0
-            sum1 += g1
+            total = _add_parts(total, g, kind)
         for start in range(entry + of_negatives, following, kind.ROWS):
             at = start + tl.arange(0, kind.ROWS)
             valid = at < following
             rows = tl.load(order + at, mask=valid, other=negatives) - negatives
             factor = spread(tl.load(row_scale + rows, mask=valid, other=0.0))
-            g0, g1 = load_parts(
-                grad_positive, spread(rows * kind.D), j, spread(valid) & (j < kind.W), kind, REAL
-            )
-            sum0 = tl.fma(factor, g0, sum0)
-            sum1 = tl.fma(factor, g1, sum1)
-        total0 = over_rows(sum0)
-        total1 = over_rows(sum1)
+            inside = spread(valid) & (j < kind.W)
+            g = load_parts(grad_positive, spread(rows * kind.D), j, inside, kind, REAL)
+            total = [tl.fma(factor, g[i], total[i]) for i in (0, 1)[: kind.PARTS]]
+        total = over_rows(total)
         head = (entry == begin) & (before == key)
         tail = (following == end) & (after == key)
         slot = tl.load(slots + entry).to(tl.int64)
         if head | tail:
             row = piece * 2 + tl.where(head, 0, 1)
-            store_parts(partial, row * kind.D, j, j < kind.W, total0, total1, kind)
+            store_parts(partial, row * kind.D, j, j < kind.W, total, kind)
         else:
-            store_parts(out, slot * kind.D, j, j < kind.W, total0, total1, kind)
+            store_parts(out, slot * kind.D, j, j < kind.W, total, kind)
         entry = following
         key = tl.load(keys + entry, mask=entry < end, other=N)
 
@@ -221,22 +213,22 @@ def join_segments(
         tl.store(out + slot * D + j, total.to(out.dtype.element_ty), mask=j < D)
 
 
+@triton.jit
+def _atomic_add(pointer, base, j, inside, parts, kind: tl.constexpr):
+    PARTS: tl.constexpr = kind.PARTS
+    for i in tl.static_range(PARTS):
+        tl.atomic_add(pointer + (base + (i * kind.W + j)), parts[i], mask=inside, sem="relaxed")
+
+
 @triton.jit(do_not_specialize=VARYING)
 def scatter(
-    inputs,
-    kind: tl.constexpr,
-    B,
-    K,
-    R,
-    N,
-    row_offset,
-    threshold,
+    inputs, kind: tl.constexpr, B, K, R, N, row_offset, threshold,
     row_scale,
     weight,
     mutated_weight,
     grad_positive,
     out,  # (N, D) real, zeros
-):
+):  # fmt: skip
     """One program: ROWS negatives of a row, a chunk of components; the row's positive with the
     first."""
     REAL: tl.constexpr = inputs.query.dtype.element_ty
@@ -250,22 +242,16 @@ def scatter(
     real = (ids >= 0) & (ids < N)
     j = components(first, kind.WIDTH)
     inside = spread(real) & (j < kind.W)
-    c0, c1 = load_parts(inputs.table, spread(ids * kind.STRIDE), j, inside, kind, REAL)
-    rows = b + tl.zeros((kind.ROWS,), tl.int64)
-    sizes = Sizes(B, K, R, N, row_offset, threshold)
-    bound0, bound1 = load_bounds(inputs.thresholds, threshold, first, kind)
-    g0, g1 = contributions(
-        inputs, sizes, row_scale, weight, mutated_weight, tl.load(inputs.seed), bound0, bound1,
-        rows, k, real, c0, c1, first, kind,
+    c = load_parts(inputs.table, spread(ids * kind.STRIDE), j, inside, kind, REAL)
+    rows = b + zeros(kind, tl.int64)
+    g = contributions(
+        inputs, Sizes(B, K, R, N, row_offset, threshold), row_scale, weight, mutated_weight,
+        tl.load(inputs.seed), load_bounds(inputs.thresholds, threshold, first, kind), rows, k,
+        real, c, first, kind,
     )  # fmt: skip
-    at = spread(ids * kind.D) + j
-    tl.atomic_add(out + at, g0, mask=inside, sem="relaxed")
-    if kind.PARTS == 2:
-        tl.atomic_add(out + (at + kind.W), g1, mask=inside, sem="relaxed")
+    _atomic_add(out, spread(ids * kind.D), j, inside, g, kind)
     own = tl.load(inputs.positive + b)
     inside = j < tl.where((block == 0) & (own >= 0) & (own < N), kind.W, 0)
     factor = tl.load(row_scale + b)
-    z0, z1 = load_parts(grad_positive, b * kind.D, j, inside, kind, REAL)
-    tl.atomic_add(out + (own * kind.D + j), factor * z0, mask=inside, sem="relaxed")
-    if kind.PARTS == 2:
-        tl.atomic_add(out + (own * kind.D + kind.W + j), factor * z1, mask=inside, sem="relaxed")
+    g = load_parts(grad_positive, b * kind.D, j, inside, kind, REAL)
+    _atomic_add(out, own * kind.D, j, inside, [factor * x for x in g], kind)

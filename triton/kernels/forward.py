@@ -7,43 +7,51 @@ import triton.language as tl
 
 import triton
 from emu_kernels.triton.kinds import SIZES
-from emu_kernels.triton.similarities import combine, value
+from emu_kernels.triton.similarities import combine, values
 from emu_kernels.triton.tiles import (
+    add_by_scale,
+    add_products,
+    add_row_sums,
     check_ids,
     components,
     draw,
     give,
     load_bounds,
-    load_parts,
-    load_scale,
+    load_candidates,
+    load_query,
     load_sums,
-    mix,
-    mutated_terms,
+    mutate,
     no_tile,
     over_rows,
-    row_sums,
-    spread,
+    scale_places,
+    spread_sums,
     store_parts,
-    tile_terms,
+    store_sums,
+    zeros,
 )
+
+
+@triton.jit
+def _store_scores(
+    out, at, each, valid, sums, good, padding, weights, VALUES: tl.constexpr, kind: tl.constexpr
+):
+    """The values of sums, or the scores: −inf of padding. NaN where not good."""
+    v = values(sums, good, kind)
+    if VALUES:
+        store_sums(out, at, each, valid, v, kind)
+    else:
+        tl.store(out + at, tl.where(padding, float("-inf"), combine(v, weights, kind)), mask=valid)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def scores(
-    inputs,
-    kind: tl.constexpr,
-    B,
-    K,
-    R,
-    N,
-    row_offset,
-    threshold,
+    inputs, kind: tl.constexpr, B, K, R, N, row_offset, threshold,
     positive_out,  # (B,) score, or with VALUES (S, B) values v_s
     plain_out,  # (B, K), or (S, B, K)
     mutated_out,
     VALUES: tl.constexpr,
-):
-    """One program: ROWS negatives of a row. Padding scores −inf; a row with a bad id NaN there."""
+):  # fmt: skip
+    """One program: ROWS negatives of a row."""
     REAL: tl.constexpr = inputs.query.dtype.element_ty
     blocks = tl.maximum(tl.cdiv(K, kind.ROWS), 1)
     b = (tl.program_id(0) // blocks).to(tl.int64)
@@ -52,84 +60,44 @@ def scores(
     valid = k < K
     ids = tl.load(inputs.negative + (b // R) * K + k, mask=valid, other=-1)
     good = check_ids(ids, -1, N, inputs.report + 1, valid)
-    real = good & (ids >= 0)
     own = tl.load(inputs.positive + b)
     own_good = check_ids(own, 0, N, inputs.report, own == own)
     own = tl.where(own_good, own, 0)  # a row to read: its scores become NaN
-    s0 = tl.zeros((kind.ROWS,), REAL)
-    s1, m0, m1 = s0, s0, s0
-    p0 = tl.zeros((1,), REAL)
-    p1 = p0
-    row = row_offset + b + tl.zeros((kind.ROWS,), tl.int64)
-    seed_value = tl.load(inputs.seed)
+    plain = [zeros(kind, REAL) for s in (0, 1)[: kind.SUMS]]
+    mutated = plain
+    positive = [tl.zeros((1,), REAL) for s in (0, 1)[: kind.SUMS]]
+    seed = tl.load(inputs.seed)
     for first in range(0, kind.W, kind.WIDTH):
         j = components(first, kind.WIDTH)
         inside = j < kind.W
-        q0, q1 = load_parts(inputs.query, b * kind.D, j, inside, kind, REAL)
-        a0, a1 = load_scale(inputs.scale, b, j, inside, q0, kind, REAL)
-        z0, z1 = load_parts(inputs.table, own * kind.STRIDE, j, inside, kind, REAL)
-        c0, c1 = load_parts(
-            inputs.table, spread(ids * kind.STRIDE), j, inside & spread(real), kind, REAL
-        )
-        tz0, tz1, dz0, dz1 = tile_terms(q0, q1, a0, a1, z0, z1, kind)
-        t0, t1, d0, d1 = tile_terms(q0, q1, a0, a1, c0, c1, kind)
-        more0, more1 = row_sums(t0, t1, kind)
-        s0 += more0
-        s1 += more1
-        more0, more1 = row_sums(tz0, tz1, kind)
-        p0 += more0
-        p1 += more1
+        query = load_query(inputs, b, own, j, inside, kind, REAL)
+        tile = load_candidates(inputs, query, ids, good & (ids >= 0), j, inside, kind, REAL)
+        plain = add_row_sums(plain, tile.t, kind)
+        positive = add_row_sums(positive, query.t, kind)
         if kind.MUTATED:
-            bound0, bound1 = load_bounds(inputs.thresholds, threshold, first, kind)
-            l0, l1 = draw(
-                seed_value, bound0, bound1, k, row, first, kind, REAL,
-            )  # fmt: skip
-            mt0, mt1, _, _ = mutated_terms(
-                q0, q1, a0, a1, c0, c1, z0, z1, tz0, tz1, dz0, dz1, t0, t1, d0, d1, l0, l1,
-                kind,
-            )  # fmt: skip
-            more0, more1 = row_sums(mt0, mt1, kind)
-            m0 += more0
-            m1 += more1
-    nan = float("nan")
-    minus_inf = float("-inf")
-    p0 = tl.where(own_good, value(p0, kind.ROOT), nan)
-    s0 = tl.where(good & own_good, value(s0, kind.ROOT), nan)
-    p1 = value(p1, kind.SECOND_ROOT)
-    s1 = value(s1, kind.SECOND_ROOT)
+            bounds = load_bounds(inputs.thresholds, threshold, first, kind)
+            drawn = draw(seed, bounds, k, row_offset + b, first, kind, REAL)
+            mutated = add_row_sums(mutated, mutate(query, tile, drawn, kind).t, kind)
+    good = good & own_good
+    padding = ids == -1
     at = b * K + k
-    own_at = b + tl.arange(0, 1)
-    if not VALUES:
-        p0 = combine(p0, p1, inputs.weights, kind)
-        s0 = tl.where(ids == -1, minus_inf, combine(s0, s1, inputs.weights, kind))
-    if block == 0:
-        tl.store(positive_out + own_at, p0)
-        if VALUES and (kind.SUMS == 2):
-            tl.store(positive_out + B + own_at, p1)
-    tl.store(plain_out + at, s0, mask=valid)
     each = B.to(tl.int64) * K
-    if VALUES and (kind.SUMS == 2):
-        tl.store(plain_out + each + at, s1, mask=valid)
+    if block == 0:
+        own_at = b + tl.arange(0, 1)
+        _store_scores(
+            positive_out, own_at, B, own_at >= 0, positive, own_good, own_at < 0,
+            inputs.weights, VALUES, kind,
+        )  # fmt: skip
+    _store_scores(plain_out, at, each, valid, plain, good, padding, inputs.weights, VALUES, kind)
     if kind.MUTATED:
-        m0 = tl.where(good & own_good, value(m0, kind.ROOT), nan)
-        m1 = value(m1, kind.SECOND_ROOT)
-        if not VALUES:
-            m0 = tl.where(ids == -1, minus_inf, combine(m0, m1, inputs.weights, kind))
-        tl.store(mutated_out + at, m0, mask=valid)
-        if VALUES and (kind.SUMS == 2):
-            tl.store(mutated_out + each + at, m1, mask=valid)
+        _store_scores(
+            mutated_out, at, each, valid, mutated, good, padding, inputs.weights, VALUES, kind
+        )
 
 
 @triton.jit(do_not_specialize=SIZES)
 def query_gradient(
-    inputs,
-    kind: tl.constexpr,
-    B,
-    K,
-    R,
-    N,
-    row_offset,
-    threshold,
+    inputs, kind: tl.constexpr, B, K, R, N, row_offset, threshold,
     positive_weight,  # (S, B) of sums, as the next two
     weight,  # (S, B, K)
     mutated_weight,
@@ -137,7 +105,7 @@ def query_gradient(
     grad_positive,
     grad_scale,
     SPLITS: tl.constexpr,
-):
+):  # fmt: skip
     """One program: a chunk of components of a row, over one of SPLITS spans of its negatives."""
     REAL: tl.constexpr = inputs.query.dtype.element_ty
     pid = tl.program_id(0)
@@ -148,89 +116,53 @@ def query_gradient(
     inside = j < kind.W
     own = tl.load(inputs.positive + b)
     own = tl.where((own >= 0) & (own < N), own, 0)  # a row to read: its weights are NaN
-    q0, q1 = load_parts(inputs.query, b * kind.D, j, inside, kind, REAL)
-    a0, a1 = load_scale(inputs.scale, b, j, inside, q0, kind, REAL)
-    z0, z1 = load_parts(inputs.table, own * kind.STRIDE, j, inside, kind, REAL)
-    tz0, tz1, dz0, dz1 = tile_terms(q0, q1, a0, a1, z0, z1, kind)
-    gq0 = no_tile(inputs.table, kind.STRIDE, j, K, kind, REAL)
-    gq1, gz0, gz1, ga0, ga1 = gq0, gq0, gq0, gq0, gq0
-    row = row_offset + b + tl.zeros((kind.ROWS,), tl.int64)
-    seed_value = tl.load(inputs.seed)
-    sums = B.to(tl.int64) * K
-    bound0, bound1 = load_bounds(inputs.thresholds, threshold, first, kind)
+    query = load_query(inputs, b, own, j, inside, kind, REAL)
+    gq = no_tile(inputs.table, kind.STRIDE, j, K, kind, REAL)
+    gz, ga = gq, gq
+    seed = tl.load(inputs.seed)
+    each = B.to(tl.int64) * K
+    bounds = load_bounds(inputs.thresholds, threshold, first, kind)
     span = tl.cdiv(tl.cdiv(K, SPLITS), kind.ROWS) * kind.ROWS
     for start in range(split * span, tl.minimum(split * span + span, K), kind.ROWS):
         k = start + tl.arange(0, kind.ROWS)
         valid = k < K
         ids = tl.load(inputs.negative + (b // R) * K + k, mask=valid, other=-1)
         real = (ids >= 0) & (ids < N)
-        c0, c1 = load_parts(
-            inputs.table, spread(ids * kind.STRIDE), j, inside & spread(real), kind, REAL
-        )
-        t0, t1, d0, d1 = tile_terms(q0, q1, a0, a1, c0, c1, kind)
+        tile = load_candidates(inputs, query, ids, real, j, inside, kind, REAL)
         at = b * K + k
-        w0, w1 = load_sums(weight, at, sums, valid, kind)
-        w0, w1 = spread(w0), spread(w1)
-        gq0 = tl.fma(w0, d0, gq0)
-        if kind.PARTS == 2:
-            gq1 = tl.fma(w1, d1, gq1)
-        if kind.SECOND_SCALED:
-            if kind.SCALED:
-                ga0 = tl.fma(-w0 * d0, c0, ga0)
-            if kind.PARTS == 2:
-                ga1 = tl.fma(-w1 * d1, c1, ga1)
+        w = spread_sums(load_sums(weight, at, each, valid, kind))
+        gq = add_products(gq, 1.0, w, tile.d, kind)
+        ga = add_by_scale(ga, 1.0, w, tile, kind)
         if kind.MUTATED:
-            l0, l1 = draw(
-                seed_value, bound0, bound1, k, row, first, kind, REAL,
-            )  # fmt: skip
-            _, _, md0, md1 = mutated_terms(
-                q0, q1, a0, a1, c0, c1, z0, z1, tz0, tz1, dz0, dz1, t0, t1, d0, d1, l0, l1,
-                kind,
-            )  # fmt: skip
-            h0, h1 = load_sums(mutated_weight, at, sums, valid, kind)
-            h0, h1 = spread(h0), spread(h1)
-            gq0 = tl.fma(h0, md0, gq0)
-            if kind.BILINEAR:
-                gz0 += give(l0, h0, kind)
-            else:
-                gz0 += give(l0, h0 * md0, kind)
-            if kind.PARTS == 2:
-                gq1 = tl.fma(h1, md1, gq1)
-                if kind.BILINEAR:
-                    gz1 += give(l1, h1, kind)
-                else:
-                    gz1 += give(l1, h1 * md1, kind)
-            if kind.SECOND_SCALED:
-                if kind.SCALED:
-                    ga0 = tl.fma(-h0 * md0, mix(z0, c0, l0, kind), ga0)
-                if kind.PARTS == 2:
-                    ga1 = tl.fma(-h1 * md1, mix(z1, c1, l1, kind), ga1)
+            drawn = draw(seed, bounds, k, row_offset + b, first, kind, REAL)
+            mutant = mutate(query, tile, drawn, kind)
+            w = spread_sums(load_sums(mutated_weight, at, each, valid, kind))
+            gq = add_products(gq, 1.0, w, mutant.d, kind)
+            gz = _add_given(gz, w, drawn, mutant.d, kind)
+            ga = add_by_scale(ga, 1.0, w, mutant, kind)
     finish_gradient(
-        q0, q1, a0, a1, z0, z1, dz0, dz1,
-        over_rows(gq0), over_rows(gq1),
-        over_rows(gz0), over_rows(gz1),
-        over_rows(ga0), over_rows(ga1),
-        positive_weight, split == 0, b, split * B.to(tl.int64) + b, B, j, inside,
-        grad_query, grad_positive, grad_scale, kind,
+        query, over_rows(gq), over_rows(gz), over_rows(ga), positive_weight, split == 0, b,
+        split * B.to(tl.int64) + b, B, j, inside, grad_query, grad_positive, grad_scale, kind,
     )  # fmt: skip
 
 
 @triton.jit
+def _add_given(total, w, drawn, d, kind: tl.constexpr):
+    """What goes to the positive, but for the factor that all share."""
+    if kind.BILINEAR:
+        return [total[i] + give(drawn[i], w[i % kind.SUMS], kind) for i in (0, 1)[: kind.PARTS]]
+    else:
+        return [
+            total[i] + give(drawn[i], w[i % kind.SUMS] * d[i], kind) for i in (0, 1)[: kind.PARTS]
+        ]
+
+
+@triton.jit
 def finish_gradient(
-    q0,
-    q1,
-    a0,
-    a1,
-    z0,
-    z1,
-    dz0,
-    dz1,
-    gq0,  # (1, WIDTH), of all negatives, as the next
-    gq1,
-    gz0,  # by the positive, but for a factor that all share
-    gz1,
-    ga0,
-    ga1,
+    query,
+    gq,  # (1, WIDTH) of each part, of all negatives, as the next
+    gz,  # by the positive, but for a factor that all share
+    ga,
     positive_weight,
     own,  # whether to add the positive's own part
     b,
@@ -243,27 +175,23 @@ def finish_gradient(
     grad_scale,
     kind: tl.constexpr,
 ):
-    w0 = tl.where(own, tl.load(positive_weight + b), 0.0)
-    w1 = w0
-    if kind.SUMS == 2:
-        w1 = tl.where(own, tl.load(positive_weight + B + b), 0.0)
-    gq0 += w0 * dz0
-    gq1 += w1 * dz1
+    w = [tl.where(own, tl.load(positive_weight + (s * B + b)), 0.0) for s in (0, 1)[: kind.SUMS]]
+    gq = [gq[i] + w[i % kind.SUMS] * query.d[i] for i in (0, 1)[: kind.PARTS]]
     if kind.BILINEAR:
-        gz0 = (gz0 + w0) * q0
-        gz1 = (gz1 + w1) * q1
+        gz = [(gz[i] + w[i % kind.SUMS]) * query.q[i] for i in (0, 1)[: kind.PARTS]]
     else:
-        gz0 = -(gz0 + w0 * dz0)
-        gz1 = -(gz1 + w1 * dz1)
-    if grad_scale is not None:
-        if not kind.SCALED:
-            tl.store(grad_scale + (row_out * kind.W + j), ga1 - w1 * dz1 * z1, mask=inside)
-        else:
-            store_parts(
-                grad_scale, row_out * (kind.D), j, inside,
-                ga0 - w0 * dz0 * z0, ga1 - w1 * dz1 * z1, kind,
-            )  # fmt: skip
-            gz0 *= a0
-        gz1 *= a1
-    store_parts(grad_query, row_out * (kind.D), j, inside, gq0, gq1, kind)
-    store_parts(grad_positive, row_out * (kind.D), j, inside, gz0, gz1, kind)
+        gz = [-(gz[i] + w[i % kind.SUMS] * query.d[i]) for i in (0, 1)[: kind.PARTS]]
+    PARTS: tl.constexpr = kind.PARTS
+    for i in tl.static_range(PARTS):
+        if kind.SCALED[i]:
+            by = ga[i] - w[i % kind.SUMS] * query.d[i] * query.z[i]
+            tl.store(grad_scale + scale_places(row_out, j, i, kind), by, mask=inside)
+    gz = scale_parts(query.a, gz, kind)
+    store_parts(grad_query, row_out * kind.D, j, inside, gq, kind)
+    store_parts(grad_positive, row_out * kind.D, j, inside, gz, kind)
+
+
+@triton.jit
+def scale_parts(a, x, kind: tl.constexpr):
+    """a x of the parts that have a scale, x of the others."""
+    return [a[i] * x[i] if kind.SCALED[i] else x[i] for i in (0, 1)[: kind.PARTS]]

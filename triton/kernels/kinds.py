@@ -1,7 +1,8 @@
 """What every kernel takes, in one place: its tensors, its sizes, and its compile-time constants.
 
 A kernel's parameters begin with ``inputs`` (:class:`Inputs`), ``kind`` (:class:`Kind`) and, one by
-one, the fields of :class:`Sizes`: Triton compiles anew for some values of an integer in a tuple.
+one, the fields of :class:`Sizes`: of an integer in a tuple Triton compiles the values 1 and the
+multiples of 16 anew, whatever ``do_not_specialize`` says (3.6 and 3.9).
 """
 
 from __future__ import annotations
@@ -16,18 +17,15 @@ SIZES = ["B", "K", "R", "N", "row_offset", "threshold"]
 class Inputs(NamedTuple):
     """Pointers, None where absent; shapes as in :class:`emu_kernels.request.Request`."""
 
-    query: Any
-    table: Any
-    scale: Any
-    weights: Any
-    positive: Any
-    negative: Any
-    seed: Any
-    thresholds: Any
-    report: Any  # where ids out of range are reported (emu_kernels/backends/ids.py)
-
-
-NO_INPUTS = Inputs(*[None] * len(Inputs._fields))
+    query: Any = None
+    table: Any = None
+    scale: Any = None
+    weights: Any = None
+    positive: Any = None
+    negative: Any = None
+    seed: Any = None
+    thresholds: Any = None
+    report: Any = None  # where ids out of range are reported (emu_kernels/backends/ids.py)
 
 
 class Sizes(NamedTuple):
@@ -42,8 +40,8 @@ class Sizes(NamedTuple):
 class Kind(NamedTuple):
     """Compile-time constants: the shape of rows and tiles, the similarity, the mutation rule.
 
-    A row of D components is one part of W = D, or two halves of W = D/2 each, where the similarity
-    has two or the mask's unit is the pair.
+    A row of D components is one part of W = D, or two parts of W = D/2 each, where the similarity
+    has two halves or the mask's unit is the pair.
     """
 
     D: int
@@ -55,18 +53,14 @@ class Kind(NamedTuple):
     CHUNKS: int  # tiles that cover a part
 
     # emu_kernels.similarity.Similarity
-    TERMS: (
-        Callable[..., Any] | None
-    )  # of the first half, or of both where COUPLED (similarities.py)
-    SECOND_TERMS: Callable[..., Any] | None
+    TERMS: tuple[Callable[..., Any], ...]  # of each part, or one of all (similarities.py)
     COUPLED: bool
     BILINEAR: bool
-    SUMS: int
-    ROOT: bool  # of the first sum
-    SECOND_ROOT: bool
+    SUMS: int  # 1, or one for each part
+    ROOTS: tuple[bool, ...]  # of each sum
     DIRECT: bool
-    SCALED: bool  # whether there is a scale of the first part
-    SECOND_SCALED: bool
+    SCALED: tuple[bool, ...]  # of each part: whether there is a scale of it
+    SCALE_D: int  # components of a row of the scale: those of the last parts
     HALF: float  # κ/2
 
     # emu_kernels.mutation.Mutation
@@ -79,3 +73,24 @@ class Kind(NamedTuple):
     SOURCE: str
     """A hash of the functions above. Triton's cache knows a function that is a constant by its name
     alone, and would not notice a changed one."""
+
+
+class Query(NamedTuple):
+    """Tiles of one query and its positive, a tuple of one tile for each part.
+
+    Within kernels, as the next.
+    """
+
+    q: Any
+    a: Any  # the scale; of a part without one any tile
+    z: Any  # the positive
+    t: Any  # its terms: one tile where a similarity is coupled
+    d: Any  # their derivatives by the query
+
+
+class Candidates(NamedTuple):
+    """Tiles of ROWS candidates, in the same way."""
+
+    c: Any
+    t: Any
+    d: Any

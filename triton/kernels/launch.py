@@ -33,7 +33,7 @@ from emu_kernels.mutation import Component, Mutation, NoMutation
 from emu_kernels.request import Draws, LossRequest, Request
 from emu_kernels.similarity import SIMILARITIES, Similarity
 from emu_kernels.triton import backward, forward, losses, mutate, rows
-from emu_kernels.triton.kinds import NO_INPUTS, Inputs, Kind, Sizes
+from emu_kernels.triton.kinds import Inputs, Kind, Sizes
 from emu_kernels.triton.masks import SHARES
 from emu_kernels.triton.similarities import TERMS
 
@@ -99,7 +99,7 @@ def run(kernel: Any, programs: int, warps: int, **arguments: Any) -> None:
 
 @functools.cache
 def _source(*functions: Any) -> str:
-    """Kind.SOURCE: interpreted functions are not cached, and have no key."""
+    """Kind.SOURCE. Interpreted functions are not cached, and have no key."""
     keys = "".join(getattr(function, "cache_key", "") for function in functions if function)
     return hashlib.sha256(keys.encode()).hexdigest()[:16]
 
@@ -115,7 +115,8 @@ def _kind(
 ) -> Kind:
     """All but the tile."""
     parts = 2 if similarity.halves == 2 or rule.pairs else 1
-    terms, factors = TERMS[similarity.name], similarity.factors
+    each = parts // similarity.halves  # parts of a half
+    terms = TERMS[similarity.name]
     share, parameter = SHARES[rule.name](rule) if rule.draw == "share" else (None, 0)
     return Kind(
         D=dim,
@@ -125,16 +126,14 @@ def _kind(
         ROWS=0,
         WIDTH=0,
         CHUNKS=0,
-        TERMS=terms[0],
-        SECOND_TERMS=terms[-1],
+        TERMS=terms * each,
         COUPLED=similarity.coupled,
         BILINEAR=similarity.bilinear,
         SUMS=similarity.sums,
-        ROOT=similarity.roots[0],
-        SECOND_ROOT=similarity.roots[-1],
+        ROOTS=similarity.roots,
         DIRECT=similarity.direct,
-        SCALED=scaled and factors[0] == "scale",
-        SECOND_SCALED=scaled and factors[-1] == "scale",
+        SCALED=tuple(scaled and factor == "scale" for factor in similarity.factors) * each,
+        SCALE_D=dim // similarity.halves * similarity.scaled_halves if scaled else 0,
         HALF=phase_scale / 2,
         MUTATED=rule.draw != "none",
         SHARED=rule.draw == "share",
@@ -149,8 +148,8 @@ def _with_tile(kind: Kind, at: Tile) -> Kind:
     return kind._replace(ROWS=at.rows, WIDTH=at.width, CHUNKS=-(-kind.W // at.width))
 
 
-def _masks(rule: Mutation) -> tuple[Tensor | None, int]:
-    """Thresholds of each unit, or the one of all."""
+def _thresholds(rule: Mutation) -> tuple[Tensor | None, int]:
+    """Of each of the mask's units, or the one of all."""
     return (rule.thresholds, rule.threshold) if isinstance(rule, Component) else (None, 0)
 
 
@@ -164,17 +163,17 @@ class Problem:
             table = table.contiguous()
         self.rows, self.dim = request.query.shape
         groups, self.count = request.negative.shape
-        self.similarity = SIMILARITIES[request.similarity]
-        thresholds, threshold = _masks(request.mutation)
-        self.kind = _kind(
+        thresholds, threshold = _thresholds(request.mutation)
+        kind = _kind(
             self.dim,
             request.mutation,
             stride=table.stride(0) if table.shape[0] > 1 else self.dim,
-            similarity=self.similarity,
+            similarity=SIMILARITIES[request.similarity],
             scaled=request.scale is not None,
             phase_scale=request.phase_scale,
         )
-        self.tile = tile(self.kind.W, self.count)
+        self.tile = tile(kind.W, self.count)
+        self.kind = _with_tile(kind, self.tile)
         self.inputs = Inputs(
             query=request.query,
             table=table,
@@ -196,11 +195,6 @@ class Problem:
         )
 
     @property
-    def chunks(self) -> int:
-        """Tiles that cover a part."""
-        return -(-self.kind.W // self.tile.width)
-
-    @property
     def blocks(self) -> int:
         """Tiles that cover a row's candidates, at least one for the positive."""
         return max(1, -(-self.count // self.tile.rows))
@@ -208,13 +202,10 @@ class Problem:
     def new(self, *shape: int) -> Tensor:
         return self.request.query.new_empty(shape)
 
-    def run(
-        self, kernel: Any, programs: int, at: Tile | None = None, warps: int = 0, **own: Any
-    ) -> None:
+    def run(self, kernel: Any, programs: int, warps: int | None = None, **own: Any) -> None:
         """Launch with what every kernel takes, and with the kernel's ``own`` arguments."""
-        at = at or self.tile
-        given = {"inputs": self.inputs, "kind": _with_tile(self.kind, at), **self.sizes._asdict()}
-        run(kernel, programs, warps or at.warps, **{**given, **own})
+        given = {"inputs": self.inputs, "kind": self.kind, **self.sizes._asdict(), **own}
+        run(kernel, programs, warps or self.tile.warps, **given)
 
 
 def _optional(tensor: Tensor) -> Tensor | None:
@@ -246,13 +237,13 @@ def _splits(p: Problem, programs: int) -> int:
 
 
 def _query_gradient(p: Problem, positive_weight: Tensor, state: LossState | ScoresGradient) -> None:
-    splits = _splits(p, p.rows * p.chunks)
+    splits = _splits(p, p.rows * p.kind.CHUNKS)
     out = [state.grad_query, state.grad_positive, state.grad_scale]
     partial = out if splits == 1 else [t.new_empty((splits, *t.shape)) for t in out]
     grad_query, grad_positive, grad_scale = partial
     p.run(
         forward.query_gradient,
-        p.rows * p.chunks * splits,
+        p.rows * p.kind.CHUNKS * splits,
         positive_weight=positive_weight,
         weight=state.weight,
         mutated_weight=state.mutated_weight,
@@ -275,7 +266,7 @@ def _one_pass(p: Problem) -> bool:
     """Whether a row and its sums fit in registers: five sums of sixteen components a thread do,
     with the tile itself; more, a scale's or a second part's, would be spilled (see the
     ahead-of-time tests). Where they do not fit, candidates are read twice."""
-    if p.tile.width < p.kind.W:
+    if p.kind.CHUNKS > 1:
         return False
     fits = not p.kind.MUTATED or (p.kind.PARTS == 1 and p.request.scale is None)
     return fits if passes is None else passes == 1
@@ -293,7 +284,7 @@ class Spans:
 def _accumulate(p: Problem, positive: Tensor, state: LossState) -> Spans:
     splits = _splits(p, p.rows)
     mutated, scaled = p.kind.MUTATED, p.request.scale is not None
-    vectors = 8 if mutated and scaled else 6 if scaled else 5 if mutated else 1
+    vectors = 8 if mutated and scaled else 6 if scaled else 5 if mutated else 1  # rows.merge
     spans = Spans(splits, p.new(2, p.rows, splits), p.new(vectors, p.rows, splits, p.dim))
     p.run(
         rows.accumulate,
@@ -313,7 +304,7 @@ def _merge(
 ) -> None:
     p.run(
         rows.merge,
-        p.rows * p.chunks,
+        p.rows * p.kind.CHUNKS,
         warps=1,
         maxima=spans.maxima,
         sums=spans.sums,
@@ -337,21 +328,18 @@ def loss_forward(request: LossRequest, *, need_grad: bool) -> LossState:
         uls, vanilla = p.new(p.rows), p.new(p.rows)
         spans = statistics = positive_weight = None
         if need_grad:
-            positive, plain, mutated = (
-                p.new(p.kind.SUMS, p.rows),
-                state.weight,
-                state.mutated_weight,
-            )
-            positive_weight = p.new(p.kind.SUMS, p.rows)
+            positive, positive_weight = p.new(2, p.kind.SUMS, p.rows)
+            plain, mutated = state.weight, state.mutated_weight
         else:
             positive, plain, mutated = new_scores(request)
         if need_grad and _one_pass(p):
             spans, statistics = _accumulate(p, positive, state), p.new(5, p.rows)
         else:
             _scores(p, positive, plain, mutated, values=need_grad)
-        _Sums(request, scored=not need_grad).run(
+        p.run(
             losses.loss_rows,
             p.rows,
+            warps=4,
             coefficients=coefficients,
             positive_value=positive,
             plain=plain,
@@ -364,6 +352,7 @@ def loss_forward(request: LossRequest, *, need_grad: bool) -> LossState:
             beta=request.beta,
             alpha=request.alpha,
             BLOCK=block(p.count),
+            **_of_sums(p, scored=not need_grad),
         )
         if positive_weight is not None and statistics is not None and spans is not None:
             _merge(p, positive_weight, state, statistics, spans)
@@ -389,22 +378,18 @@ def loss_forward(request: LossRequest, *, need_grad: bool) -> LossState:
         return state
 
 
-class _Sums(Problem):
-    """The problem as kernels see it that go from sums to weights: with nothing of rows and their
-    mutation, so that one compilation serves them all. ``scored``: the sums are scores already."""
+NO_ROWS = _kind(0, NoMutation())._replace(TERMS=(), SOURCE="")
 
-    def __init__(self, request: Request, *, scored: bool = False) -> None:
-        super().__init__(request)
-        plain = _kind(0, NoMutation())._replace(TERMS=None, SECOND_TERMS=None, SOURCE="")
-        names = ("SUMS", "ROOT", "SECOND_ROOT", "DIRECT")
-        given = {} if scored else {name: getattr(self.kind, name) for name in names}
-        self.kind = plain._replace(MUTATED=self.kind.MUTATED, **given)
-        self.inputs = NO_INPUTS._replace(
-            positive=request.positive,
-            negative=request.negative,
-            weights=None if scored else request.weights,
-        )
-        self.tile = Tile(1, 1, 4)
+
+def _of_sums(p: Problem, *, scored: bool = False) -> dict[str, Any]:
+    """Common arguments of the kernels from sums to weights: with nothing of rows and of how they
+    are mutated, so that one compilation serves them all. ``scored``: each score is its one sum."""
+    kind = NO_ROWS._replace(MUTATED=p.kind.MUTATED)
+    inputs = Inputs(positive=p.inputs.positive, negative=p.inputs.negative)
+    if not scored:
+        kind = kind._replace(SUMS=p.kind.SUMS, ROOTS=p.kind.ROOTS, DIRECT=p.kind.DIRECT)
+        inputs = inputs._replace(weights=p.inputs.weights)
+    return {"kind": kind, "inputs": inputs}
 
 
 def query_gradient(request: Request, upstream: ScoreWeights) -> ScoresGradient:
@@ -414,9 +399,10 @@ def query_gradient(request: Request, upstream: ScoreWeights) -> ScoresGradient:
         values, of_sums = p.new(p.kind.SUMS, p.rows), p.new(p.kind.SUMS, p.rows)
         if not p.kind.DIRECT:
             _scores(p, values, state.weight, state.mutated_weight, values=True)
-        _Sums(request).run(
+        p.run(
             losses.sum_weights,
             p.rows,
+            warps=4,
             positive_value=values,
             plain=state.weight,
             mutated=state.mutated_weight,
@@ -426,6 +412,7 @@ def query_gradient(request: Request, upstream: ScoreWeights) -> ScoresGradient:
             positive_weight=of_sums,
             grad_weights=_optional(state.grad_weights),
             BLOCK=block(p.count),
+            **_of_sums(p),
         )
         _query_gradient(p, of_sums, state)
         return state
@@ -461,10 +448,12 @@ def _table_gradient(
     entries = segments.keys.numel()
     pieces = -(-entries // piece)
     partial = p.new(pieces, 2, p.dim)
+    kind = _with_tile(p.kind, at)
     p.run(
         backward.table_gradient,
-        pieces * -(-p.kind.W // at.width),
-        at,
+        pieces * kind.CHUNKS,
+        warps=at.warps,
+        kind=kind,
         **_contiguous(sums),
         keys=segments.keys,
         order=segments.order,
@@ -512,7 +501,7 @@ def table_gradient(request: Request, sums: SumWeights, *, atomic: bool) -> Tenso
         shape = request.table.shape
         if atomic:
             summed = request.query.new_zeros(shape)
-            programs = p.rows * p.blocks * p.chunks
+            programs = p.rows * p.blocks * p.kind.CHUNKS
             p.run(backward.scatter, programs, **_contiguous(sums), out=summed)
             return summed.to(request.table.dtype)
         out = _result(request.table, shape)
@@ -540,41 +529,32 @@ def _contiguous(sums: SumWeights) -> dict[str, Any]:
 # --- mutation alone -------------------------------------------------------------------------------
 
 
-class _Mutation:
-    """A launch of the kernels of (B, K, D) tensors."""
-
-    def __init__(self, like: Tensor, draws: Draws) -> None:
-        batch, count, dim = like.shape
-        kind = _kind(dim, draws.mutation)
-        thresholds, threshold = _masks(draws.mutation)
-        self.tile = tile(kind.W, count)
-        self.kind = _with_tile(kind, self.tile)
-        self.inputs = NO_INPUTS._replace(seed=draws.seed, thresholds=thresholds)
-        self.sizes = Sizes(batch, count, 1, 0, draws.row_offset, threshold)
-
-    def run(self, kernel: Any, programs: int, **own: Any) -> None:
-        given = {"inputs": self.inputs, "kind": self.kind, **self.sizes._asdict()}
-        run(kernel, programs * self.kind.CHUNKS, self.tile.warps, **given, **own)
+def _mutate(kernel: Any, like: Tensor, draws: Draws, *, whole: bool, **own: Any) -> None:
+    """Launch for tensors (B, K, D): a program takes a tile of a row's negatives, or all of them."""
+    batch, count, dim = like.shape
+    kind = _kind(dim, draws.mutation)
+    at = tile(kind.W, count)
+    kind = _with_tile(kind, at)
+    thresholds, threshold = _thresholds(draws.mutation)
+    sizes = Sizes(batch, count, 1, 0, draws.row_offset, threshold)
+    blocks = 1 if whole else -(-count // at.rows)
+    inputs = Inputs(seed=draws.seed, thresholds=thresholds)
+    programs = batch * blocks * kind.CHUNKS
+    run(kernel, programs, at.warps, inputs=inputs, kind=kind, **sizes._asdict(), **own)
 
 
 def mutate_forward(positive: Tensor, negative: Tensor, draws: Draws) -> Tensor:
     with _on(negative):
         out = torch.empty_like(negative)
-        of = _Mutation(negative, draws)
-        programs = negative.shape[0] * -(-negative.shape[1] // of.tile.rows)
-        of.run(mutate.mutate_forward, programs, positive=positive, negative=negative, out=out)
+        own = {"positive": positive, "negative": negative, "out": out}
+        _mutate(mutate.mutate_forward, negative, draws, whole=False, **own)
         return out
 
 
 def mutate_backward(grad: Tensor, draws: Draws) -> MutateGradient:
     with _on(grad):
-        grad_negative = torch.empty_like(grad)
-        grad_positive = _result(grad, (grad.shape[0], grad.shape[2]))
-        _Mutation(grad, draws).run(
-            mutate.mutate_backward,
-            grad.shape[0],
-            grad=grad,
-            grad_positive=grad_positive,
-            grad_negative=grad_negative,
-        )
-        return MutateGradient(grad_positive.to(grad.dtype), grad_negative)
+        by_positive = _result(grad, (grad.shape[0], grad.shape[2]))
+        by_negative = torch.empty_like(grad)
+        own = {"grad": grad, "grad_positive": by_positive, "grad_negative": by_negative}
+        _mutate(mutate.mutate_backward, grad, draws, whole=True, **own)
+        return MutateGradient(by_positive.to(grad.dtype), by_negative)

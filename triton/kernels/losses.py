@@ -9,7 +9,7 @@ import triton.language as tl
 
 import triton
 from emu_kernels.triton.kinds import SIZES
-from emu_kernels.triton.similarities import combine, value_slope
+from emu_kernels.triton.similarities import combine, slopes
 from emu_kernels.triton.tiles import load_sums, store_sums
 
 
@@ -20,30 +20,32 @@ def _coefficient(x):
 
 
 @triton.jit
-def _store_weights(pointer, at, each, valid, w, v0, v1, weights, kind: tl.constexpr):
+def _store_weights(pointer, at, each, valid, w, v, weights, kind: tl.constexpr):
     """Weights of the sums from the weights w of scores."""
-    w0 = w * value_slope(v0, kind.ROOT)
-    w1 = w * value_slope(v1, kind.SECOND_ROOT)
-    if weights is not None:
-        w0 *= tl.load(weights)
-        if kind.SUMS == 2:
-            w1 *= tl.load(weights + 1)
-    store_sums(pointer, at, each, valid, w0, w1, kind)
+    of_sums = [w * x for x in slopes(v, weights, kind)]
+    store_sums(pointer, at, each, valid, of_sums, kind)
+
+
+@triton.jit
+def _add_by_weights(by, real, x, v, kind: tl.constexpr):
+    """The gradients by the similarity's weights, of one score for each lane."""
+    return [by[s] + tl.where(real, x * v[s], 0) for s in (0, 1)[: kind.SUMS]]
+
+
+@triton.jit
+def _store_by_weights(grad_weights, b, by, w, v, kind: tl.constexpr):
+    """With the positive's own part, of weight w."""
+    SUMS: tl.constexpr = kind.SUMS
+    for s in tl.static_range(SUMS):
+        tl.store(grad_weights + kind.SUMS * b + s, tl.sum(by[s], 0) + w * v[s])
 
 
 @triton.jit(do_not_specialize=[*SIZES, "beta", "alpha"])
 def loss_rows(
-    inputs,
-    kind: tl.constexpr,
-    B,
-    K,
-    R,
-    N,
-    row_offset,
-    threshold,
+    inputs, kind: tl.constexpr, B, K, R, N, row_offset, threshold,
     coefficients,  # (2,) β and α, or None: the arguments
-    positive_value,  # (S, B) values v_s of z⁺; with SCORES (B,) the scores, as the next two
-    plain,  # (S, B, K); replaced by weights
+    positive_value,  # (S, B) values v_s of z⁺
+    plain,  # (S, B, K), of the negatives; replaced by weights
     mutated,
     uls_out,  # (B,)
     vanilla_out,
@@ -53,7 +55,7 @@ def loss_rows(
     beta,
     alpha,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """One program: a row."""
     b = tl.program_id(0).to(tl.int64)
     REAL: tl.constexpr = plain.dtype.element_ty
@@ -63,13 +65,11 @@ def loss_rows(
     else:
         beta = _coefficient(tl.load(coefficients))
         alpha = _coefficient(tl.load(coefficients + 1))
-    sums = B.to(tl.int64) * K
+    each = B.to(tl.int64) * K
     minus_inf = float("-inf")
-    v0 = tl.load(positive_value + b)
-    v1 = v0
-    if kind.SUMS == 2:
-        v1 = tl.load(positive_value + B + b)
-    own = combine(v0, v1, inputs.weights, kind)
+    weights = inputs.weights
+    v = load_sums(positive_value, b, B, b >= 0, kind)
+    own = combine(v, weights, kind)
 
     top = tl.zeros((BLOCK,), REAL) + own
     mutated_top = top
@@ -79,14 +79,14 @@ def loss_rows(
         k = start + tl.arange(0, BLOCK)
         valid = k < K
         real = tl.load(inputs.negative + (b // R) * K + k, mask=valid, other=-1) != -1
-        p0, p1 = load_sums(plain, b * K + k, sums, valid, kind)
-        s = tl.where(real, combine(p0, p1, inputs.weights, kind), minus_inf)
+        s = combine(load_sums(plain, b * K + k, each, valid, kind), weights, kind)
+        s = tl.where(real, s, minus_inf)
         top = tl.maximum(top, s)
         zero += tl.where(real, s * 0, 0)
         count += tl.where(real, 1.0, 0.0)
         if kind.MUTATED:
-            h0, h1 = load_sums(mutated, b * K + k, sums, valid, kind)
-            s = tl.where(real, combine(h0, h1, inputs.weights, kind), minus_inf)
+            s = combine(load_sums(mutated, b * K + k, each, valid, kind), weights, kind)
+            s = tl.where(real, s, minus_inf)
             mutated_top = tl.maximum(mutated_top, s)
             zero += tl.where(real, s * 0, 0)
     finite = tl.sum(zero, 0) + own * 0 == 0
@@ -101,11 +101,11 @@ def loss_rows(
         k = start + tl.arange(0, BLOCK)
         valid = k < K
         real = tl.load(inputs.negative + (b // R) * K + k, mask=valid, other=-1) != -1
-        p0, p1 = load_sums(plain, b * K + k, sums, valid, kind)
-        total += tl.where(real, tl.exp(combine(p0, p1, inputs.weights, kind) - m), 0)
+        s = combine(load_sums(plain, b * K + k, each, valid, kind), weights, kind)
+        total += tl.where(real, tl.exp(s - m), 0)
         if kind.MUTATED:
-            h0, h1 = load_sums(mutated, b * K + k, sums, valid, kind)
-            gap = tl.where(real, mutated_m - combine(h0, h1, inputs.weights, kind), 0)
+            s = combine(load_sums(mutated, b * K + k, each, valid, kind), weights, kind)
+            gap = tl.where(real, mutated_m - s, 0)
             mutated_total += tl.where(real, tl.exp(-gap), 0)
             gaps += gap
     power = tl.exp(own - m)
@@ -126,43 +126,34 @@ def loss_rows(
             tl.sum(gaps, 0) * inverse + tl.where(number > 0, log_mass, 0.0)
         )
         tl.store(uls_out + b, tl.where(finite, uls, nan))
-        each = inverse + tl.where(number > 0, beta, 0.0)  # (1 + βK)/K
-        w += each * (power / mass) - inverse
-        mutated_factor = tl.where(finite, each / mass, nan)
+        every = inverse + tl.where(number > 0, beta, 0.0)  # (1 + βK)/K
+        w += every * (power / mass) - inverse
+        mutated_factor = tl.where(finite, every / mass, nan)
         label = tl.where(finite, beta * inverse, nan)
     else:
         tl.store(uls_out + b, tl.where(finite, 0.0, nan))
 
     if positive_weight is not None:
         w = tl.where(finite, w, nan)
-        _store_weights(positive_weight, b, B, b >= 0, w, v0, v1, inputs.weights, kind)
-        by0 = tl.zeros((BLOCK,), REAL)
-        by1 = by0
+        _store_weights(positive_weight, b, B, b >= 0, w, v, weights, kind)
+        by = [tl.zeros((BLOCK,), REAL) for s in (0, 1)[: kind.SUMS]]
         for start in range(0, K, BLOCK):
             k = start + tl.arange(0, BLOCK)
+            at = b * K + k
             valid = k < K
             real = tl.load(inputs.negative + (b // R) * K + k, mask=valid, other=-1) != -1
-            p0, p1 = load_sums(plain, b * K + k, sums, valid, kind)
-            x = tl.where(real, tl.exp(combine(p0, p1, inputs.weights, kind) - m), 0.0) * factor
-            _store_weights(plain, b * K + k, sums, valid, x, p0, p1, inputs.weights, kind)
-            by0 += tl.where(real, x * p0, 0)
-            by1 += tl.where(real, x * p1, 0)
+            p = load_sums(plain, at, each, valid, kind)
+            x = tl.where(real, tl.exp(combine(p, weights, kind) - m), 0.0) * factor
+            _store_weights(plain, at, each, valid, x, p, weights, kind)
+            by = _add_by_weights(by, real, x, p, kind)
             if kind.MUTATED:
-                p0, p1 = load_sums(mutated, b * K + k, sums, valid, kind)
-                x = (
-                    tl.exp(combine(p0, p1, inputs.weights, kind) - mutated_m) * mutated_factor
-                    - label
-                )
+                p = load_sums(mutated, at, each, valid, kind)
+                x = tl.exp(combine(p, weights, kind) - mutated_m) * mutated_factor - label
                 x = tl.where(real, x, label * 0)  # NaN where the row is
-                _store_weights(mutated, b * K + k, sums, valid, x, p0, p1, inputs.weights, kind)
-                by0 += tl.where(real, x * p0, 0)
-                by1 += tl.where(real, x * p1, 0)
+                _store_weights(mutated, at, each, valid, x, p, weights, kind)
+                by = _add_by_weights(by, real, x, p, kind)
         if grad_weights is not None:
-            if kind.SUMS == 2:
-                tl.store(grad_weights + 2 * b, tl.sum(by0, 0) + w * v0)
-                tl.store(grad_weights + 2 * b + 1, tl.sum(by1, 0) + w * v1)
-            else:
-                tl.store(grad_weights + b, tl.sum(by0, 0) + w * v0)
+            _store_by_weights(grad_weights, b, by, w, v, kind)
         if statistics is not None:
             tl.store(statistics + b, m)
             tl.store(statistics + B + b, factor)
@@ -232,17 +223,19 @@ def reduce_rows(
         tl.store(row_scale + b, (w * factor).to(REAL), mask=valid)
 
 
+@triton.jit
+def _load_values(pointer, at, each, valid, w, kind: tl.constexpr):
+    """The values of sums, which nothing depends on where they are the scores."""
+    if kind.DIRECT:
+        return (w,)
+    else:
+        return load_sums(pointer, at, each, valid, kind)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def sum_weights(
-    inputs,
-    kind: tl.constexpr,
-    B,
-    K,
-    R,
-    N,
-    row_offset,
-    threshold,
-    positive_value,  # (S, B) values, as the next two; read where they matter
+    inputs, kind: tl.constexpr, B, K, R, N, row_offset, threshold,
+    positive_value,  # (S, B) values, as the next two; not read where DIRECT
     plain,  # (S, B, K); replaced by weights of sums
     mutated,
     positive_score_weight,  # (B,)
@@ -251,24 +244,19 @@ def sum_weights(
     positive_weight,  # (S, B)
     grad_weights,
     BLOCK: tl.constexpr,
-):
-    """One program: a row's weights of sums from weights of scores that came from above."""
+):  # fmt: skip
+    """One program: a row's weights of sums from the upstream weights of its scores."""
     b = tl.program_id(0).to(tl.int64)
     REAL: tl.constexpr = plain.dtype.element_ty
-    sums = B.to(tl.int64) * K
+    each = B.to(tl.int64) * K
+    weights = inputs.weights
     own = tl.load(inputs.positive + b)
     own_good = (own >= 0) & (own < N)
     w = tl.load(positive_score_weight + b)
-    v0, v1 = w, w
-    if not kind.DIRECT:
-        v0 = tl.load(positive_value + b)
-        v1 = v0
-        if kind.SUMS == 2:
-            v1 = tl.load(positive_value + B + b)
+    v = _load_values(positive_value, b, B, b >= 0, w, kind)
     w = tl.where(own_good, w, float("nan"))
-    _store_weights(positive_weight, b, B, b >= 0, w, v0, v1, inputs.weights, kind)
-    by0 = tl.zeros((BLOCK,), REAL)
-    by1 = by0
+    _store_weights(positive_weight, b, B, b >= 0, w, v, weights, kind)
+    by = [tl.zeros((BLOCK,), REAL) for s in (0, 1)[: kind.SUMS]]
     for start in range(0, K, BLOCK):
         k = start + tl.arange(0, BLOCK)
         valid = k < K
@@ -276,27 +264,17 @@ def sum_weights(
         ids = tl.load(inputs.negative + (b // R) * K + k, mask=valid, other=-1)
         real = ids != -1
         good = own_good & (ids < N) & (ids >= -1)
-        # Nothing flows into padding, whatever comes from above (its score is −inf).
+        # Nothing flows into padding, whatever its upstream weight (its score is −inf).
         x = tl.load(plain_score_weight + at, mask=valid, other=0.0)
         x = tl.where(good, tl.where(real, x, 0.0), float("nan"))
-        p0, p1 = x, x
-        if not kind.DIRECT:
-            p0, p1 = load_sums(plain, at, sums, valid, kind)
-        _store_weights(plain, at, sums, valid, x, p0, p1, inputs.weights, kind)
-        by0 += tl.where(real, x * p0, 0)
-        by1 += tl.where(real, x * p1, 0)
+        p = _load_values(plain, at, each, valid, x, kind)
+        _store_weights(plain, at, each, valid, x, p, weights, kind)
+        by = _add_by_weights(by, real, x, p, kind)
         if kind.MUTATED:
             x = tl.load(mutated_score_weight + at, mask=valid, other=0.0)
             x = tl.where(good, tl.where(real, x, 0.0), float("nan"))
-            p0, p1 = x, x
-            if not kind.DIRECT:
-                p0, p1 = load_sums(mutated, at, sums, valid, kind)
-            _store_weights(mutated, at, sums, valid, x, p0, p1, inputs.weights, kind)
-            by0 += tl.where(real, x * p0, 0)
-            by1 += tl.where(real, x * p1, 0)
+            p = _load_values(mutated, at, each, valid, x, kind)
+            _store_weights(mutated, at, each, valid, x, p, weights, kind)
+            by = _add_by_weights(by, real, x, p, kind)
     if grad_weights is not None:
-        if kind.SUMS == 2:
-            tl.store(grad_weights + 2 * b, tl.sum(by0, 0) + w * v0)
-            tl.store(grad_weights + 2 * b + 1, tl.sum(by1, 0) + w * v1)
-        else:
-            tl.store(grad_weights + b, tl.sum(by0, 0) + w * v0)
+        _store_by_weights(grad_weights, b, by, w, v, kind)

@@ -14,64 +14,77 @@ import triton.language as tl
 import triton
 from emu_kernels.triton.forward import finish_gradient
 from emu_kernels.triton.kinds import SIZES
-from emu_kernels.triton.similarities import combine, value, value_slope
+from emu_kernels.triton.similarities import combine, slopes, values
 from emu_kernels.triton.tiles import (
+    add_by_scale,
+    add_products,
     check_ids,
     components,
     draw,
     give,
     load_bounds,
+    load_candidates,
     load_parts,
-    load_scale,
-    mix,
-    mutated_terms,
+    load_query,
+    mutate,
     no_tile,
+    of_parts,
     over_rows,
     row_sums,
     spread,
+    spread_sums,
     store_parts,
     store_sums,
-    tile_terms,
+    zeros,
 )
 
 
 @triton.jit
-def _slopes(v0, v1, weights, kind: tl.constexpr):
-    """∂score/∂S of the sums of both parts."""
-    r0 = value_slope(v0, kind.ROOT)
-    if weights is not None:
-        r0 *= tl.load(weights).to(r0.dtype)
-    r1 = r0
-    if kind.SUMS == 2:
-        r1 = value_slope(v1, kind.SECOND_ROOT)
-        if weights is not None:
-            r1 *= tl.load(weights + 1).to(r1.dtype)
-    return r0, r1
+def _score(m, t, good, padding, weights, out, at, each, valid, kind: tl.constexpr):
+    """Stores the values of a tile's sums. Each row's new maximum, the factor by which its sums
+    shrink, and the slopes ∂score/∂S with and without e^(s − m), 0 where padding."""
+    v = values(row_sums(t, kind), good, kind)
+    store_sums(out, at, each, valid, v, kind)
+    s = tl.where(padding, float("-inf"), combine(v, weights, kind))
+    top = tl.maximum(m, s)
+    e = tl.exp(s - top)
+    r = [tl.where(padding, 0.0, x) for x in slopes(v, weights, kind)]
+    return top, spread(tl.exp(m - top)), spread_sums([e * x for x in r]), spread_sums(r)
 
 
 @triton.jit
-def _store_vectors(pointer, at, j, factor, x0, x1, kind: tl.constexpr):
-    x0, x1 = over_rows(x0 * factor), over_rows(x1 * factor)
-    store_parts(pointer, at * kind.D, j, j < kind.W, x0, x1, kind)
+def _add_given(total, shrink, w, drawn, d, kind: tl.constexpr):
+    """shrink · total + what goes to the positive, but for the factor that all share."""
+    if kind.BILINEAR:
+        return [
+            tl.fma(total[i], shrink, give(drawn[i], w[i % kind.SUMS], kind))
+            for i in (0, 1)[: kind.PARTS]
+        ]
+    else:
+        return add_products(total, shrink, w, _give_parts(drawn, d, kind), kind)
+
+
+@triton.jit
+def _give_parts(drawn, x, kind: tl.constexpr):
+    return [give(drawn[i], x[i], kind) for i in (0, 1)[: kind.PARTS]]
+
+
+@triton.jit
+def _store_vectors(pointer, at, j, factor, parts, kind: tl.constexpr):
+    total = over_rows([x * factor for x in parts])
+    store_parts(pointer, at * kind.D, j, j < kind.W, total, kind)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def accumulate(
-    inputs,
-    kind: tl.constexpr,
-    B,
-    K,
-    R,
-    N,
-    row_offset,
-    threshold,
+    inputs, kind: tl.constexpr, B, K, R, N, row_offset, threshold,
     positive_out,  # (S, B) values v_s
     plain_out,  # (S, B, K)
     mutated_out,
     maxima,  # (2, B, SPLITS): m and m̂ of each span
     sums,  # (VECTORS, B, SPLITS, D): see merge
     SPLITS: tl.constexpr,
-):
+):  # fmt: skip
     """One program: a row over one of SPLITS spans of its negatives."""
     REAL: tl.constexpr = inputs.query.dtype.element_ty
     split = tl.program_id(0) % SPLITS
@@ -81,143 +94,85 @@ def accumulate(
     own = tl.load(inputs.positive + b)
     own_good = check_ids(own, 0, N, inputs.report, own == own)
     own = tl.where(own_good, own, 0)  # a row to read: its scores become NaN
-    q0, q1 = load_parts(inputs.query, b * kind.D, j, inside, kind, REAL)
-    a0, a1 = load_scale(inputs.scale, b, j, inside, q0, kind, REAL)
-    z0, z1 = load_parts(inputs.table, own * kind.STRIDE, j, inside, kind, REAL)
-    tz0, tz1, dz0, dz1 = tile_terms(q0, q1, a0, a1, z0, z1, kind)
-    p0, p1 = row_sums(tz0, tz1, kind)
-    nan = float("nan")
-    p0 = tl.where(own_good, value(p0, kind.ROOT), nan)
-    p1 = value(p1, kind.SECOND_ROOT)
+    query = load_query(inputs, b, own, j, inside, kind, REAL)
+    v = values(row_sums(query.t, kind), own_good, kind)
     if split == 0:
         own_at = b + tl.arange(0, 1)
-        store_sums(positive_out, own_at, B, own_at >= 0, p0, p1, kind)
-    own_score = combine(p0, p1, inputs.weights, kind)
-    m = tl.zeros((kind.ROWS,), REAL) + own_score
-    mm = m
-    zero = no_tile(inputs.table, kind.STRIDE, j, K, kind, REAL)
-    # Of e^(s − m), e^(ŝ − m̂) and 1; by the query, the positive, the scale; of both parts.
-    qs0, qe0, qu0, ze0, zu0, as0, ae0, au0 = zero, zero, zero, zero, zero, zero, zero, zero
-    qs1, qe1, qu1, ze1, zu1, as1, ae1, au1 = zero, zero, zero, zero, zero, zero, zero, zero
-    row = row_offset + b + tl.zeros((kind.ROWS,), tl.int64)
-    seed_value = tl.load(inputs.seed)
-    second = B.to(tl.int64) * K
-    bound0, bound1 = load_bounds(inputs.thresholds, threshold, 0, kind)
+        store_sums(positive_out, own_at, B, own_at >= 0, v, kind)
+    m = zeros(kind, REAL) + combine(v, inputs.weights, kind)
+    mutated_m = m
+    # Of e^(s − m), e^(ŝ − m̂) and 1; by the query, the positive, the scale.
+    qs = no_tile(inputs.table, kind.STRIDE, j, K, kind, REAL)
+    qe, qu, ze, zu, as_, ae, au = qs, qs, qs, qs, qs, qs, qs
+    seed = tl.load(inputs.seed)
+    each = B.to(tl.int64) * K
+    bounds = load_bounds(inputs.thresholds, threshold, 0, kind)
     span = tl.cdiv(tl.cdiv(K, SPLITS), kind.ROWS) * kind.ROWS
     for start in range(split * span, tl.minimum(split * span + span, K), kind.ROWS):
         k = start + tl.arange(0, kind.ROWS)
         valid = k < K
         ids = tl.load(inputs.negative + (b // R) * K + k, mask=valid, other=-1)
         good = check_ids(ids, -1, N, inputs.report + 1, valid)
-        real = good & (ids >= 0)
-        c0, c1 = load_parts(
-            inputs.table, spread(ids * kind.STRIDE), j, inside & spread(real), kind, REAL
-        )
-        t0, t1, d0, d1 = tile_terms(q0, q1, a0, a1, c0, c1, kind)
-        v0, v1 = row_sums(t0, t1, kind)
-        v0 = tl.where(good, value(v0, kind.ROOT), nan)
-        v1 = value(v1, kind.SECOND_ROOT)
+        padding = ids == -1
+        tile = load_candidates(inputs, query, ids, good & (ids >= 0), j, inside, kind, REAL)
         at = b * K + k
-        store_sums(plain_out, at, second, valid, v0, v1, kind)
-        s = tl.where(ids == -1, float("-inf"), combine(v0, v1, inputs.weights, kind))
-        r0, r1 = _slopes(v0, v1, inputs.weights, kind)
-        top = tl.maximum(m, s)
-        shrink = spread(tl.exp(m - top))
-        m = top
-        e = tl.exp(s - m)
-        x0 = spread(e * r0)
-        x1 = spread(e * r1)
-        qs0 = tl.fma(x0, d0, qs0 * shrink)
-        if kind.PARTS == 2:
-            qs1 = tl.fma(x1, d1, qs1 * shrink)
-        if kind.SECOND_SCALED:
-            if kind.SCALED:
-                as0 = tl.fma(-x0 * d0, c0, as0 * shrink)
-            if kind.PARTS == 2:
-                as1 = tl.fma(-x1 * d1, c1, as1 * shrink)
+        m, shrink, x, _ = _score(
+            m, tile.t, good, padding, inputs.weights, plain_out, at, each, valid, kind
+        )
+        qs = add_products(qs, shrink, x, tile.d, kind)
+        as_ = add_by_scale(as_, shrink, x, tile, kind)
         if kind.MUTATED:
-            l0, l1 = draw(
-                seed_value, bound0, bound1, k, row, 0, kind, REAL,
-            )  # fmt: skip
-            mt0, mt1, md0, md1 = mutated_terms(
-                q0, q1, a0, a1, c0, c1, z0, z1, tz0, tz1, dz0, dz1, t0, t1, d0, d1, l0, l1,
+            drawn = draw(seed, bounds, k, row_offset + b, 0, kind, REAL)
+            mutant = mutate(query, tile, drawn, kind)
+            mutated_m, shrink, x, u = _score(
+                mutated_m, mutant.t, good, padding, inputs.weights, mutated_out, at, each, valid,
                 kind,
             )  # fmt: skip
-            v0, v1 = row_sums(mt0, mt1, kind)
-            v0 = tl.where(good, value(v0, kind.ROOT), nan)
-            v1 = value(v1, kind.SECOND_ROOT)
-            store_sums(mutated_out, at, second, valid, v0, v1, kind)
-            s = tl.where(ids == -1, float("-inf"), combine(v0, v1, inputs.weights, kind))
-            r0, r1 = _slopes(v0, v1, inputs.weights, kind)
-            r0 = tl.where(ids == -1, 0.0, r0)
-            r1 = tl.where(ids == -1, 0.0, r1)
-            top = tl.maximum(mm, s)
-            shrink = spread(tl.exp(mm - top))
-            mm = top
-            e = tl.exp(s - mm)
-            x0 = spread(e * r0)
-            x1 = spread(e * r1)
-            u0 = spread(r0)
-            u1 = spread(r1)
-            qe0 = tl.fma(x0, md0, qe0 * shrink)
-            qu0 = tl.fma(u0, md0, qu0)
-            if kind.BILINEAR:
-                ze0 = tl.fma(ze0, shrink, give(l0, x0, kind))
-                zu0 += give(l0, u0, kind)
-            else:
-                given = give(l0, md0, kind)
-                ze0 = tl.fma(x0, given, ze0 * shrink)
-                zu0 = tl.fma(u0, given, zu0)
-            if kind.PARTS == 2:
-                qe1 = tl.fma(x1, md1, qe1 * shrink)
-                qu1 = tl.fma(u1, md1, qu1)
-                if kind.BILINEAR:
-                    ze1 = tl.fma(ze1, shrink, give(l1, x1, kind))
-                    zu1 += give(l1, u1, kind)
-                else:
-                    given = give(l1, md1, kind)
-                    ze1 = tl.fma(x1, given, ze1 * shrink)
-                    zu1 = tl.fma(u1, given, zu1)
-            if kind.SECOND_SCALED:
-                if kind.SCALED:
-                    by = -md0 * mix(z0, c0, l0, kind)
-                    ae0 = tl.fma(x0, by, ae0 * shrink)
-                    au0 = tl.fma(u0, by, au0)
-                if kind.PARTS == 2:
-                    by = -md1 * mix(z1, c1, l1, kind)
-                    ae1 = tl.fma(x1, by, ae1 * shrink)
-                    au1 = tl.fma(u1, by, au1)
+            qe = add_products(qe, shrink, x, mutant.d, kind)
+            qu = add_products(qu, 1.0, u, mutant.d, kind)
+            ze = _add_given(ze, shrink, x, drawn, mutant.d, kind)
+            zu = _add_given(zu, 1.0, u, drawn, mutant.d, kind)
+            ae = add_by_scale(ae, shrink, x, mutant, kind)
+            au = add_by_scale(au, 1.0, u, mutant, kind)
     top = tl.max(m, 0)
     shrink = spread(tl.exp(m - top))
     at = b * SPLITS + split
     each = B.to(tl.int64) * SPLITS
     tl.store(maxima + at, top)
-    _store_vectors(sums, at, j, shrink, qs0, qs1, kind)
+    _store_vectors(sums, at, j, shrink, qs, kind)
+    if kind.SCALE_D > 0:
+        _store_vectors(sums, at + each * 5, j, shrink, as_, kind)
     if kind.MUTATED:
-        top = tl.max(mm, 0)
-        faded = spread(tl.exp(mm - top))
+        top = tl.max(mutated_m, 0)
+        shrink = spread(tl.exp(mutated_m - top))
         tl.store(maxima + each + at, top)
-        _store_vectors(sums, at + each, j, faded, qe0, qe1, kind)
-        _store_vectors(sums, at + each * 2, j, 1.0, qu0, qu1, kind)
-        _store_vectors(sums, at + each * 3, j, faded, ze0, ze1, kind)
-        _store_vectors(sums, at + each * 4, j, 1.0, zu0, zu1, kind)
-        if kind.SECOND_SCALED:
-            _store_vectors(sums, at + each * 6, j, faded, ae0, ae1, kind)
-            _store_vectors(sums, at + each * 7, j, 1.0, au0, au1, kind)
-    if kind.SECOND_SCALED:
-        _store_vectors(sums, at + each * 5, j, shrink, as0, as1, kind)
+        _store_vectors(sums, at + each, j, shrink, qe, kind)
+        _store_vectors(sums, at + each * 2, j, 1.0, qu, kind)
+        _store_vectors(sums, at + each * 3, j, shrink, ze, kind)
+        _store_vectors(sums, at + each * 4, j, 1.0, zu, kind)
+        if kind.SCALE_D > 0:
+            _store_vectors(sums, at + each * 6, j, shrink, ae, kind)
+            _store_vectors(sums, at + each * 7, j, 1.0, au, kind)
+
+
+@triton.jit
+def _load_vectors(sums, at, j, kind: tl.constexpr, REAL: tl.constexpr):
+    return load_parts(sums, at * kind.D, j, j < kind.W, kind, REAL)
+
+
+@triton.jit
+def _add_weighed(total, x, vectors, kind: tl.constexpr):
+    return [total[i] + x * vectors[i] for i in (0, 1)[: kind.PARTS]]
+
+
+@triton.jit
+def _add_mutated(total, x, vectors, label, plain, kind: tl.constexpr):
+    return [total[i] + (x * vectors[i] - label * plain[i]) for i in (0, 1)[: kind.PARTS]]
 
 
 @triton.jit(do_not_specialize=SIZES)
 def merge(
-    inputs,
-    kind: tl.constexpr,
-    B,
-    K,
-    R,
-    N,
-    row_offset,
-    threshold,
+    inputs, kind: tl.constexpr, B, K, R, N, row_offset, threshold,
     maxima,
     sums,  # by the query with e^(s − m), e^(ŝ − m̂), 1; the positive with the last two; the scale
     statistics,  # (5, B), of losses.loss_rows
@@ -226,7 +181,7 @@ def merge(
     grad_positive,
     grad_scale,
     SPLITS: tl.constexpr,
-):
+):  # fmt: skip
     """One program: a chunk of components of a row; the gradients from all spans' sums."""
     REAL: tl.constexpr = inputs.query.dtype.element_ty
     b = (tl.program_id(0) // kind.CHUNKS).to(tl.int64)
@@ -234,45 +189,34 @@ def merge(
     inside = j < kind.W
     own = tl.load(inputs.positive + b)
     own = tl.where((own >= 0) & (own < N), own, 0)
-    q0, q1 = load_parts(inputs.query, b * kind.D, j, inside, kind, REAL)
-    a0, a1 = load_scale(inputs.scale, b, j, inside, q0, kind, REAL)
-    z0, z1 = load_parts(inputs.table, own * kind.STRIDE, j, inside, kind, REAL)
-    _, _, dz0, dz1 = tile_terms(q0, q1, a0, a1, z0, z1, kind)
+    query = load_query(inputs, b, own, j, inside, kind, REAL)
     m = tl.load(statistics + b)
     factor = tl.load(statistics + B + b)
-    mm = tl.load(statistics + B * 2 + b)
+    mutated_m = tl.load(statistics + B * 2 + b)
     mutated_factor = tl.load(statistics + B * 3 + b)
     label = tl.load(statistics + B * 4 + b)
-    gq0 = q0 * 0
-    gq1, gz0, gz1, ga0, ga1 = gq0, gq0, gq0, gq0, gq0
+    gq = of_parts(query.q[0] * 0, kind)
+    gz, ga = gq, gq
     each = B.to(tl.int64) * SPLITS
     for split in range(SPLITS):
         at = b * SPLITS + split
         x = factor * tl.exp(tl.load(maxima + at) - m)
-        s0, s1 = load_parts(sums, at * kind.D, j, inside, kind, REAL)
-        gq0 += x * s0
-        gq1 += x * s1
-        if kind.SECOND_SCALED:
-            s0, s1 = load_parts(sums, (at + each * 5) * kind.D, j, inside, kind, REAL)
-            ga0 += x * s0
-            ga1 += x * s1
+        gq = _add_weighed(gq, x, _load_vectors(sums, at, j, kind, REAL), kind)
+        if kind.SCALE_D > 0:
+            ga = _add_weighed(ga, x, _load_vectors(sums, at + each * 5, j, kind, REAL), kind)
         if kind.MUTATED:
-            x = mutated_factor * tl.exp(tl.load(maxima + each + at) - mm)
-            s0, s1 = load_parts(sums, (at + each) * kind.D, j, inside, kind, REAL)
-            u0, u1 = load_parts(sums, (at + each * 2) * kind.D, j, inside, kind, REAL)
-            gq0 += x * s0 - label * u0
-            gq1 += x * s1 - label * u1
-            s0, s1 = load_parts(sums, (at + each * 3) * kind.D, j, inside, kind, REAL)
-            u0, u1 = load_parts(sums, (at + each * 4) * kind.D, j, inside, kind, REAL)
-            gz0 += x * s0 - label * u0
-            gz1 += x * s1 - label * u1
-            if kind.SECOND_SCALED:
-                s0, s1 = load_parts(sums, (at + each * 6) * kind.D, j, inside, kind, REAL)
-                u0, u1 = load_parts(sums, (at + each * 7) * kind.D, j, inside, kind, REAL)
-                ga0 += x * s0 - label * u0
-                ga1 += x * s1 - label * u1
+            x = mutated_factor * tl.exp(tl.load(maxima + each + at) - mutated_m)
+            vectors = _load_vectors(sums, at + each, j, kind, REAL)
+            plain = _load_vectors(sums, at + each * 2, j, kind, REAL)
+            gq = _add_mutated(gq, x, vectors, label, plain, kind)
+            vectors = _load_vectors(sums, at + each * 3, j, kind, REAL)
+            plain = _load_vectors(sums, at + each * 4, j, kind, REAL)
+            gz = _add_mutated(gz, x, vectors, label, plain, kind)
+            if kind.SCALE_D > 0:
+                vectors = _load_vectors(sums, at + each * 6, j, kind, REAL)
+                plain = _load_vectors(sums, at + each * 7, j, kind, REAL)
+                ga = _add_mutated(ga, x, vectors, label, plain, kind)
     finish_gradient(
-        q0, q1, a0, a1, z0, z1, dz0, dz1, gq0, gq1, gz0, gz1, ga0, ga1,
-        positive_weight, b == b, b, b, B, j, inside,
+        query, gq, gz, ga, positive_weight, b == b, b, b, B, j, inside,
         grad_query, grad_positive, grad_scale, kind,
     )  # fmt: skip

@@ -108,6 +108,13 @@ def value(total, ROOT: tl.constexpr):
 
 
 @triton.jit
+def values(sums, good, kind: tl.constexpr):
+    """v(S) of each sum, NaN where not good."""
+    nan = float("nan")
+    return [tl.where(good, value(sums[s], kind.ROOTS[s]), nan) for s in (0, 1)[: kind.SUMS]]
+
+
+@triton.jit
 def value_slope(v, ROOT: tl.constexpr):
     """dv/dS from v (of squares: by half their sum)."""
     if ROOT:
@@ -117,13 +124,24 @@ def value_slope(v, ROOT: tl.constexpr):
 
 
 @triton.jit
-def combine(v0, v1, weights, kind: tl.constexpr):
+def weighed(x, weights, s: tl.constexpr):
+    """x times the weight of a sum."""
+    if weights is None:
+        return x
+    else:
+        return x * tl.load(weights + s).to(x.dtype)
+
+
+@triton.jit
+def combine(v, weights, kind: tl.constexpr):
     """The score Σ_s w_s v_s."""
-    score = v0
-    if weights is not None:
-        score = v0 * tl.load(weights).to(v0.dtype)
-        if kind.SUMS == 2:
-            score += v1 * tl.load(weights + 1).to(v0.dtype)
-    elif kind.SUMS == 2:
-        score = v0 + v1
+    score = weighed(v[0], weights, 0)
+    if kind.SUMS == 2:
+        score += weighed(v[1], weights, 1)
     return score
+
+
+@triton.jit
+def slopes(v, weights, kind: tl.constexpr):
+    """∂score/∂S of each sum."""
+    return [weighed(value_slope(v[s], kind.ROOTS[s]), weights, s) for s in (0, 1)[: kind.SUMS]]

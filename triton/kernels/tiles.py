@@ -1,7 +1,7 @@
 """A tile of candidates against a query: loads, masks, terms and sums, for every similarity.
 
-A row is one part or two (kinds.Kind). The second part's variables end in 1, and are the first's
-where there is only one.
+A row is one part or two (kinds.Kind), and what belongs to its parts is a tuple: in
+``[... for i in (0, 1)[: kind.PARTS]]`` i is the part, and ``w[i % kind.SUMS]`` is of its sum.
 
 A tile of ROWS candidates and WIDTH components of a part is (4, ROWS, WIDTH / 16, 4): word, row,
 block of sixteen components, byte. The words and bytes are those of the blocks' Philox calls, so
@@ -15,6 +15,7 @@ from __future__ import annotations
 import triton.language as tl
 
 import triton
+from emu_kernels.triton.kinds import Candidates, Query
 from emu_kernels.triton.masks import below, draws, shares
 
 
@@ -40,146 +41,209 @@ def over_components(x):
 
 
 @triton.jit
-def over_rows(x):
-    return tl.sum(x, 1, keep_dims=True)
+def over_rows(parts):
+    return [tl.sum(x, 1, keep_dims=True) for x in parts]
 
 
 @triton.jit
-def load_parts(
-    pointer,
-    base,  # of the row, broadcastable to the tile
-    j,
-    inside,
-    kind: tl.constexpr,
-    REAL: tl.constexpr,
-):
-    first = tl.load(pointer + (base + j), mask=inside, other=0.0).to(REAL)
-    second = first
-    if kind.PARTS == 2:
-        second = tl.load(pointer + (base + (kind.W + j)), mask=inside, other=0.0).to(REAL)
-    return first, second
+def zeros(kind: tl.constexpr, REAL: tl.constexpr):
+    """(ROWS,)"""
+    ROWS: tl.constexpr = kind.ROWS  # in 3.6 a field is no constexpr until it is called one
+    return tl.zeros((ROWS,), REAL)
+
+
+@triton.jit
+def of_parts(x, kind: tl.constexpr):
+    """The same for every part."""
+    return [x for i in (0, 1)[: kind.PARTS]]
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+@triton.jit
+def load_parts(pointer, base, j, inside, kind: tl.constexpr, REAL: tl.constexpr):
+    """Components j of each part of the rows that begin at ``base``, broadcastable to a tile."""
+    return [
+        tl.load(pointer + (base + (i * kind.W + j)), mask=inside, other=0.0).to(REAL)
+        for i in (0, 1)[: kind.PARTS]
+    ]
+
+
+@triton.jit
+def store_parts(pointer, base, j, inside, parts, kind: tl.constexpr):
+    element: tl.constexpr = pointer.dtype.element_ty
+    PARTS: tl.constexpr = kind.PARTS
+    for i in tl.static_range(PARTS):
+        tl.store(pointer + (base + (i * kind.W + j)), parts[i].to(element), mask=inside)
 
 
 @triton.jit
 def no_tile(pointer, stride: tl.constexpr, j, K, kind: tl.constexpr, REAL: tl.constexpr):
-    """Zeros in the layout that tiles are loaded in. Sums that start from them keep it; else Triton
-    holds those that no candidate enters, and the masks they are made from, in another one too.
-    Nothing is read: K is not negative."""
+    """Zeros of each part, in the layout that tiles are loaded in. Sums that start from them keep
+    it; else Triton holds those that no candidate enters, and the masks they are made from, in
+    another one too. Nothing is read: K is not negative."""
     row = spread(tl.arange(0, kind.ROWS).to(tl.int64))
-    return tl.load(pointer + (row * stride + j), mask=j < tl.minimum(K, 0), other=0.0).to(REAL)
+    zero = tl.load(pointer + (row * stride + j), mask=j < tl.minimum(K, 0), other=0.0).to(REAL)
+    return of_parts(zero, kind)
 
 
 @triton.jit
-def store_parts(pointer, base, j, inside, first, second, kind: tl.constexpr):
-    element: tl.constexpr = pointer.dtype.element_ty
-    tl.store(pointer + (base + j), first.to(element), mask=inside)
-    if kind.PARTS == 2:
-        tl.store(pointer + (base + (kind.W + j)), second.to(element), mask=inside)
+def scale_places(row, j, i: tl.constexpr, kind: tl.constexpr):
+    """Of components j of part i in the scale, which has the last parts alone."""
+    return row * kind.SCALE_D + (i * kind.W - (kind.D - kind.SCALE_D) + j)
 
 
 @triton.jit
-def load_scale(
-    scale,
-    row,  # broadcastable to the tile
-    j,
-    inside,
-    absent,  # what a part without a scale gets; nothing is computed from it
-    kind: tl.constexpr,
-    REAL: tl.constexpr,
-):
-    """a of both parts."""
-    first = absent
-    second = absent
-    if kind.SCALED:
-        first, second = load_parts(scale, row * kind.D, j, inside, kind, REAL)
-    elif kind.SECOND_SCALED:
-        second = tl.load(scale + (row * kind.W + j), mask=inside, other=0.0).to(REAL)
-    return first, second
+def load_scale(scale, row, j, inside, absent, kind: tl.constexpr, REAL: tl.constexpr):
+    """a of each part; ``absent`` where it has none."""
+    return [
+        tl.load(scale + scale_places(row, j, i, kind), mask=inside, other=0.0).to(REAL)
+        if kind.SCALED[i]
+        else absent
+        for i in (0, 1)[: kind.PARTS]
+    ]
 
 
 @triton.jit
-def tile_terms(q0, q1, a0, a1, c0, c1, kind: tl.constexpr):
-    """Terms t0, t1 and their derivatives d0, d1 by the query; a coupled term is all in t0."""
-    if kind.COUPLED:
-        t0, d0, d1 = kind.TERMS(q0, c0, q1, c1)
-        t1 = t0
-    else:
-        t0, d0 = kind.TERMS(q0, a0, c0, kind.HALF, kind.SCALED)
-        t1, d1 = t0, d0
-        if kind.PARTS == 2:
-            t1, d1 = kind.SECOND_TERMS(q1, a1, c1, kind.HALF, kind.SECOND_SCALED)
-    return t0, t1, d0, d1
+def load_query(inputs, b, own, j, inside, kind: tl.constexpr, REAL: tl.constexpr):
+    """The query of row b, and row ``own`` of the table as its positive."""
+    q = load_parts(inputs.query, b * kind.D, j, inside, kind, REAL)
+    a = load_scale(inputs.scale, b, j, inside, q[0], kind, REAL)
+    z = load_parts(inputs.table, own * kind.STRIDE, j, inside, kind, REAL)
+    t, d = terms(q, a, z, kind)
+    return Query(q, a, z, t, d)
 
 
 @triton.jit
-def row_sums(t0, t1, kind: tl.constexpr):
-    """(ROWS,) of each sum; twice the first where there is one."""
-    if kind.SUMS == 2:
-        return over_components(t0), over_components(t1)
-    elif (kind.PARTS == 2) and (not kind.COUPLED):
-        total = over_components(t0 + t1)
-        return total, total
-    else:
-        total = over_components(t0)
-        return total, total
+def load_candidates(inputs, query, ids, real, j, inside, kind: tl.constexpr, REAL: tl.constexpr):
+    """(ROWS,) rows of the table, zeros where not real."""
+    base = spread(ids * kind.STRIDE)
+    c = load_parts(inputs.table, base, j, inside & spread(real), kind, REAL)
+    t, d = terms(query.q, query.a, c, kind)
+    return Candidates(c, t, d)
 
 
 @triton.jit
 def load_sums(pointer, at, each, valid, kind: tl.constexpr):
-    """The numbers of both sums; those of the second come ``each`` after those of the first."""
-    v0 = tl.load(pointer + at, mask=valid, other=0.0)
-    v1 = v0
-    if kind.SUMS == 2:
-        v1 = tl.load(pointer + each + at, mask=valid, other=0.0)
-    return v0, v1
+    """A number of each sum; those of the second come ``each`` after those of the first."""
+    return [tl.load(pointer + (s * each + at), mask=valid, other=0.0) for s in (0, 1)[: kind.SUMS]]
 
 
 @triton.jit
-def store_sums(pointer, at, each, valid, v0, v1, kind: tl.constexpr):
-    tl.store(pointer + at, v0, mask=valid)
-    if kind.SUMS == 2:
-        tl.store(pointer + each + at, v1, mask=valid)
+def store_sums(pointer, at, each, valid, sums, kind: tl.constexpr):
+    SUMS: tl.constexpr = kind.SUMS
+    for s in tl.static_range(SUMS):
+        tl.store(pointer + (s * each + at), sums[s], mask=valid)
+
+
+@triton.jit
+def spread_sums(sums):
+    return [spread(x) for x in sums]
+
+
+@triton.jit
+def check_ids(ids, lowest, N, report, valid):
+    """Whether ids are in range; one that is not is stored for the host (backends/ids.py)."""
+    good = (ids >= lowest) & (ids < N)
+    tl.store(report + ids * 0, ids, mask=valid & ~good)
+    return good
+
+
+# --- terms and sums -------------------------------------------------------------------------------
+
+
+@triton.jit
+def terms(q, a, c, kind: tl.constexpr):
+    """Terms and their derivatives by the query."""
+    if kind.COUPLED:
+        t, d0, d1 = kind.TERMS[0](q[0], c[0], q[1], c[1])
+        return (t,), (d0, d1)
+    else:
+        both = [
+            kind.TERMS[i](q[i], a[i], c[i], kind.HALF, kind.SCALED[i]) for i in (0, 1)[: kind.PARTS]
+        ]
+        return [x[0] for x in both], [x[1] for x in both]
+
+
+@triton.jit
+def row_sums(t, kind: tl.constexpr):
+    """(ROWS,) of each sum, from its terms."""
+    if (kind.PARTS > kind.SUMS) and (not kind.COUPLED):
+        return (over_components(t[0] + t[1]),)
+    else:
+        return [over_components(x) for x in t]
+
+
+@triton.jit
+def add_row_sums(totals, t, kind: tl.constexpr):
+    more = row_sums(t, kind)
+    return [totals[s] + more[s] for s in (0, 1)[: kind.SUMS]]
+
+
+@triton.jit
+def add_products(total, shrink, w, x, kind: tl.constexpr):
+    """shrink · total + w x of each part, w being one of each sum's."""
+    return [tl.fma(w[i % kind.SUMS], x[i], total[i] * shrink) for i in (0, 1)[: kind.PARTS]]
+
+
+@triton.jit
+def add_by_scale(total, shrink, w, tile, kind: tl.constexpr):
+    """The same with the terms' derivative by the scale, −d c, of the parts that have one."""
+    return [
+        tl.fma(-w[i % kind.SUMS] * tile.d[i], tile.c[i], total[i] * shrink)
+        if kind.SCALED[i]
+        else total[i]
+        for i in (0, 1)[: kind.PARTS]
+    ]
+
+
+# --- mutation -------------------------------------------------------------------------------------
 
 
 @triton.jit
 def load_bounds(thresholds, threshold, first, kind: tl.constexpr):
-    """The thresholds of both parts' components from ``first`` on, or the one of all."""
-    bound0, bound1 = threshold, threshold
-    if thresholds is not None:
+    """The thresholds of each part's components from ``first`` on, or the one of all."""
+    if thresholds is None:
+        return of_parts(threshold, kind)
+    else:
         j = components(first, kind.WIDTH)
-        bound0 = tl.load(thresholds + j, mask=j < kind.W, other=0).to(tl.int32)
-        bound1 = bound0
-        if (kind.PARTS == 2) and (not kind.PAIRS):
-            bound1 = tl.load(thresholds + (kind.W + j), mask=j < kind.W, other=0).to(tl.int32)
-    return bound0, bound1
+        UNIT: tl.constexpr = 0 if kind.PAIRS else kind.W
+        return [
+            tl.load(thresholds + (i * UNIT + j), mask=j < kind.W, other=0).to(tl.int32)
+            for i in (0, 1)[: kind.PARTS]
+        ]
 
 
 @triton.jit
 def draw(
     seed,
-    bound0,
-    bound1,
+    bounds,
     column,  # (ROWS,) k
-    row,  # (ROWS,) row_offset + b
+    row,  # (ROWS,) or one of all, row_offset + b
     first,  # component within a part, a multiple of 16
     kind: tl.constexpr,
     REAL: tl.constexpr,
 ):
-    """What of each component comes from the positive: the masks of both parts, bools; or the shares
-    that negatives keep, twice."""
+    """Of each part the mask, bools that are true where a component comes from the positive; or the
+    shares that negatives keep."""
+    row = (row + column * 0).to(tl.uint32)
     column = column.to(tl.uint32)
-    row = row.to(tl.uint32)
     if kind.SHARED:
-        first_part = spread(shares(seed, column, row, kind).to(REAL))
-        second_part = first_part
+        return of_parts(spread(shares(seed, column, row, kind).to(REAL)), kind)
+    elif kind.PAIRS:
+        drawn = draws(seed, column, row, first, 0, kind.ROWS, kind.WIDTH)
+        return of_parts(below(drawn, bounds[0]), kind)
     else:
-        first_part = below(draws(seed, column, row, first, 0, kind.ROWS, kind.WIDTH), bound0)
-        second_part = first_part
-        if (kind.PARTS == 2) and (not kind.PAIRS):
-            SHIFT: tl.constexpr = kind.W % 16
-            drawn = draws(seed, column, row, kind.W + first, SHIFT, kind.ROWS, kind.WIDTH)
-            second_part = below(drawn, bound1)
-    return first_part, second_part
+        return [
+            below(
+                draws(
+                    seed, column, row, i * kind.W + first, i * kind.W % 16, kind.ROWS, kind.WIDTH
+                ),
+                bounds[i],
+            )
+            for i in (0, 1)[: kind.PARTS]
+        ]
 
 
 @triton.jit
@@ -189,46 +253,6 @@ def mix(positive, candidate, drawn, kind: tl.constexpr):
         return positive + drawn * (candidate - positive)
     else:
         return tl.where(drawn, positive, candidate)
-
-
-@triton.jit
-def mutated_terms(
-    q0,
-    q1,
-    a0,
-    a1,
-    c0,
-    c1,
-    z0,  # of the positive, as the next
-    z1,
-    tz0,
-    tz1,
-    dz0,
-    dz1,
-    t0,  # of the candidates, as the next
-    t1,
-    d0,
-    d1,
-    m0,  # drawn
-    m1,
-    kind: tl.constexpr,
-):
-    """:func:`tile_terms` of ẑ. A masked term of one component is the positive's or the candidate's:
-    nothing has to be computed again."""
-    if kind.COUPLED or kind.SHARED:
-        x0 = mix(z0, c0, m0, kind)
-        x1 = x0
-        if kind.PARTS == 2:
-            x1 = mix(z1, c1, m1, kind)
-        return tile_terms(q0, q1, a0, a1, x0, x1, kind)
-    else:
-        mt0 = tl.where(m0, tz0, t0)
-        md0 = tl.where(m0, dz0, d0)
-        mt1, md1 = mt0, md0
-        if kind.PARTS == 2:
-            mt1 = tl.where(m1, tz1, t1)
-            md1 = tl.where(m1, dz1, d1)
-        return mt0, mt1, md0, md1
 
 
 @triton.jit
@@ -250,8 +274,18 @@ def give(drawn, x, kind: tl.constexpr):
 
 
 @triton.jit
-def check_ids(ids, lowest, N, report, valid):
-    """Whether ids are in range; one that is not is stored for the host (backends/ids.py)."""
-    good = (ids >= lowest) & (ids < N)
-    tl.store(report + ids * 0, ids, mask=valid & ~good)
-    return good
+def mix_parts(z, c, drawn, kind: tl.constexpr):
+    return [mix(z[i], c[i], drawn[i], kind) for i in (0, 1)[: kind.PARTS]]
+
+
+@triton.jit
+def mutate(query, tile, drawn, kind: tl.constexpr):
+    """The candidates' mutants. A masked term of one component is the positive's or the candidate's:
+    nothing has to be computed again."""
+    mixed = mix_parts(query.z, tile.c, drawn, kind)
+    if kind.COUPLED or kind.SHARED:
+        t, d = terms(query.q, query.a, mixed, kind)
+    else:
+        t = mix_parts(query.t, tile.t, drawn, kind)
+        d = mix_parts(query.d, tile.d, drawn, kind)
+    return Candidates(mixed, t, d)
