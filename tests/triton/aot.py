@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 import triton
-from emu_kernels.backends.base import SumWeights
+from emu_kernels.backends.base import ScoreWeights, SumWeights
 from emu_kernels.mutation import Component, Mixup, Mutation, NoMutation, Pair
 from emu_kernels.request import LossRequest
 from emu_kernels.similarity import SIMILARITIES
@@ -78,6 +78,7 @@ class Compiled:
     shared: int  # bytes
     longest: int  # instructions of the longest innermost loop, or of all where there is none
     components: int  # a thread has of a tile
+    sizes_matter: bool  # whether other sizes are compiled anew
 
     @property
     def instructions(self) -> float:
@@ -139,12 +140,20 @@ def recording() -> Iterator[list[Launch]]:
         launch.run = before
 
 
-def step(made: LossRequest, *, atomic: bool = False) -> list[Launch]:
-    """The launches of a loss and its backward pass."""
+def step(made: LossRequest, *, every: bool = False) -> list[Launch]:
+    """The launches of a loss and its backward pass; or of all that a backend does."""
     with recording() as launches:
         state = launch.loss_forward(made, need_grad=True)
         sums = SumWeights(state.row_scale, state.weight, state.mutated_weight, state.grad_positive)
-        launch.table_gradient(made, sums, atomic=atomic)
+        launch.table_gradient(made, sums, atomic=False)
+        if every:
+            launch.table_gradient(made, sums, atomic=True)
+            launch.loss_forward(made, need_grad=False)
+            weights = ScoreWeights(state.row_scale, state.weight[0], state.mutated_weight[:1])
+            launch.query_gradient(made, weights)
+            negative = made.query.new_empty(*made.negative.shape, made.query.shape[1])
+            launch.mutate_forward(made.query, negative, made)
+            launch.mutate_backward(negative, made)
     return launches
 
 
@@ -172,10 +181,21 @@ def build(launched: Launch, name: str) -> Any:
         )  # fmt: skip
 
 
+VARYING = ("B", "K", "N", "row_offset", "threshold", "entries", "negatives")
+
+
+def resized(launched: Launch) -> Iterator[Launch]:
+    """The same launch of sizes for which Triton likes to compile anew: 1, and no multiple of 16."""
+    for size in (1, 7):
+        sizes = {name: size for name in VARYING if name in launched.arguments}
+        yield replace(launched, arguments=launched.arguments | sizes)
+
+
 def inspect(launched: Launch, name: str) -> Compiled:
     kernel = build(launched, name)
     given = launched.constants
-    tile = given.get("ROWS", 1) * given.get("WIDTH", given.get("BLOCK", 1)) * given.get("PARTS", 1)
+    tile = given["BLOCK"] if "BLOCK" in given else given.get("ROWS", 1) * given["WIDTH"]
+    tile *= given.get("PARTS", 1)
     lanes = TARGETS[name].warp_size * launched.warps
     if name.startswith("gfx"):
         registers, spilled, longest = read_amdgcn(kernel.asm["amdgcn"])
@@ -183,7 +203,7 @@ def inspect(launched: Launch, name: str) -> Compiled:
         registers, spilled, longest = read_cubin(kernel.asm["cubin"])
     return Compiled(
         launched.name, name, registers, spilled, kernel.metadata.shared, longest,
-        max(1, tile // lanes),
+        max(1, tile // lanes), any(build(other, name) is not kernel for other in resized(launched)),
     )  # fmt: skip
 
 

@@ -1,10 +1,10 @@
-"""``python -m tests.triton.compile_all [--all]``: compiles the kernels for GPUs that need not be
-here, and prints registers, spills and instructions, a JSON line each.
+"""``python -m tests.triton.compile_all few|most|all``: compiles the kernels for GPUs that need not
+be here, and prints registers, spills and instructions, a JSON line each.
 
-Without --all it is the part that the tests check: for sm_90 every similarity, every kind of
-mutation and each dtype of 32 bits or less, for the other targets the cheapest and the dearest
-similarity. With it, every similarity, mutation, dtype and length of rows for every target: some
-thousand kernels.
+``few`` is what `make test` checks (see FEW), ``most`` what `make test-all` does besides: for sm_90
+every similarity, every kind of mutation and each dtype of 32 bits or less, for the other targets
+the cheapest and the dearest similarity. ``all`` is every similarity, mutation, dtype and length of
+rows for every target: some thousand kernels.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from tests.triton import aot
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DIMS = (100, 500, 512, 1000)
-SKIPPED = ("loss_rows", "reduce_rows", "join_segments", "sum_weights", "merge")
-"""Kernels of one loop over numbers or vectors already made; they differ in dtype alone."""
+ONCE = ("loss_rows", "reduce_rows", "join_segments", "sum_weights", "merge")
+"""Kernels of one loop over numbers or vectors already made: compiled for "dot" and for FEW."""
 
 
 class Case(NamedTuple):
@@ -38,8 +38,19 @@ class Case(NamedTuple):
     dim: int
 
 
-def checked() -> Iterator[Case]:
-    """What the tests compile."""
+FEW = (
+    # The usual call: one part, one sum, one pass over the candidates.
+    Case("sm_90", "dot", "component", torch.float32, 100),
+    # Two passes, and all that a kind can have: two parts, two sums, a root, a scale, weights. Its
+    # gradient of the query fills all registers.
+    Case("sm_90", "hake", "component", torch.float32, 100),
+    # Another compiler; both halves in one term; shares in the place of masks.
+    Case("gfx942", "rotate", "mixup", torch.float32, 100),
+)
+"""Every kernel is launched for each of them."""
+
+
+def most() -> Iterator[Case]:
     fp32 = torch.float32
     for similarity in SIMILARITIES:
         yield Case("sm_90", similarity, "component", fp32, 100)
@@ -59,17 +70,15 @@ def everything() -> Iterator[Case]:
         yield Case(*case)
 
 
-def main(arguments: list[str]) -> None:
-    full = arguments == ["--all"]
+def main(which: str) -> None:
     seen = set()
-    for case in everything() if full else checked():
+    for case in {"few": FEW, "most": most(), "all": everything()}[which]:
         made = aot.request(case.similarity, case.mutation, dtype=case.dtype, dim=case.dim)
-        launches = aot.step(made)
-        if full or case == Case("sm_90", "dot", "component", torch.float32, 100):
-            launches += aot.step(made, atomic=True)
-        for launched in launches:
+        every = which == "all" or case in FEW
+        for launched in aot.step(made, every=every):
             key = (case.target, launched.name, repr(launched.constants), launched.types)
-            if key in seen or (launched.name in SKIPPED and case.similarity != "dot"):
+            once = launched.name in ONCE and case.similarity != "dot" and case not in FEW
+            if key in seen or once:
                 continue
             seen.add(key)
             compiled = aot.inspect(launched, case.target)
@@ -78,4 +87,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(*sys.argv[1:])

@@ -55,12 +55,12 @@ SHARED = 16 * 1024
 registers do."""
 
 
-@pytest.fixture(scope="module")
-def compiled() -> list[Row]:
+@pytest.fixture(scope="module", params=["few", pytest.param("most", marks=pytest.mark.slow)])
+def compiled(request: pytest.FixtureRequest) -> list[Row]:
     """In a process of its own: this one may interpret the kernels."""
     interpret = os.environ.pop("TRITON_INTERPRET", None)
     try:
-        done = run_python("-m", "tests.triton.compile_all", timeout=1500)
+        done = run_python("-m", "tests.triton.compile_all", request.param, timeout=1500)
     finally:
         if interpret is not None:
             os.environ["TRITON_INTERPRET"] = interpret
@@ -68,12 +68,16 @@ def compiled() -> list[Row]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_every_target_and_kernel_is_compiled(compiled: list[Row]) -> None:
-    assert {row["target"] for row in compiled} == {"sm_80", "sm_90", "sm_100", "gfx942"}
-    assert {row["name"] for row in compiled} >= {
+def test_every_kernel_is_compiled(compiled: list[Row]) -> None:
+    assert {row["name"] for row in compiled} == {
         "accumulate", "merge", "scores", "query_gradient", "loss_rows", "reduce_rows",
-        "table_gradient", "join_segments", "scatter",
+        "sum_weights", "table_gradient", "join_segments", "scatter", "mutate_forward",
+        "mutate_backward",
     }  # fmt: skip
+
+
+def test_sizes_do_not_compile_anew(compiled: list[Row]) -> None:
+    assert [row for row in compiled if row["sizes_matter"]] == []
 
 
 FULL = 32
@@ -95,20 +99,25 @@ def test_shared_memory_is_small(compiled: list[Row]) -> None:
 
 
 def test_instructions_in_the_loop(compiled: list[Row]) -> None:
-    found = {}
-    for row in compiled:
-        key = (row["name"], row["similarity"], row["mutation"])
-        plain = row["target"] == "sm_90" and row["dtype"] == "torch.float32" and row["dim"] == 100
-        if plain and key in PER_COMPONENT:
-            found[key] = row["longest"] / row["components"]
-    assert found.keys() == PER_COMPONENT.keys()
-    assert {key: n for key, n in found.items() if n > PER_COMPONENT[key]} == {}
+    plain = [
+        row
+        for row in compiled
+        if row["target"] == "sm_90" and row["dtype"] == "torch.float32" and row["dim"] == 100
+    ]
+    cases = {(row["similarity"], row["mutation"]) for row in plain}
+    found = {
+        (row["name"], row["similarity"], row["mutation"]): row["longest"] / row["components"]
+        for row in plain
+    }
+    bounds = {key: bound for key, bound in PER_COMPONENT.items() if key[1:] in cases}
+    assert bounds
+    assert {key: found[key] for key, bound in bounds.items() if found[key] > bound} == {}
 
 
 def test_other_targets_take_about_as_many(compiled: list[Row]) -> None:
     """The same code within a half, but on AMD, whose instructions are others."""
     for name in ("accumulate", "table_gradient"):
-        for target in ("sm_80", "sm_100"):
+        for target in {row["target"] for row in compiled} & {"sm_80", "sm_100"}:
             (row,) = (
                 row
                 for row in compiled
