@@ -1,4 +1,4 @@
-# Two commands on a fresh machine, set-up included: `make demo` trains and compares, `make test` checks everything.
+# Two commands on a fresh machine, set-up included: `make demo` trains and compares, `make test` shows that nothing broke.
 # Each works in .venv, made as needed. Overridable:
 #   make test PYTHON=python3.13 TORCH=torch==2.11.0
 # `make gpu-check QUICK=1 OUT=folder` is for a machine with a GPU: it takes PYTHON as it is, with the torch in it.
@@ -21,12 +21,18 @@ OUT ?= build/gpu-check
 QUICK ?=
 GPU_CHECK ?=
 
-.PHONY: help demo test lint bench gpu-check clean FORCE
+# Tests run on all cores, in eight processes at most, since each takes most of a GB of memory. Tests that share
+# something slow to make stay in one process (loadgroup; TOGETHER in tests/conftest.py). The other ways to share
+# out tests either make such a thing twice or leave one process with the longest file.
+PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadgroup
+
+.PHONY: help demo test test-all lint bench gpu-check clean FORCE
 .SECONDARY:
 
 help:
 	@echo "make demo       builds, trains with and without EMU on FB15k-237, prints the result: minutes"
-	@echo "make test       lint, types, all tests: about half an hour on two cores"
+	@echo "make test       lint, types, every feature on every backend: under 10 minutes on two cores"
+	@echo "make test-all   lint, types, all tests: under 25 minutes on two cores"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      all measurements that this machine can take: about half an hour"
 	@echo "make gpu-check  tests, sanitizers and measurements on a GPU (QUICK=1, OUT=folder, PYTHON=python3)"
@@ -35,8 +41,12 @@ help:
 demo: $(VENV)/.installed-trainer
 	$(BIN)/python examples/demo.py
 
+# What takes longest is marked slow, one by one or in tests/emulated.py.
 test: lint
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not slow"
+
+test-all: lint
+	$(PYTEST)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

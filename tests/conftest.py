@@ -1,9 +1,11 @@
-"""Backends by name, so that a new one joins every test of the operator by being registered."""
+"""Fixtures that run a test once for each backend, and which tests are slow.
+
+A new backend joins every test of the operator as soon as it is registered.
+"""
 
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Iterator
 
 import pytest
@@ -15,6 +17,7 @@ if not torch.cuda.is_available():
 
 from emu_kernels import backends
 from emu_kernels.backends.triton import interpreted
+from tests import emulated
 from tests.cuda import emulation
 
 KERNELS = tuple(name for name in backends.NAMES if name != backends.REFERENCE)
@@ -38,45 +41,40 @@ if interpreted() and backends.get("triton").unavailable() is None:
     InterpretedFunction.__call__ = _call_once_patched
 
 
-EMULATED_CASES = 3
-"""How many of a test's parameter sets Triton's kernels are given where they are emulated: the first
-by a checksum of their names, so that no dimension of a grid is left out of all of them."""
-EMULATED_ALL = {
-    # Tests that choose for themselves, by the shape.
-    "test_agreement.py::test_loss",
-    "test_agreement.py::test_softmax_loss",
-    "test_agreement.py::test_scores",
-    "test_agreement.py::test_table_dtypes",
-    "test_similarities.py::test_loss",
-    "test_similarities.py::test_table_dtypes",
-    # One set for each similarity.
-    "test_similarities.py::test_sparse_gradient_is_the_dense_one",
-    "test_similarities.py::test_without_scale_and_weights",
-    # What is wrong in most of these is found before there is a backend: those are skipped.
-    "test_bad_input.py::test_loss",
-    "test_bad_input.py::test_softmax_loss",
-    "test_bad_input.py::test_scores",
-    # Tests of one kernel each.
-    "test_mask.py::test_bits",
-}
+TOGETHER = (
+    "tests/test_packaging.py",  # a wheel and an sdist
+    "tests/triton/test_aot.py",  # the kernels, compiled for GPUs
+    "tests/ops/test_autograd.py::test_opcheck[cpu",  # the recorded calls, of each backend
+    "tests/ops/test_autograd.py::test_opcheck[cuda",
+    "tests/ops/test_autograd.py::test_opcheck[triton",
+)
+"""Tests that share what takes long to make: one worker runs all that begin with the same path."""
 
 
+def pytest_configure() -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # The workers share the cores. A test that wants more threads sets them itself.
+        torch.set_num_threads(1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes() -> None:
+    """Compile the emulated CUDA kernels once, on all cores, before any worker needs them."""
+    if not torch.cuda.is_available():
+        emulation.build()
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` reads the marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not interpreted():
-        return
-    by_test: dict[str, list[pytest.Item]] = {}
-    for item in items:
-        test = item.nodeid.partition("[")[0]
-        given = getattr(item, "callspec", None)
-        names = () if given is None else (given.params.get(n) for n in ("kernel", "backend"))
-        if "triton" in names and test.rpartition("/")[2] not in EMULATED_ALL:
-            by_test.setdefault(test, []).append(item)
-    left: set[pytest.Item] = set()
-    for cases in by_test.values():
-        cases.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
-        left.update(cases[EMULATED_CASES:])
-    config.hook.pytest_deselected(items=list(left))
-    items[:] = [item for item in items if item not in left]
+    wrong = emulated.mark_slow(items) + emulated.absent(items)
+    everything = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    if wrong and everything and backends.get("triton").unavailable() is None:
+        raise pytest.UsageError("tests/emulated.py is not up to date", *wrong)
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            for path in TOGETHER:
+                if item.nodeid.startswith(path):
+                    item.add_marker(pytest.mark.xdist_group(path))
 
 
 def pytest_report_header() -> str:
@@ -121,7 +119,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture
 def compiled(request: pytest.FixtureRequest, device: torch.device) -> None:
-    """Skips tests that would take minutes in Triton's interpreter, or tell nothing of it."""
+    """Skip a test for Triton's interpreter, where it takes minutes or cannot fail."""
     name = "backend" if "backend" in request.fixturenames else "kernel"
     if request.getfixturevalue(name) == "triton" and device.type == "cpu":
         pytest.skip("these kernels are interpreted")

@@ -1,7 +1,8 @@
 """The package as users get it: built without torch, installed elsewhere, imported from there.
 
-Everything is built offline with the tools installed beside the tests, twice in all: a wheel from
-the source tree, and a wheel from the sdist. The CUDA kernels, which take minutes, are left out.
+Everything is built offline, with the tools that are installed for the tests. There are two builds:
+a wheel from the source tree, and a wheel from the sdist. Both leave out the CUDA kernels, which
+take minutes to compile.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ import pytest
 import torch
 
 import emu_kernels
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent
 EXTENSION = re.compile(r"emu_kernels/_C\.[^/]*\.so")

@@ -18,6 +18,7 @@ MODULES = (
 REPORT = "from emu_kernels import _C; print(_C.instruction_set())"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETS)
 def test_agreement(name: str) -> None:
     """The tests of the answers, run again with the instruction set forced."""

@@ -18,20 +18,20 @@ PLACES = ["query", "positive", "negative"]
 DIM = 37
 
 
-def clean() -> Inputs:
-    """Four rows that share no entity: row b has 5b..5b+4."""
-    inputs = make(4, 4, DIM, rows=20)
-    ids = torch.arange(20).reshape(4, 5)
+def clean(batch: int = 4) -> Inputs:
+    """Rows that share no entity: row b has 5b..5b+4."""
+    inputs = make(batch, 4, DIM, rows=5 * batch)
+    ids = torch.arange(5 * batch).reshape(batch, 5)
     return inputs._replace(positive=ids[:, 0].contiguous(), negative=ids[:, 1:].contiguous())
 
 
-def spoil(inputs: Inputs, place: str, value: float, component: int = 20) -> Inputs:
-    """The same with ``value`` in one component of what row 1 uses."""
+def spoil(inputs: Inputs, place: str, value: float, *, row: int = 1, component: int = 20) -> Inputs:
+    """The same with ``value`` in one component of what a row uses."""
     query, table = inputs.query.clone(), inputs.table.clone()
     if place == "query":
-        query[1, component] = value
+        query[row, component] = value
     else:
-        table[5 if place == "positive" else 7, component] = value
+        table[5 * row + (0 if place == "positive" else 2), component] = value
     return inputs._replace(query=query, table=table)
 
 
@@ -120,20 +120,22 @@ def test_padding_row_of_the_table(backend: str, device: torch.device) -> None:
 @pytest.mark.parametrize("place", PLACES)
 def test_scores(place: str, value: float, kernel: str, device: torch.device) -> None:
     """As the reference has them, gradients too, also where a bad component was mutated away."""
+    components = range(0, DIM, 5)  # one for each row
+    inputs = clean(len(components))
+    for row, component in enumerate(components):
+        inputs = spoil(inputs, place, value, row=row, component=component)
 
     def run(backend: str) -> list[Tensor]:
-        results = []
-        for component in range(0, DIM, 5):
-            inputs = spoil(clean(), place, value, component).to(device)
-            result = evaluate(emu_scores, inputs, mutation=0.5, seed=2, backend=backend)
-            results += [*result.outputs, result.query, result.table]
-        return results
+        options: Options = {"mutation": 0.5, "seed": 2, "backend": backend}
+        result = evaluate(emu_scores, inputs.to(device), **options)
+        return [*result.outputs, result.query, result.table]
 
-    saved = 0
-    for actual, expected in zip(run(kernel), run("reference"), strict=True):
+    results = run(kernel), run("reference")
+    for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, equal_nan=True, rtol=1e-4, atol=1e-5)
-        saved += int(expected.isfinite().sum())
-    assert saved
+    mutated = results[1][2][:, 1]  # of the negatives that may be spoiled
+    assert mutated.isfinite().any() == (place != "query")
+    assert not mutated.isfinite().all()
 
 
 @pytest.mark.parametrize("value", BAD)

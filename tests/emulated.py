@@ -1,0 +1,203 @@
+"""The cases that stay in the quick tests, where a test's whole grid takes too long.
+
+Without a GPU its kernels are emulated: Triton's by Triton's interpreter, the CUDA ones by their
+sources compiled for the CPU. That shows the same mistakes, a hundred to a thousand times slower.
+So `make test` runs some cases of the longest tests, and `make test-all` runs them all.
+
+A test that is not named here keeps all its cases in both. Of one that is, for the backend of that
+name, the cases whose parameters fully match the regular expression stay; `tests/conftest.py` marks
+the others `slow`. The parameters are the part of a test's id in brackets, without the backend.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import pytest
+
+from emu_kernels import backends
+from emu_kernels.similarity import SIMILARITIES
+
+
+class Quick(NamedTuple):
+    test: str
+    """Its file and name, below tests/."""
+    backend: str
+    """Of the parameter ``kernel`` or ``backend``; "" for a test that has no such parameter."""
+    stay: str
+    """A regular expression for the parameters of the cases that stay."""
+    why: str
+
+
+NONE = "(?!)"
+"""Matches nothing: all cases of the backend are slow."""
+
+QUICK = [
+    # --- Triton, interpreted: about 10 ms for each row, each tile of candidates and each entity ---
+    Quick(
+        "ops/test_agreement.py::test_large_scores", "triton", r"3000\.0",
+        "one of three shifts, the one whose terms nearly cancel",
+    ),
+    Quick(
+        "ops/test_agreement.py::test_options", "triton",
+        r"own-\{'(alpha|beta)': 0\.0\}|shared-\{'(reduction|row_offset)': .*"
+        r"|(own|shared)-\{'mutation_rate': [01]\.0\}",
+        "every option that makes a term or the mask vanish, and one of each other kind",
+    ),
+    Quick(
+        "ops/test_autograd.py::test_opcheck", "triton", NONE,
+        "the operators are those of the other backends; to record the calls takes half a minute",
+    ),
+    Quick(
+        "ops/test_autograd.py::test_autocast_changes_nothing", "triton",
+        r".*-torch\.bfloat16-torch\.bfloat16",
+        "every function once; autocast acts before a backend is called",
+    ),
+    Quick(
+        "ops/test_bad_input.py::test_module", "triton", NONE,
+        "the module calls the function, whose cases stay",
+    ),
+    Quick(
+        "ops/test_mask.py::test_columns_past_16_bits", "triton", NONE,
+        "65,576 columns; the counter of a column is one word in every kernel",
+    ),
+    Quick(
+        "ops/test_memory.py::test_saved_for_backward_of_similarities", "triton", "dot|hake",
+        "the fewest and the most sums that a similarity keeps",
+    ),
+    Quick(
+        "ops/test_not_finite.py::test_loss", "triton",
+        r"(query-nan|positive-inf|negative--inf)-.*",
+        "each place and each value once, with every set of options",
+    ),
+    Quick(
+        "ops/test_not_finite.py::test_scores", "triton", r"query-nan|positive-inf|negative--inf",
+        "each place and each value once",
+    ),
+    Quick(
+        "ops/test_not_finite.py::test_overflow", "triton", r"query-1\.0|negative--1\.0",
+        "both signs, a place each",
+    ),
+    Quick(
+        "ops/test_semantics.py::test_layouts", "triton",
+        r"strided_rows-21-torch\.float32|every_third_row-21-torch\.bfloat16"
+        r"|transposed-1-torch\.float32",
+        "each layout once, with both dtypes and both widths among them",
+    ),
+    Quick(
+        "ops/test_semantics.py::test_sets_of_negatives", "triton", "1-True|3-False",
+        "one set and several, with padding and without",
+    ),
+    Quick(
+        "ops/test_similarities.py::test_loss", "triton",
+        r".*-part of a vector-(rate|mixup|rates of pairs)|(dot|hake)-.*",
+        "every similarity with each kind of mutation; the simplest and the hardest with all",
+    ),
+    Quick(
+        "ops/test_similarities.py::test_table_dtypes", "triton",
+        r"(dot|hake)-torch\.bfloat16|(l1|rotate)-torch\.float16|(l2|protate)-torch\.float64",
+        "every similarity once, every dtype twice",
+    ),
+    Quick(
+        "ops/test_similarities.py::test_zero_distances", "triton",
+        "(l1|hake)-rate|(l2|rotate|protate)-mixup",
+        "every similarity once, both mutations",
+    ),
+    Quick(
+        "ops/test_similarities.py::test_scores_are_the_formulas", "triton", "dot|hake",
+        "the simplest and the hardest; test_scores compares all with the specification",
+    ),
+    Quick(
+        "ops/test_similarities.py::test_sparse_gradient_is_the_dense_one", "triton", "dot|rotate",
+        "one half and two; the sum over an entity's contributions knows no similarity",
+    ),
+    Quick(
+        "ops/test_similarities.py::test_compiles_in_one_graph", "triton", "hake",
+        "all optional arguments; the graph is the same for all kernels",
+    ),
+    Quick(
+        "ops/test_sparse_gradient.py::test_equals_dense", "triton",
+        r"fused_emu_loss-.*-torch\.(float32|bfloat16)|.*-torch\.float16",
+        "every function, and every dtype of 32 bits or less",
+    ),
+    Quick(
+        "ops/test_sparse_gradient.py::test_optimisers", "triton", NONE,
+        "an optimiser gets the same kind of tensor from every backend",
+    ),
+    Quick(
+        "triton/test_kernels.py::test_a_bad_id_makes_its_row_nan_and_is_raised_later", "",
+        r"positive-9-dot|negative-(-2|\d{9,})-dot|negative-9-hake",
+        "above, below and far above; both kinds of id; rows of one half and of two",
+    ),
+    Quick(
+        "triton/test_kernels.py::test_any_tile", "",
+        "one row after another-13-none|few of few-.*-mask",
+        "both tiles, rows of one chunk and of several, with and without masks",
+    ),
+    # --- CUDA, compiled for the CPU ---
+    Quick(
+        "ops/test_similarities.py::test_gradcheck", "cuda", "(dot|hake)-rate",
+        "the simplest and the hardest; test_table_dtypes compares all gradients in fp64",
+    ),
+    Quick(
+        "ops/test_similarities.py::test_loss", "cuda",
+        "(?!.*-hubs-).*|(dot|hake)-hubs-(rate|mixup)",
+        "all but the largest shape, and that with the simplest and the hardest similarity",
+    ),
+    # --- the specification ---
+    Quick(
+        "ops/test_similarities.py::test_compiles_in_one_graph", "reference", "dot",
+        "it is traced into some hundred operators, and compiled in no training",
+    ),
+]  # fmt: skip
+
+
+def parameters(item: pytest.Item) -> dict[str, Any]:
+    spec = getattr(item, "callspec", None)
+    return {} if spec is None else spec.params
+
+
+def backend_of(item: pytest.Item) -> str:
+    given = parameters(item)
+    return str(given.get("kernel", given.get("backend", "")))
+
+
+def mark_slow(items: Sequence[pytest.Item]) -> list[str]:
+    """Mark what QUICK does not keep; name the entries that match no case."""
+    rules = {(rule.test, rule.backend): rule for rule in QUICK}
+    assert len(rules) == len(QUICK), "a test has two entries for one backend"
+    unused = {rule: {"a case", "a case that stays"} for rule in QUICK}
+    for item in items:
+        test, _, rest = item.nodeid.removeprefix("tests/").partition("[")
+        backend = backend_of(item)
+        rule = rules.get((test, backend))
+        if rule is None:
+            continue
+        unused[rule].discard("a case")
+        if re.fullmatch(rule.stay, rest[:-1].removeprefix(backend).removeprefix("-")):
+            unused[rule].discard("a case that stays")
+        else:
+            item.add_marker(pytest.mark.slow)
+    return [
+        f"{rule.test}, {rule.backend or 'no backend'}: there is no {missing}"
+        for rule, kinds in unused.items()
+        for missing in sorted(kinds)
+        if rule.stay != NONE or missing == "a case"
+    ]
+
+
+def absent(items: Sequence[pytest.Item]) -> list[str]:
+    """Name each backend and similarity that the quick tests never have together."""
+    quick = {
+        (backend_of(item), parameters(item).get("similarity"))
+        for item in items
+        if item.get_closest_marker("slow") is None
+    }
+    return [
+        f"no quick test has backend {backend!r} with similarity {similarity!r}"
+        for backend in backends.NAMES
+        for similarity in SIMILARITIES
+        if (backend, similarity) not in quick
+    ]
