@@ -1,5 +1,6 @@
 // The mutation rules, one small struct each, for scalars and vectors, host and device. To add one, write its struct
-// here and put it into the list below it; emu_kernels/mutation.py describes the same rules.
+// here and put it into the list below it; a parameter of its own is a field of Draws. emu_kernels/mutation.py
+// describes the same rules.
 //
 // A rule has: name; kDraw, what it draws for each negative of a row; for masks kPairs, whether a unit of the mask is
 // the pair of components j and D/2 + j; for shares the function share(u, draws) from four uniform numbers in [0, 1)
