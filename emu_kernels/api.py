@@ -277,8 +277,6 @@ def emu_mutate(
         TypeError, ValueError, RuntimeError: as :func:`fused_emu_loss`.
     """
     validate.embeddings(positive, negative)
-    if isinstance(mutation_rate, Mixup):
-        raise TypeError("mutation_rate: expected a rate or a tensor of rates, got Mixup")
     rows, dim = positive.shape
     draws = prepare.draws(
         "mutation_rate",
@@ -290,6 +288,9 @@ def emu_mutate(
         dim=dim,
         device=positive.device,
     )
+    if draws.mutation.draw != "mask":
+        given = type(mutation_rate).__name__
+        raise TypeError(f"mutation_rate: expected a rate or a tensor of rates, got {given}")
     return backends.resolve(backend, positive.device).mutate(positive, negative, draws)
 
 

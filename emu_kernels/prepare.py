@@ -43,12 +43,13 @@ def _mutation(
     name: str, rate: float | Tensor | Mutation, unit: str, dim: int, device: torch.device
 ) -> Mutation:
     validate.mask_unit(unit, dim)
-    if isinstance(rate, Mutation):
+    if isinstance(rate, Mutation) and rate.draw != "mask":
         return rate
     if isinstance(rate, Tensor):
         validate.rates(name, rate, unit, dim // 2 if RULES[unit].pairs else dim, device)
         return masked(unit, usable_thresholds(name, rate))
     validate.rate(name, rate)
+    assert isinstance(rate, (int, float))
     return masked(unit, rate)
 
 

@@ -1,4 +1,4 @@
-"""Every wrong argument raises before anything runs, and the message names it and what came."""
+"""Every wrong argument raises before anything runs; the message names it and its value."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from emu_kernels import (
     fused_softmax_loss,
     uls_cross_entropy,
 )
+from emu_kernels.mutation import Component
 from tests.ops.support import LOSS, Options, emulated, make
 
 Change = Callable[[Options], Any]  # the good arguments -> the bad value of one of them
@@ -100,6 +101,8 @@ def rate(name: str) -> list[Case]:
         (name, always("0.5"), TypeError, "str"),
         (name, always(True), TypeError, "bool"),
         *([(name, always(None), TypeError, "NoneType")] if name == "mutation_rate" else []),
+        # Rules that are made of checked rates are no argument of their own.
+        (name, always(Component(thresholds=torch.zeros(3))), TypeError, "Component"),
         (name, lambda a: torch.tensor(0.5), ValueError, r"got shape \(\)"),
     ]
 
@@ -194,7 +197,7 @@ def _check_ids_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check(function: Callable[..., Any], good: Options, case: Case) -> None:
-    """The good arguments pass; the bad one is named in the exception, with what came."""
+    """The good arguments pass; the exception names the bad one and its value."""
     name, change, exception, part = case
     backend = good.get("backend", backends.REFERENCE)
     types = () if backend == backends.REFERENCE else backends.get(backend).device_types
