@@ -12,13 +12,14 @@ import functools
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from bench.inputs import DTYPES, SIMILARITIES, Shape, is_gpu, make
 from bench.measure import synchronize
-from bench.rivals import BACKENDS, BY_NAME, EMU, PLANS, WHOLE, forced, ours
+from bench.rivals import BACKENDS, BY_NAME, EMU, PLANS, WHOLE, ours
 from emu_kernels import emu_mutate, emu_scores, fused_emu_loss, fused_softmax_loss
 
 ODD = Shape(batch=9, negatives=7, dim=38, entities=13)
@@ -59,8 +60,8 @@ def run(shape: Shape, backend: str, *, shared: bool) -> None:
 
     emu = functools.partial(call, fused_emu_loss, seed=1, **EMU)
     backward(emu())
-    for plan in PLANS[backend][1] if backend in PLANS else ():
-        with forced(backend, plan):
+    for plan in PLANS.get(backend, {}).values():
+        with mock.patch(*plan):
             backward(emu())
     backward(call(fused_softmax_loss))
     backward(*call(emu_scores, mutation=0.5, seed=1))

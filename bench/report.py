@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 from collections.abc import Sequence
@@ -15,18 +14,21 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from bench import results
-from bench.inputs import DTYPES, MIB, SIZES, Shape
-from bench.results import MEMORY, RATIO, SHARE, SPEED, TIME, slug
+from bench.inputs import SIZES, Shape
+from bench.results import MEMORY, QUANTILES, RATIO, SHARE, SPEED, TIME, slug
 from bench.rivals import PHASES, RIVALS, WHOLE
 from bench.trainers import BY_NAME, TRAINERS
 from bench.trainers import PHASE as STEP
 
 MARKERS = ("<!-- bench report: begin -->", "<!-- bench report: end -->")
 SETTING = ["similarity", "dtype", "gradient", "B", "K", "D", "N"]
-KEYS = ["rival", "what", "phase"]
+SPREAD = "20–80 %"
+_NAMED: list[Any] = [*RIVALS, *TRAINERS]
+TITLES: dict[str, str] = {rival.name: rival.title for rival in _NAMED}
+PLAIN = {name: title.replace("*", "") for name, title in TITLES.items()}
 Rows: TypeAlias = pd.DataFrame
-Columns: TypeAlias = list[tuple[str, tuple[str, ...]]]
-"""Headers, and keys of cells: "text" or "spread", and those of ``KEYS`` that are not a line's."""
+Columns: TypeAlias = list[tuple[str, ...]]
+"""A header and the keys of its cells: rival, what and phase, but for those that name a line."""
 
 
 def latest(rows: Rows) -> Rows:
@@ -41,8 +43,6 @@ def latest(rows: Rows) -> Rows:
 
 def number(value: float, what: str = TIME) -> str:
     """Three significant digits, no exponent; shares in percent."""
-    if math.isnan(value):
-        return "–"
     if what == SHARE:
         return f"{100 * value:.0f} %"
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}".rstrip(".")
@@ -50,58 +50,54 @@ def number(value: float, what: str = TIME) -> str:
 
 def spread(header: str, *key: str) -> Columns:
     """A median and its quantiles."""
-    return [(header, ("text", *key)), ("20–80 %", ("spread", *key))]
+    return [(header, *key), (SPREAD, *key)]
 
 
-def each_rival(rows: Rows, header: str, what: str, phase: str = WHOLE) -> Columns:
-    """A column for each of the rivals that have rows."""
-    present = [rival for rival in RIVALS if (rows["rival"] == rival.name).any()]
-    return [(f"{r.title}, {header}", ("text", r.name, what, phase)) for r in present]
+def table(rows: Rows, index: dict[str, str], columns: Columns, left: int = 1) -> str:
+    """A line for each setting and each value of ``index``, in order; "–" where there is no row.
 
-
-def lines(rows: Rows, index: list[str], columns: Columns) -> list[list[Any]]:
-    """One for each setting and each value of ``index``, in order; "–" where there is no row."""
-    text = [number(r.median, r.what) for r in rows.itertuples()]
-    between = [f"{number(r.q20, r.what)}–{number(r.q80, r.what)}" for r in rows.itertuples()]
+    ``index`` has the headers of its columns, of which those after the first ``left`` come last.
+    """
+    values = {q: [number(*v) for v in zip(rows[q], rows["what"], strict=True)] for q in QUANTILES}
+    between = [f"{low}–{high}" for low, high in zip(values["q20"], values["q80"], strict=True)]
     line = rows.groupby(["setting", *index], sort=False).ngroup()
-    rows = rows.assign(line=line, text=text, spread=between)
-    keys = [key for key in KEYS if key not in index]
+    rows = rows.assign(text=values["median"], spread=between, line=line)
+    keys = [key for key in ("rival", "what", "phase") if key not in index]
     wide = rows.pivot_table(["text", "spread"], ["line", *index], keys, aggfunc="last")
-    wide = wide.reindex(columns=[key for _, key in columns]).astype(object).fillna("–")
-    return [[*names[1:], *cells] for names, cells in zip(wide.index, wide.to_numpy(), strict=True)]
-
-
-def markdown_table(body: list[list[Any]], header: list[str], names: int = 1) -> str:
-    """The first ``names`` columns are aligned to the left."""
-    align = ["left"] * names + ["right"] * (len(header) - names)
+    cells = [("spread" if header == SPREAD else "text", *key) for header, *key in columns]
+    wide = wide.reindex(columns=cells).astype(object).fillna("–")
+    body = [
+        [*names[1 : left + 1], *line, *names[left + 1 :]]
+        for names, line in zip(wide.index, wide.to_numpy(), strict=True)
+    ]
+    first, last = list(index.values())[:left], list(index.values())[left:]
+    header = [*first, *(name for name, *_ in columns), *last]
+    align = ["left"] * left + ["right"] * (len(header) - left)
     return tabulate(body, header, "pipe", disable_numparse=True, colalign=align)
 
 
-def table(rows: Rows, index: list[str], columns: Columns, first: str = "", names: int = 1) -> str:
-    """:func:`lines` below a header, which begins with ``first`` instead of a column's name."""
-    header = [first or index[0], *index[1:], *(name for name, _ in columns)]
-    return markdown_table(lines(rows, index, columns), header, names)
-
-
-def titled(rows: Rows, listed: Sequence[Any]) -> Rows:
-    """The rows of the listed rivals, in the list's order, with titles as names."""
-    order = {rival.name: i for i, rival in enumerate(listed)}
+def titled(rows: Rows) -> Rows:
+    """The rows of known rivals, in the order of their lists, with titles and versions as names."""
+    order = {name: i for i, name in enumerate(TITLES)}
     rows = rows[rows["rival"].isin(order)]
     rows = rows.sort_values("rival", key=lambda names: names.map(order), kind="stable")
-    return rows.assign(rival=rows["rival"].map({rival.name: rival.title for rival in listed}))
+    versions = (" (" + rows["library"].str.extract(r" (\S+)$")[0] + ")").fillna("")
+    return rows.assign(rival=rows["rival"].map(TITLES) + versions)
 
 
 def sizes(row: Any, without: Sequence[str] = ()) -> str:
     return ", ".join(f"{name}={row[name]}" for name in SIZES if name not in without)
 
 
-def hardware(rows: Rows, row: Any = None) -> str:
-    """Of the rows, or of ``row``; with the instruction sets of our kernels."""
-    row = rows.iloc[0] if row is None else row
+def caption(rows: Rows, *what: str) -> str:
+    """The given words, and where and of what the rows are, with our kernels' instruction sets."""
+    row = rows.iloc[-1]
     ours = rows["instruction_set"][rows["rival"].str.startswith("fused-")].unique()
     used = f"{row['threads']} thread{'s' if row['threads'] != 1 else ''}"
     used = ", ".join(filter(None, [used, " ".join(filter(None, ours))]))
+    named = ", ".join(filter(None, what))
     return (
+        f"\n\n{named}{'. ' if named else ''}"
         f"{row['device']} ({used}); emu-kernels {row['emu_kernels']} ({row['commit']}), "
         f"torch {row['torch']}, Python {row['python']}; {row['date'][:10]}."
     )
@@ -111,14 +107,13 @@ def step_table(rows: Rows) -> str:
     """One setting, a line for each rival. Phases and shares have columns where measured."""
     row = rows.iloc[0]
     columns = spread("median ms", TIME, WHOLE)
-    columns += [(f"{p} ms", ("text", TIME, p)) for p in PHASES[:-1] if (rows["phase"] == p).any()]
+    columns += [(f"{p} ms", TIME, p) for p in PHASES[:-1] if (rows["phase"] == p).any()]
     columns += spread("× ours", RATIO, WHOLE)
-    if (rows["what"] == SHARE).any():
-        columns.append(("of copy bandwidth", ("text", SHARE, WHOLE)))
-    columns.append(("peak MiB", ("text", MEMORY, WHOLE)))
-    sparse = ", sparse gradient" if row["gradient"] == "sparse" else ""
-    caption = f"{row['similarity']}, {sizes(row)}, {row['dtype']}{sparse}. {hardware(rows)}"
-    return f"{table(titled(rows, RIVALS), ['rival'], columns, first=WHOLE)}\n\n{caption}"
+    columns += [("of copy bandwidth", SHARE, WHOLE)] * int((rows["what"] == SHARE).any())
+    columns.append(("peak MiB", MEMORY, WHOLE))
+    sparse = "sparse gradient" if row["gradient"] == "sparse" else ""
+    what = caption(rows, row["similarity"], sizes(row), row["dtype"], sparse)
+    return table(titled(rows), {"rival": WHOLE}, columns) + what
 
 
 def variations(rows: Rows) -> str:
@@ -127,54 +122,25 @@ def variations(rows: Rows) -> str:
     usual = {c: row[c] if c in SIZES else getattr(Shape, c) for c in SETTING}
     differ = [c for c in SETTING if (rows[c] != usual[c]).any()] or ["similarity"]
     columns: Columns = [
-        ("EMU, fused, ms", ("text", "fused-emu", TIME, WHOLE)),
-        ("softmax, fused, ms", ("text", "fused-softmax", TIME, WHOLE)),
+        ("EMU, fused, ms", "fused-emu", TIME, WHOLE),
+        ("softmax, fused, ms", "fused-softmax", TIME, WHOLE),
         *spread("eager EMU × ours", "eager-emu", RATIO, WHOLE),
         *spread("eager softmax × ours", "eager-softmax", RATIO, WHOLE),
-        ("peak MiB, ours", ("text", "fused-emu", MEMORY, WHOLE)),
-        ("eager EMU", ("text", "eager-emu", MEMORY, WHOLE)),
+        ("peak MiB, ours", "fused-emu", MEMORY, WHOLE),
+        ("eager EMU", "eager-emu", MEMORY, WHOLE),
     ]
-    common = [sizes(row, differ), *(row[c] for c in ("similarity", "dtype") if c not in differ)]
-    named = ", ".join(filter(None, common))
-    caption = f"{named}{'. ' if named else ''}{hardware(rows, rows.iloc[-1])}"
-    return f"{table(rows, differ, columns, names=len(differ))}\n\n{caption}"
+    common = [row[c] for c in ("similarity", "dtype") if c not in differ]
+    what = caption(rows, sizes(row, differ), *common)
+    return table(rows, {c: c for c in differ}, columns, len(differ)) + what
 
 
 def gpu_table(rows: Rows) -> str:
-    """A line for each setting on a GPU and each of our backends in it.
-
-    Times are ours in ms, shares are of the copy bandwidth, × are the rivals' times over this
-    backend's medians, and peaks leave a dense table's gradient out.
-    """
-    header = (
-        "ours|forward|share|whole|20–80 %|share|eager EMU ×|compiled ×|eager softmax ×|peak MiB"
-    )
-    body = []
-    for _, run in rows.groupby("setting", sort=False):
-        row = run.iloc[0]
-        known = run.drop_duplicates(KEYS, keep="last").set_index(KEYS)
-
-        def get(name: str, what: str = TIME, phase: str = WHOLE, known: Any = known) -> float:
-            return float(known["median"].get((name, what, phase), math.nan))
-
-        dense = row["N"] * row["D"] * DTYPES[row["dtype"]].itemsize / MIB
-        gradient = dense if row["gradient"] == "dense" else 0.0
-        for name in (r.name for r in RIVALS if (r.name, TIME, WHOLE) in known.index):
-            if not name.startswith("fused-emu"):
-                continue
-            whole, peak = known.loc[(name, TIME, WHOLE)], get(name, MEMORY)
-            extra = peak - get(name.replace("emu", "softmax"), MEMORY)
-            others = [get(n) for n in ("eager-emu", "compiled-emu", "eager-softmax")]
-            body.append([
-                *(row[column] for column in SETTING), name.removeprefix("fused-emu-"),
-                number(get(name, TIME, "forward")), number(get(name, SHARE, "forward"), SHARE),
-                number(whole["median"]), f"{number(whole['q20'])}–{number(whole['q80'])}",
-                number(get(name, SHARE), SHARE), *(number(t / whole["median"]) for t in others),
-                *map(number, (peak - gradient, extra, get("eager-emu", MEMORY) - gradient)),
-            ])  # fmt: skip
-    header += "|EMU − softmax|eager EMU"
-    names = [*SETTING, *header.split("|")]
-    return f"{markdown_table(body, names, 3)}\n\n{hardware(rows, rows.iloc[-1])}"
+    """A line for each setting and rival."""
+    columns = [(f"{p} ms", TIME, p) for p in PHASES[:-1]] + spread("whole ms", TIME, WHOLE)
+    columns += [("forward, of copy bandwidth", SHARE, "forward"), ("whole", SHARE, WHOLE)]
+    columns += [*spread("× ours", RATIO, WHOLE), ("peak MiB", MEMORY, WHOLE)]
+    index = {name: name for name in (*SETTING, "rival")}
+    return table(titled(rows), index, columns, len(index)) + caption(rows)
 
 
 def steps_table(rows: Rows) -> str:
@@ -187,43 +153,17 @@ def steps_table(rows: Rows) -> str:
     return "\n\n".join([*tables, *([] if paper.all() else [variations(rows[~paper])])])
 
 
-def plans_table(rows: Rows) -> str:
-    """A line for each setting: the plans of the table's gradient side by side."""
-    backward = each_rival(rows, "backward, ms", TIME, "backward")
-    pairs = zip(backward, each_rival(rows, "whole, ms", TIME), strict=True)
-    columns = [column for pair in pairs for column in pair]
-    return f"{table(rows, ['dtype', *SIZES], columns)}\n\n{hardware(rows)}"
-
-
-def scaled(rows: Rows, factors: Any) -> Rows:
-    return rows.assign(**{name: rows[name] * factors for name in ("median", "q20", "q80")})
-
-
-def captured_table(rows: Rows) -> str:
-    """A line for each whole training step, captured as a CUDA graph or not."""
-    row = rows.iloc[0]
-    columns = [*spread("µs", TIME, STEP), ("triples / s", ("text", SPEED, STEP))]
-    columns += spread("× ours", RATIO, STEP)
-    shown = scaled(rows, rows["what"].map({TIME: 1000}).fillna(1))
-    what = f"{row['model']} on {row['graph']}, {sizes(row)}, {row['dtype']}, {row['optimizer']}"
-    return f"{table(shown, ['rival'], columns, first=STEP)}\n\n{what}. {hardware(rows[:0], row)}"
-
-
 def trainers_table(rows: Rows) -> str:
     """A line for each trainer, below each setting its caption."""
-    columns: Columns = [("triples / s", ("text", SPEED, STEP)), *spread("ms a step", TIME, STEP)]
-    columns += [*spread("× ours", RATIO, STEP), ("peak MiB", ("text", MEMORY, STEP))]
-    header = ["end to end", *(name for name, _ in columns), "table's gradient"]
+    columns: Columns = [("triples / s", SPEED, STEP), *spread("ms a step", TIME, STEP)]
+    columns += [*spread("× ours", RATIO, STEP), ("peak MiB", MEMORY, STEP)]
     tables = []
     for _, run in rows.groupby("setting", sort=False):
-        row, shown = run.iloc[0], titled(run, TRAINERS)
-        versions = (" (" + shown["library"].str.extract(r" (\S+)$")[0] + ")").fillna("")
-        shown = shown.assign(rival=shown["rival"] + versions)
-        found = lines(shown, ["rival", "gradient"], columns)
-        body = [[name, *cells, gradient] for name, gradient, *cells in found]
-        what = f"{row['model']} on {row['graph']}, {row['N']:,} entities, d={row['D']}, "
-        what += f"B={row['B']}, K={row['K']}, {row['optimizer']}"
-        tables.append(f"{markdown_table(body, header)}\n\n{what}. {hardware(run)}")
+        row = run.iloc[0]
+        graph = f"{row['model']} on {row['graph']}, {row['N']:,} entities, d={row['D']}"
+        what = caption(run, graph, sizes(row, "DN"), row["optimizer"])
+        index = {"rival": "end to end", "gradient": "table's gradient"}
+        tables.append(table(titled(run), index, columns) + what)
     return "\n\n".join(tables)
 
 
@@ -231,26 +171,30 @@ def scale_table(rows: Rows) -> str:
     """A line for each size and gradient."""
     row = rows.iloc[0]
     axis = row["family"].removeprefix("scale-")
-    columns = [*each_rival(rows, "ms", TIME), *each_rival(rows, "MiB", MEMORY)]
+    present = [rival for rival in RIVALS if (rows["rival"] == rival.name).any()]
+    columns: Columns = [
+        (f"{rival.title}, {unit}", rival.name, what, WHOLE)
+        for unit, what in (("ms", TIME), ("MiB", MEMORY))
+        for rival in present
+    ]
     shown = rows.sort_values(["gradient", axis], kind="stable")
     shown = shown.assign(**{axis: shown[axis].map("{:,}".format)})
-    caption = f"{row['similarity']}, {sizes(row, [axis])}, {row['dtype']}. {hardware(rows)}"
-    return f"{table(shown, [axis, 'gradient'], columns, names=2)}\n\n{caption}"
+    what = caption(rows, row["similarity"], sizes(row, axis), row["dtype"])
+    return table(shown, {axis: axis, "gradient": "gradient"}, columns, 2) + what
 
 
 def sampling_table(rows: Rows) -> str:
     """A line for each graph."""
     names = [
-        f"{r.rival.replace('-', ' ')} on {r.graph}: {r.K} walks of {r.phase} from each of "
-        f"{r.N:,} entities"
+        f"random walks on {r.graph}: {r.K} walks of {r.phase} from each of {r.N:,} entities"
         for r in rows.itertuples()
     ]
-    shown, columns = scaled(rows, 0.001).assign(rival=names, phase=""), spread("seconds", TIME, "")
-    return f"{table(shown, ['rival'], columns, first='what')}\n\n{hardware(rows)}"
+    shown = rows.assign(rival=names, phase="", **{q: rows[q] / 1000 for q in QUANTILES})
+    return table(shown, {"rival": "what"}, spread("seconds", TIME, "")) + caption(rows)
 
 
 TABLES = {
-    "steps": steps_table, "plans": plans_table, "captured": captured_table,
+    "steps": steps_table, "plans": gpu_table, "captured": trainers_table,
     "train": trainers_table, "scale-": scale_table, "sampling": sampling_table,
 }  # fmt: skip
 
@@ -271,8 +215,6 @@ _COLOURS = {
     "compiled-emu": "C4", "gather-scatter": "C7", "fused-emu-cuda": "C0", "fused-emu-triton": "C9",
     "fused-softmax-cuda": "C2", "fused-softmax-triton": "C8",
 }  # fmt: skip
-_NAMED: list[Any] = [*RIVALS, *TRAINERS]
-_TITLES = {rival.name: rival.title.replace("*", "") for rival in _NAMED}
 
 
 def draw(rows: Rows, folder: Path) -> list[Path]:
@@ -304,7 +246,7 @@ def _curves(rows: Rows) -> Any:
             colour, style = _COLOURS.get(rival, "C5"), "-" if gradient == "dense" else "--"
             panel.plot(
                 line[axis], line["median"], style, color=colour, marker="o", markersize=4,
-                label=f"{_TITLES.get(rival, rival)}, {gradient}",
+                label=f"{PLAIN.get(rival, rival)}, {gradient}",
             )  # fmt: skip
             between = (line[axis], line["q20"], line["q80"])
             panel.fill_between(*between, color=colour, alpha=0.2, linewidth=0)
@@ -321,7 +263,7 @@ def _speeds(rows: Rows) -> Any:
     row, speeds = rows.iloc[0], rows[rows["what"] == SPEED].iloc[::-1]
     figure: Any = Figure(figsize=(7, 0.4 * len(speeds) + 1.2), layout="constrained")
     panel = figure.subplots()
-    names, medians = speeds["rival"].map(_TITLES), speeds["median"]
+    names, medians = speeds["rival"].map(PLAIN), speeds["median"]
     errors = [medians - speeds["q20"], speeds["q80"] - medians]
     panel.errorbar(medians, names, xerr=errors, fmt="none", ecolor="0.6")
     colours = ["C0" if BY_NAME[name].has_ours else "C7" for name in speeds["rival"]]

@@ -38,7 +38,8 @@ COLUMNS = (
     "unit", "device", "instruction_set", "library", "emu_kernels", "torch", "python",
 )  # fmt: skip
 NUMBERS = dict.fromkeys(("B", "K", "D", "N", "threads"), "int64")
-NUMBERS |= dict.fromkeys(("median", "q20", "q80"), "float64")
+QUANTILES = ("median", "q20", "q80")
+NUMBERS |= dict.fromkeys(QUANTILES, "float64")
 Row = dict[str, Any]
 
 

@@ -7,19 +7,19 @@ gradients of a computed loss. Sparse gradients are coalesced, as every optimiser
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import importlib.metadata
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -36,18 +36,30 @@ PHASES = ("forward", "backward", "forward + backward")
 WHOLE = PHASES[-1]
 
 
+Loss = Callable[..., Tensor]  # of query, table, positive and negative
+
+
 @dataclass(frozen=True)
 class Rival:
     name: str  # in results and on the command line
     title: str  # in tables
-    prepare: Callable[[Inputs, str], Step]  # (inputs, phase)
+    loss: Callable[[Shape], Loss]  # for steps of a shape
     cannot: Callable[[Shape], str | None] = lambda shape: None  # why it cannot run such a step
     device: str | None = None  # the only type of device on which it is measured
     backend: str | None = None  # of ours
-    plan: str | None = None  # of ours, forced
+    plan: str | None = None  # of ours, one of its ``PLANS``
     phases: tuple[str, ...] = PHASES
     dense_gradients: int = 1  # (N, D) buffers needed at once
     tiles: int = 0  # (B, K, D) buffers needed at once
+
+    def prepare(self, inputs: Inputs, phase: str) -> Step:
+        if self.phases == (WHOLE,):
+            return Step(lambda _: self.loss(inputs.shape)(*inputs.tensors))
+        step = _step(self.loss(inputs.shape), inputs, phase)
+        if self.plan is None:
+            return step
+        switch = mock.patch(*PLANS[self.backend or ""][self.plan])
+        return Step(switch(step.run), switch(step.before))
 
     def unavailable(self, shape: Shape) -> str | None:
         """Why it cannot run such a step here, or None."""
@@ -78,9 +90,9 @@ def instruction_set(device: str) -> str:
     return torch.backends.cpu.get_cpu_capability().lower()
 
 
-def _step(loss: Callable[..., Tensor], inputs: Inputs, phase: str, **options: Any) -> Step:
+def _step(loss: Loss, inputs: Inputs, phase: str) -> Step:
     def forward(_: None = None) -> Tensor:
-        return loss(*inputs.tensors, **options)
+        return loss(*inputs.tensors)
 
     def gradients(value: Tensor) -> tuple[Tensor, ...]:
         of_query, of_table = torch.autograd.grad(value, (inputs.query, inputs.table))
@@ -94,33 +106,21 @@ def _step(loss: Callable[..., Tensor], inputs: Inputs, phase: str, **options: An
 BACKENDS = {"cuda": "cuda", "triton": "cuda", "cpu": "cpu"}
 """The device type on which each backend is measured: never a GPU's kernels emulated on a CPU."""
 
-PLANS: dict[str, tuple[str, dict[str, Any]]] = {
-    "cuda": ("atomic_gradient", {"segments": False, "atomics": True}),
-    "triton": ("table_gradients", {"segments": "sorted", "atomics": "atomic"}),
-}
-"""How a GPU's backend sums a dense gradient of the table: the name of its switch, and its values.
+_ATOMIC = "emu_kernels.backends.cuda.CudaBackend.atomic_gradient"
+_TABLE = "emu_kernels.backends.triton.table_gradients"
+_PASSES = "emu_kernels.triton.launch.passes"
+PLANS: dict[str, dict[str, tuple[str, Any]]] = {
+    "cuda": {"segments": (_ATOMIC, False), "atomics": (_ATOMIC, True)},
+    "triton": {
+        "segments": (_TABLE, "sorted"), "atomics": (_TABLE, "atomic"),
+        "one-pass": (_PASSES, 1), "two-passes": (_PASSES, 2),
+    },
+}  # fmt: skip
+"""Switches of a GPU's backend, and their values.
 
-"segments": ids are sorted, and each touched row is summed in order and written once.
-"atomics": contributions are added by atomics, in no fixed order.
+"segments": a dense gradient of the table is summed row by row, by sorted ids; "atomics": by atomic
+additions, in no fixed order. The passes are those over the candidates.
 """
-
-
-@contextlib.contextmanager
-def forced(backend: str, plan: str | None) -> Iterator[None]:
-    """Have the backend use the plan, or its default for None."""
-    if plan is None:
-        yield
-        return
-    switch, values = PLANS[backend]
-    owner: Any = backends.get(backend)
-    if not hasattr(owner, switch):
-        owner = sys.modules[type(owner).__module__]
-    before = getattr(owner, switch)
-    setattr(owner, switch, values[plan])
-    try:
-        yield
-    finally:
-        setattr(owner, switch, before)
 
 
 def ours(loss: str, backend: str) -> str:
@@ -134,27 +134,15 @@ def base_of(names: Iterable[str]) -> str | None:
 
 
 def _fused(loss: str, backend: str, plan: str | None = None) -> Rival:
-    function: Any = fused_softmax_loss
-    if loss == "emu":
-        function = functools.partial(fused_emu_loss, **EMU)
-
-    def prepare(inputs: Inputs, phase: str) -> Step:
-        kind = {"similarity": inputs.shape.similarity, "sparse_grad": inputs.shape.sparse}
-        step = _step(function, inputs, phase, backend=backend, **kind)
-
-        def run(argument: Any) -> Any:
-            with forced(backend, plan):
-                return step.run(argument)
-
-        return Step(run, step.before)
-
+    function: Any = partial(fused_emu_loss, **EMU) if loss == "emu" else fused_softmax_loss
     details = ", ".join(filter(None, ["" if backend == "cpu" else backend, plan]))
     title = {"emu": "EMU, fused", "softmax": "sampled softmax, fused"}[loss]
     title += f" ({details})" if details else ""
     return Rival(
         ours(loss, backend) + (f"-{plan}" if plan else ""),
         f"**{title}**" if loss == "emu" and plan is None else title,
-        prepare, lambda shape: backends.get(backend).unavailable(),
+        lambda s: partial(function, similarity=s.similarity, sparse_grad=s.sparse, backend=backend),
+        lambda shape: backends.get(backend).unavailable(),
         BACKENDS[backend], backend, plan,
     )  # fmt: skip
 
@@ -168,7 +156,7 @@ def fastest(shape: Shape) -> eager.Scores:
     inputs = make(shape)
 
     def seconds(scores: eager.Scores) -> float:
-        step = _step(eager.softmax_loss, inputs, WHOLE, scores=scores, sparse=True)
+        step = _step(partial(eager.softmax_loss, scores=scores, sparse=True), inputs, WHOLE)
         try:
             return measure.turn_of(step, shape.device)()
         except (NotImplementedError, RuntimeError):  # not for this dtype
@@ -177,14 +165,12 @@ def fastest(shape: Shape) -> eager.Scores:
     return min(reversed(spellings), key=seconds)
 
 
-def _eager(loss: Callable[..., Tensor], **options: Any) -> Callable[[Inputs, str], Step]:
-    return lambda inputs, phase: _step(
-        loss, inputs, phase, scores=fastest(inputs.shape), sparse=inputs.shape.sparse, **options
-    )
+def _eager(loss: Loss, **options: Any) -> Callable[[Shape], Loss]:
+    return lambda shape: partial(loss, scores=fastest(shape), sparse=shape.sparse, **options)
 
 
 @functools.lru_cache(maxsize=1)
-def _compiled_loss(shape: Shape) -> Callable[..., Tensor]:
+def _compiled_loss(shape: Shape) -> Loss:
     # Otherwise torch stops compiling after some shapes and runs the function as it is.
     torch.compiler.reset()
     scores = eager.SPELLINGS[shape.similarity][-1]
@@ -215,9 +201,8 @@ def _native() -> ctypes.CDLL | str:
         return ctypes.CDLL(target)  # stays mapped after the file is deleted
 
 
-def gather_scatter(inputs: Inputs) -> Tensor:
-    """Gather the rows of ``negative``; (N, D), row n the Σ of query_b over negative_bk = n."""
-    query, table, _, ids = inputs.tensors
+def gather_scatter(query: Tensor, table: Tensor, positive: Tensor, ids: Tensor) -> Tensor:
+    """Gather the rows of ``ids``; (N, D), row n the Σ of query_b over ids_bk = n."""
     gradient = torch.empty(table.shape)
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in (table, query, ids, gradient)]
     sizes = map(ctypes.c_int64, (*ids.shape, query.shape[1], len(table)))
@@ -236,20 +221,18 @@ def _cannot_gather(shape: Shape) -> str | None:
 RIVALS = (
     *(_fused("emu", backend) for backend in BACKENDS),
     *(_fused("softmax", backend) for backend in BACKENDS),
-    *(_fused("emu", backend, plan) for backend, (_, plans) in PLANS.items() for plan in plans),
+    *(_fused("emu", backend, plan) for backend, plans in PLANS.items() for plan in plans),
     Rival(
         "eager-emu", "EMU, eager PyTorch", _eager(eager.emu_loss, **EMU),
         dense_gradients=2, tiles=8,
     ),
     Rival(
-        "compiled-emu", "EMU, torch.compile",
-        lambda inputs, phase: _step(_compiled_loss(inputs.shape), inputs, phase),
-        _cannot_compile, dense_gradients=2, tiles=4,
+        "compiled-emu", "EMU, torch.compile", _compiled_loss, _cannot_compile,
+        dense_gradients=2, tiles=4,
     ),
     Rival("eager-softmax", "sampled softmax, eager PyTorch", _eager(eager.softmax_loss), tiles=4),
     Rival(
-        "gather-scatter", "bare gather and scatter of the rows",
-        lambda inputs, phase: Step(lambda _: gather_scatter(inputs)),
+        "gather-scatter", "bare gather and scatter of the rows", lambda shape: gather_scatter,
         _cannot_gather, "cpu", phases=(WHOLE,),
     ),
 )  # fmt: skip

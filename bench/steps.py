@@ -81,7 +81,7 @@ def gpu_settings(table: str, *, quick: bool) -> list[Setting]:
         values |= {"dtype": dtypes[:1] if quick else dtypes, "entities": list(ENTITIES.values())}
         rivals = [rival.name for rival in RIVALS if rival.plan is not None]
         shapes = product(**values, dim=dims, negatives=counts)
-        return [Setting(shape, rivals, PHASES[1:], "plans") for shape in shapes]
+        return [Setting(shape, rivals, family="plans") for shape in shapes]
     if table == "similarities":
         values |= {"gradient": GRADIENTS[:1] if quick else GRADIENTS, "dim": [512]}
         values["similarity"] = [s for s in SIMILARITIES if s != "dot"]  # dot is in the main table

@@ -55,7 +55,7 @@ def test_the_bare_scatter(shape: tuple[int, int, int, int], threads: None) -> No
     expected = torch.zeros_like(inputs.table).index_add(0, inputs.negative.flatten(), rows)
     for count in (1, 3):
         torch.set_num_threads(count)
-        torch.testing.assert_close(rivals.gather_scatter(inputs), expected)
+        torch.testing.assert_close(rivals.gather_scatter(*inputs.tensors), expected)
 
 
 def test_phases_are_parts_of_the_whole() -> None:
@@ -107,15 +107,19 @@ def test_the_report_of_a_gpu() -> None:
         for date, rival, what, m in (
             ("2025", "fused-emu-cuda", results.TIME, 9.0),  # of an older run
             ("2026", "fused-emu-cuda", results.TIME, 2.0),
-            ("2026", "fused-emu-cuda", results.MEMORY, 31.4),  # 28.4 MiB: a dense gradient
+            ("2026", "fused-emu-cuda", results.MEMORY, 31.4),
             ("2026", "fused-emu-triton", results.TIME, 4.0),
             ("2026", "eager-emu", results.TIME, 20.0),
         )
     ]
-    header, _, *lines = report.markdown(pd.DataFrame(rows)).splitlines()[:4]
+    header, _, *lines = report.markdown(pd.DataFrame(rows)).splitlines()[:5]
     names, *cells = ([cell.strip() for cell in line.split("|")] for line in (header, *lines))
-    columns = [names.index(name) for name in ("ours", "whole", "eager EMU ×", "peak MiB")]
-    expected = [["cuda", "2.00", "10.0", "3.00"], ["triton", "4.00", "5.00", "–"]]
+    columns = [names.index(name) for name in ("rival", "whole ms", "peak MiB")]
+    expected = [
+        ["**EMU, fused (cuda)**", "2.00", "31.4"],
+        ["**EMU, fused (triton)**", "4.00", "–"],
+        ["EMU, eager PyTorch", "20.0", "–"],
+    ]
     assert [[line[column] for column in columns] for line in cells] == expected
 
 
