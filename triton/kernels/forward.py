@@ -148,7 +148,7 @@ def query_gradient(
 
 @triton.jit
 def _add_given(total, w, drawn, d, kind: tl.constexpr):
-    """What goes to the positive, but for the factor that all share."""
+    """The positive's part of a tile's gradient, but for the factor that all share."""
     if kind.BILINEAR:
         return [total[i] + give(drawn[i], w[i % kind.SUMS], kind) for i in (0, 1)[: kind.PARTS]]
     else:

@@ -284,7 +284,8 @@ class Spans:
 def _accumulate(p: Problem, positive: Tensor, state: LossState) -> Spans:
     splits = _splits(p, p.rows)
     mutated, scaled = p.kind.MUTATED, p.request.scale is not None
-    vectors = 8 if mutated and scaled else 6 if scaled else 5 if mutated else 1  # rows.merge
+    # As many as the last one's number in rows.accumulate.
+    vectors = 8 if mutated and scaled else 6 if scaled else 5 if mutated else 1
     spans = Spans(splits, p.new(2, p.rows, splits), p.new(vectors, p.rows, splits, p.dim))
     p.run(
         rows.accumulate,
@@ -324,7 +325,8 @@ def loss_forward(request: LossRequest, *, need_grad: bool) -> LossState:
         coefficients = request.coefficients
         if coefficients is None and request.query.dtype == torch.float64:
             # A number would be passed in fp32.
-            coefficients = request.query.new_tensor([request.beta, request.alpha])
+            new = request.query.new_full  # not new_tensor, which would wait for the device
+            coefficients = torch.stack([new((), request.beta), new((), request.alpha)])
         uls, vanilla = p.new(p.rows), p.new(p.rows)
         spans = statistics = positive_weight = None
         if need_grad:
@@ -422,7 +424,7 @@ def query_gradient(request: Request, upstream: ScoreWeights) -> ScoresGradient:
 
 
 class Segments:
-    """The ids of a batch, sorted, with where each came from; padding and bad ids last, as N."""
+    """The ids of a batch, sorted, and each one's place before; padding and bad ids last, as N."""
 
     def __init__(self, request: Request) -> None:
         rows = request.table.shape[0]

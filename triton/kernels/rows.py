@@ -1,7 +1,7 @@
 """Query-major in one pass, for rows short enough to be held in registers while they are used.
 
 Scores and the sums that all gradients by the query's side are made of, over one reading of the
-candidates. The weights of a softmax are known at the end only, so e^(s − m) stands for them, m
+candidates. The weights of a softmax are known at the end only, so sums are made with e^(s − m), m
 being the largest score so far; each row of a tile has its own m, so that nothing is exchanged
 within the loop. From w_k = α p_k and ŵ_k = ((1 + βK) p̂_k − β)/K three sums follow: with e^(s − m),
 with e^(ŝ − m̂), and plain.
@@ -54,7 +54,7 @@ def _score(m, t, good, padding, weights, out, at, each, valid, kind: tl.constexp
 
 @triton.jit
 def _add_given(total, shrink, w, drawn, d, kind: tl.constexpr):
-    """shrink · total + what goes to the positive, but for the factor that all share."""
+    """shrink · total + the positive's part of a tile's gradient, as in forward.py."""
     if kind.BILINEAR:
         return [
             tl.fma(total[i], shrink, give(drawn[i], w[i % kind.SUMS], kind))

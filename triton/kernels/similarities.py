@@ -1,10 +1,12 @@
 """The similarities' arithmetic: the terms of each half, or of both at once.
 
-A function returns a component's term and the term's derivative by the query (of a square: half of
-it); the derivative by the candidate is −a times that, except of a product. What else a similarity
-is, the kernels read from its descriptor (emu_kernels/similarity.py, by way of kinds.Kind).
+A function takes a component's q, a and c and returns its term and the term's derivative by q, of a
+square half of it; the derivative by c is −a times that, except where a similarity is bilinear. It
+is given κ/2 as HALF, and whether there is an a as SCALED. A coupled similarity has one function,
+of the components of both halves, which returns the term and two derivatives.
 
-To add one, write its functions and add them to ``TERMS``.
+To add one, write its functions and name them in ``TERMS``. What else a similarity is, kernels read
+from its descriptor in emu_kernels/similarity.py (launch.py makes a kinds.Kind of it).
 """
 
 from __future__ import annotations
