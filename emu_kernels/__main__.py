@@ -19,7 +19,7 @@ def extension() -> str:
     runnable = ", ".join(native.instruction_sets())
     try:
         used = native.instruction_set()
-        threads = "torch's" if native.joins_torch() else "its own"
+        threads = "torch's" if native.joins_torch() else "one"
     except ValueError as error:  # the environment asks for what cannot be
         used, threads = f"none ({error})", "none"
     return f"{native.compiler()}; can use {runnable}; in use: {used}; threads: {threads}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,15 @@ from emu_kernels.backends.base import LossState, SparseRows, SumWeights
 from emu_kernels.backends.native import NativeBackend, load, pointer, pointers
 from emu_kernels.request import LossRequest, Request
 from emu_kernels.validate import coefficient
+
+
+_PROCESS = os.getpid()
+
+
+def _alone_after_fork() -> None:
+    """In the child of a fork torch's own operations would wait for threads that do not exist."""
+    if os.getpid() != _PROCESS and torch.get_num_threads() > 1:
+        torch.set_num_threads(1)
 
 
 class CpuBackend(NativeBackend):
@@ -28,6 +38,7 @@ class CpuBackend(NativeBackend):
         return self._missing
 
     def _place(self, device: torch.device) -> dict[str, int]:
+        _alone_after_fork()
         return {"threads": torch.get_num_threads()}
 
     def _large(self, result: Tensor) -> Tensor:
@@ -35,6 +46,7 @@ class CpuBackend(NativeBackend):
         return result
 
     def check_ids(self, name: str, ids: Tensor, *, rows: int, lowest: int) -> None:
+        _alone_after_fork()
         values.check_ids(name, ids, rows=rows, lowest=lowest)
 
     def loss_forward(self, request: LossRequest, *, need_grad: bool) -> LossState:

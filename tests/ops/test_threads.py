@@ -163,7 +163,7 @@ def in_a_child():
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 torch.set_num_threads(4)
-inputs = make(40, 64, 36, rows=50)
+inputs = make(40, 1000, 36, rows=50)  # enough ids for torch to share them out
 expected = compute()
 assert in_a_child() == 0, "idle"
 
