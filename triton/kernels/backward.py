@@ -60,23 +60,27 @@ def contributions(
     b = spread(rows)
     factor = tl.load(row_scale + rows, mask=valid, other=0.0)
     w = _load_weights(weight, rows, k, sizes, valid, factor, kind)
+    h = w
+    if kind.MUTATED:
+        h = _load_weights(mutated_weight, rows, k, sizes, valid, factor, kind)
     q = load_parts(inputs.query, b * kind.D, j, inside, kind, REAL)
     a = load_scale(inputs.scale, b, j, inside, q[0], kind, REAL)
-    _, d = terms(q, a, c, kind)
     if not kind.MUTATED:
-        g = [w[i % kind.SUMS] for i in (0, 1)[: kind.PARTS]]
-        g = _by_candidate(g, q, d, kind)
+        _, d = terms(q, a, c, kind)
+        x = [w[i % kind.SUMS] for i in (0, 1)[: kind.PARTS]]
+        g = _by_candidate(x, q, d, kind)
     else:
-        h = _load_weights(mutated_weight, rows, k, sizes, valid, factor, kind)
         drawn = draw(seed, bounds, k, sizes.row_offset + rows, first, kind, REAL)
         if (kind.COUPLED or kind.SHARED) and (not kind.BILINEAR):
             # The terms' derivatives at ẑ are others than at the candidate and the positive.
             own = spread(tl.load(inputs.positive + rows, mask=valid, other=0))
             own = tl.where((own >= 0) & (own < sizes.N), own, 0)
             z = load_parts(inputs.table, own * kind.STRIDE, j, inside, kind, REAL)
+            _, d = terms(q, a, c, kind)
             _, e = terms(q, a, mix_parts(z, c, drawn, kind), kind)
             g = _of_both(w, d, h, e, drawn, kind)
         else:
+            _, d = terms(q, a, c, kind)
             g = _by_candidate(_kept(w, h, drawn, kind), q, d, kind)
     return scale_parts(a, g, kind)
 
