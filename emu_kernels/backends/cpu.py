@@ -15,7 +15,6 @@ from emu_kernels.backends.native import NativeBackend, load, pointer, pointers
 from emu_kernels.request import LossRequest, Request
 from emu_kernels.validate import coefficient
 
-
 _PROCESS = os.getpid()
 
 
