@@ -49,7 +49,7 @@ def _no_reports() -> Iterator[None]:
 @pytest.mark.usefixtures("small_tiles")
 def test_any_tile(dim: int, mutation: str) -> None:
     """Rows of several chunks, or whole; many negatives a tile, or few."""
-    inputs = make(2, 7, dim, rows=3, padding=True)
+    inputs = make(3, 11, dim, rows=4, padding=True)
     options = LOSS if mutation == "mask" else LOSS | {"mutation_rate": 0.0}
     expected = exact(fused_emu_loss, inputs, **options)
     assert_agree(evaluate(fused_emu_loss, inputs.to(DEVICE), backend="triton", **options), expected)
