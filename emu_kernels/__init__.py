@@ -10,11 +10,12 @@ from emu_kernels.api import (
     uls_cross_entropy,
 )
 from emu_kernels.module import EMULoss
-from emu_kernels.mutation import Mixup
+from emu_kernels.mutation import Expected, Mixup
 
 __all__ = [
     "EMULoss",
     "EmuScores",
+    "Expected",
     "Mixup",
     "__version__",
     "emu_mutate",

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from emu_kernels import backends, prepare, reference, validate
-from emu_kernels.mutation import Mixup, NoMutation
+from emu_kernels.mutation import Expected, Mixup, NoMutation
 from emu_kernels.values import usable_coefficient
 
 __all__ = [
@@ -32,7 +32,11 @@ class EmuScores(NamedTuple):
     negative: Tensor
     """(B, K) scores of the negatives as they are; −inf where padding."""
     mutated: Tensor
-    """(B, K) scores of the mutated negatives; −inf where padding. ``negative`` without mutation."""
+    """(B, K) scores of the mutated negatives; −inf where padding. ``negative`` without mutation;
+    with :class:`Expected` the means over all masks."""
+    cumulant: Tensor
+    """(B, K) log E e^ŝ over all masks, to second order, with :class:`Expected`; −inf where padding.
+    Of a drawn mask it is ``mutated`` itself: a loss with a logsumexp over these fits both."""
 
 
 def fused_emu_loss(
@@ -42,7 +46,7 @@ def fused_emu_loss(
     negative: Tensor,  # (G, K) or (K,)
     *,
     similarity: str = "dot",
-    mutation_rate: float | Tensor | Mixup,
+    mutation_rate: float | Tensor | Mixup | Expected,
     beta: float | Tensor,
     alpha: float | Tensor,
     scale: Tensor | None = None,  # (B, D), or (B, D/2)
@@ -92,7 +96,8 @@ def fused_emu_loss(
             Where a distance is 0 its subgradient is 0.
         mutation_rate: in [0, 1], effective in steps of 1/256
             (:func:`emu_kernels.mask.effective_rate`); a tensor holds one rate a component (D,), or
-            a pair (D/2,), and gets no gradient; a :class:`Mixup` mixes instead.
+            a pair (D/2,), and gets no gradient; a :class:`Mixup` mixes instead;
+            :class:`Expected` takes the expectation over all masks, at less cost.
         beta: the label β ≥ 0 of a mutated negative under unbounded label smoothing; a number, or a
             one-element tensor (for schedules), which gets no gradient.
         alpha: the weight α ≥ 0 of the vanilla term; likewise.
@@ -199,7 +204,7 @@ def emu_scores(
     negative: Tensor,  # (G, K) or (K,)
     *,
     similarity: str = "dot",
-    mutation: float | Tensor | Mixup | None,
+    mutation: float | Tensor | Mixup | Expected | None,
     margin: float = 0.0,
     scale: Tensor | None = None,  # (B, D), or (B, D/2)
     similarity_weights: Tensor | None = None,
@@ -215,15 +220,16 @@ def emu_scores(
     The backward pass is fused for any upstream gradients and allocates nothing of size B·K·D.
 
     Args:
-        mutation: the mutation rate in [0, 1], rates or a :class:`Mixup`, as ``mutation_rate``; None
-            mutates nothing, so that ``mutated`` is ``negative`` itself, at no cost.
+        mutation: the mutation rate in [0, 1], rates, a :class:`Mixup` or an :class:`Expected`, as
+            ``mutation_rate``; None mutates nothing, so that ``mutated`` and ``cumulant`` are
+            ``negative`` itself, at no cost.
         margin: γ, added to every score.
 
     The other arguments and the errors are those of :func:`fused_emu_loss`.
 
     Returns:
-        EmuScores: positive (B,), negative (B, K), mutated (B, K), fp32 (fp64 for fp64 inputs). A
-        padding id has score −inf and no gradient.
+        EmuScores: positive (B,), negative (B, K), mutated (B, K), cumulant (B, K), fp32 (fp64 for
+        fp64 inputs). A padding id has score −inf and no gradient.
     """
     request = prepare.scores(
         query,
@@ -243,11 +249,15 @@ def emu_scores(
     )
     validate.number("margin", margin)
     scored = backends.resolve(backend, table.device).scores(request)
-    positive_score, negative_score, mutated_score = (
+    positive_score, negative_score, mutated_score, cumulant = (
         score + margin if margin else score for score in scored
     )
+    mutated_score = mutated_score if request.mutated else negative_score
     return EmuScores(
-        positive_score, negative_score, mutated_score if request.mutated else negative_score
+        positive=positive_score,
+        negative=negative_score,
+        mutated=mutated_score,
+        cumulant=cumulant if request.moments else mutated_score,
     )
 
 
@@ -299,6 +309,7 @@ def uls_cross_entropy(
     negative_score: Tensor,  # (B, K)
     *,
     beta: float | Tensor,
+    cumulant: Tensor | None = None,  # (B, K)
     reduction: str = "mean",
 ) -> Tensor:
     """Cross-entropy under unbounded label smoothing: L_emu of given scores (arXiv 2504.03327).
@@ -311,6 +322,8 @@ def uls_cross_entropy(
         positive_score: (B,) s⁺, any floating dtype; computed in fp32 (fp64 for fp64).
         negative_score: (B, K) ŝ; −inf is padding and takes no part.
         beta: ≥ 0, a number or a one-element tensor.
+        cumulant: (B, K) what l̂ is taken over in the place of ŝ, which then are means: the fields of
+            :class:`EmuScores`.
         reduction: "mean", "sum" or "none".
 
     Returns:
@@ -319,12 +332,13 @@ def uls_cross_entropy(
     Raises:
         TypeError, ValueError: arguments that do not fit.
     """
-    validate.scores(positive_score, negative_score)
+    validate.scores(positive_score, negative_score, cumulant)
     validate.coefficient("beta", beta)
     validate.one_of("reduction", reduction, validate.REDUCTIONS)
     dtype = prepare.accumulation_dtype(positive_score.dtype)
     positive_score, negative_score = positive_score.to(dtype), negative_score.to(dtype)
     if isinstance(beta, Tensor):
         beta = usable_coefficient("beta", prepare.coefficient(beta, positive_score))
-    rows = reference.uls_rows(positive_score, negative_score, beta)
+    cumulant = None if cumulant is None else cumulant.to(dtype)
+    rows = reference.uls_rows(positive_score, negative_score, beta, cumulant)
     return reference.reduce(rows, None, reduction)

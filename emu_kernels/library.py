@@ -20,6 +20,7 @@ _LIBRARY = torch.library.Library("emu_kernels", "DEF")
 _TYPES = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",
+    float | Tensor | None: "Tensor?",  # a number has become a tensor
     int: "SymInt",
     float: "float",
     bool: "bool",
@@ -56,8 +57,9 @@ def build(cls: type[AnyDraws], values: Values) -> AnyDraws:
 
 
 def differentiable(cls: type[Draws]) -> tuple[str, ...]:
-    """The fields that get a gradient."""
-    return tuple(f.name for f in fields(cls) if f.metadata.get("differentiable"))
+    """The fields, and the parameters of rules, that get a gradient."""
+    both = (*fields(cls), *(f for rule in RULES.values() for f in fields(rule)))
+    return tuple(f.name for f in both if f.metadata.get("differentiable"))
 
 
 def arguments(cls: type[Draws]) -> str:

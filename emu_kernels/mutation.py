@@ -7,16 +7,20 @@ operators' schemas included.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from emu_kernels.mask import MAX_MIXUP_ORDER, rate_to_threshold
 
-Draw = Literal["none", "mask", "share"]
-"""What a rule draws at random: nothing, a bit for each component (or pair), or for each negative
-the share of itself that it keeps."""
+Draw = Literal["none", "mask", "share", "moments"]
+"""What a rule draws at random: a bit for each component (or pair), or for each negative the share
+of itself that it keeps. Nothing is drawn for "none", which leaves negatives as they are, nor for
+"moments", which takes the mean and the variance of the scores that masks would give."""
+
+DIFFERENTIABLE = {"differentiable": True}
+"""Metadata of the fields of rules and requests that get a gradient."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +90,49 @@ class Mixup(Mutation):
             raise ValueError(f"order: expected 1 to {MAX_MIXUP_ORDER}, got {self.order}")
 
 
+@dataclass(frozen=True)
+class Expected(Mutation):
+    r"""EMU in closed form: the expectation over all masks instead of a draw of them.
+
+    Of independent masks λ_kj ~ Bernoulli(ρ_j) a mutated score ŝ_k has, to second order,
+
+        mean m_k = E ŝ_k     variance v_k = Var ŝ_k     cumulant c_k = log E e^ŝ_k ≈ m_k + v_k / 2
+
+    and the loss takes L̄_emu = (1/K) [(l̄ − s⁺) + β Σ_k (l̄ − m_k)] with l̄ = logsumexp(s⁺, c_1..c_K),
+    which bounds the mean of L_emu over masks from above, but for the terms beyond second order.
+    No mask is drawn: it costs about what the vanilla term alone does. Where a score is a sum over
+    components, with u_kj = φ_j(q, z⁺) − φ_j(q, z⁻_k):
+
+        m_k = s⁺ − Σ_j (1 − ρ_j) u_kj     v_k = Σ_j ρ_j (1 − ρ_j) u_kj²
+
+    For "rotate" a component is a pair, so ``mask_unit="pair"`` is needed. A sum S of squares under
+    a root ("l2", "hake") has an exact mean M and variance V; the root follows by the delta method:
+    E −√S ≈ −√M + V / (8 M^{3/2}), Var √S ≈ V / (4 M).
+
+    Args:
+        rate: ρ in [0, 1]: a number; or a tensor of one for all, (), one a component, (D,), or a
+            pair, (D/2,), or a row of them for each query, (B, D) or (B, D/2). Not rounded. A tensor
+            gets a gradient if it requires one, so that rates can be learned. Rates out of range
+            raise: learn ``torch.sigmoid(logits)``, or clamp after each step.
+        learned: set by the functions that take the rule: whether ``rate`` gets a gradient.
+
+    Raises:
+        TypeError, ValueError: at a call, a rate that is no such number or tensor.
+    """
+
+    name = "expected"
+    draw = "moments"
+
+    rate: float | Tensor | None = field(default=None, metadata=DIFFERENTIABLE)
+    learned: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rate is None or isinstance(self.rate, bool):
+            raise TypeError(f"rate: expected a number or a tensor, got {self.rate}")
+
+
 RULES: dict[str, type[Mutation]] = {
-    rule.name: rule for rule in (NoMutation, Component, Pair, Mixup)
+    rule.name: rule for rule in (NoMutation, Component, Pair, Mixup, Expected)
 }
 
 MASK_UNITS = tuple(rule.name for rule in RULES.values() if rule.draw == "mask")

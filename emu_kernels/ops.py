@@ -210,6 +210,11 @@ def _table_grad(values: Values) -> Tensor:
     )
 
 
+def _rate_grad(rate: Tensor, of_rows: Tensor) -> Tensor:
+    """By the rates, of one row or of each, from the gradients of all rows."""
+    return of_rows.sum(dim=0, keepdim=True) if rate.shape[0] == 1 else of_rows
+
+
 class _LossGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, names: tuple[str, ...], *given: Any) -> tuple[Tensor | None, ...]:
@@ -225,6 +230,8 @@ class _LossGradient(torch.autograd.Function):
             grads["scale"] = values["grad_scale"] * row_scale[:, None]
         if "weights" in needed:
             grads["weights"] = (values["grad_weights"] * row_scale[:, None]).sum(dim=0)
+        if "rate" in needed:
+            grads["rate"] = _rate_grad(values["rate"], values["grad_rate"] * row_scale[:, None])
         return tuple(grads.get(name) for name in _WITH_GRADIENT)
 
     @staticmethod
@@ -265,6 +272,8 @@ class _ScoresGradient(torch.autograd.Function):
             grads["table"] = _table_grad({**values, **state._asdict(), "row_scale": row_scale})
         if "weights" in needed:
             grads["weights"] = state.grad_weights.sum(dim=0)
+        if "rate" in needed:
+            grads["rate"] = _rate_grad(values["rate"], state.grad_rate)
         return tuple(grads[name] if name in needed else None for name in _WITH_GRADIENT)
 
     @staticmethod
@@ -273,15 +282,14 @@ class _ScoresGradient(torch.autograd.Function):
 
 
 class _Scores(torch.autograd.Function):
-    """The three scores of one call."""
+    """The scores of one call."""
 
     @staticmethod
-    def forward(ctx: Any, names: tuple[str, ...], *given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, names: tuple[str, ...], *given: Any) -> tuple[Tensor, ...]:
         values = dict(zip(names, given, strict=True))
         ctx.names = names
         _save(ctx, values)
-        positive, negative, mutated = scores_forward(values)
-        return positive, negative, mutated
+        return tuple(scores_forward(values))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -337,7 +345,7 @@ class KernelBackend(Kernels):
 
     def loss(self, request: LossRequest) -> Loss:
         values = {**flatten(request), "backend": self.name}
-        if _wants_grad(request):
+        if _wants_grad(values):
             return Loss(*_apply(_Loss, values))
         state = LossState(*loss_forward({**values, "need_grad": False}))
         return Loss(state.loss, state.terms)
@@ -345,7 +353,7 @@ class KernelBackend(Kernels):
     def scores(self, request: Request) -> Scores:
         values = {**flatten(request), "backend": self.name}
         return Scores(
-            *(_apply(_Scores, values) if _wants_grad(request) else scores_forward(values))
+            *(_apply(_Scores, values) if _wants_grad(values) else scores_forward(values))
         )
 
     def mutate(self, positive: Tensor, negative: Tensor, draws: Draws) -> Tensor:
@@ -354,6 +362,6 @@ class KernelBackend(Kernels):
         return out
 
 
-def _wants_grad(request: Request) -> bool:
-    inputs = (getattr(request, name) for name in _WITH_GRADIENT)
+def _wants_grad(values: Values) -> bool:
+    inputs = (values[name] for name in _WITH_GRADIENT)
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)

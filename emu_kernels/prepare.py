@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from emu_kernels import validate
-from emu_kernels.mutation import RULES, Mutation, masked
+from emu_kernels.mutation import RULES, Expected, Mutation, masked
 from emu_kernels.request import Draws, LossRequest, Request
-from emu_kernels.values import usable_thresholds
+from emu_kernels.similarity import SIMILARITIES
+from emu_kernels.values import usable_rates, usable_thresholds
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -33,13 +34,13 @@ def draws(
     """The rule that the arguments ``name`` and ``mask_unit`` mean, with its seed."""
     validate.seed(seed, device)
     validate.row_offset(row_offset, rows)
-    rule = _mutation(name, rate, unit, dim, device)
-    if rule.draw == "none":
+    rule = _drawn(name, rate, unit, dim, device)
+    if rule.draw in ("none", "moments"):
         seed = 0  # torch's generator is left alone
     return Draws(mutation=rule, seed=_seed_tensor(seed, device), row_offset=row_offset)
 
 
-def _mutation(
+def _drawn(
     name: str, rate: float | Tensor | Mutation, unit: str, dim: int, device: torch.device
 ) -> Mutation:
     validate.mask_unit(unit, dim)
@@ -51,6 +52,28 @@ def _mutation(
     validate.rate(name, rate)
     assert isinstance(rate, (int, float))
     return masked(unit, rate)
+
+
+def _expected(name: str, rule: Expected, unit: str, query: Tensor, similarity: str) -> Expected:
+    """The rule with its rates as a tensor, of one row (1, U) or of each (B, U)."""
+    coupled = SIMILARITIES[similarity].coupled
+    wanted = "pair" if coupled else "component"
+    if unit != wanted:
+        raise ValueError(
+            f"mask_unit: Expected is for {wanted}s where similarity is {similarity!r}: "
+            f"expected {wanted!r}, got {unit!r}"
+        )
+    rows, dim = query.shape
+    units = dim // 2 if coupled else dim
+    rate = rule.rate
+    validate.expected(name, rate, unit, ((), (units,), (rows, units)), query)
+    dtype = accumulation_dtype(query.dtype)
+    if not isinstance(rate, Tensor):
+        assert rate is not None
+        return Expected(torch.full((1, units), rate, dtype=dtype, device=query.device))
+    rate = usable_rates(name, rate).to(dtype)
+    rate = (rate.expand(units) if rate.ndim == 0 else rate).reshape(-1, units).contiguous()
+    return Expected(rate, learned=rate.requires_grad and torch.is_grad_enabled())
 
 
 def scores(
@@ -91,9 +114,12 @@ def scores(
         dim=query.shape[1],
         device=table.device,
     )
+    rule = drawn.mutation
+    if isinstance(rule, Expected):
+        rule = _expected(mutation_name, rule, mask_unit, query, similarity)
     dtype = accumulation_dtype(table.dtype)
     return Request(
-        mutation=drawn.mutation,
+        mutation=rule,
         seed=drawn.seed,
         row_offset=drawn.row_offset,
         query=query.to(dtype).contiguous(),

@@ -19,6 +19,7 @@ from emu_kernels.mask import mixup_share, mutation_mask
 from emu_kernels.mutation import Component, Mixup
 from emu_kernels.prepare import accumulation_dtype
 from emu_kernels.request import Draws, Request
+from emu_kernels.similarity import SIMILARITIES
 
 # --- similarities: one function each, broadcast over all dimensions but the last ------------------
 
@@ -34,59 +35,64 @@ class Options(NamedTuple):
         return 1.0 if self.weights is None else self.weights[index]
 
 
+Terms = tuple[Tensor, ...]
+"""Of each of a similarity's sums the terms, of which the last dimension is added up."""
+
+
 def _difference(query: Tensor, candidate: Tensor, options: Options) -> Tensor:
     """q − a ⊙ c; the product is rounded before it is subtracted, in every backend."""
     return query - (candidate if options.scale is None else options.scale * candidate)
 
 
-def _norm(x: Tensor, dim: int = -1) -> Tensor:
-    """The 2-norm, whose subgradient at 0 is 0."""
-    norm: Tensor = torch.linalg.vector_norm(x, dim=dim)
-    return norm
+def _root(x: Tensor) -> Tensor:
+    """√x, whose derivative at 0 is taken as 0."""
+    return torch.where(x > 0, torch.where(x > 0, x, 1).sqrt(), x)
 
 
 def _sines(query: Tensor, candidate: Tensor, options: Options) -> Tensor:
-    """Σ_j |sin((q_j − c_j) κ/2)|."""
+    """|sin((q_j − c_j) κ/2)|."""
     half = options.phase_scale / 2
-    return (query * half - candidate * half).sin().abs().sum(-1)
+    return (query * half - candidate * half).sin().abs()
 
 
-def _dot(query: Tensor, candidate: Tensor, options: Options) -> Tensor:
+def _dot(query: Tensor, candidate: Tensor, options: Options) -> Terms:
     """Σ_j q_j c_j."""
-    return (query * candidate).sum(-1)
+    return (query * candidate,)
 
 
-def _l1(query: Tensor, candidate: Tensor, options: Options) -> Tensor:
+def _l1(query: Tensor, candidate: Tensor, options: Options) -> Terms:
     """−Σ_j |q_j − a_j c_j|."""
-    return -_difference(query, candidate, options).abs().sum(-1)
+    return (-_difference(query, candidate, options).abs(),)
 
 
-def _l2(query: Tensor, candidate: Tensor, options: Options) -> Tensor:
+def _l2(query: Tensor, candidate: Tensor, options: Options) -> Terms:
     """−‖q − a ⊙ c‖₂."""
-    return -_norm(_difference(query, candidate, options))
+    return (_difference(query, candidate, options).square(),)
 
 
-def _rotate(query: Tensor, candidate: Tensor, options: Options) -> Tensor:
+def _rotate(query: Tensor, candidate: Tensor, options: Options) -> Terms:
     """−Σ_j |q_j − c_j| of complex numbers, re‖im (RotatE, Sun et al., 2019)."""
-    real, imaginary = (query - candidate).chunk(2, dim=-1)
-    return -_norm(torch.stack([real, imaginary]), dim=0).sum(-1)
+    parts = torch.stack((query - candidate).chunk(2, dim=-1))
+    modulus: Tensor = torch.linalg.vector_norm(parts, dim=0)  # its subgradient at 0 is 0
+    return (-modulus,)
 
 
-def _hake(query: Tensor, candidate: Tensor, options: Options) -> Tensor:
+def _hake(query: Tensor, candidate: Tensor, options: Options) -> Terms:
     """−w_0 Σ_j |sin((q_j − c_j) κ/2)| of the phases − w_1 ‖q − a ⊙ c‖₂ of the moduli, phase‖modulus
     (HAKE, Zhang et al., 2020)."""
     (q_phase, q_modulus), (c_phase, c_modulus) = query.chunk(2, -1), candidate.chunk(2, -1)
-    phase = _sines(q_phase, c_phase, options)
-    modulus = _norm(_difference(q_modulus, c_modulus, options))
-    return -options.weight(0) * phase - options.weight(1) * modulus
+    return (
+        -_sines(q_phase, c_phase, options),
+        _difference(q_modulus, c_modulus, options).square(),
+    )
 
 
-def _protate(query: Tensor, candidate: Tensor, options: Options) -> Tensor:
+def _protate(query: Tensor, candidate: Tensor, options: Options) -> Terms:
     """−w_0 Σ_j |sin((q_j − c_j) κ/2)| of phases (pRotatE, Sun et al., 2019)."""
-    return -options.weight(0) * _sines(query, candidate, options)
+    return (-_sines(query, candidate, options),)
 
 
-PHI: dict[str, Callable[[Tensor, Tensor, Options], Tensor]] = {
+TERMS: dict[str, Callable[[Tensor, Tensor, Options], Terms]] = {
     "dot": _dot,
     "l1": _l1,
     "l2": _l2,
@@ -94,7 +100,20 @@ PHI: dict[str, Callable[[Tensor, Tensor, Options], Tensor]] = {
     "hake": _hake,
     "protate": _protate,
 }
-"""φ(query, candidate, options) of each of :data:`emu_kernels.similarity.SIMILARITIES`."""
+"""Of each of :data:`emu_kernels.similarity.SIMILARITIES`, which says how the sums become a score."""
+
+
+def phi(name: str, query: Tensor, candidate: Tensor, options: Options) -> Tensor:
+    """φ(query, candidate) = Σ_s w_s v_s(S_s), where v is the sum itself or minus its root."""
+    total: Tensor | float = 0.0
+    for i, terms in enumerate(TERMS[name](query, candidate, options)):
+        value = terms.sum(-1)
+        if SIMILARITIES[name].roots[i]:
+            value = -_root(value)
+        total = total + options.weight(i) * value
+    assert isinstance(total, Tensor)
+    return total
+
 
 # --- mutation rules: one function each ------------------------------------------------------------
 
@@ -134,7 +153,7 @@ MUTATE: dict[str, Callable[[Tensor, Tensor, Draws], Tensor]] = {
     "mixup": _mixup,
 }
 """ẑ (B, K, D) of positive (B, 1, D), negative (B, K, D) for each of
-:data:`emu_kernels.mutation.RULES`."""
+:data:`emu_kernels.mutation.RULES` but :class:`emu_kernels.mutation.Expected`."""
 
 
 def mutate(positive: Tensor, negative: Tensor, draws: Draws) -> Tensor:
@@ -142,15 +161,43 @@ def mutate(positive: Tensor, negative: Tensor, draws: Draws) -> Tensor:
     return MUTATE[draws.mutation.name](positive[:, None, :], negative, draws)
 
 
+def expectation(
+    name: str, query: Tensor, positive: Tensor, negative: Tensor, rate: Tensor, options: Options
+) -> tuple[Tensor, Tensor]:
+    """(B, K) means and cumulants of mutated scores: :class:`emu_kernels.mutation.Expected`.
+
+    ``query`` and ``positive`` are (B, 1, D), ``negative`` (B, K, D), ``rate`` (B or 1, U).
+    """
+    mean: Tensor | float = 0.0
+    variance: Tensor | float = 0.0
+    kept = TERMS[name](query, positive, options)
+    exchanged = TERMS[name](query, negative, options)
+    rates = rate[:, None, :].chunk(len(kept), dim=-1)
+    for i, (own, other, p) in enumerate(zip(kept, exchanged, rates, strict=True)):
+        m = (p * own + (1 - p) * other).sum(-1)
+        v = (p * (1 - p) * (own - other).square()).sum(-1)
+        if SIMILARITIES[name].roots[i]:
+            inverse = torch.where(m > 0, 1 / _root(torch.where(m > 0, m, 1)), 0)
+            m, v = -_root(m) + v * inverse**3 / 8, v * inverse.square() / 4
+        mean = mean + options.weight(i) * m
+        variance = variance + options.weight(i) ** 2 * v
+    assert isinstance(mean, Tensor)
+    return mean, mean + variance / 2
+
+
 # --- scores and losses ----------------------------------------------------------------------------
 
 
 class Scores(NamedTuple):
-    """Scores of the positive, of the negatives, and of the mutated negatives."""
+    """Scores of the positive, of the negatives, and of the mutated negatives.
+
+    Where masks are drawn, a mutated score is its own mean and its own cumulant.
+    """
 
     positive: Tensor  # (B,)
     negative: Tensor  # (B, K), −inf where padding
     mutated: Tensor | None  # (B, K), −inf where padding; None without mutation
+    cumulant: Tensor | None  # likewise
 
 
 def _of_rows(negative: Tensor, batch: int) -> Tensor:
@@ -161,7 +208,7 @@ def _of_rows(negative: Tensor, batch: int) -> Tensor:
 
 def scores(request: Request) -> Scores:
     """Score positive, negatives and (unless the mutation is none) mutated negatives."""
-    phi = PHI[request.similarity]
+    name = request.similarity
     options = Options(request.scale, request.weights, request.phase_scale)
     dtype = accumulation_dtype(request.table.dtype)
     # Upcast before indexing, so that autograd sums the contributions to a row in fp32.
@@ -172,16 +219,22 @@ def scores(request: Request) -> Scores:
     z_pos = wide[request.positive]  # (B, D)
     z_neg = torch.where(real[..., None], wide[ids.clamp(min=0)], 0)  # (B, K, D)
     minus_inf = float("-inf")
-    s_pos = phi(query, z_pos, options)
+    s_pos = phi(name, query, z_pos, options)
     query = query[:, None, :]
     if options.scale is not None:
         options = options._replace(scale=options.scale[:, None, :])
-    s_neg = phi(query, z_neg, options).masked_fill(~real, minus_inf)
+    s_neg = phi(name, query, z_neg, options).masked_fill(~real, minus_inf)
     if not request.mutated:
-        return Scores(s_pos, s_neg, None)
+        return Scores(s_pos, s_neg, None, None)
+    if request.moments is not None:
+        rate = request.moments.rate
+        assert isinstance(rate, Tensor)
+        both = expectation(name, query, z_pos[:, None, :], z_neg, rate, options)
+        mean, cumulant = (score.masked_fill(~real, minus_inf) for score in both)
+        return Scores(s_pos, s_neg, mean, cumulant)
     z_mut = torch.where(real[..., None], mutate(z_pos, z_neg, request), 0)
-    s_mut = phi(query, z_mut, options).masked_fill(~real, minus_inf)
-    return Scores(s_pos, s_neg, s_mut)
+    s_mut = phi(name, query, z_mut, options).masked_fill(~real, minus_inf)
+    return Scores(s_pos, s_neg, s_mut, s_mut)
 
 
 def softmax_rows(positive: Tensor, negative: Tensor) -> Tensor:
@@ -189,11 +242,17 @@ def softmax_rows(positive: Tensor, negative: Tensor) -> Tensor:
     return torch.logsumexp(torch.cat([positive[:, None], negative], dim=1), dim=1) - positive
 
 
-def uls_rows(positive: Tensor, negative: Tensor, beta: float | Tensor) -> Tensor:
-    """L_emu of each row, (B,): (1/K) [(l̂ − s⁺) + β Σ_k (l̂ − ŝ_k)]; K counts scores above −inf."""
+def uls_rows(
+    positive: Tensor, negative: Tensor, beta: float | Tensor, cumulant: Tensor | None = None
+) -> Tensor:
+    """L_emu of each row, (B,): (1/K) [(l̂ − s⁺) + β Σ_k (l̂ − ŝ_k)]; K counts scores above −inf.
+
+    In closed form ``negative`` has the means, and l̂ is taken over the cumulants.
+    """
     real = negative != float("-inf")
     count = real.sum(dim=1)
-    lse = torch.logsumexp(torch.cat([positive[:, None], negative], dim=1), dim=1)
+    in_lse = negative if cumulant is None else cumulant
+    lse = torch.logsumexp(torch.cat([positive[:, None], in_lse], dim=1), dim=1)
     gaps = torch.where(real, lse[:, None] - torch.where(real, negative, 0), 0).sum(dim=1)
     return ((lse - positive) + beta * gaps) / count.clamp(min=1)
 
@@ -209,11 +268,11 @@ def loss_rows(
     real = _of_rows(negative, scored.negative.shape[0]) >= 0
     finite = scored.positive.isfinite() & (scored.negative.isfinite() | ~real).all(dim=1)
     vanilla = softmax_rows(scored.positive, scored.negative)
-    if scored.mutated is None:
+    if scored.mutated is None or scored.cumulant is None:
         uls, total = torch.zeros_like(vanilla), vanilla
     else:
-        finite = finite & (scored.mutated.isfinite() | ~real).all(dim=1)
-        uls = uls_rows(scored.positive, scored.mutated, beta)
+        finite = finite & (scored.cumulant.isfinite() | ~real).all(dim=1)
+        uls = uls_rows(scored.positive, scored.mutated, beta, scored.cumulant)
         total = uls + alpha * vanilla
     poison = torch.where(finite, 1.0, float("nan")).to(total.dtype)
     return torch.stack([uls, vanilla]) * poison, total * poison

@@ -11,10 +11,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from emu_kernels.mutation import Mutation
-
-DIFFERENTIABLE = {"differentiable": True}
-"""Metadata of the fields that get a gradient."""
+from emu_kernels.mutation import DIFFERENTIABLE, Expected, Mutation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +41,11 @@ class Request(Draws):
     def mutated(self) -> bool:
         """Whether there are mutated negatives; else there is the vanilla term alone."""
         return self.mutation.draw != "none"
+
+    @property
+    def moments(self) -> Expected | None:
+        """The rule in closed form: there are means and variances of mutated scores."""
+        return self.mutation if isinstance(self.mutation, Expected) else None
 
 
 @dataclass(frozen=True, kw_only=True)

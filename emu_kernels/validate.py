@@ -239,6 +239,24 @@ def rates(name: str, value: Tensor, unit: str, units: int, device: torch.device)
         raise ValueError(f"{name}: expected to be on {device} like table, got {value.device}")
 
 
+def expected(
+    name: str, value: object, unit: str, shapes: tuple[tuple[int, ...], ...], query: Tensor
+) -> None:
+    """The rate or rates of EMU in closed form."""
+    if not isinstance(value, Tensor):
+        rate(name, value)
+        return
+    floating(name, value)
+    same_precision(name, value, "query", query)
+    same_device("query", query, **{name: value})
+    if tuple(value.shape) not in shapes:
+        listed = " or ".join(map(str, shapes))
+        raise ValueError(
+            f"{name}: expected a number or a tensor of one rate a {unit}, of shape {listed}, "
+            f"got {tuple(value.shape)}"
+        )
+
+
 def embeddings(positive: object, negative: object) -> None:
     """(B, D) and (B, K, D), as ``emu_mutate`` takes them."""
     positive, negative = tensor("positive", positive), tensor("negative", negative)
@@ -257,18 +275,31 @@ def embeddings(positive: object, negative: object) -> None:
         )
 
 
-def scores(positive_score: object, negative_score: object) -> None:
-    """(B,) and (B, K), as ``uls_cross_entropy`` takes them."""
+def scores(positive_score: object, negative_score: object, cumulant: object) -> None:
+    """(B,), (B, K) and None or (B, K), as ``uls_cross_entropy`` takes them."""
     positive = tensor("positive_score", positive_score)
-    negative = tensor("negative_score", negative_score)
     dims("positive_score", positive, (1,), "(B,)")
-    dims("negative_score", negative, (2,), "(B, K)")
     floating("positive_score", positive)
-    floating("negative_score", negative)
-    same_precision("positive_score", positive, "negative_score", negative)
-    same_device("positive_score", positive, negative_score=negative)
+    negative = _negative_scores("negative_score", negative_score, positive)
+    if cumulant is None:
+        return
+    given = _negative_scores("cumulant", cumulant, positive)
+    if given.shape != negative.shape:
+        raise ValueError(
+            f"cumulant: expected shape {tuple(negative.shape)} like negative_score, "
+            f"got {tuple(given.shape)}"
+        )
+
+
+def _negative_scores(name: str, value: object, positive: Tensor) -> Tensor:
+    negative = tensor(name, value)
+    dims(name, negative, (2,), "(B, K)")
+    floating(name, negative)
+    same_precision("positive_score", positive, name, negative)
+    same_device("positive_score", positive, **{name: negative})
     if negative.shape[0] != positive.shape[0]:
         raise ValueError(
-            f"negative_score: expected {positive.shape[0]} rows like positive_score, "
+            f"{name}: expected {positive.shape[0]} rows like positive_score, "
             f"got shape {tuple(negative.shape)}"
         )
+    return negative

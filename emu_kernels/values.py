@@ -7,6 +7,8 @@ range makes the loss NaN.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -40,10 +42,9 @@ def check_rates(name: str, rates: Tensor) -> None:
     """Raise ValueError unless every rate is in [0, 1]. Synchronises a GPU."""
     bad = ((rates < 0) | (rates > 1) | rates.isnan()).nonzero()
     if len(bad):
-        at = int(bad[0, 0])
-        raise ValueError(
-            f"{name}: expected rates in [0, 1], got {float(rates[at])} at component {at}"
-        )
+        at = tuple(bad[0].tolist())
+        place = f"component {at[0]}" if len(at) == 1 else f"index {at}"
+        raise ValueError(f"{name}: expected rates in [0, 1], got {float(rates[at])} at {place}")
 
 
 def _checked_ids(values: Values) -> Tensor:
@@ -89,6 +90,39 @@ def usable_thresholds(name: str, rates: Tensor) -> Tensor:
     """The thresholds of a tensor of rates, checked on the CPU."""
     thresholds: Tensor = _THRESHOLDS({"rates": rates, "name": name})
     return thresholds
+
+
+def _checked_rates(values: Values) -> Tensor:
+    rates: Tensor = values["rates"]
+    check_rates(values["name"], rates)
+    return rates.clone()
+
+
+_RATES = define(
+    "checked_rates",
+    "Tensor rates, str name) -> Tensor",
+    _checked_rates,
+    lambda values: torch.empty_like(values["rates"]),
+)
+
+
+class _UsableRates(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, name: str, rates: Tensor) -> Tensor:
+        checked: Tensor = _RATES({"rates": rates, "name": name})
+        return checked
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, grad
+
+
+def usable_rates(name: str, rates: Tensor) -> Tensor:
+    """Rates, checked and differentiable; on a GPU NaN where they are out of range."""
+    if rates.device.type == "cpu":
+        checked: Tensor = _UsableRates.apply(name, rates)
+        return checked
+    return torch.where((rates >= 0) & (rates <= 1), rates, float("nan"))
 
 
 def usable_ids(

@@ -162,6 +162,8 @@ inline GradientArgs read_gradient(py::dict given) {
   GradientArgs g{};
   g.weight = a["weight"];
   g.mutated_weight = a["mutated_weight"];
+  g.variance_weight = a["variance_weight"];
+  g.grad_rate = a["grad_rate"];
   g.grad_query = a["grad_query"];
   g.grad_positive = a["grad_positive"];
   g.grad_scale = a["grad_scale"];
@@ -217,6 +219,7 @@ inline ScoreArgs read_scores(Arguments& a) {
   args.positive = a["positive"];
   args.negative = a["negative"];
   args.mutated = a["mutated"];
+  args.cumulant = a["cumulant"];
   return args;
 }
 
@@ -225,6 +228,7 @@ inline QueryGradientArgs read_query_gradient(Arguments& a) {
   args.positive_weight = a["positive_weight"];
   args.weight = a["weight"];
   args.mutated_weight = a["mutated_weight"];
+  args.cumulant_weight = a["cumulant_weight"];
   args.gradient = read_gradient(a.get<py::dict>("gradient"));
   args.workspace = a["workspace"];
   return args;
@@ -235,6 +239,7 @@ inline TableGradientArgs read_table_gradient(Arguments& a) {
   args.row_scale = a["row_scale"];
   args.weight = a["weight"];
   args.mutated_weight = a["mutated_weight"];
+  args.variance_weight = a["variance_weight"];
   args.grad_positive = a["grad_positive"];
   args.out = a["out"];
   return args;
@@ -267,7 +272,7 @@ py::dict describe_similarity() {
 
 template <class Rule>
 py::dict describe_mutation() {
-  constexpr const char* kDraws[] = {"none", "mask", "share"};
+  constexpr const char* kDraws[] = {"none", "mask", "share", "moments"};
   using namespace py::literals;
   return py::dict("name"_a = Rule::name, "draw"_a = kDraws[static_cast<int>(Rule::kDraw)],
                   "pairs"_a = Rule::kPairs);

@@ -16,7 +16,8 @@ namespace emu {
 enum class Draw {
   kNone,
   kMask,  // a byte for each unit, which is mutated (taken from the positive) if its byte is below a threshold
-  kShare  // one number for each negative: how much of itself it keeps
+  kShare,  // one number for each negative: how much of itself it keeps
+  kMoments  // nothing: the mean and the variance of what masks would give are taken
 };
 
 // What one call draws. emu_kernels/mask.py says how the generator's counter follows from seed and row.
@@ -30,6 +31,9 @@ struct Draws {
   int threshold;              // of all bytes, 0..256
   const int16_t* thresholds;  // of each unit, or null
   int order;                  // 1..4
+  const void* rate;           // (1 or B, U) real, U = D, or D/2 where a term is a function of both halves
+  int rate_rows;              // 1 or B
+  bool learned;               // whether rate gets a gradient
 };
 
 struct NoMutation {
@@ -75,7 +79,20 @@ struct Mixup {
   }
 };
 
-using Mutations = List<NoMutation, Component, Pair, Mixup>;
+// The mean and the variance over all masks of Component (of Pair, where terms are coupled).
+struct Expected {
+  static constexpr const char* name = "expected";
+  static constexpr Draw kDraw = Draw::kMoments;
+  static constexpr bool kPairs = false;
+  template <class Read>
+  static void read_parameters(Draws& draws, Read&& read) {
+    read("rate", draws.rate);
+    read("rate_rows", draws.rate_rows);
+    read("learned", draws.learned);
+  }
+};
+
+using Mutations = List<NoMutation, Component, Pair, Mixup, Expected>;
 
 // --- what the kernels make of the list ------------------------------------------------------------------------
 
@@ -94,10 +111,26 @@ EMU_INNER V share_of(List<First, Rest...>, int place, const V (&uniform)[4], con
   }
 }
 
+// Mean and variance of a sum's value (of the sum itself, or of minus the root of a sum of squares), from those of the
+// sum, where x holds M and V and inverse is 1/√M (0 of 0). The derivatives are by M and by V/2; those of a root are
+// multiplied by −2, as a sum's weights are. The root follows by the delta method.
+template <class V>
+struct Moments {
+  V mean, variance, mean_by_m, mean_by_v, variance_by_m, variance_by_v;
+};
+template <class V>
+EMU_INNER Moments<V> moments_of_root(V m, V v, V inverse) {
+  const V square = inverse * inverse, cube = square * inverse;
+  return {v * cube * 0.125f - m * inverse, v * square * 0.25f,  //
+          inverse + v * cube * square * 0.375f, cube * -0.5f,   //
+          v * square * square * 0.5f, -square};
+}
+
 // How the inner loops mutate a negative. Where a term is a function of one component, the mutated term is the
 // negative's or the positive's (kSelect); else components are exchanged before terms are taken (kMask). With a
-// share, every component is mixed.
-enum Mode { kPlain, kSelect, kMask, kShare };
+// share, every component is mixed. With moments, the sums of ẑ are their means M, and each has a variance V: with t
+// the negative's terms and p the positive's, M = Σ_j ρ_j p_j + (1 − ρ_j) t_j and V = Σ_j ρ_j (1 − ρ_j) (p_j − t_j)².
+enum Mode { kPlain, kSelect, kMask, kShare, kMoments };
 
 constexpr bool masked(Mode mode) { return mode == kSelect || mode == kMask; }
 
@@ -106,6 +139,7 @@ auto with_mode(Draw draw, Body&& body) {
   switch (draw) {
     case Draw::kNone: return body(Constant<kPlain>{});
     case Draw::kMask: return body(Constant<Sim::kCoupled ? kMask : kSelect>{});
+    case Draw::kMoments: return body(Constant<kMoments>{});
     default: return body(Constant<kShare>{});
   }
 }

@@ -44,6 +44,8 @@ struct Problem {
 struct GradientArgs {
   void* weight;          // (S, B, K)
   void* mutated_weight;  // (S, B, K) with mutation
+  void* variance_weight; // (S, B, K) with moments, by half the variance
+  void* grad_rate;       // (B, U) with moments, or null
   void* grad_query;      // (B, D)
   void* grad_positive;   // (B, D)
   void* grad_scale;      // (B, scale's width) or null
@@ -68,12 +70,14 @@ struct ScoreArgs {
   void* positive;  // (B,) real
   void* negative;  // (B, K)
   void* mutated;   // (B, K)
+  void* cumulant;  // (B, K) with moments
 };
 
 struct QueryGradientArgs {
   const void* positive_weight;  // (B,) real, of scores, as the next two
   const void* weight;           // (B, K)
   const void* mutated_weight;   // (B, K) with mutation
+  const void* cumulant_weight;  // (B, K) with moments
   GradientArgs gradient;
   void* workspace;  // CUDA: of query_gradient_workspace bytes
 };
@@ -82,6 +86,7 @@ struct TableGradientArgs {
   const void* row_scale;       // (B,) real
   const void* weight;          // (S, B, K)
   const void* mutated_weight;  // (S, B, K) with mutation
+  const void* variance_weight; // (S, B, K) with moments
   const void* grad_positive;   // (B, D)
   int64_t* ids;                // (touched,): the sparse form; null: the dense form
   void* out;                   // (N, D) or (touched, D) of dtype

@@ -59,7 +59,8 @@ static bool all_finite(const typename F::Real* scores, int64_t count) {
 
 // Over the negatives of a tile, for N vectors of half h's components from j on, with x = (w_k + ŵ_k (1 − λ_k)):
 //   gradient += x c_k (bilinear) or x slope(u_k)      factor_gradient += x slope(u_k) c_k      share += ŵ_k λ_k
-// With shares, the mutated negative has terms of its own.
+// With shares, the mutated negative has terms of its own. With moments ŵ_k is M's weight, v_k is that of V/2, and
+//   x = w_k + ŵ_k (1 − ρ) + v_k ρ (1 − ρ) (t_k − p)      share += v_k (t_k − p)
 template <class F, class Sim, Mode kMode, int h, int N>
 static void accumulate_half(RowScratch<F, Sim, kMode>& s, const Layout<Sim>& at, int64_t j, int64_t from,
                             int64_t count) {
@@ -70,6 +71,7 @@ static void accumulate_half(RowScratch<F, Sim, kMode>& s, const Layout<Sim>& at,
   const uint8_t* masks = s.tile.masks + h * at.half + j;
   const typename F::Real* weight = s.plain_weight[h] + from;
   const typename F::Real* mutated_weight = s.mutated_weight[h] + from;
+  const typename F::Real* variance_weight = s.variance_weight[h] + from;
   V g[N], share[N], f[N];
   for (int n = 0; n < N; ++n) {
     g[n] = load<V>(s.gradient + first + n * F::kLanes);
@@ -79,6 +81,7 @@ static void accumulate_half(RowScratch<F, Sim, kMode>& s, const Layout<Sim>& at,
   for (int64_t k = 0; k < count; ++k) {
     const V w = F::broadcast(weight[k]);
     const V hat = kMode != kPlain ? F::broadcast(mutated_weight[k]) : V{};
+    const V of_variance = kMode == kMoments ? F::broadcast(variance_weight[k]) : V{};
     const V both = w + hat;
     const V own = kMode == kShare ? F::broadcast(s.tile.shares[k]) : V{};
     const V from_positive = hat * (1 - own);  // of kShare
@@ -96,6 +99,18 @@ static void accumulate_half(RowScratch<F, Sim, kMode>& s, const Layout<Sim>& at,
         g[n] = F::fma(x, slope, g[n]);
         if (kScaled) f[n] = F::fma(x, slope * c, f[n]);
         share[n] += F::keep(mask, hat);
+      } else if constexpr (kMode == kMoments) {
+        V term;
+        if constexpr (Sim::kBilinear) {
+          term = q * c;
+        } else {
+          term = Sim::template term<h, F>(difference<Sim, h>(q, a, c));
+        }
+        const V pull = of_variance * (term - load<V>(s.own_term + first + i));
+        const V x = F::fma(load<V>(s.spread + first + i), pull, F::fma(load<V>(s.keep + first + i), hat, w));
+        g[n] = F::fma(x, slope, g[n]);
+        if (kScaled) f[n] = F::fma(x, slope * c, f[n]);
+        share[n] += pull;
       } else {
         g[n] = F::fma(w, slope, g[n]);
         if (kScaled) f[n] = F::fma(w, slope * c, f[n]);
@@ -138,17 +153,30 @@ static void accumulate_coupled(RowScratch<F, Sim, kMode>& s, const Layout<Sim>& 
   for (int64_t k = 0; k < count; ++k) {
     const V w = F::broadcast(s.plain_weight[0][from + k]);
     const V hat = kMode != kPlain ? F::broadcast(s.mutated_weight[0][from + k]) : V{};
+    const V of_variance = kMode == kMoments ? F::broadcast(s.variance_weight[0][from + k]) : V{};
     const V own = kMode == kShare ? F::broadcast(s.tile.shares[k]) : V{};
     const typename F::Real* inverses = s.tile.inverses + k * kInverses * at.half_padded + j;
     for (int n = 0; n < N; ++n) {
       const int64_t i = n * F::kLanes;
       const V inverse = load<V>(inverses + i);
-      const V mixed_inverse = kMode != kPlain ? load<V>(inverses + at.half_padded + i) : V{};
+      const V mixed_inverse = kInverses > 1 ? load<V>(inverses + at.half_padded + i) : V{};
+      V x = w;
+      if (kMode == kMoments) {
+        V square = {};
+        for (int h = 0; h < 2; ++h) {
+          const V u = difference<Sim, 0>(load<V>(s.query + first[h] + i), load<V>(s.factor + first[h] + i),
+                                         load<V>(s.tile.rows + k * at.row + first[h] + i));
+          square += u * u;
+        }
+        const V pull = of_variance * (Sim::value(square, inverse) - load<V>(s.own_term + j + i));
+        x = F::fma(load<V>(s.spread + j + i), pull, F::fma(load<V>(s.keep + j + i), hat, w));
+        for (int h = 0; h < 2; ++h) share[h][n] += pull;
+      }
       for (int h = 0; h < 2; ++h) {
         const V q = load<V>(s.query + first[h] + i), a = load<V>(s.factor + first[h] + i);
         const V c = load<V>(s.tile.rows + k * at.row + first[h] + i);
         const V u = difference<Sim, 0>(q, a, c);
-        g[h][n] = F::fma(w, u * inverse, g[h][n]);
+        g[h][n] = F::fma(x, u * inverse, g[h][n]);
         if (kMode == kMask) {
           const auto mask = F::load_mask(s.tile.masks + k * at.mask_row + first_mask[h] + i);
           const V mixed = F::select(mask, load<V>(s.positive_term + first[h] + i), u);
@@ -172,10 +200,44 @@ static void accumulate_coupled(RowScratch<F, Sim, kMode>& s, const Layout<Sim>& 
   }
 }
 
+// Adds the tile's part of the gradient of half h's rates: Σ_k ŵ_k (p − t_k) + v_k (1/2 − ρ) (t_k − p)².
+template <class F, class Sim, int h>
+static void accumulate_rates(const RowScratch<F, Sim, kMoments>& s, const Layout<Sim>& at, int64_t from,
+                             int64_t count, typename F::Real* sums) {
+  using V = typename F::V;
+  const typename F::Real half = static_cast<typename F::Real>(0.5);
+  for (int64_t j = 0; j < at.half; j += F::kLanes) {
+    const int64_t i = h * at.half_padded + j;
+    const V own = load<V>(s.own_term + i), by_square = load<V>(s.keep + i) - half;  // 1/2 − ρ
+    V sum = load<V>(sums + i);
+    for (int64_t k = 0; k < count; ++k) {
+      const typename F::Real* row = s.tile.rows + k * at.row;
+      V term;
+      if constexpr (Sim::kCoupled) {
+        V u[2];
+        for (int part = 0; part < 2; ++part) {
+          const int64_t to = part * at.half_padded + j;
+          u[part] = difference<Sim, 0>(load<V>(s.query + to), load<V>(s.factor + to), load<V>(row + to));
+        }
+        term = Sim::template term<F>(u[0], u[1]);
+      } else {
+        const V a = Sim::kBilinear ? V{} : load<V>(s.factor + i);
+        term = Sim::template term<h, F>(difference<Sim, h>(load<V>(s.query + i), a, load<V>(row + i)));
+      }
+      const V gap = term - own;
+      const V hat = F::broadcast(s.mutated_weight[h][from + k]);
+      const V of_variance = F::broadcast(s.variance_weight[h][from + k]);
+      sum += gap * (of_variance * by_square * gap - hat);
+    }
+    store(sums + i, sum);
+  }
+}
+
 // How many vectors of components have their sums in registers at a time: as many as there are registers for, and
 // fewer where more were not faster because a vector takes much arithmetic.
 template <class Sim, Mode kMode>
 constexpr int accumulators() {
+  if (kMode == kMoments) return Sim::kBilinear ? 4 : 2;
   return Sim::kBilinear && kMode != kShare ? 6 : Sim::kCoupled || kMode == kShare ? 2 : 3;
 }
 
@@ -219,15 +281,19 @@ EMU_INLINE void accumulate_query(RowScratch<F, Sim, kMode>& s, const Layout<Sim>
   });
 }
 
-// Adds the positive's own part; for kSelect also the components that mutated negatives took from it.
+// Adds the positive's own part; for kSelect and kMoments also what mutated negatives took from it. `hat` is Σ_k ŵ_k.
 template <class F, class Sim, Mode kMode, int h>
-EMU_INLINE void finish_gradient(RowScratch<F, Sim, kMode>& s, const Layout<Sim>& at) {
+EMU_INLINE void finish_gradient(RowScratch<F, Sim, kMode>& s, const Layout<Sim>& at, typename F::Real hat) {
   using V = typename F::V;
   const V own = F::broadcast(s.positive_weight[Sim::kCoupled ? 0 : h]);
   for (int64_t i = h * at.half_padded; i < (h + 1) * at.half_padded; i += F::kLanes) {
     const V q = load<V>(s.query + i), a = load<V>(s.factor + i), c = load<V>(s.positive + i);
     const V share = load<V>(s.share + i);
-    const V x = kMode == kSelect ? share + own : own;
+    V x = kMode == kSelect ? share + own : own;
+    if (kMode == kMoments) {
+      const int64_t unit = Sim::kCoupled ? i - h * at.half_padded : i;
+      x += (1 - load<V>(s.keep + unit)) * hat - load<V>(s.spread + unit) * share;
+    }
     V of_query, of_positive, slope = c;
     if constexpr (Sim::kBilinear) {
       of_query = F::fma(x, c, load<V>(s.gradient + i));
@@ -249,7 +315,7 @@ EMU_INLINE void finish_gradient(RowScratch<F, Sim, kMode>& s, const Layout<Sim>&
     }
     if (Sim::factor(h) == Factor::kPhase) of_query *= a;
     store(s.gradient + i, of_query);
-    store(s.share + i, kMode == kSelect ? of_positive : of_positive + share);
+    store(s.share + i, kMode == kSelect || kMode == kMoments ? of_positive : of_positive + share);
   }
 }
 
@@ -261,8 +327,10 @@ static void gradient_row(const Problem& p, const Random& random, RowScratch<F, S
   using Real = typename F::Real;
   const Layout<Sim> at(p.D);
   const int64_t g = b / p.rows_per_group();
-  Real* const zeroed[] = {s.gradient, s.share, s.factor_gradient};
-  for (Real* sums : zeroed) __builtin_memset(sums, 0, sizeof(Real) * static_cast<size_t>(at.row));
+  Real* const zeroed[] = {s.gradient, s.share, s.factor_gradient, s.grad_rate};
+  for (Real* sums : zeroed) {
+    if (sums != nullptr) __builtin_memset(sums, 0, sizeof(Real) * static_cast<size_t>(at.row));
+  }
   finish_weights<F, Sim, kMode>(
       p, s, positive_weight,
       a.grad_weights != nullptr ? static_cast<Real*>(a.grad_weights) + b * Sim::kWeights : nullptr);
@@ -276,9 +344,28 @@ static void gradient_row(const Problem& p, const Random& random, RowScratch<F, S
       }
     }
     accumulate_query<F, Sim, kMode>(s, at, from, count);
+    if constexpr (kMode == kMoments) {
+      if (a.grad_rate != nullptr) {
+        accumulate_rates<F, Sim, 0>(s, at, from, count, s.grad_rate);
+        if constexpr (at.kSums > 1) accumulate_rates<F, Sim, 1>(s, at, from, count, s.grad_rate);
+      }
+    }
   }
-  finish_gradient<F, Sim, kMode, 0>(s, at);
-  if constexpr (Sim::kHalves > 1) finish_gradient<F, Sim, kMode, Sim::kHalves - 1>(s, at);
+  Real hat[2] = {0, 0};  // Σ_k ŵ_k of each half
+  if constexpr (kMode == kMoments) {
+    for (int h = 0; h < at.H; ++h) {
+      for (int64_t k = 0; k < p.K; ++k) hat[h] += s.mutated_weight[Sim::kCoupled ? 0 : h][k];
+    }
+    if (a.grad_rate != nullptr) {
+      Real* to = static_cast<Real*>(a.grad_rate) + b * at.units();
+      for (int i = 0; i < at.kSums; ++i) {
+        const Real sign = Sim::root(i) ? static_cast<Real>(-0.5) : Real{1};  // weights of a root's sums are −2 times
+        for (int64_t j = 0; j < at.half; ++j) to[i * at.half + j] = sign * s.grad_rate[i * at.half_padded + j];
+      }
+    }
+  }
+  finish_gradient<F, Sim, kMode, 0>(s, at, hat[0]);
+  if constexpr (Sim::kHalves > 1) finish_gradient<F, Sim, kMode, Sim::kHalves - 1>(s, at, hat[Sim::kHalves - 1]);
   collect(at, static_cast<Real*>(a.grad_query) + b * p.D, s.gradient);
   collect(at, static_cast<Real*>(a.grad_positive) + b * p.D, s.share);
   if (a.grad_scale != nullptr) {
@@ -293,6 +380,8 @@ static void gradient_row(const Problem& p, const Random& random, RowScratch<F, S
     copy(static_cast<Real*>(a.weight) + (i * p.B + b) * p.K, s.plain_weight[i], p.K);
     if (kMode == kPlain) continue;
     copy(static_cast<Real*>(a.mutated_weight) + (i * p.B + b) * p.K, s.mutated_weight[i], p.K);
+    if (kMode != kMoments) continue;
+    copy(static_cast<Real*>(a.variance_weight) + (i * p.B + b) * p.K, s.variance_weight[i], p.K);
   }
 }
 
@@ -305,10 +394,11 @@ struct RowLoss {
 
 // Loss of one row from its scores, and with need_grad its derivatives by every score, in place of them:
 //   ∂/∂s⁻_k = α p_k      ∂/∂ŝ_k = ((1 + βK) p̂_k − β)/K      ∂/∂s⁺ = ((1 + βK) p̂_0 − 1)/K + α (p_0 − 1)
-template <class F, bool kMutated>
+// With moments p̂ is of the cumulants c, and ∂/∂c_k = (1 + βK) p̂_k / K, ∂/∂m_k = −β/K.
+template <class F, Mode kMode>
 static RowLoss<typename F::Real> row_loss(const LossArgs& a, typename F::Real positive,
                                           typename F::Real* plain, typename F::Real* mutated,
-                                          int64_t count, int64_t real) {
+                                          typename F::Real* cumulant, int64_t count, int64_t real) {
   using Real = typename F::Real;
   using V = typename F::V;
   const Real alpha = static_cast<Real>(a.alpha), beta = static_cast<Real>(a.beta);
@@ -325,16 +415,22 @@ static RowLoss<typename F::Real> row_loss(const LossArgs& a, typename F::Real po
       out.positive_weight = alpha * (own[0] / s.sum - 1);
     }
   }
-  if (kMutated && real > 0) {
+  if (kMode != kPlain && real > 0) {
     const Real inverse = 1 / static_cast<Real>(real);
-    const Softmax<Real> s = softmax<F>(positive, mutated, count, mutated);
+    Real* in_softmax = kMode == kMoments ? cumulant : mutated;
+    Softmax<Real> s = softmax<F>(positive, in_softmax, count, in_softmax);
+    if (kMode == kMoments) {
+      s.gaps = 0;
+      for (int64_t k = 0; k < count; ++k) s.gaps += mutated[k] * 0 == 0 ? s.max - mutated[k] : 0;
+    }
     const Real log_sum = s.log_sum();
     out.uls = ((s.max - positive) + log_sum) * inverse + beta * (s.gaps * inverse + log_sum);
     if (a.need_grad) {
       const Real mass = inverse + beta;  // (1 + βK)/K
       const V factor = F::broadcast(mass / s.sum), label = F::broadcast(beta * inverse);
       for (int64_t k = 0; k < count; k += F::kLanes) {
-        store(mutated + k, load<V>(mutated + k) * factor - label);
+        store(in_softmax + k, load<V>(in_softmax + k) * factor - (kMode == kMoments ? V{} : label));
+        if (kMode == kMoments) store(mutated + k, -label);
       }
       const V own = exp_nonpositive(F::broadcast(positive - s.max));
       out.positive_weight += mass * (own[0] / s.sum) - inverse;
@@ -359,21 +455,24 @@ static void loss_forward(const Problem& p, const LossArgs& a) {
     s.load_row(p, b);
     const Real positive = score_row<F, Sim, kMode>(p, random, s, b);
     bool finite = positive * 0 == 0 && all_finite<F>(s.plain, K);
-    if (kMutated) finite = finite && all_finite<F>(s.mutated, K);
+    if (kMutated) finite = finite && all_finite<F>(kMode == kMoments ? s.cumulant : s.mutated, K);
     RowLoss<Real> loss;
     if (finite) {
-      const int64_t real = blank_padding<Real, kMutated>(p, b, s.plain, s.mutated);
-      loss = row_loss<F, kMutated>(a, positive, s.plain, s.mutated, K, real);
+      const int64_t real = blank_padding(p, b, s);
+      loss = row_loss<F, kMode>(a, positive, s.plain, s.mutated, s.cumulant, K, real);
       if (real < K && kMutated && a.need_grad) {
         const int64_t* ids = p.negative + b / p.rows_per_group() * K;
         for (int64_t k = 0; k < K; ++k) {
-          if (ids[k] < 0) s.mutated[k] = 0;
+          if (ids[k] >= 0) continue;
+          s.mutated[k] = 0;
+          if (kMode == kMoments) s.cumulant[k] = 0;
         }
       }
     } else {
       const Real nan = static_cast<Real>(__builtin_nan(""));
       loss = {nan, nan, nan};
       for (int64_t k = 0; k < kp; ++k) s.plain[k] = s.mutated[k] = nan;
+      for (int64_t k = 0; k < kp && kMode == kMoments; ++k) s.cumulant[k] = nan;
     }
     uls[b] = loss.uls;
     vanilla[b] = loss.vanilla;
@@ -417,9 +516,10 @@ static void scores_forward(const Problem& p, const ScoreArgs& a) {
     RowScratch<F, Sim, kMode>& s = workers[slot];
     s.load_row(p, b);
     static_cast<Real*>(a.positive)[b] = score_row<F, Sim, kMode>(p, random, s, b);
-    blank_padding<Real, kMode != kPlain>(p, b, s.plain, s.mutated);
+    blank_padding(p, b, s);
     copy(static_cast<Real*>(a.negative) + b * p.K, s.plain, p.K);
     if (kMode != kPlain) copy(static_cast<Real*>(a.mutated) + b * p.K, s.mutated, p.K);
+    if (kMode == kMoments) copy(static_cast<Real*>(a.cumulant) + b * p.K, s.cumulant, p.K);
   });
 }
 
@@ -431,13 +531,18 @@ static void query_gradient(const Problem& p, const QueryGradientArgs& a) {
   parallel(p.place.threads, p.B, [&](int64_t b, int slot) {
     RowScratch<F, Sim, kMode>& s = workers[slot];
     s.load_row(p, b);
-    if constexpr (!Sums<Sim>::kDirect || Sim::kCoupled) score_row<F, Sim, kMode>(p, random, s, b);
+    if constexpr (!Sums<Sim>::kDirect || Sim::kCoupled) {
+      score_row<F, Sim, kMode>(p, random, s, b);
+    } else if constexpr (kMode == kMoments) {
+      score_positive<F, Sim, kMode>(s, Layout<Sim>(p.D));
+    }
     // Padding has no gradient, whatever its upstream weight (its score is −inf).
     const int64_t* ids = p.negative + b / p.rows_per_group() * p.K;
     for (int64_t k = 0; k < p.K; ++k) {
       const bool real = ids[k] >= 0;
       s.plain[k] = real ? static_cast<const Real*>(a.weight)[b * p.K + k] : 0;
       if (kMode != kPlain) s.mutated[k] = real ? static_cast<const Real*>(a.mutated_weight)[b * p.K + k] : 0;
+      if (kMode == kMoments) s.cumulant[k] = real ? static_cast<const Real*>(a.cumulant_weight)[b * p.K + k] : 0;
     }
     gradient_row<F, Sim, kMode>(p, random, s, b, static_cast<const Real*>(a.positive_weight)[b], a.gradient);
   });

@@ -14,6 +14,8 @@ struct Layout {
         row(H * padded(dim / H)),
         mask_row(padded(dim) + (H > 1 ? 16 : 0)) {}  // a vector of half 1's masks may read beyond
 
+  int64_t units() const { return kSums * half; }  // rates of a row, with moments
+
   int64_t scale_width() const {  // of a query's scale
     int64_t width = 0;
     for (int h = 0; h < H; ++h) width += Sim::factor(h) == Factor::kScale ? half : 0;

@@ -14,7 +14,7 @@ struct Tile {
   Real* inverses;  // (capacity, kInverses, half_padded) of coupled terms: of the negative, of the mutated one
   int64_t capacity;
   int64_t group = -1, first = -1, scored_row = -1;  // what the arrays hold now
-  static constexpr int kInverses = !Sim::kCoupled ? 0 : kMode == kPlain ? 1 : 2;
+  static constexpr int kInverses = !Sim::kCoupled ? 0 : kMode == kPlain || kMode == kMoments ? 1 : 2;
 
   static int64_t rows_that_fit(const Problem& p) {
     const int64_t fit = kTileBytes / (Layout<Sim>(p.D).row * static_cast<int64_t>(sizeof(Real)));
@@ -33,7 +33,8 @@ struct Tile {
 
   // Whether the arrays hold negatives `from` and following of group g, and what depends on row b.
   bool holds(int64_t g, int64_t b, int64_t from) const {
-    return group == g && first == from && ((kMode == kPlain && !Sim::kCoupled) || scored_row == b);
+    const bool of_group = (kMode == kPlain || kMode == kMoments) && !Sim::kCoupled;
+    return group == g && first == from && (of_group || scored_row == b);
   }
 
   // Fills the arrays, a few negatives at a time, and calls body(k, n) while negatives k .. k + n − 1 of the tile are
@@ -79,6 +80,19 @@ struct Tile {
   }
 };
 
+// 1 − ρ and ρ (1 − ρ) of row b, padded.
+template <class Sim, class Real>
+static void load_rates(const Problem& p, const Layout<Sim>& at, int64_t b, Real* keep, Real* spread) {
+  const Real* rate = static_cast<const Real*>(p.draws.rate) + (p.draws.rate_rows > 1 ? b * at.units() : 0);
+  for (int i = 0; i < at.kSums; ++i) {
+    for (int64_t j = 0; j < at.half_padded; ++j) {
+      const Real r = j < at.half ? rate[i * at.half + j] : 0;
+      keep[i * at.half_padded + j] = 1 - r;
+      spread[i * at.half_padded + j] = r * (1 - r);
+    }
+  }
+}
+
 // What one thread needs to work on a row.
 template <class F, class Sim, Mode kMode>
 struct RowScratch {
@@ -86,13 +100,19 @@ struct RowScratch {
   static constexpr int kSums = Sums<Sim>::kCount;
   Tile<F, Sim, kMode> tile;
   // (row,) each. positive_term: the positive's terms; for coupled terms the differences that they are functions of.
-  // share: for kSelect Σ_k ŵ_k λ_k, else the part of the positive's gradient that comes from mutated negatives.
+  // share: for kSelect Σ_k ŵ_k λ_k, for kMoments Σ_k of half the variance's weight · (t − p), else the part of the
+  // positive's gradient that comes from mutated negatives.
   Real *query, *factor, *positive, *positive_term, *gradient, *share, *factor_gradient;
+  // (row,) each, of kMoments: 1 − ρ, ρ (1 − ρ), the positive's terms p, also of coupled ones, and ρ's gradient.
+  Real *keep, *spread, *own_term, *grad_rate;
+  Real from_positive[kSums];  // Σ_j ρ_j p_j
   // (K rounded up to whole vectors,) each. plain and mutated hold sums, then scores, then weights of scores. Where a
   // score is more than its sum, `value` holds the sums (or minus their roots) and `weight` the weights of the sums.
   // Coupled terms have a `value` too, so that a tile can be scored again after the weights are there.
-  Real *plain, *mutated;
+  // With moments `mutated` has the means, and `cumulant` what is in the logsumexp; `variance` is of each sum.
+  Real *plain, *mutated, *cumulant;
   Real *plain_value[kSums], *mutated_value[kSums], *plain_weight[kSums], *mutated_weight[kSums];
+  Real *variance[kSums], *variance_weight[kSums];
   Real positive_value[kSums], positive_weight[kSums];
 
   RowScratch(const Problem& p, Carver& carver) {
@@ -104,8 +124,19 @@ struct RowScratch {
       *a = carver.take<Real>(row);
       if (*a != nullptr) __builtin_memset(*a, 0, sizeof(Real) * row);
     }
+    keep = spread = grad_rate = nullptr, own_term = positive_term;
+    if (kMode == kMoments) {
+      keep = carver.take<Real>(row), spread = carver.take<Real>(row), grad_rate = carver.take<Real>(row);
+      if (Sim::kCoupled) own_term = carver.take<Real>(row);
+      Real* const zeroed[] = {keep, spread, own_term};
+      for (Real* a : zeroed) {
+        if (carver.base != nullptr) __builtin_memset(a, 0, sizeof(Real) * row);
+      }
+      if (carver.base != nullptr) load_rates(p, Layout<Sim>(p.D), 0, keep, spread);
+    }
     plain = carver.take<Real>(kp);
     mutated = carver.take<Real>(kp);
+    cumulant = carver.take<Real>(kMode == kMoments ? kp : 0);
     for (int s = 0; s < kSums; ++s) {
       plain_value[s] = plain_weight[s] = plain;
       mutated_value[s] = mutated_weight[s] = mutated;
@@ -117,6 +148,8 @@ struct RowScratch {
         plain_weight[s] = carver.take<Real>(kp);
         mutated_weight[s] = carver.take<Real>(kp);
       }
+      variance[s] = carver.take<Real>(kMode == kMoments ? kp : 0);
+      variance_weight[s] = Sums<Sim>::kDirect ? cumulant : carver.take<Real>(kMode == kMoments ? kp : 0);
     }
     if (carver.base != nullptr && !Sim::kBilinear) load_factor<F, Sim>(p, Layout<Sim>(p.D), 0, factor);
   }
@@ -132,7 +165,9 @@ struct RowScratch {
     load_query<F, Sim>(p, at, b, query);
     if (p.scale != nullptr) load_factor<F, Sim>(p, at, b, factor);
     gather<F, Sim>(p, at, p.positive[b], positive);
+    if (kMode == kMoments && p.draws.rate_rows > 1) load_rates(p, at, b, keep, spread);
   }
+
 };
 
 // A RowScratch for each thread slot.
@@ -161,17 +196,20 @@ class Workers {
 // enough: R = 4 rows hide the latency.
 template <class F, class Sim, Mode kMode, int h, int R>
 EMU_INLINE void score_half(const RowScratch<F, Sim, kMode>& s, const Layout<Sim>& at, int64_t k,
-                           typename F::Real* plain, typename F::Real* mutated) {
+                           typename F::Real* plain, typename F::Real* mutated, typename F::Real* variance) {
   using V = typename F::V;
   const int64_t first = h * at.half_padded;
   const typename F::Real* rows = s.tile.rows + k * at.row + first;
   const uint8_t* masks = s.tile.masks + k * at.mask_row + h * at.half;
-  V sum[R] = {}, mutated_sum[R] = {}, share[R] = {};
+  V sum[R] = {}, mutated_sum[R] = {}, squares[R] = {}, share[R] = {};
   if (kMode == kShare) {
     for (int r = 0; r < R; ++r) share[r] = F::broadcast(s.tile.shares[k + r]);
   }
   for (int64_t j = 0; j < at.half; j += F::kLanes) {
     const V q = load<V>(s.query + first + j);
+    const V keep = kMode == kMoments ? load<V>(s.keep + first + j) : V{};
+    const V spread = kMode == kMoments ? load<V>(s.spread + first + j) : V{};
+    const V own_term = kMode == kMoments ? load<V>(s.own_term + first + j) : V{};
     const V a = Sim::kBilinear ? V{} : load<V>(s.factor + first + j);
     const V positive = kMode == kShare ? load<V>(s.positive + first + j) : V{};
     const V from_positive = kMode == kSelect ? load<V>(s.positive_term + first + j) : V{};
@@ -181,6 +219,10 @@ EMU_INLINE void score_half(const RowScratch<F, Sim, kMode>& s, const Layout<Sim>
       sum[r] += term;
       if (kMode == kSelect) {
         mutated_sum[r] += F::select(F::load_mask(masks + r * at.mask_row + j), from_positive, term);
+      } else if (kMode == kMoments) {
+        const V gap = term - own_term;
+        mutated_sum[r] = F::fma(keep, term, mutated_sum[r]);
+        squares[r] = F::fma(spread * gap, gap, squares[r]);
       } else if (kMode == kShare) {
         const V mixed = mix(positive, c, share[r]);
         mutated_sum[r] += Sim::template term<h, F>(difference<Sim, h>(q, a, mixed));
@@ -189,18 +231,19 @@ EMU_INLINE void score_half(const RowScratch<F, Sim, kMode>& s, const Layout<Sim>
   }
   horizontal_sums<F, R>(sum, plain);
   if (kMode != kPlain) horizontal_sums<F, R>(mutated_sum, mutated);
+  if (kMode == kMoments) horizontal_sums<F, R>(squares, variance);
 }
 
 // The same where a term is a function of both halves. Leaves the terms' inverses in the tile.
 template <class F, class Sim, Mode kMode, int R>
 EMU_INLINE void score_coupled(const RowScratch<F, Sim, kMode>& s, const Layout<Sim>& at, int64_t k,
-                              typename F::Real* plain, typename F::Real* mutated) {
+                              typename F::Real* plain, typename F::Real* mutated, typename F::Real* variance) {
   using V = typename F::V;
   constexpr int kInverses = Tile<F, Sim, kMode>::kInverses;
   const typename F::Real* rows = s.tile.rows + k * at.row;
   const uint8_t* masks = s.tile.masks + k * at.mask_row;
   typename F::Real* inverses = s.tile.inverses + k * kInverses * at.half_padded;
-  V sum[R] = {}, mutated_sum[R] = {}, share[R] = {};
+  V sum[R] = {}, mutated_sum[R] = {}, squares[R] = {}, share[R] = {};
   if (kMode == kShare) {
     for (int r = 0; r < R; ++r) share[r] = F::broadcast(s.tile.shares[k + r]);
   }
@@ -228,25 +271,59 @@ EMU_INLINE void score_coupled(const RowScratch<F, Sim, kMode>& s, const Layout<S
       }
       const auto add = [&](V& to, V of, int which) {
         const V inverse = Sim::template inverse<F>(of);
-        to += Sim::value(of, inverse);
+        const V term = Sim::value(of, inverse);
+        to += term;
         store(inverses + (r * kInverses + which) * at.half_padded + j, inverse);
+        return term;
       };
-      add(sum[r], square[0] + square[1], 0);
-      if (kMode != kPlain) add(mutated_sum[r], mixed[0] + mixed[1], 1);
+      const V term = add(sum[r], square[0] + square[1], 0);
+      if (kMode == kMoments) {
+        const V gap = term - load<V>(s.own_term + j);
+        mutated_sum[r] = F::fma(load<V>(s.keep + j), term, mutated_sum[r]);
+        squares[r] = F::fma(load<V>(s.spread + j) * gap, gap, squares[r]);
+      } else if (kMode != kPlain) {
+        add(mutated_sum[r], mixed[0] + mixed[1], 1);
+      }
     }
   }
   horizontal_sums<F, R>(sum, plain);
   if (kMode != kPlain) horizontal_sums<F, R>(mutated_sum, mutated);
+  if (kMode == kMoments) horizontal_sums<F, R>(squares, variance);
 }
 
 template <class F, class Sim, Mode kMode, int R>
 EMU_INLINE void score_rows(const RowScratch<F, Sim, kMode>& s, const Layout<Sim>& at, int64_t k, int64_t to) {
   if constexpr (Sim::kCoupled) {
-    score_coupled<F, Sim, kMode, R>(s, at, k, s.plain_value[0] + to, s.mutated_value[0] + to);
+    score_coupled<F, Sim, kMode, R>(s, at, k, s.plain_value[0] + to, s.mutated_value[0] + to, s.variance[0] + to);
   } else {
-    score_half<F, Sim, kMode, 0, R>(s, at, k, s.plain_value[0] + to, s.mutated_value[0] + to);
+    score_half<F, Sim, kMode, 0, R>(s, at, k, s.plain_value[0] + to, s.mutated_value[0] + to, s.variance[0] + to);
     if constexpr (Sim::kHalves > 1) {
-      score_half<F, Sim, kMode, 1, R>(s, at, k, s.plain_value[1] + to, s.mutated_value[1] + to);
+      score_half<F, Sim, kMode, 1, R>(s, at, k, s.plain_value[1] + to, s.mutated_value[1] + to, s.variance[1] + to);
+    }
+  }
+}
+
+// The terms of one padded candidate.
+template <class F, class Sim>
+static void own_terms(const Layout<Sim>& at, const typename F::Real* query, const typename F::Real* factor,
+                      const typename F::Real* candidate, typename F::Real* terms) {
+  using V = typename F::V;
+  for (int64_t j = 0; j < at.half_padded; j += F::kLanes) {
+    V u[2] = {};
+    for (int h = 0; h < at.H; ++h) {
+      const int64_t i = h * at.half_padded + j;
+      const V q = load<V>(query + i), a = Sim::kBilinear ? V{} : load<V>(factor + i), c = load<V>(candidate + i);
+      if constexpr (Sim::kHalves > 1 && !Sim::kCoupled) {
+        u[h] = h == 0 ? difference<Sim, 0>(q, a, c) : difference<Sim, 1>(q, a, c);
+      } else {
+        u[h] = difference<Sim, 0>(q, a, c);
+      }
+    }
+    if constexpr (Sim::kCoupled) {
+      store(terms + j, Sim::template term<F>(u[0], u[1]));
+    } else {
+      store(terms + j, Sim::template term<0, F>(u[0]));
+      if constexpr (Sim::kHalves > 1) store(terms + at.half_padded + j, Sim::template term<1, F>(u[1]));
     }
   }
 }
@@ -278,13 +355,84 @@ EMU_INLINE void score_positive(RowScratch<F, Sim, kMode>& s, const Layout<Sim>& 
         u[h] = difference<Sim, 0>(load<V>(s.query + i), load<V>(s.factor + i), load<V>(s.positive + i));
         store(s.positive_term + i, u[h]);
       }
-      sum += Sim::template term<F>(u[0], u[1]);
+      const V term = Sim::template term<F>(u[0], u[1]);
+      sum += term;
+      if (kMode == kMoments) store(s.own_term + j, term);
     }
     s.positive_value[0] = horizontal_sum<F>(sum);
   } else {
     s.positive_value[0] = positive_half<F, Sim, kMode, 0>(s, at);
     if constexpr (Sim::kHalves > 1) s.positive_value[1] = positive_half<F, Sim, kMode, 1>(s, at);
   }
+  if constexpr (kMode == kMoments) {
+    for (int i = 0; i < at.kSums; ++i) {
+      V taken = {};
+      for (int64_t j = i * at.half_padded; j < (i + 1) * at.half_padded; j += F::kLanes) {
+        taken = F::fma(1 - load<V>(s.keep + j), load<V>(s.own_term + j), taken);
+      }
+      s.from_positive[i] = horizontal_sum<F>(taken);
+    }
+  }
+}
+
+template <class F, class Sim, class Body>
+EMU_INLINE void for_moments(const Problem& p, const RowScratch<F, Sim, kMoments>& s, Body&& body) {
+  using V = typename F::V;
+  const typename F::Real* weights = static_cast<const typename F::Real*>(p.weights);
+  for (int i = 0; i < Sums<Sim>::kCount; ++i) {
+    const V w = F::broadcast(Sim::kWeights > 0 && weights != nullptr ? weights[i] : 1);
+    for (int64_t k = 0; k < p.K; k += F::kLanes) {  // the arrays are padded to whole vectors
+      const V m = load<V>(s.mutated_value[i] + k), v = load<V>(s.variance[i] + k);
+      if (Sim::root(i)) {
+        body(i, k, w, moments_of_root(m, v, F::inverse_root(m)));
+      } else {
+        body(i, k, w, Moments<V>{m, v, V{} + 1, V{}, V{}, V{} + 2});
+      }
+    }
+  }
+}
+
+// From M and V of each sum to the means and cumulants of the scores.
+template <class F, class Sim>
+static void finish_moments(const Problem& p, RowScratch<F, Sim, kMoments>& s) {
+  using V = typename F::V;
+  for (int i = 0; i < Sums<Sim>::kCount; ++i) {
+    const V taken = F::broadcast(s.from_positive[i]);
+    for (int64_t k = 0; k < p.K; k += F::kLanes) {
+      store(s.mutated_value[i] + k, load<V>(s.mutated_value[i] + k) + taken);
+    }
+  }
+  for_moments<F, Sim>(p, s, [&](int i, int64_t k, V w, const Moments<V>& of) {
+    V mean = w * of.mean, half = w * w * of.variance * static_cast<typename F::Real>(0.5);
+    if (i > 0) mean += load<V>(s.mutated + k), half += load<V>(s.cumulant + k);
+    store(s.mutated + k, mean);
+    store(s.cumulant + k, half);
+  });
+  for (int64_t k = 0; k < p.K; k += F::kLanes) {
+    store(s.cumulant + k, load<V>(s.mutated + k) + load<V>(s.cumulant + k));
+  }
+}
+
+// From the weights of means and cumulants to those of each sum's M and V/2; adds to the gradient of w.
+template <class F, class Sim>
+static void finish_moment_weights(const Problem& p, RowScratch<F, Sim, kMoments>& s,
+                                  typename F::Real* grad_weights) {
+  using V = typename F::V;
+  const auto half = static_cast<typename F::Real>(0.5);
+  V of_weight[Sums<Sim>::kCount] = {};
+  for_moments<F, Sim>(p, s, [&](int i, int64_t k, V w, const Moments<V>& of) {
+    const V of_cumulant = load<V>(s.cumulant + k), of_mean = load<V>(s.mutated + k) + of_cumulant;
+    const V of_variance = of_cumulant * half;
+    V weight = w * (of_mean * of.mean_by_m + w * of_variance * of.variance_by_m);
+    V variance_weight = w * (of_mean * of.mean_by_v + w * of_variance * of.variance_by_v);
+    const V product = of_mean * of.mean + 2 * w * of_variance * of.variance;
+    const int64_t real = min64(F::kLanes, p.K - k);  // beyond them there is anything
+    for (int64_t lane = 0; lane < real; ++lane) of_weight[i][lane] += product[lane];
+    store(s.mutated_weight[i] + k, weight);
+    store(s.variance_weight[i] + k, variance_weight);
+  });
+  if (grad_weights == nullptr) return;
+  for (int i = 0; i < Sums<Sim>::kCount; ++i) grad_weights[i] += horizontal_sum<F>(of_weight[i]);
 }
 
 // From sums to scores: Σ_s w_s S_s. Leaves in `weight` the derivatives of the scores by the sums (by half the
@@ -293,9 +441,10 @@ template <class F, class Sim, Mode kMode>
 static typename F::Real finish_scores(const Problem& p, RowScratch<F, Sim, kMode>& s) {
   using Real = typename F::Real;
   constexpr int kSums = Sums<Sim>::kCount;
+  if constexpr (kMode == kMoments) finish_moments<F, Sim>(p, s);
   if constexpr (Sums<Sim>::kDirect) {
     if (Sim::kCoupled) copy(s.plain, s.plain_value[0], p.K);
-    if (Sim::kCoupled && kMode != kPlain) copy(s.mutated, s.mutated_value[0], p.K);
+    if (Sim::kCoupled && kMode != kPlain && kMode != kMoments) copy(s.mutated, s.mutated_value[0], p.K);
     return s.positive_value[0];
   } else {
     using V = typename F::V;
@@ -327,7 +476,7 @@ static typename F::Real finish_scores(const Problem& p, RowScratch<F, Sim, kMode
       s.positive_weight[i] = weight[0];
       positive += w * value[0];
       finish_all(s.plain, s.plain_value[i], s.plain_weight[i]);
-      if (kMode != kPlain) finish_all(s.mutated, s.mutated_value[i], s.mutated_weight[i]);
+      if (kMode != kPlain && kMode != kMoments) finish_all(s.mutated, s.mutated_value[i], s.mutated_weight[i]);
     }
     return positive;
   }
@@ -341,6 +490,7 @@ static void finish_weights(const Problem& p, RowScratch<F, Sim, kMode>& s, typen
   using V = typename F::V;
   if constexpr (Sums<Sim>::kDirect) {
     s.positive_weight[0] = positive_weight;
+    if constexpr (kMode == kMoments) finish_moment_weights<F, Sim>(p, s, nullptr);
     return;
   }
   for (int i = 0; i < Sums<Sim>::kCount; ++i) {
@@ -354,9 +504,10 @@ static void finish_weights(const Problem& p, RowScratch<F, Sim, kMode>& s, typen
       for (int64_t k = 0; k < p.K; ++k) sum += of_score[k] * values[k];
     };
     apply(s.plain, s.plain_value[i], s.plain_weight[i]);
-    if (kMode != kPlain) apply(s.mutated, s.mutated_value[i], s.mutated_weight[i]);
+    if (kMode != kPlain && kMode != kMoments) apply(s.mutated, s.mutated_value[i], s.mutated_weight[i]);
     if (grad_weights != nullptr) grad_weights[i] = sum;
   }
+  if constexpr (kMode == kMoments) finish_moment_weights<F, Sim>(p, s, grad_weights);
 }
 
 // The sums of row b's negatives from .. from + count − 1, which fill a tile.
@@ -383,16 +534,17 @@ static typename F::Real score_row(const Problem& p, const Random& random, RowScr
 }
 
 // Sets the scores of padding to −inf; returns how many negatives are real.
-template <class Real, bool kMutated>
-static int64_t blank_padding(const Problem& p, int64_t b, Real* plain, Real* mutated) {
+template <class F, class Sim, Mode kMode>
+static int64_t blank_padding(const Problem& p, int64_t b, RowScratch<F, Sim, kMode>& s) {
   const int64_t* ids = p.negative + b / p.rows_per_group() * p.K;
   int64_t real = 0;
   for (int64_t k = 0; k < p.K; ++k) real += ids[k] >= 0;
   if (real == p.K) return real;
   for (int64_t k = 0; k < p.K; ++k) {
     if (ids[k] >= 0) continue;
-    plain[k] = -static_cast<Real>(__builtin_inf());
-    if (kMutated) mutated[k] = -static_cast<Real>(__builtin_inf());
+    s.plain[k] = -static_cast<typename F::Real>(__builtin_inf());
+    if (kMode != kPlain) s.mutated[k] = s.plain[k];
+    if (kMode == kMoments) s.cumulant[k] = s.plain[k];
   }
   return real;
 }

@@ -13,6 +13,7 @@ struct Pairs {
   int64_t k[kBuffer];
   Real plain[kSums][kBuffer];    // g_b w_bk
   Real mutated[kSums][kBuffer];  // g_b ŵ_bk; for kSelect g_b (w_bk + ŵ_bk)
+  Real variance[kSums][kBuffer];  // of kMoments: g_b v_bk
   Real shares[kBuffer];          // of kShare
   uint8_t* masks;                // (kBuffer, mask_row)
   int count;
@@ -22,8 +23,12 @@ struct Pairs {
 template <class Real>
 struct RowData {
   Real *queries, *factors, *positives;  // (B, row)
-  int64_t factor_stride;                // 0 where all rows' are the same
+  Real *own_terms, *keep, *spread;      // with moments: the positives' terms p, 1 − ρ and ρ (1 − ρ)
+  int64_t factor_stride, rate_stride;   // 0 where all rows' are the same
 };
+
+template <class Sim, Mode kMode>
+constexpr bool kNeedsCandidate = !Sim::kBilinear || kMode == kMoments;
 
 // sum += Σ over pairs of (w + ŵ (1 − λ)) ∂φ/∂c, for N vectors of half h's components from component j on.
 template <class F, class Sim, Mode kMode, int h, int N>
@@ -35,13 +40,17 @@ static void accumulate_candidate(const Pairs<F, Sim>& pairs, int from, int to,
   V s[N], c[N];
   for (int n = 0; n < N; ++n) {
     s[n] = load<V>(sum + first + n * F::kLanes);
-    c[n] = Sim::kBilinear ? V{} : load<V>(candidate + first + n * F::kLanes);
+    c[n] = kNeedsCandidate<Sim, kMode> ? load<V>(candidate + first + n * F::kLanes) : V{};
   }
   for (int i = from; i < to; ++i) {
     V w = F::broadcast(pairs.plain[h][i]);
     const V hat = kMode != kPlain ? F::broadcast(pairs.mutated[h][i]) : V{};
     const V share = kMode == kShare ? F::broadcast(pairs.shares[i]) : V{};
     if (Sim::kBilinear && kMode == kShare) w += hat * share;
+    const V of_variance = kMode == kMoments ? F::broadcast(pairs.variance[h][i]) : V{};
+    const typename F::Real* own_term = rows.own_terms + pairs.row[i] * at.row + first;
+    const typename F::Real* keep = rows.keep + pairs.row[i] * rows.rate_stride + first;
+    const typename F::Real* spread = rows.spread + pairs.row[i] * rows.rate_stride + first;
     const typename F::Real* query = rows.queries + pairs.row[i] * at.row + first;
     const typename F::Real* factor = rows.factors + pairs.row[i] * rows.factor_stride + first;
     for (int n = 0; n < N; ++n) {
@@ -54,6 +63,11 @@ static void accumulate_candidate(const Pairs<F, Sim>& pairs, int from, int to,
       if constexpr (kMode == kSelect) {
         const auto mask = F::load_mask(pairs.masks + i * at.mask_row + h * at.half + j + n * F::kLanes);
         s[n] = F::fma(F::select(mask, w, hat), d, s[n]);
+      } else if constexpr (kMode == kMoments) {
+        const int64_t l = n * F::kLanes;
+        const V gap = Sim::template term<h, F>(difference<Sim, h>(q, a, c[n])) - load<V>(own_term + l);
+        const V x = F::fma(load<V>(spread + l), of_variance * gap, F::fma(load<V>(keep + l), hat, w));
+        s[n] = F::fma(x, d, s[n]);
       } else {
         s[n] = F::fma(w, d, s[n]);
       }
@@ -88,13 +102,17 @@ static void accumulate_candidate_coupled(const Pairs<F, Sim>& pairs, int from, i
     const typename F::Real* query = rows.queries + pairs.row[i] * at.row;
     const typename F::Real* factor = rows.factors + pairs.row[i] * rows.factor_stride;
     const typename F::Real* positives = rows.positives + pairs.row[i] * at.row;
+    const V of_variance = kMode == kMoments ? F::broadcast(pairs.variance[0][i]) : V{};
+    const typename F::Real* own_term = rows.own_terms + pairs.row[i] * at.row + j;
+    const typename F::Real* keep = rows.keep + pairs.row[i] * rows.rate_stride + j;
+    const typename F::Real* spread = rows.spread + pairs.row[i] * rows.rate_stride + j;
     for (int n = 0; n < N; ++n) {
       const int64_t l = n * F::kLanes;
       V u[2], mixed[2], slope[2], mixed_slope[2];
       for (int h = 0; h < 2; ++h) {
         const V q = load<V>(query + first[h] + l), a = load<V>(factor + first[h] + l);
         u[h] = difference<Sim, 0>(q, a, c[h][n]);
-        if (kMode == kPlain) continue;
+        if (kMode == kPlain || kMode == kMoments) continue;
         const V positive = load<V>(positives + first[h] + l);
         if (kMode == kMask) {
           const auto mask = F::load_mask(pairs.masks + i * at.mask_row + h * at.half + j + l);
@@ -103,10 +121,18 @@ static void accumulate_candidate_coupled(const Pairs<F, Sim>& pairs, int from, i
           mixed[h] = difference<Sim, 0>(q, a, mix(positive, c[h][n], share));
         }
       }
-      Sim::template slopes<F>(u[0], u[1], slope[0], slope[1]);
-      if (kMode != kPlain) Sim::template slopes<F>(mixed[0], mixed[1], mixed_slope[0], mixed_slope[1]);
+      V x = w;
+      if constexpr (kMode == kMoments) {
+        const V square = u[0] * u[0] + u[1] * u[1], inverse = Sim::template inverse<F>(square);
+        const V pull = of_variance * (Sim::value(square, inverse) - load<V>(own_term + l));
+        x = F::fma(load<V>(spread + l), pull, F::fma(load<V>(keep + l), hat, w));
+        for (int h = 0; h < 2; ++h) slope[h] = u[h] * inverse;
+      } else {
+        Sim::template slopes<F>(u[0], u[1], slope[0], slope[1]);
+        if (kMode != kPlain) Sim::template slopes<F>(mixed[0], mixed[1], mixed_slope[0], mixed_slope[1]);
+      }
       for (int h = 0; h < 2; ++h) {
-        s[h][n] = F::fma(w, slope[h], s[h][n]);
+        s[h][n] = F::fma(x, slope[h], s[h][n]);
         if (kMode == kMask) {
           const auto mask = F::load_mask(pairs.masks + i * at.mask_row + h * at.half + j + l);
           s[h][n] = F::fma(F::select(mask, V{}, hat), mixed_slope[h], s[h][n]);
@@ -159,7 +185,8 @@ struct TableGradient {
     ordinals = reinterpret_cast<int64_t*>(ordinals_memory.slot(0));
   }
 
-  static constexpr bool kMixed = kMode != kPlain && kMode != kSelect && !Sim::kBilinear;
+  static constexpr bool kMixed = (kMode == kMask || kMode == kShare) && !Sim::kBilinear;
+  static constexpr bool kCandidate = kNeedsCandidate<Sim, kMode>;
 
   // Lays out `rows` from base on, or nowhere for a null base; returns the bytes that they take.
   int64_t row_bytes(uint8_t* base) {
@@ -168,6 +195,11 @@ struct TableGradient {
     rows.factor_stride = p.scale != nullptr ? at.row : 0;
     rows.factors = carver.take<Real>((p.scale != nullptr ? p.B : 1) * at.row);
     rows.positives = carver.take<Real>(kMixed ? p.B * at.row : 0);
+    rows.own_terms = carver.take<Real>(kMode == kMoments ? p.B * at.row : 0);
+    rows.rate_stride = kMode == kMoments && p.draws.rate_rows > 1 ? at.row : 0;
+    const int64_t rates = kMode != kMoments ? 0 : (rows.rate_stride > 0 ? p.B : 1) * at.row;
+    rows.keep = carver.take<Real>(rates);
+    rows.spread = carver.take<Real>(rates);
     return carver.used;
   }
 
@@ -176,13 +208,29 @@ struct TableGradient {
            2 * at.row * static_cast<int64_t>(sizeof(Real));
   }
 
+  // What moments need of row b. `own` is a padded row of zeros, for the positive.
+  void load_moments(int64_t b, Real* own) {
+    const int64_t factor = b * rows.factor_stride;
+    gather<F, Sim>(p, at, p.positive[b], own);
+    Real* terms = rows.own_terms + b * at.row;
+    own_terms<F, Sim>(at, rows.queries + b * at.row, rows.factors + factor, own, terms);
+    if (b > 0 && rows.rate_stride == 0) return;
+    load_rates(p, at, b, rows.keep + b * rows.rate_stride, rows.spread + b * rows.rate_stride);
+  }
+
   void run() {
     const size_t row_size = sizeof(Real) * static_cast<size_t>(at.row);
-    parallel(p.place.threads, (p.B + 63) / 64, [&](int64_t block, int) {
+    if (!Sim::kBilinear && p.scale == nullptr) {
+      __builtin_memset(rows.factors, 0, row_size);
+      load_factor<F, Sim>(p, at, 0, rows.factors);
+    }
+    parallel(p.place.threads, (p.B + 63) / 64, [&](int64_t block, int slot) {
+      Real* own = reinterpret_cast<Real*>(slots_memory.slot(slot));
+      if (kMode == kMoments) __builtin_memset(own, 0, row_size);
       for (int64_t b = block * 64; b < min64(p.B, block * 64 + 64); ++b) {
         __builtin_memset(rows.queries + b * at.row, 0, row_size);
         load_query<F, Sim>(p, at, b, rows.queries + b * at.row);
-        if (!Sim::kBilinear && (b == 0 || p.scale != nullptr)) {
+        if (!Sim::kBilinear && p.scale != nullptr) {
           __builtin_memset(rows.factors + b * at.row, 0, row_size);
           load_factor<F, Sim>(p, at, b, rows.factors + b * at.row);
         }
@@ -190,6 +238,7 @@ struct TableGradient {
           __builtin_memset(rows.positives + b * at.row, 0, row_size);
           gather<F, Sim>(p, at, p.positive[b], rows.positives + b * at.row);
         }
+        if constexpr (kMode == kMoments) load_moments(b, own);
       }
     });
     if (a.ids != nullptr) {
@@ -248,7 +297,7 @@ struct TableGradient {
     const size_t row_size = sizeof(Real) * static_cast<size_t>(at.row);
     __builtin_memset(sum, 0, row_size);
     __builtin_memset(candidate, 0, row_size);
-    if (!Sim::kBilinear) gather<F, Sim>(p, at, key, candidate);
+    if (kCandidate) gather<F, Sim>(p, at, key, candidate);
 
     int64_t entry = first, row_in_group = 0;
     while (entry < last) {
@@ -262,7 +311,7 @@ struct TableGradient {
           ++ordinal;
           at_first = false;
           __builtin_memset(sum, 0, row_size);
-          if (!Sim::kBilinear) gather<F, Sim>(p, at, key, candidate);
+          if (kCandidate) gather<F, Sim>(p, at, key, candidate);
         }
         add_run(pairs, from, to, candidate, sum);
       }
@@ -305,15 +354,21 @@ struct TableGradient {
           const int64_t from = (i * p.B + row) * p.K + k;
           pairs.plain[i][n] = scale[row] * weight[from];
           if (kMode == kSelect) pairs.mutated[i][n] = scale[row] * (weight[from] + mutated_weight[from]);
-          if (kMode == kMask || kMode == kShare) pairs.mutated[i][n] = scale[row] * mutated_weight[from];
+          if (kMode == kMask || kMode == kShare || kMode == kMoments) {
+            pairs.mutated[i][n] = scale[row] * mutated_weight[from];
+          }
+          if (kMode == kMoments) {
+            pairs.variance[i][n] = scale[row] * static_cast<const Real*>(a.variance_weight)[from];
+          }
         }
         __builtin_prefetch(rows.queries + row * at.row);
+        if (kMode == kMoments) __builtin_prefetch(rows.own_terms + row * at.row);
         if (++row_in_group == group_rows) row_in_group = 0, ++entry;
       }
       ++n;
     }
     pairs.count = n;
-    if (kMode == kPlain) return;
+    if (kMode == kPlain || kMode == kMoments) return;
     for (int i = 0; i < n; i += kMaskLanes) {
       U64 k, row;
       for (int lane = 0; lane < kMaskLanes; ++lane) {

@@ -23,6 +23,7 @@ class Scores(NamedTuple):
     positive: Tensor  # (B,)
     negative: Tensor  # (B, K), −inf where padding
     mutated: Tensor  # (B, K), −inf where padding; (0,) without mutation
+    cumulant: Tensor  # (B, K), −inf where padding; (0,) but for a rule of moments
 
 
 class Backend(Protocol):
@@ -52,13 +53,15 @@ class ScoreWeights(NamedTuple):
     positive_weight: Tensor  # (B,)
     weight: Tensor  # (B, K)
     mutated_weight: Tensor  # (B, K), of any shape without mutation
+    cumulant_weight: Tensor  # (B, K), of any shape but for a rule of moments
 
 
 class ScoresGradient(NamedTuple):
     """Gradients of a weighted sum of scores by the query's side, and the weights of its sums.
 
     A similarity is a function of S sums over components (:mod:`emu_kernels.similarity`). A sum's
-    weight is the derivative by the sum or, of a sum of squares under a root, by half the squares.
+    weight is the derivative by the sum or, of a sum of squares under a root, by half the squares,
+    negated. With a rule of moments ẑ's sums are the means M, and each has a variance V too.
     """
 
     grad_query: Tensor  # (B, D)
@@ -67,6 +70,8 @@ class ScoresGradient(NamedTuple):
     grad_weights: Tensor  # (B, W), (0,) without weights
     weight: Tensor  # (S, B, K), of the sums of z⁻
     mutated_weight: Tensor  # (S, B, K), of the sums of ẑ; (0,) without mutation
+    variance_weight: Tensor  # (S, B, K), of V; (0,) but for a rule of moments
+    grad_rate: Tensor  # (B, U), by each row's rates; (0,) unless they are learned
 
 
 class LossState(NamedTuple):
@@ -82,6 +87,8 @@ class LossState(NamedTuple):
     grad_weights: Tensor
     weight: Tensor
     mutated_weight: Tensor
+    variance_weight: Tensor
+    grad_rate: Tensor
 
 
 class SumWeights(NamedTuple):
@@ -90,6 +97,7 @@ class SumWeights(NamedTuple):
     row_scale: Tensor  # (B,), a factor of all that row b contributes
     weight: Tensor  # (S, B, K), as in ScoresGradient
     mutated_weight: Tensor  # (S, B, K) or (0,)
+    variance_weight: Tensor  # (S, B, K) or (0,)
     grad_positive: Tensor  # (B, D)
 
 
@@ -149,11 +157,22 @@ class Kernels(ABC):
     def mutate_backward(self, grad: Tensor, draws: Draws) -> MutateGradient: ...
 
 
+def units(request: Request) -> int:
+    """U: how many rates a row has under a rule of moments."""
+    dim = request.query.shape[1]
+    return dim // 2 if SIMILARITIES[request.similarity].coupled else dim
+
+
 def new_scores(request: Request) -> Scores:
     """Uninitialised."""
     rows, count = request.query.shape[0], request.negative.shape[1]
     new = request.query.new_empty
-    return Scores(new((rows,)), new((rows, count)), new((rows, count) if request.mutated else (0,)))
+    return Scores(
+        positive=new((rows,)),
+        negative=new((rows, count)),
+        mutated=new((rows, count) if request.mutated else (0,)),
+        cumulant=new((rows, count) if request.moments else (0,)),
+    )
 
 
 def new_scores_gradient(request: Request) -> ScoresGradient:
@@ -161,6 +180,8 @@ def new_scores_gradient(request: Request) -> ScoresGradient:
     rows, dim = request.query.shape
     new = request.query.new_empty
     weights = (SIMILARITIES[request.similarity].sums, rows, request.negative.shape[1])
+    moments = request.moments
+    learned = moments is not None and moments.learned
     return ScoresGradient(
         grad_query=new((rows, dim)),
         grad_positive=new((rows, dim)),
@@ -168,6 +189,8 @@ def new_scores_gradient(request: Request) -> ScoresGradient:
         grad_weights=new((0,) if request.weights is None else (rows, request.weights.shape[0])),
         weight=new(weights),
         mutated_weight=new(weights if request.mutated else (0,)),
+        variance_weight=new(weights if moments else (0,)),
+        grad_rate=new((rows, units(request)) if learned else (0,)),
     )
 
 

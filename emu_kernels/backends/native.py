@@ -71,6 +71,8 @@ def _draws(draws: Draws) -> dict[str, Any]:
     for name, value in vars(rule).items():
         is_tensor = value is None or isinstance(value, Tensor)
         out[name] = pointer(value) if is_tensor else value
+        if isinstance(value, Tensor) and value.ndim > 1:
+            out[f"{name}_rows"] = value.shape[0]
     return out
 
 

@@ -39,15 +39,14 @@ class ReferenceBackend:
 
     def scores(self, request: Request) -> Scores:
         scored, poison = _scores(request)
-        positive, negative, mutated = scored
-        if mutated is None:
-            mutated = negative.new_empty((0,))
+        none = scored.negative.new_empty((0,))
+        mutated = none if scored.mutated is None else scored.mutated
+        cumulant = scored.cumulant if request.moments and scored.cumulant is not None else none
         if poison is None:
-            return Scores(positive, negative, mutated)
+            return Scores(scored.positive, scored.negative, mutated, cumulant)
         column = poison[:, None]
-        return Scores(
-            positive * poison, negative * column, mutated * column if mutated.numel() else mutated
-        )
+        by_row = (s * column if s.numel() else s for s in (scored.negative, mutated, cumulant))
+        return Scores(scored.positive * poison, *by_row)
 
     def mutate(self, positive: Tensor, negative: Tensor, draws: Draws) -> Tensor:
         return reference.mutate(positive, negative, draws)

@@ -333,7 +333,7 @@ def loss_forward(request: LossRequest, *, need_grad: bool) -> LossState:
             positive, positive_weight = p.new(2, p.kind.SUMS, p.rows)
             plain, mutated = state.weight, state.mutated_weight
         else:
-            positive, plain, mutated = new_scores(request)
+            positive, plain, mutated, _ = new_scores(request)
         if need_grad and _one_pass(p):
             spans, statistics = _accumulate(p, positive, state), p.new(5, p.rows)
         else:
