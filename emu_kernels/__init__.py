@@ -11,6 +11,7 @@ from emu_kernels.api import (
 )
 from emu_kernels.module import EMULoss
 from emu_kernels.mutation import Expected, Mixup
+from emu_kernels.one_vs_all import one_vs_all_loss
 
 __all__ = [
     "EMULoss",
@@ -22,5 +23,6 @@ __all__ = [
     "emu_scores",
     "fused_emu_loss",
     "fused_softmax_loss",
+    "one_vs_all_loss",
     "uls_cross_entropy",
 ]

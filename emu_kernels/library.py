@@ -70,6 +70,14 @@ def arguments(cls: type[Draws]) -> str:
     return ", ".join(f"{_TYPES[hints[name]]} {name}" for name in (*_FIELDS[cls], *_DEFAULTS))
 
 
+def no_second_derivative(name: str) -> RuntimeError:
+    """What the backward pass of a gradient raises."""
+    return RuntimeError(
+        f"{name} has no second derivative: its gradient was asked to be differentiated "
+        "(create_graph=True). backend='reference' has one."
+    )
+
+
 def tensors(count: int) -> str:
     return f"({', '.join(['Tensor'] * count)})"
 

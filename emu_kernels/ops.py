@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emu_kernels import products
 from emu_kernels.backends.base import (
     Kernels,
     Loss,
@@ -29,7 +30,16 @@ from emu_kernels.backends.base import (
     new_scores,
     new_scores_gradient,
 )
-from emu_kernels.library import Values, arguments, build, define, differentiable, flatten, tensors
+from emu_kernels.library import (
+    Values,
+    arguments,
+    build,
+    define,
+    differentiable,
+    flatten,
+    no_second_derivative,
+    tensors,
+)
 from emu_kernels.request import Draws, LossRequest, Request
 
 _KERNELS: dict[str, Kernels] = {}  # what the operators' ``backend`` names
@@ -189,13 +199,6 @@ def _by_name(ctx: Any, gradients: Mapping[str, Tensor | None]) -> tuple[Tensor |
     return (None, *(gradients.get(name) for name in ctx.names))
 
 
-def _refuse(name: str) -> RuntimeError:
-    return RuntimeError(
-        f"{name} has no second derivative: its gradient was asked to be differentiated "
-        "(create_graph=True). backend='reference' has one."
-    )
-
-
 def _table_grad(values: Values) -> Tensor:
     """By the table, of a request's values and those of :class:`SumWeights`."""
     if not values["sparse_grad"]:
@@ -211,8 +214,8 @@ def _table_grad(values: Values) -> Tensor:
 
 
 def _rate_grad(rate: Tensor, of_rows: Tensor) -> Tensor:
-    """By the rates, of one row or of each, from the gradients of all rows."""
-    return of_rows.sum(dim=0, keepdim=True) if rate.shape[0] == 1 else of_rows
+    """By the rates, which rows and components may share, from each row's gradient by each."""
+    return of_rows.sum_to_size(rate.shape)
 
 
 class _LossGradient(torch.autograd.Function):
@@ -236,7 +239,7 @@ class _LossGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        raise _refuse("the fused loss")
+        raise no_second_derivative("the fused loss")
 
 
 class _Loss(torch.autograd.Function):
@@ -278,7 +281,7 @@ class _ScoresGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        raise _refuse("emu_scores")
+        raise no_second_derivative("emu_scores")
 
 
 class _Scores(torch.autograd.Function):
@@ -344,6 +347,8 @@ class KernelBackend(Kernels):
     """A :class:`emu_kernels.backends.base.Backend` of :class:`Kernels`, through the operators."""
 
     def loss(self, request: LossRequest) -> Loss:
+        if products.fits(request):
+            return products.loss(request)
         values = {**flatten(request), "backend": self.name}
         if _wants_grad(values):
             return Loss(*_apply(_Loss, values))
@@ -352,9 +357,7 @@ class KernelBackend(Kernels):
 
     def scores(self, request: Request) -> Scores:
         values = {**flatten(request), "backend": self.name}
-        return Scores(
-            *(_apply(_Scores, values) if _wants_grad(values) else scores_forward(values))
-        )
+        return Scores(*(_apply(_Scores, values) if _wants_grad(values) else scores_forward(values)))
 
     def mutate(self, positive: Tensor, negative: Tensor, draws: Draws) -> Tensor:
         values = {**flatten(draws), "backend": self.name}

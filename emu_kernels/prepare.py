@@ -55,7 +55,8 @@ def _drawn(
 
 
 def _expected(name: str, rule: Expected, unit: str, query: Tensor, similarity: str) -> Expected:
-    """The rule with its rates as a tensor, of one row (1, U) or of each (B, U)."""
+    """The rule with its rates as a tensor: one of all (1, 1), of all rows (1, U) or of each
+    (B, U)."""
     coupled = SIMILARITIES[similarity].coupled
     wanted = "pair" if coupled else "component"
     if unit != wanted:
@@ -70,9 +71,9 @@ def _expected(name: str, rule: Expected, unit: str, query: Tensor, similarity: s
     dtype = accumulation_dtype(query.dtype)
     if not isinstance(rate, Tensor):
         assert rate is not None
-        return Expected(torch.full((1, units), rate, dtype=dtype, device=query.device))
+        return Expected(torch.full((1, 1), rate, dtype=dtype, device=query.device))
     rate = usable_rates(name, rate).to(dtype)
-    rate = (rate.expand(units) if rate.ndim == 0 else rate).reshape(-1, units).contiguous()
+    rate = (rate.reshape(1, 1) if rate.ndim == 0 else rate.reshape(-1, units)).contiguous()
     return Expected(rate, learned=rate.requires_grad and torch.is_grad_enabled())
 
 

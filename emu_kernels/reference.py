@@ -100,7 +100,7 @@ TERMS: dict[str, Callable[[Tensor, Tensor, Options], Terms]] = {
     "hake": _hake,
     "protate": _protate,
 }
-"""Of each of :data:`emu_kernels.similarity.SIMILARITIES`, which says how the sums become a score."""
+"""Of each of :data:`emu_kernels.similarity.SIMILARITIES`, which says how sums become a score."""
 
 
 def phi(name: str, query: Tensor, candidate: Tensor, options: Options) -> Tensor:
@@ -166,13 +166,14 @@ def expectation(
 ) -> tuple[Tensor, Tensor]:
     """(B, K) means and cumulants of mutated scores: :class:`emu_kernels.mutation.Expected`.
 
-    ``query`` and ``positive`` are (B, 1, D), ``negative`` (B, K, D), ``rate`` (B or 1, U).
+    ``query`` and ``positive`` are (B, 1, D), ``negative`` (B, K, D), ``rate`` (B or 1, U or 1).
     """
     mean: Tensor | float = 0.0
     variance: Tensor | float = 0.0
     kept = TERMS[name](query, positive, options)
     exchanged = TERMS[name](query, negative, options)
-    rates = rate[:, None, :].chunk(len(kept), dim=-1)
+    units = sum(terms.shape[-1] for terms in kept)
+    rates = rate[:, None, :].expand(-1, -1, units).chunk(len(kept), dim=-1)
     for i, (own, other, p) in enumerate(zip(kept, exchanged, rates, strict=True)):
         m = (p * own + (1 - p) * other).sum(-1)
         v = (p * (1 - p) * (own - other).square()).sum(-1)

@@ -257,6 +257,25 @@ def expected(
         )
 
 
+def known(value: object, positive: Tensor, device: torch.device) -> None:
+    """None, or lists of ids in CSR form: offsets (B + 1,) and ids (M,)."""
+    if value is None:
+        return
+    if not isinstance(value, tuple) or len(value) != 2:
+        raise TypeError(f"known: expected (offsets, ids) or None, got {type(value).__name__}")
+    offsets, ids = tensor("known", value[0]), tensor("known", value[1])
+    for part in (offsets, ids):
+        dims("known", part, (1,), "(B + 1,) and (M,)")
+        integer("known", part)
+        if part.device != device:
+            raise ValueError(f"known: expected to be on {device} like table, got {part.device}")
+    rows = positive.shape[0]
+    if offsets.shape[0] != rows + 1:
+        raise ValueError(f"known: expected {rows + 1} offsets, got {offsets.shape[0]}")
+    if offsets[0] != 0 or offsets[-1] != ids.shape[0] or bool((offsets.diff() < 0).any()):
+        raise ValueError(f"known: expected offsets that rise from 0 to {ids.shape[0]}")
+
+
 def embeddings(positive: object, negative: object) -> None:
     """(B, D) and (B, K, D), as ``emu_mutate`` takes them."""
     positive, negative = tensor("positive", positive), tensor("negative", negative)

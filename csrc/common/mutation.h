@@ -31,8 +31,8 @@ struct Draws {
   int threshold;              // of all bytes, 0..256
   const int16_t* thresholds;  // of each unit, or null
   int order;                  // 1..4
-  const void* rate;           // (1 or B, U) real, U = D, or D/2 where a term is a function of both halves
-  int rate_rows;              // 1 or B
+  const void* rate;           // real: (1, 1), or (1 or B, U), U = D, or D/2 where a term is a function of both halves
+  int rate_rows, rate_units;  // its shape
   bool learned;               // whether rate gets a gradient
 };
 
@@ -88,6 +88,7 @@ struct Expected {
   static void read_parameters(Draws& draws, Read&& read) {
     read("rate", draws.rate);
     read("rate_rows", draws.rate_rows);
+    read("rate_units", draws.rate_units);
     read("learned", draws.learned);
   }
 };

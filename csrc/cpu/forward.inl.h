@@ -61,7 +61,8 @@ static bool all_finite(const typename F::Real* scores, int64_t count) {
 //   gradient += x c_k (bilinear) or x slope(u_k)      factor_gradient += x slope(u_k) c_k      share += ŵ_k λ_k
 // With shares, the mutated negative has terms of its own. With moments ŵ_k is M's weight, v_k is that of V/2, and
 //   x = w_k + ŵ_k (1 − ρ) + v_k ρ (1 − ρ) (t_k − p)      share += v_k (t_k − p)
-template <class F, class Sim, Mode kMode, int h, int N>
+// Of one rate for all components, kUniform, (1 − ρ) and ρ (1 − ρ) are factors of the weights instead.
+template <class F, class Sim, Mode kMode, int h, int N, bool kUniform = false>
 static void accumulate_half(RowScratch<F, Sim, kMode>& s, const Layout<Sim>& at, int64_t j, int64_t from,
                             int64_t count) {
   using V = typename F::V;
@@ -81,8 +82,9 @@ static void accumulate_half(RowScratch<F, Sim, kMode>& s, const Layout<Sim>& at,
   for (int64_t k = 0; k < count; ++k) {
     const V w = F::broadcast(weight[k]);
     const V hat = kMode != kPlain ? F::broadcast(mutated_weight[k]) : V{};
-    const V of_variance = kMode == kMoments ? F::broadcast(variance_weight[k]) : V{};
-    const V both = w + hat;
+    V of_variance = kMode == kMoments ? F::broadcast(variance_weight[k]) : V{};
+    if (kUniform) of_variance *= s.uniform_spread;
+    const V both = kUniform ? F::fma(hat, F::broadcast(s.uniform_keep), w) : w + hat;
     const V own = kMode == kShare ? F::broadcast(s.tile.shares[k]) : V{};
     const V from_positive = hat * (1 - own);  // of kShare
     for (int n = 0; n < N; ++n) {
@@ -100,14 +102,18 @@ static void accumulate_half(RowScratch<F, Sim, kMode>& s, const Layout<Sim>& at,
         if (kScaled) f[n] = F::fma(x, slope * c, f[n]);
         share[n] += F::keep(mask, hat);
       } else if constexpr (kMode == kMoments) {
-        V term;
+        const V own_term = load<V>(s.own_term + first + i);
+        V gap;
         if constexpr (Sim::kBilinear) {
-          term = q * c;
+          gap = F::fma(q, c, -own_term);
         } else {
-          term = Sim::template term<h, F>(difference<Sim, h>(q, a, c));
+          gap = Sim::template term<h, F>(difference<Sim, h>(q, a, c)) - own_term;
         }
-        const V pull = of_variance * (term - load<V>(s.own_term + first + i));
-        const V x = F::fma(load<V>(s.spread + first + i), pull, F::fma(load<V>(s.keep + first + i), hat, w));
+        const V pull = of_variance * gap;
+        V x = both + pull;
+        if (!kUniform) {
+          x = F::fma(load<V>(s.spread + first + i), pull, F::fma(load<V>(s.keep + first + i), hat, w));
+        }
         g[n] = F::fma(x, slope, g[n]);
         if (kScaled) f[n] = F::fma(x, slope * c, f[n]);
         share[n] += pull;
@@ -265,7 +271,7 @@ EMU_INLINE void for_blocks(int64_t vectors, Body&& body) {
   }
 }
 
-template <class F, class Sim, Mode kMode>
+template <class F, class Sim, Mode kMode, bool kUniform>
 EMU_INLINE void accumulate_query(RowScratch<F, Sim, kMode>& s, const Layout<Sim>& at, int64_t from,
                                  int64_t count) {
   const int64_t vectors = (at.half + F::kLanes - 1) / F::kLanes;
@@ -275,8 +281,8 @@ EMU_INLINE void accumulate_query(RowScratch<F, Sim, kMode>& s, const Layout<Sim>
     if constexpr (Sim::kCoupled) {
       accumulate_coupled<F, Sim, kMode, N>(s, at, j, from, count);
     } else {
-      accumulate_half<F, Sim, kMode, 0, N>(s, at, j, from, count);
-      if constexpr (Sim::kHalves > 1) accumulate_half<F, Sim, kMode, 1, N>(s, at, j, from, count);
+      accumulate_half<F, Sim, kMode, 0, N, kUniform>(s, at, j, from, count);
+      if constexpr (Sim::kHalves > 1) accumulate_half<F, Sim, kMode, 1, N, kUniform>(s, at, j, from, count);
     }
   });
 }
@@ -292,7 +298,8 @@ EMU_INLINE void finish_gradient(RowScratch<F, Sim, kMode>& s, const Layout<Sim>&
     V x = kMode == kSelect ? share + own : own;
     if (kMode == kMoments) {
       const int64_t unit = Sim::kCoupled ? i - h * at.half_padded : i;
-      x += (1 - load<V>(s.keep + unit)) * hat - load<V>(s.spread + unit) * share;
+      const V spread = s.uniform && !Sim::kCoupled ? V{} + 1 : load<V>(s.spread + unit);
+      x += (1 - load<V>(s.keep + unit)) * hat - spread * share;
     }
     V of_query, of_positive, slope = c;
     if constexpr (Sim::kBilinear) {
@@ -343,7 +350,11 @@ static void gradient_row(const Problem& p, const Random& random, RowScratch<F, S
         s.tile.stream(p, random, g, b, from, count, [](int64_t, int64_t) {});
       }
     }
-    accumulate_query<F, Sim, kMode>(s, at, from, count);
+    if (kMode == kMoments && !Sim::kCoupled && s.uniform) {
+      accumulate_query<F, Sim, kMode, kMode == kMoments>(s, at, from, count);
+    } else {
+      accumulate_query<F, Sim, kMode, false>(s, at, from, count);
+    }
     if constexpr (kMode == kMoments) {
       if (a.grad_rate != nullptr) {
         accumulate_rates<F, Sim, 0>(s, at, from, count, s.grad_rate);

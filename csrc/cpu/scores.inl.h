@@ -84,9 +84,10 @@ struct Tile {
 template <class Sim, class Real>
 static void load_rates(const Problem& p, const Layout<Sim>& at, int64_t b, Real* keep, Real* spread) {
   const Real* rate = static_cast<const Real*>(p.draws.rate) + (p.draws.rate_rows > 1 ? b * at.units() : 0);
+  const int64_t each = p.draws.rate_units > 1;
   for (int i = 0; i < at.kSums; ++i) {
     for (int64_t j = 0; j < at.half_padded; ++j) {
-      const Real r = j < at.half ? rate[i * at.half + j] : 0;
+      const Real r = j < at.half ? rate[(i * at.half + j) * each] : 0;
       keep[i * at.half_padded + j] = 1 - r;
       spread[i * at.half_padded + j] = r * (1 - r);
     }
@@ -105,6 +106,8 @@ struct RowScratch {
   Real *query, *factor, *positive, *positive_term, *gradient, *share, *factor_gradient;
   // (row,) each, of kMoments: 1 − ρ, ρ (1 − ρ), the positive's terms p, also of coupled ones, and ρ's gradient.
   Real *keep, *spread, *own_term, *grad_rate;
+  bool uniform;                     // whether all components have one rate, which loops then leave to the end
+  Real uniform_keep, uniform_spread;
   Real from_positive[kSums];  // Σ_j ρ_j p_j
   // (K rounded up to whole vectors,) each. plain and mutated hold sums, then scores, then weights of scores. Where a
   // score is more than its sum, `value` holds the sums (or minus their roots) and `weight` the weights of the sums.
@@ -151,6 +154,8 @@ struct RowScratch {
       variance[s] = carver.take<Real>(kMode == kMoments ? kp : 0);
       variance_weight[s] = Sums<Sim>::kDirect ? cumulant : carver.take<Real>(kMode == kMoments ? kp : 0);
     }
+    uniform = kMode == kMoments && p.draws.rate_units == 1 && p.draws.rate_rows == 1;
+    if (uniform && carver.base != nullptr) uniform_keep = keep[0], uniform_spread = spread[0];
     if (carver.base != nullptr && !Sim::kBilinear) load_factor<F, Sim>(p, Layout<Sim>(p.D), 0, factor);
   }
 
@@ -194,7 +199,7 @@ class Workers {
 
 // Sums of half h over R consecutive rows of a tile: Σ_j term(u), plain and mutated. One accumulator for each sum is
 // enough: R = 4 rows hide the latency.
-template <class F, class Sim, Mode kMode, int h, int R>
+template <class F, class Sim, Mode kMode, int h, int R, bool kUniform = false>
 EMU_INLINE void score_half(const RowScratch<F, Sim, kMode>& s, const Layout<Sim>& at, int64_t k,
                            typename F::Real* plain, typename F::Real* mutated, typename F::Real* variance) {
   using V = typename F::V;
@@ -221,8 +226,8 @@ EMU_INLINE void score_half(const RowScratch<F, Sim, kMode>& s, const Layout<Sim>
         mutated_sum[r] += F::select(F::load_mask(masks + r * at.mask_row + j), from_positive, term);
       } else if (kMode == kMoments) {
         const V gap = term - own_term;
-        mutated_sum[r] = F::fma(keep, term, mutated_sum[r]);
-        squares[r] = F::fma(spread * gap, gap, squares[r]);
+        if (!kUniform) mutated_sum[r] = F::fma(keep, term, mutated_sum[r]);
+        squares[r] = F::fma(kUniform ? gap : spread * gap, gap, squares[r]);
       } else if (kMode == kShare) {
         const V mixed = mix(positive, c, share[r]);
         mutated_sum[r] += Sim::template term<h, F>(difference<Sim, h>(q, a, mixed));
@@ -230,12 +235,12 @@ EMU_INLINE void score_half(const RowScratch<F, Sim, kMode>& s, const Layout<Sim>
     }
   }
   horizontal_sums<F, R>(sum, plain);
-  if (kMode != kPlain) horizontal_sums<F, R>(mutated_sum, mutated);
+  if (kMode != kPlain && !kUniform) horizontal_sums<F, R>(mutated_sum, mutated);
   if (kMode == kMoments) horizontal_sums<F, R>(squares, variance);
 }
 
 // The same where a term is a function of both halves. Leaves the terms' inverses in the tile.
-template <class F, class Sim, Mode kMode, int R>
+template <class F, class Sim, Mode kMode, int R, bool kUniform = false>
 EMU_INLINE void score_coupled(const RowScratch<F, Sim, kMode>& s, const Layout<Sim>& at, int64_t k,
                               typename F::Real* plain, typename F::Real* mutated, typename F::Real* variance) {
   using V = typename F::V;
@@ -279,28 +284,40 @@ EMU_INLINE void score_coupled(const RowScratch<F, Sim, kMode>& s, const Layout<S
       const V term = add(sum[r], square[0] + square[1], 0);
       if (kMode == kMoments) {
         const V gap = term - load<V>(s.own_term + j);
-        mutated_sum[r] = F::fma(load<V>(s.keep + j), term, mutated_sum[r]);
-        squares[r] = F::fma(load<V>(s.spread + j) * gap, gap, squares[r]);
+        if (!kUniform) mutated_sum[r] = F::fma(load<V>(s.keep + j), term, mutated_sum[r]);
+        squares[r] = F::fma(kUniform ? gap : load<V>(s.spread + j) * gap, gap, squares[r]);
       } else if (kMode != kPlain) {
         add(mutated_sum[r], mixed[0] + mixed[1], 1);
       }
     }
   }
   horizontal_sums<F, R>(sum, plain);
-  if (kMode != kPlain) horizontal_sums<F, R>(mutated_sum, mutated);
+  if (kMode != kPlain && !kUniform) horizontal_sums<F, R>(mutated_sum, mutated);
   if (kMode == kMoments) horizontal_sums<F, R>(squares, variance);
+}
+
+template <class F, class Sim, Mode kMode, int R, bool kUniform>
+EMU_INLINE void score_rows(const RowScratch<F, Sim, kMode>& s, const Layout<Sim>& at, int64_t k, int64_t to) {
+  const auto out = [&](auto& sums, int i) { return sums[i] + to; };
+  if constexpr (Sim::kCoupled) {
+    score_coupled<F, Sim, kMode, R, kUniform>(s, at, k, out(s.plain_value, 0), out(s.mutated_value, 0),
+                                              out(s.variance, 0));
+  } else {
+    score_half<F, Sim, kMode, 0, R, kUniform>(s, at, k, out(s.plain_value, 0), out(s.mutated_value, 0),
+                                              out(s.variance, 0));
+    if constexpr (Sim::kHalves > 1) {
+      score_half<F, Sim, kMode, 1, R, kUniform>(s, at, k, out(s.plain_value, 1), out(s.mutated_value, 1),
+                                                out(s.variance, 1));
+    }
+  }
 }
 
 template <class F, class Sim, Mode kMode, int R>
 EMU_INLINE void score_rows(const RowScratch<F, Sim, kMode>& s, const Layout<Sim>& at, int64_t k, int64_t to) {
-  if constexpr (Sim::kCoupled) {
-    score_coupled<F, Sim, kMode, R>(s, at, k, s.plain_value[0] + to, s.mutated_value[0] + to, s.variance[0] + to);
-  } else {
-    score_half<F, Sim, kMode, 0, R>(s, at, k, s.plain_value[0] + to, s.mutated_value[0] + to, s.variance[0] + to);
-    if constexpr (Sim::kHalves > 1) {
-      score_half<F, Sim, kMode, 1, R>(s, at, k, s.plain_value[1] + to, s.mutated_value[1] + to, s.variance[1] + to);
-    }
+  if constexpr (kMode == kMoments) {
+    if (s.uniform) return score_rows<F, Sim, kMode, R, true>(s, at, k, to);
   }
+  score_rows<F, Sim, kMode, R, false>(s, at, k, to);
 }
 
 // The terms of one padded candidate.
@@ -399,7 +416,12 @@ static void finish_moments(const Problem& p, RowScratch<F, Sim, kMoments>& s) {
   for (int i = 0; i < Sums<Sim>::kCount; ++i) {
     const V taken = F::broadcast(s.from_positive[i]);
     for (int64_t k = 0; k < p.K; k += F::kLanes) {
-      store(s.mutated_value[i] + k, load<V>(s.mutated_value[i] + k) + taken);
+      V m = load<V>(s.mutated_value[i] + k);
+      if (s.uniform) {
+        m = load<V>(s.plain_value[i] + k) * s.uniform_keep;
+        store(s.variance[i] + k, load<V>(s.variance[i] + k) * s.uniform_spread);
+      }
+      store(s.mutated_value[i] + k, m + taken);
     }
   }
   for_moments<F, Sim>(p, s, [&](int i, int64_t k, V w, const Moments<V>& of) {

@@ -31,7 +31,8 @@ template <class Sim, Mode kMode>
 constexpr bool kNeedsCandidate = !Sim::kBilinear || kMode == kMoments;
 
 // sum += Σ over pairs of (w + ŵ (1 − λ)) ∂φ/∂c, for N vectors of half h's components from component j on.
-template <class F, class Sim, Mode kMode, int h, int N>
+// Of one rate for all components, kUniform, `plain` is g (w + ŵ (1 − ρ)) and `variance` g v ρ (1 − ρ).
+template <class F, class Sim, Mode kMode, int h, int N, bool kUniform>
 static void accumulate_candidate(const Pairs<F, Sim>& pairs, int from, int to,
                                  const RowData<typename F::Real>& rows, const Layout<Sim>& at, int64_t j,
                                  const typename F::Real* candidate, typename F::Real* sum) {
@@ -65,8 +66,14 @@ static void accumulate_candidate(const Pairs<F, Sim>& pairs, int from, int to,
         s[n] = F::fma(F::select(mask, w, hat), d, s[n]);
       } else if constexpr (kMode == kMoments) {
         const int64_t l = n * F::kLanes;
-        const V gap = Sim::template term<h, F>(difference<Sim, h>(q, a, c[n])) - load<V>(own_term + l);
-        const V x = F::fma(load<V>(spread + l), of_variance * gap, F::fma(load<V>(keep + l), hat, w));
+        V gap;
+        if constexpr (Sim::kBilinear) {
+          gap = F::fma(q, c[n], -load<V>(own_term + l));
+        } else {
+          gap = Sim::template term<h, F>(difference<Sim, h>(q, a, c[n])) - load<V>(own_term + l);
+        }
+        V x = F::fma(of_variance, gap, w);
+        if (!kUniform) x = F::fma(load<V>(spread + l), of_variance * gap, F::fma(load<V>(keep + l), hat, w));
         s[n] = F::fma(x, d, s[n]);
       } else {
         s[n] = F::fma(w, d, s[n]);
@@ -156,6 +163,7 @@ struct TableGradient {
   const TableGradientArgs& a;
   const Random random;
   const Layout<Sim> at;
+  const bool uniform;  // whether moments have one rate for all components
   const int64_t group_rows, entries_per_piece, pieces;
   const uint64_t* sorted;
   const int64_t size;
@@ -171,6 +179,7 @@ struct TableGradient {
         a(args),
         random(problem.draws, problem.D),
         at(problem.D),
+        uniform(kMode == kMoments && !Sim::kCoupled && problem.draws.rate_units == 1 && problem.draws.rate_rows == 1),
         group_rows(problem.rows_per_group()),
         entries_per_piece(max64(1, kPiecePairs / max64(1, problem.rows_per_group()))),
         pieces((args.sorted_size + entries_per_piece - 1) / entries_per_piece),
@@ -359,6 +368,10 @@ struct TableGradient {
           }
           if (kMode == kMoments) {
             pairs.variance[i][n] = scale[row] * static_cast<const Real*>(a.variance_weight)[from];
+            if (uniform) {
+              pairs.plain[i][n] += rows.keep[0] * pairs.mutated[i][n];
+              pairs.variance[i][n] *= rows.spread[0];
+            }
           }
         }
         __builtin_prefetch(rows.queries + row * at.row);
@@ -386,19 +399,11 @@ struct TableGradient {
     int negatives = from;
     while (negatives < to && pairs.k[negatives] >= 0) ++negatives;
     if (negatives > from) {
-      const int64_t vectors = (at.half + F::kLanes - 1) / F::kLanes;
-      for_blocks<accumulators<Sim, kMode>()>(vectors, [&](int64_t first, auto n) {
-        constexpr int N = decltype(n)::value;
-        const int64_t j = first * F::kLanes;
-        if constexpr (Sim::kCoupled) {
-          accumulate_candidate_coupled<F, Sim, kMode, N>(pairs, from, negatives, rows, at, j, candidate, sum);
-        } else {
-          accumulate_candidate<F, Sim, kMode, 0, N>(pairs, from, negatives, rows, at, j, candidate, sum);
-          if constexpr (Sim::kHalves > 1) {
-            accumulate_candidate<F, Sim, kMode, 1, N>(pairs, from, negatives, rows, at, j, candidate, sum);
-          }
-        }
-      });
+      if (uniform) {
+        add_negatives<kMode == kMoments>(pairs, from, negatives, candidate, sum);
+      } else {
+        add_negatives<false>(pairs, from, negatives, candidate, sum);
+      }
     }
     for (int i = negatives; i < to; ++i) {
       const Real scale = static_cast<const Real*>(a.row_scale)[pairs.row[i]];
@@ -407,6 +412,23 @@ struct TableGradient {
         for (int64_t j = 0; j < at.half; ++j) sum[h * at.half_padded + j] += scale * own[h * at.half + j];
       }
     }
+  }
+
+  template <bool kUniform>
+  void add_negatives(const Pairs<F, Sim>& pairs, int from, int to, const Real* candidate, Real* sum) {
+    const int64_t vectors = (at.half + F::kLanes - 1) / F::kLanes;
+    for_blocks<accumulators<Sim, kMode>()>(vectors, [&](int64_t first, auto n) {
+      constexpr int N = decltype(n)::value;
+      const int64_t j = first * F::kLanes;
+      if constexpr (Sim::kCoupled) {
+        accumulate_candidate_coupled<F, Sim, kMode, N>(pairs, from, to, rows, at, j, candidate, sum);
+      } else {
+        accumulate_candidate<F, Sim, kMode, 0, N, kUniform>(pairs, from, to, rows, at, j, candidate, sum);
+        if constexpr (Sim::kHalves > 1) {
+          accumulate_candidate<F, Sim, kMode, 1, N, kUniform>(pairs, from, to, rows, at, j, candidate, sum);
+        }
+      }
+    });
   }
 
   void join_partials() {

@@ -72,7 +72,7 @@ def _draws(draws: Draws) -> dict[str, Any]:
         is_tensor = value is None or isinstance(value, Tensor)
         out[name] = pointer(value) if is_tensor else value
         if isinstance(value, Tensor) and value.ndim > 1:
-            out[f"{name}_rows"] = value.shape[0]
+            out[f"{name}_rows"], out[f"{name}_units"] = value.shape
     return out
 
 

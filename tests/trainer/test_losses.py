@@ -42,7 +42,7 @@ def step_of(
 
 
 def scores_of(step: Step, mutation: float | Mixup = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    return emu_scores(**step.arguments, mutation=mutation, seed=step.seed)
+    return emu_scores(**step.arguments, mutation=mutation, seed=step.seed)[:3]
 
 
 def expected_rows(name: str, step: Step) -> Tensor:

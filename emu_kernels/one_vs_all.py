@@ -1,0 +1,295 @@
+"""1-vs-all losses: all entities but the known answers are negatives; B·N scores are not stored."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from emu_kernels import backends, prepare, validate, values
+from emu_kernels.api import emu_scores
+from emu_kernels.library import no_second_derivative
+from emu_kernels.mutation import Expected, Mutation, NoMutation
+from emu_kernels.products import Batch, Known, coefficients, loss_rows, reduced, tiles
+from emu_kernels.request import LossRequest
+
+CHUNK = 2**16
+"""Known answers whose rows are gathered at once."""
+
+
+def one_vs_all_loss(
+    query: Tensor,  # (B, D)
+    table: Tensor,  # (N, D)
+    positive: Tensor,  # (B,)
+    *,
+    known: tuple[Tensor, Tensor] | None = None,  # (B + 1,), (M,)
+    similarity: str = "dot",
+    mutation_rate: Mutation | None = None,
+    beta: float | Tensor = 0.0,
+    alpha: float | Tensor = 0.0,
+    scale: Tensor | None = None,  # (B, D), or (B, D/2)
+    similarity_weights: Tensor | None = None,
+    phase_scale: float = 1.0,
+    sample_weight: Tensor | None = None,  # (B,)
+    mask_unit: str = "component",
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    r"""EMU in closed form, ULS or softmax over all entities (1-vs-all; Lacroix et al., 2018).
+
+    The loss of :func:`emu_kernels.fused_emu_loss` with :class:`Expected`, where the negatives of a
+    row are all entities but its positive and those of ``known``; K is their number. It goes over
+    the entities a tile at a time, twice, so that neither pass stores scores of size B·N. The dot
+    product is made by matrix products, distances by the backend's kernels.
+
+    Args:
+        known: answers that are known to be true, and so no negatives: offsets (B + 1,) and entity
+            ids (M,), integers; those of row b are ``ids[offsets[b]:offsets[b + 1]]``. The positive
+            may be among them.
+        mutation_rate: :class:`Expected`, whose rate 0 is ULS alone; or None for the softmax alone,
+            L_van, with ``beta`` and ``alpha`` unused. Masks cannot be drawn for all entities.
+
+    The other arguments, the result and the errors are those of :func:`emu_kernels.fused_emu_loss`.
+    A gradient of the table is dense: every row is touched.
+    """
+    if mutation_rate is not None and not isinstance(mutation_rate, Expected):
+        given = type(mutation_rate).__name__
+        raise TypeError(
+            f"mutation_rate: expected an Expected or None over all entities, got {given}"
+        )
+    validate.tensor("positive", positive)
+    request = prepare.loss(
+        prepare.scores(
+            query,
+            table,
+            positive,
+            positive.new_empty((0,)),
+            similarity=similarity,
+            mutation=mutation_rate or NoMutation(),
+            mutation_name="mutation_rate",
+            mask_unit=mask_unit,
+            scale=scale,
+            similarity_weights=similarity_weights,
+            phase_scale=phase_scale,
+            seed=None,
+            row_offset=0,
+            sparse_grad=False,
+        ),
+        beta=beta,
+        alpha=alpha,
+        sample_weight=sample_weight,
+        reduction=reduction,
+    )
+    validate.known(known, positive, table.device)
+    name = backends.resolve(backend, table.device).name
+    own, _, poison = values.usable_ids(
+        request.positive, request.negative, rows=request.table.shape[0]
+    )
+    left_out = _left_out(known, own, table.shape[0])
+    if similarity == "dot":
+        uls, vanilla = _by_products(request, own, left_out)
+    else:
+        uls, vanilla = _by_kernels(request, own, left_out, mask_unit, name)
+    return reduced(request, uls, vanilla, poison).loss
+
+
+def _left_out(known: tuple[Tensor, Tensor] | None, positive: Tensor, entities: int) -> Known:
+    """The positives and the known answers, each once."""
+    rows = torch.arange(positive.shape[0], device=positive.device)
+    row, candidate = rows, positive
+    if known is not None:
+        offsets, ids = (t.to(torch.int64) for t in known)
+        values.check_ids("known", ids, rows=entities, lowest=0)
+        row = torch.cat([rows, rows.repeat_interleave(offsets.diff())])
+        candidate = torch.cat([positive, ids])
+    each = max(positive.shape[0], 1)
+    keys = torch.unique(candidate * each + row)
+    return Known(candidate=keys // each, row=keys % each)
+
+
+def _count(left_out: Known, request: LossRequest) -> Tensor:
+    """(B,) negatives of each row."""
+    rows = request.query.shape[0]
+    return request.table.shape[0] - torch.bincount(left_out.row, minlength=rows)
+
+
+# --- the dot product ------------------------------------------------------------------------------
+
+
+def _by_products(request: LossRequest, positive: Tensor, left_out: Known) -> tuple[Tensor, Tensor]:
+    dtype = request.query.dtype
+    rate = None if request.moments is None else request.moments.rate
+    assert not isinstance(rate, float)
+    batch = Batch(
+        query=request.query,
+        positive=request.table[positive].to(dtype),
+        candidates=request.table,
+        bias=None,
+        known=left_out,
+        real=_count(left_out, request),
+        total=_RowSums.apply(request.table, left_out, request.query.shape[0], dtype),
+    )
+    return loss_rows(batch, request, rate)
+
+
+class _RowSums(torch.autograd.Function):
+    """(B, D) the sum of all rows of a table less those that are left out."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, left_out: Known, rows: int, dtype: torch.dtype) -> Tensor:
+        ctx.left_out, ctx.table_dtype, ctx.shape = left_out, table.dtype, table.shape
+        out = table.sum(dim=0, dtype=dtype).repeat(rows, 1)
+        for row, candidate in _chunks(left_out):
+            out.index_add_(0, row, table[candidate].to(dtype), alpha=-1)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        out = grad.sum(dim=0).repeat(ctx.shape[0], 1)
+        for row, candidate in _chunks(ctx.left_out):
+            out.index_add_(0, candidate, grad[row], alpha=-1)
+        return out.to(ctx.table_dtype), None, None, None
+
+
+def _chunks(left_out: Known) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(left_out.row.split(CHUNK), left_out.candidate.split(CHUNK), strict=True))
+
+
+# --- distances ------------------------------------------------------------------------------------
+
+
+class _How(NamedTuple):
+    """What :func:`emu_scores` is told beside tensors that get a gradient."""
+
+    positive: Tensor
+    left_out: Known
+    options: dict[str, Any]
+
+    def scores(self, start: int, end: int, given: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+        """(B, end − start) scores, means and cumulants of a tile's entities."""
+        query, table, scale, weights, rate = given
+        assert query is not None
+        assert table is not None
+        if rate is not None and rate.shape[0] == 1:
+            rate = rate.reshape(()) if rate.numel() == 1 else rate[0]
+        found = emu_scores(
+            query,
+            table,
+            self.positive,
+            torch.arange(start, end, device=table.device),
+            scale=scale,
+            similarity_weights=weights,
+            mutation=None if rate is None else Expected(rate),
+            sparse_grad=True,
+            **self.options,
+        )
+        return found.negative, found.mutated, found.cumulant
+
+
+def _filled(scores: Tensor, places: Tensor, value: float) -> Tensor:
+    """Scores with another value at flat places."""
+    return scores.reshape(-1).index_fill(0, places, value).view(scores.shape)
+
+
+class _Statistics(torch.autograd.Function):
+    """Of all negatives of a row the logsumexp of scores, that of cumulants, and the sum of means.
+
+    The backward pass computes each tile's scores again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, how: _How, *given: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        query, table, *_ = given
+        assert query is not None
+        assert table is not None
+        new = query.new_full
+        rows = query.shape[0]
+        lse = mutated_lse = new((rows,), float("-inf"))
+        means = new((rows,), 0.0)
+        for start, end, without in tiles(table.shape[0], how.left_out):
+            plain, mean, cumulant = how.scores(start, end, given)
+            assert without is not None
+            lse = torch.logaddexp(lse, _filled(plain, without, float("-inf")).logsumexp(dim=1))
+            of_tile = _filled(cumulant, without, float("-inf")).logsumexp(dim=1)
+            mutated_lse = torch.logaddexp(mutated_lse, of_tile)
+            means += _filled(mean, without, 0.0).sum(dim=1)
+        ctx.how = how
+        ctx.save_for_backward(*given, lse, mutated_lse)
+        return lse, mutated_lse, means
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[1:]
+        return None, *_StatisticsGradient.apply(ctx.how, needed, grads, *ctx.saved_tensors)
+
+
+class _StatisticsGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, how: _How, needed: tuple[bool, ...], grads: tuple[Tensor, ...], *saved: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        *given, lse, mutated_lse = saved
+        inputs = tuple(
+            t if t is None else t.detach().requires_grad_(need)
+            for t, need in zip(given, needed, strict=True)
+        )
+        wanted = [t for t in inputs if t is not None and t.requires_grad]
+        found = [torch.zeros_like(t) for t in wanted]
+        by_plain, by_cumulant, by_mean = grads
+        for start, end, without in tiles(inputs[1].shape[0], how.left_out):
+            with torch.enable_grad():
+                plain, mean, cumulant = how.scores(start, end, inputs)
+            assert without is not None
+            weights = [
+                _filled((plain.detach() - lse[:, None]).exp_() * by_plain[:, None], without, 0.0),
+                _filled(by_mean[:, None].expand_as(mean), without, 0.0),
+                _filled(
+                    (cumulant.detach() - mutated_lse[:, None]).exp_() * by_cumulant[:, None],
+                    without, 0.0,
+                ),
+            ]  # fmt: skip
+            of_scores = torch.autograd.grad([plain, mean, cumulant], wanted, weights)
+            for to, of_tile in zip(found, of_scores, strict=True):
+                if of_tile.is_sparse:
+                    to.index_add_(0, of_tile._indices()[0], of_tile._values())
+                else:
+                    to += of_tile
+        every = iter(found)
+        return tuple(next(every) if need else None for need in needed)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise no_second_derivative("one_vs_all_loss")
+
+
+def _by_kernels(
+    request: LossRequest, positive: Tensor, left_out: Known, mask_unit: str, backend: str
+) -> tuple[Tensor, Tensor]:
+    rate = None if request.moments is None else request.moments.rate
+    given = (request.query, request.table, request.scale, request.weights, rate)
+    options: dict[str, Any] = {
+        "similarity": request.similarity,
+        "phase_scale": request.phase_scale,
+        "mask_unit": mask_unit,
+        "backend": backend,
+    }
+    lse, mutated_lse, means = _Statistics.apply(_How(positive, left_out, options), *given)
+    score = emu_scores(
+        request.query,
+        request.table,
+        positive,
+        positive.new_empty((0,)),
+        mutation=None,
+        scale=request.scale,
+        similarity_weights=request.weights,
+        **options,
+    ).positive
+    vanilla = torch.logaddexp(score, lse) - score
+    if rate is None:
+        return torch.zeros_like(vanilla), vanilla
+    beta, _ = coefficients(request)
+    count = _count(left_out, request)
+    lse = torch.logaddexp(score, mutated_lse)
+    uls = (lse - score) + beta * (count * lse - means)
+    return torch.where(count > 0, uls / count.clamp(min=1), 0), vanilla

@@ -1,0 +1,283 @@
+"""Losses of the dot product by matrix products, where many queries share their negatives.
+
+A score is q·z⁻. In closed form (:class:`emu_kernels.mutation.Expected`) the cumulant of a mutated
+score is a product too: with w = ρ (1 − ρ), component by component,
+
+    c_k = Σ_j ρ_j q_j z⁺_j + ½ Σ_j w_j (q_j z⁺_j)²
+        + [(1 − ρ) ⊙ q − w ⊙ q² ⊙ z⁺ ‖ ½ w ⊙ q²] · [z⁻_k ‖ z⁻_k²]
+    Σ_k m_k = K Σ_j ρ_j q_j z⁺_j + ((1 − ρ) ⊙ q) · Σ_k z⁻_k
+
+So all that is of size B·K is the logsumexp of a product of inner size D or 2D, which goes tile by
+tile. The rest are tensors of (B, D), differentiated by autograd. The losses are those of
+:mod:`emu_kernels.reference`, to rounding; their bits may depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from emu_kernels import reference
+from emu_kernels.backends.base import Loss
+from emu_kernels.library import no_second_derivative
+from emu_kernels.request import LossRequest
+from emu_kernels.values import usable_coefficient, usable_ids
+
+TILE = 1024
+"""Candidates whose scores, (B, TILE), exist at once."""
+KEPT = 2**22
+"""Scores that are kept for the backward pass; of more it computes the tiles again."""
+MIN_ROWS = {"cpu": 32}
+"""Of a device type, how many rows must share a set of negatives for products to be faster than the
+kernels (python -m bench steps --groups). Devices that nobody measured are not in it."""
+
+
+class Known(NamedTuple):
+    """Candidates that are no negatives of a row, sorted by candidate."""
+
+    candidate: Tensor  # (M,) int64
+    row: Tensor  # (M,) int64
+
+
+Tile = tuple[int, int, Tensor | None]
+"""Its bounds, and the places in its scores, flat, that take no part."""
+
+
+def tiles(count: int, known: Known | None) -> list[Tile]:
+    """The tiles of ``count`` candidates."""
+    starts = list(range(0, count, TILE))
+    ends = [*starts[1:], count][: len(starts)]
+    if known is None:
+        return [(start, end, None) for start, end in zip(starts, ends, strict=True)]
+    bounds = torch.tensor([*starts, count], device=known.candidate.device)
+    cuts = torch.searchsorted(known.candidate, bounds).tolist()
+    out: list[Tile] = []
+    for i, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        here = slice(cuts[i], cuts[i + 1])
+        out.append((start, end, known.row[here] * (end - start) + known.candidate[here] - start))
+    return out
+
+
+def _features(rows: Tensor, like: Tensor) -> Tensor:
+    """z, or z ‖ z² where ``like``, the other factor, is twice as wide."""
+    rows = rows.to(like.dtype)
+    return rows if rows.shape[1] == like.shape[1] else torch.cat([rows, rows.square()], dim=1)
+
+
+def _scores(x: Tensor, features: Tensor, bias: Tensor | None, without: Tensor | None) -> Tensor:
+    scores = x @ features.T if bias is None else torch.addmm(bias, x, features.T)
+    if without is not None:
+        scores.view(-1).index_fill_(0, without, float("-inf"))
+    return scores
+
+
+class _LogSumExp(torch.autograd.Function):
+    """(B,) log Σ_k e^(x · y_k + bias_k) of x (B, E) and the features y of rows (K, D)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, rows: Tensor, bias: Tensor | None, known: Known | None
+    ) -> Tensor:
+        every = tiles(rows.shape[0], known)
+        top = x.new_full((x.shape[0],), float("-inf"))
+        total, shift = torch.zeros_like(top), torch.zeros_like(top)
+        powers = None
+        for start, end, without in every:
+            of_tile = None if bias is None else bias[start:end]
+            scores = _scores(x, _features(rows[start:end], x), of_tile, without)
+            now = torch.maximum(top, scores.amax(dim=1))
+            shift = now.masked_fill(now == float("-inf"), 0)  # all that came is padding
+            powers = scores.sub_(shift[:, None]).exp_()
+            total = total * (top - shift).exp() + powers.sum(dim=1)
+            top = now
+        lse = shift + total.log()
+        if len(every) != 1 or (powers is not None and powers.numel() > KEPT):
+            powers = None
+        ctx.save_for_backward(x, rows, bias, lse, total, powers)
+        ctx.tiles = every
+        return lse
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *_LogSumExpGradient.apply(grad, ctx.tiles, *ctx.saved_tensors), None, None
+
+
+class _LogSumExpGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        grad: Tensor,
+        every: list[Tile],
+        x: Tensor,
+        rows: Tensor,
+        bias: Tensor | None,
+        lse: Tensor,
+        total: Tensor,
+        powers: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        by_x, by_rows = torch.zeros_like(x), torch.empty_like(rows)
+        dim = rows.shape[1]
+        some = lse > float("-inf")  # a row without negatives has no gradient
+        for start, end, without in every:
+            features = _features(rows[start:end], x)
+            if powers is None:
+                of_tile = None if bias is None else bias[start:end]
+                weights = _scores(x, features, of_tile, without)
+                weights.sub_(torch.where(some, lse, 0)[:, None]).exp_()
+                weights.mul_(torch.where(some, grad, 0)[:, None])
+            else:
+                weights = powers * torch.where(some, grad / total, 0)[:, None]
+            by_x.addmm_(weights, features)
+            by_features = weights.T @ x
+            of_rows = by_features[:, :dim]
+            if x.shape[1] > dim:
+                of_rows = torch.addcmul(of_rows, features[:, :dim], by_features[:, dim:], value=2)
+            by_rows[start:end] = of_rows
+        return by_x, by_rows
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise no_second_derivative("the fused loss")
+
+
+class Batch(NamedTuple):
+    """Rows that share their candidates."""
+
+    query: Tensor  # (B, D)
+    positive: Tensor  # (B, D), z⁺
+    candidates: Tensor  # (K, D)
+    bias: Tensor | None  # (K,), −inf for a candidate that is no negative of any row, else 0
+    known: Known | None  # more that are none, of some rows
+    real: Tensor  # (B,) or (), how many are left, as the next
+    total: Tensor  # (B, D) or (D,), their sum
+
+
+def loss_rows(batch: Batch, request: LossRequest, rate: Tensor | None) -> tuple[Tensor, Tensor]:
+    """L_emu and L_van of each row, (B,) both, as :func:`emu_kernels.reference.loss_rows`; ``rate``
+    (1 or B, D) is of a rule of moments."""
+    q, z = batch.query, batch.positive
+    beta, _ = coefficients(request)
+    given = (batch.candidates, batch.bias, batch.known)
+    score = (q * z).sum(dim=1)
+    zero = torch.zeros_like(score)
+    largest = batch.candidates.detach().abs().amax() if batch.candidates.numel() else zero[:1]
+    bound = (q.detach().abs().sum(dim=1) + q.detach().square().sum(dim=1) * largest) * largest
+    finite = torch.where((bound + score.detach()).isfinite(), 1.0, float("nan"))
+
+    vanilla = torch.logaddexp(score, _LogSumExp.apply(q, *given)) - score
+    if rate is None:
+        return zero * finite, vanilla * finite
+    keep, product = 1 - rate, q * z
+    spread = rate * keep
+    taken = (rate * product).sum(dim=1)
+    half = spread * q.square() / 2
+    x = torch.cat([keep * q - 2 * half * z, half], dim=1)
+    lse = taken + (half * z.square()).sum(dim=1) + _LogSumExp.apply(x, *given)
+    lse = torch.logaddexp(score, lse)
+    means = batch.real * taken + (keep * q * batch.total).sum(dim=1)
+    uls = (lse - score) + beta * (batch.real * lse - means)
+    uls = torch.where(batch.real > 0, uls / batch.real.clamp(min=1), 0)
+    return uls * finite, vanilla * finite
+
+
+def coefficients(request: LossRequest) -> tuple[float | Tensor, float | Tensor]:
+    """β and α, checked."""
+    if request.coefficients is None:
+        return request.beta, request.alpha
+    beta, alpha = request.coefficients.unbind()
+    return usable_coefficient("beta", beta), usable_coefficient("alpha", alpha)
+
+
+# --- sampled negatives in sets --------------------------------------------------------------------
+
+
+def fits(request: LossRequest) -> bool:
+    """Whether a loss is made by products: sets of negatives have many rows, and no mask differs
+    from row to row."""
+    rows = MIN_ROWS.get(request.query.device.type)
+    return (
+        rows is not None
+        and request.similarity == "dot"
+        and request.mutation.draw in ("none", "moments")
+        and request.negative.shape[0] * rows <= request.query.shape[0]
+    )
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of a table, widened; contributions to a row's gradient are summed, then rounded."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, ids: Tensor, dtype: torch.dtype, sparse: bool) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.shape, ctx.dtype, ctx.sparse = table.shape, table.dtype, sparse
+        return table[ids].to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (ids,) = ctx.saved_tensors
+        return _Scatter.apply(grad, ids, ctx.shape, ctx.dtype, ctx.sparse), None, None, None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, grad: Tensor, ids: Tensor, shape: torch.Size, dtype: torch.dtype, sparse: bool
+    ) -> Tensor:
+        if not sparse:
+            return grad.new_zeros(shape).index_add_(0, ids, grad).to(dtype)
+        touched, place = ids.unique(return_inverse=True)
+        rows = grad.new_zeros((touched.shape[0], shape[1])).index_add_(0, place, grad)
+        return torch.sparse_coo_tensor(
+            touched[None], rows.to(dtype), shape, is_coalesced=True, check_invariants=False
+        )
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        raise no_second_derivative("the fused loss")
+
+
+def loss(request: LossRequest) -> Loss:
+    """The loss of a request that :func:`fits`."""
+    if request.sparse_grad and torch.compiler.is_compiling():
+        raise RuntimeError("sparse_grad=True is eager-only: it cannot be traced by torch.compile")
+    positive, negative, poison = usable_ids(
+        request.positive, request.negative, rows=request.table.shape[0]
+    )
+    groups, count = negative.shape
+    rows = request.query.shape[0] // max(groups, 1)
+    ids = torch.cat([negative.clamp(min=0).flatten(), positive])
+    gathered = _Gather.apply(request.table, ids, request.query.dtype, request.sparse_grad)
+    candidates, own = gathered.split([groups * count, gathered.shape[0] - groups * count])
+    rates = None if request.moments is None else request.moments.rate
+    terms: list[tuple[Tensor, Tensor]] = []
+    for g in range(groups):
+        here = slice(g * rows, (g + 1) * rows)
+        real = negative[g] >= 0
+        of_set = candidates[g * count : (g + 1) * count]
+        batch = Batch(
+            query=request.query[here],
+            positive=own[here],
+            candidates=of_set,
+            bias=torch.where(real, 0.0, float("-inf")).to(own.dtype),
+            known=None,
+            real=real.sum(),
+            total=(of_set * real[:, None]).sum(dim=0),
+        )
+        rate = rates[here] if isinstance(rates, Tensor) and rates.shape[0] > 1 else rates
+        assert not isinstance(rate, float)
+        terms.append(loss_rows(batch, request, rate))
+    uls, vanilla = (torch.cat(of_sets) for of_sets in zip(*terms, strict=True))
+    return reduced(request, uls, vanilla, poison)
+
+
+def reduced(request: LossRequest, uls: Tensor, vanilla: Tensor, poison: Tensor | None) -> Loss:
+    """From the terms of each row to the loss."""
+    _, alpha = coefficients(request)
+    rows = uls + alpha * vanilla if request.mutated else vanilla
+    if poison is not None:
+        rows = rows * poison
+    weight = request.sample_weight
+    means = [reference.reduce(term, weight, "mean") for term in (uls.detach(), vanilla.detach())]
+    return Loss(reference.reduce(rows, weight, request.reduction), torch.stack(means))
