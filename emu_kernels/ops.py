@@ -347,7 +347,7 @@ class KernelBackend(Kernels):
     """A :class:`emu_kernels.backends.base.Backend` of :class:`Kernels`, through the operators."""
 
     def loss(self, request: LossRequest) -> Loss:
-        if products.fits(request):
+        if products.fits(request, self.name):
             return products.loss(request)
         values = {**flatten(request), "backend": self.name}
         if _wants_grad(values):

@@ -9,7 +9,8 @@ score is a product too: with w = ρ (1 − ρ), component by component,
 
 So all that is of size B·K is the logsumexp of a product of inner size D or 2D, which goes tile by
 tile. The rest are tensors of (B, D), differentiated by autograd. The losses are those of
-:mod:`emu_kernels.reference`, to rounding; their bits may depend on the number of threads.
+:mod:`emu_kernels.reference`, to rounding. Their bits depend on the number of threads, as those of
+torch's matrix products do; with ``torch.use_deterministic_algorithms`` kernels are used instead.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ TILE = 1024
 KEPT = 2**22
 """Scores that are kept for the backward pass; of more it computes the tiles again."""
 MIN_ROWS = {"cpu": 32}
-"""Of a device type, how many rows must share a set of negatives for products to be faster than the
-kernels (python -m bench steps --groups). Devices that nobody measured are not in it."""
+"""Of a backend, how many rows must share a set of negatives for products to be faster than its
+kernels. Those that nobody measured are not in it."""
 
 
 class Known(NamedTuple):
@@ -60,44 +61,48 @@ def tiles(count: int, known: Known | None) -> list[Tile]:
     return out
 
 
-def _features(rows: Tensor, like: Tensor) -> Tensor:
-    """z, or z ‖ z² where ``like``, the other factor, is twice as wide."""
+def _features(rows: Tensor, bias: Tensor | None, like: Tensor) -> Tensor:
+    """z, or z ‖ z² where ``like``, the other factor, is twice as wide; then 0 and the bias."""
     rows = rows.to(like.dtype)
-    return rows if rows.shape[1] == like.shape[1] else torch.cat([rows, rows.square()], dim=1)
+    parts = [rows] if rows.shape[1] == like.shape[1] else [rows, rows.square()]
+    column = rows.new_zeros((rows.shape[0], 1))
+    return torch.cat([*parts, column, column if bias is None else bias[:, None]], dim=1)
 
 
-def _scores(x: Tensor, features: Tensor, bias: Tensor | None, without: Tensor | None) -> Tensor:
-    scores = x @ features.T if bias is None else torch.addmm(bias, x, features.T)
-    if without is not None:
-        scores.view(-1).index_fill_(0, without, float("-inf"))
-    return scores
+def _factor(x: Tensor, column: Tensor) -> Tensor:
+    """What :func:`_features` are multiplied by, for x · y plus the column where their 0 is 1."""
+    return torch.cat([x, column[:, None], torch.ones_like(column)[:, None]], dim=1)
 
 
 class _LogSumExp(torch.autograd.Function):
-    """(B,) log Σ_k e^(x · y_k + bias_k) of x (B, E) and the features y of rows (K, D)."""
+    """(B,) log (e^own + Σ_k e^(x · y_k + bias_k)) of own (B,), x (B, E) and the features y of rows
+    (K, D).
+
+    The sum so far is one more candidate of each tile, the first: so a product and one pass of a
+    log-softmax over it are all that a tile takes.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, rows: Tensor, bias: Tensor | None, known: Known | None
+        ctx: Any, own: Tensor, x: Tensor, rows: Tensor, bias: Tensor | None, known: Known | None
     ) -> Tensor:
         every = tiles(rows.shape[0], known)
-        top = x.new_full((x.shape[0],), float("-inf"))
-        total, shift = torch.zeros_like(top), torch.zeros_like(top)
-        powers = None
+        lse, shares = own, None
         for start, end, without in every:
-            of_tile = None if bias is None else bias[start:end]
-            scores = _scores(x, _features(rows[start:end], x), of_tile, without)
-            now = torch.maximum(top, scores.amax(dim=1))
-            shift = now.masked_fill(now == float("-inf"), 0)  # all that came is padding
-            powers = scores.sub_(shift[:, None]).exp_()
-            total = total * (top - shift).exp() + powers.sum(dim=1)
-            top = now
-        lse = shift + total.log()
-        if len(every) != 1 or (powers is not None and powers.numel() > KEPT):
-            powers = None
-        ctx.save_for_backward(x, rows, bias, lse, total, powers)
+            features = _features(rows[start:end], None if bias is None else bias[start:end], x)
+            first = torch.zeros_like(features[:1])
+            first[:, -2] = 1
+            scores = _factor(x, lse) @ torch.cat([first, features]).T
+            if without is not None:
+                row = without.div(end - start, rounding_mode="floor")
+                scores.view(-1).index_fill_(0, without + row + 1, float("-inf"))
+            shares = scores.log_softmax(dim=1)
+            lse = lse - shares[:, 0]
+        if len(every) != 1 or (shares is not None and shares.numel() > KEPT):
+            shares = None
+        ctx.save_for_backward(own, x, rows, bias, lse, shares)
         ctx.tiles = every
-        return lse
+        return lse.clone() if lse is own else lse
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -110,32 +115,32 @@ class _LogSumExpGradient(torch.autograd.Function):
         ctx: Any,
         grad: Tensor,
         every: list[Tile],
+        own: Tensor,
         x: Tensor,
         rows: Tensor,
         bias: Tensor | None,
         lse: Tensor,
-        total: Tensor,
-        powers: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+        shares: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         by_x, by_rows = torch.zeros_like(x), torch.empty_like(rows)
-        dim = rows.shape[1]
-        some = lse > float("-inf")  # a row without negatives has no gradient
+        width, dim = x.shape[1], rows.shape[1]
+        weighed = grad[:, None] * x
         for start, end, without in every:
-            features = _features(rows[start:end], x)
-            if powers is None:
-                of_tile = None if bias is None else bias[start:end]
-                weights = _scores(x, features, of_tile, without)
-                weights.sub_(torch.where(some, lse, 0)[:, None]).exp_()
-                weights.mul_(torch.where(some, grad, 0)[:, None])
+            features = _features(rows[start:end], None if bias is None else bias[start:end], x)
+            if shares is None:
+                features[:, -2] = 1
+                share = (_factor(x, -lse) @ features.T).exp_()
+                if without is not None:
+                    share.view(-1).index_fill_(0, without, 0.0)
             else:
-                weights = powers * torch.where(some, grad / total, 0)[:, None]
-            by_x.addmm_(weights, features)
-            by_features = weights.T @ x
+                share = shares[:, 1:].exp()
+            by_x.addmm_(share, features[:, :width])
+            by_features = share.T @ weighed
             of_rows = by_features[:, :dim]
-            if x.shape[1] > dim:
+            if width > dim:
                 of_rows = torch.addcmul(of_rows, features[:, :dim], by_features[:, dim:], value=2)
             by_rows[start:end] = of_rows
-        return by_x, by_rows
+        return grad * (own - lse).exp(), by_x * grad[:, None], by_rows
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -166,7 +171,7 @@ def loss_rows(batch: Batch, request: LossRequest, rate: Tensor | None) -> tuple[
     bound = (q.detach().abs().sum(dim=1) + q.detach().square().sum(dim=1) * largest) * largest
     finite = torch.where((bound + score.detach()).isfinite(), 1.0, float("nan"))
 
-    vanilla = torch.logaddexp(score, _LogSumExp.apply(q, *given)) - score
+    vanilla = _LogSumExp.apply(score, q, *given) - score
     if rate is None:
         return zero * finite, vanilla * finite
     keep, product = 1 - rate, q * z
@@ -174,8 +179,8 @@ def loss_rows(batch: Batch, request: LossRequest, rate: Tensor | None) -> tuple[
     taken = (rate * product).sum(dim=1)
     half = spread * q.square() / 2
     x = torch.cat([keep * q - 2 * half * z, half], dim=1)
-    lse = taken + (half * z.square()).sum(dim=1) + _LogSumExp.apply(x, *given)
-    lse = torch.logaddexp(score, lse)
+    constant = taken + (half * z.square()).sum(dim=1)
+    lse = constant + _LogSumExp.apply(score - constant, x, *given)
     means = batch.real * taken + (keep * q * batch.total).sum(dim=1)
     uls = (lse - score) + beta * (batch.real * lse - means)
     uls = torch.where(batch.real > 0, uls / batch.real.clamp(min=1), 0)
@@ -193,15 +198,16 @@ def coefficients(request: LossRequest) -> tuple[float | Tensor, float | Tensor]:
 # --- sampled negatives in sets --------------------------------------------------------------------
 
 
-def fits(request: LossRequest) -> bool:
-    """Whether a loss is made by products: sets of negatives have many rows, and no mask differs
-    from row to row."""
-    rows = MIN_ROWS.get(request.query.device.type)
+def fits(request: LossRequest, backend: str) -> bool:
+    """Whether a loss is made by products: sets of negatives have many rows, no mask differs from
+    row to row, and nobody asked for bits that depend on nothing."""
+    groups, rows = request.negative.shape[0], request.query.shape[0]
     return (
-        rows is not None
+        backend in MIN_ROWS
         and request.similarity == "dot"
         and request.mutation.draw in ("none", "moments")
-        and request.negative.shape[0] * rows <= request.query.shape[0]
+        and 0 < groups * MIN_ROWS[backend] <= rows
+        and not torch.are_deterministic_algorithms_enabled()
     )
 
 

@@ -264,7 +264,7 @@ def test_products_are_taken_where_rows_share() -> None:
         }  # fmt: skip
         request = prepare.scores(*inputs, mutation=mutation or NoMutation(), **given | options)
         made = prepare.loss(request, beta=0.5, alpha=0.1, sample_weight=None, reduction="mean")
-        return products.fits(made)
+        return products.fits(made, "cpu")
 
     assert fits(1)
     assert fits(1, Expected(0.5))

@@ -107,7 +107,7 @@ def test_contributions_are_summed_in_fp32(
     positive = torch.where(own, 1, 2)
     negative = torch.where(own, 2, 1)[:, None]
     inputs = Inputs(query, table, positive, negative)
-    upstream = [own.float(), (~own).float()[:, None], torch.zeros(batch, 1)]
+    upstream = [own.float(), (~own).float()[:, None], *[torch.zeros(batch, 1)] * 2]
     result = evaluate(
         emu_scores, inputs.to(device), upstream=upstream, mutation=0.5, seed=1, backend=backend
     )

@@ -79,14 +79,14 @@ def test_scores_of_padding(backend: str, device: torch.device) -> None:
     assert (~real).any()
     upstream = [
         torch.ones(4),
-        *(torch.where(real.cpu(), 1.0, bad) for bad in (torch.inf, torch.nan)),
+        *(torch.where(real.cpu(), 1.0, bad) for bad in (torch.inf, torch.nan, -torch.inf)),
     ]
     options: Options = {"mutation": 0.5, "seed": 1, "backend": backend}
     result = evaluate(emu_scores, inputs, upstream=upstream, **options)
     for scores in result.outputs[1:]:
         assert ((scores == -torch.inf) == ~real).all()
         assert scores[real].isfinite().all()
-    upstream = [torch.ones(4), *[real.float()] * 2]
+    upstream = [torch.ones(4), *[real.float()] * 3]
     expected = evaluate(emu_scores, inputs, upstream=upstream, **options)
     torch.testing.assert_close(result[1:], expected[1:], rtol=0, atol=0)
 
@@ -395,7 +395,7 @@ def test_empty(
             assert (tensor == 0).all()
     scores = evaluate(emu_scores, inputs, mutation=0.5, seed=1, backend=backend, sparse_grad=sparse)
     count = shape[-1]
-    assert [tuple(s.shape) for s in scores.outputs] == [(batch,), (batch, count), (batch, count)]
+    assert [tuple(s.shape) for s in scores.outputs] == [(batch,), *[(batch, count)] * 3]
     assert_near(scores.query, inputs.table[inputs.positive])
 
 

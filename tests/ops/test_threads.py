@@ -64,7 +64,15 @@ def compute(inputs: Inputs, backend: str) -> list[Result]:
     return [evaluate(function, inputs, backend=backend, **options) for function, options in calls]
 
 
-@pytest.mark.usefixtures("threads", "compiled")
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    """Losses of shared negatives then leave torch's matrix products alone."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("threads", "compiled", "deterministic")
 @pytest.mark.parametrize("name", BATCHES)
 def test_same_bits_for_any_number(name: str, kernel: str, device: torch.device) -> None:
     if emulated(kernel, device):
