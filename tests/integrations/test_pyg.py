@@ -198,12 +198,12 @@ class Own(DistMult):  # type: ignore[misc]  # untyped
             "TransE, DistMult, ComplEx, RotatE, got Own",
         ),
         (TransE(9, 2, 4, p_norm=3), {"num_negatives": 3}, ValueError, "p_norm 1 or 2, got 3"),
-        (DistMult(9, 2, 4), {}, ValueError, "not both and not neither"),
+        (DistMult(9, 2, 4), {}, ValueError, "got both or neither"),
         (
             DistMult(9, 2, 4),
             {"num_negatives": 3, "negative": torch.zeros(2, 3)},
             ValueError,
-            "not both and not neither",
+            "got both or neither",
         ),
         (
             DistMult(9, 2, 4),
