@@ -123,21 +123,17 @@ class SubsamplingWeights:
 
     def __init__(self, triples: Tensor, num_relations: int) -> None:
         self._num_relations = num_relations
-        head, relation, tail = triples.T
-        self._heads = self._pair(head, relation).unique(return_counts=True)
-        self._tails = self._pair(tail, relation).unique(return_counts=True)
+        self._counts = [pair.unique(return_counts=True) for pair in self._pairs(*triples.T)]
 
     def __call__(self, batch: Batch) -> Tensor:
         """(B,) fp32. The triples must be training triples: others have no count."""
-        heads = _look_up(self._heads, self._pair(batch.head, batch.relation))
-        tails = _look_up(self._tails, self._pair(batch.tail, batch.relation))
-        return (heads + tails + 2 * (self._START - 1)).float().rsqrt()
+        pairs = self._pairs(batch.head, batch.relation, batch.tail)
+        of_head, of_tail = (
+            counts[torch.searchsorted(known, pair)]
+            for pair, (known, counts) in zip(pairs, self._counts, strict=True)
+        )
+        return (of_head + of_tail + 2 * (self._START - 1)).float().rsqrt()
 
-    def _pair(self, entity: Tensor, relation: Tensor) -> Tensor:
-        return entity * self._num_relations + relation
-
-
-def _look_up(counts: tuple[Tensor, Tensor], key: Tensor) -> Tensor:
-    """(B,): the counts of keys that are among the sorted ones."""
-    keys, values = counts
-    return values[torch.searchsorted(keys, key)]
+    def _pairs(self, head: Tensor, relation: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
+        """A number for each (head, relation), and one for each (relation, tail)."""
+        return head * self._num_relations + relation, tail * self._num_relations + relation
