@@ -232,13 +232,6 @@ def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path):
     assert sets(found) == sets(cached(tmp_path / "other"))
 
 
-def test_settings_that_make_no_neighbourhood_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="hops >= 1"):
-        cached(tmp_path, hops=0)
-    with pytest.raises(ValueError, match="walks >= 0"):
-        cached(tmp_path, walks=-1)
-
-
 def test_public_graph(nations, tmp_path):
     """Walks on a real graph stay inside the exact neighbourhood."""
     data = nations.triples["train"]
