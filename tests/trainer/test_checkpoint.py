@@ -82,7 +82,7 @@ def test_safetensors_of_another_program(tmp_path):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(RunError, match="no such file"):
+    with pytest.raises(RunError, match="No such file"):
         checkpoint.load(tmp_path / "last.safetensors")
 
 

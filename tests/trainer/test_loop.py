@@ -129,8 +129,7 @@ def test_sparse_steps_are_the_dense_ones(graph, name, loss):
     )
     for trainer in (dense, sparse):
         trainer.train()
-    assert sparse.model.entity.grad is not None
-    assert sparse.model.entity.grad.is_sparse
+    assert sparse.model.entity.grad is None  # stepped by its rows, not by the optimizer
     # Signs of nearly equal components (TransE) may differ by rounding, and then a step does.
     for ours, expected in zip(weights(sparse), weights(dense), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
@@ -437,7 +436,7 @@ def test_disk_full_at_a_checkpoint_keeps_the_previous(graph, tmp_path, monkeypat
 
 def test_checkpoint_of_another_model(graph, tmp_path):
     start(tmp_path / "run", SMALL, graph).train(until=1)
-    with pytest.raises(RunError, match=r"expected model\.entity of shape \(48, 32\), got shape"):
+    with pytest.raises(RunError, match=r"(?s)another model: .*entity.*\[48, 16\].*\[48, 32\]"):
         resume(tmp_path / "run", dim=32)
 
 
