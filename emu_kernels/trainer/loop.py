@@ -139,8 +139,6 @@ class Trainer:
                 negative=negative,
                 sample_weight=None if self._weights is None else self._weights(batch),
                 seed=derive_seed(config.seed, "mask", self.step),
-                backend=config.backend,
-                sparse_grad=config.sparse,
             )
         )
 

@@ -1,11 +1,8 @@
 """Models: a query from an entity and a relation, and the similarity that compares it.
 
 A model scores φ(query, candidate), where the query is all of the model except the entity that is
-predicted. Only φ over many candidates is heavy, and it lives in the kernels. This module holds
-a table of entities, a table of relations, and a small piece of ordinary PyTorch between them.
-
-A new model is a subclass with a name, and a field of :class:`ModelOptions` for each option of its
-own.
+predicted. Only φ over many candidates takes long, and the kernels compute it. A model here is a
+table of entities, a table of relations, and a small piece of ordinary PyTorch between them.
 """
 
 from __future__ import annotations
