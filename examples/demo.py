@@ -1,10 +1,10 @@
-"""Train DistMult on FB15k-237 twice, with the vanilla sampled softmax and with EMU, and compare.
+"""Train DistMult on FB15k-237 with the vanilla sampled softmax and with EMU, and compare.
 
-All go through the same kernels with the same model, batches, negatives and optimizer. Each is
-judged on the test split by its checkpoint with the best validation MRR. What EMU is compared with
-trains for as long: as many steps, and then on until it has had as many seconds.
+Both use the same kernels, model, batches, negatives and optimizer. The table shows test metrics of
+the checkpoint with the best validation MRR. The baseline trains at least as long as EMU, both in
+steps and in seconds.
 
-Run it with `make demo`, or `python examples/demo.py`; `--uls` adds EMU's loss without its mutation.
+Run it with `make demo` or `python examples/demo.py`; `--uls` adds EMU's loss without mutation.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def main() -> int:
 
 
 def train(graph: Graph, folder: Path, *, seconds: float = 0.0, **settings: Any) -> Trainer:
-    """Train for the steps of the settings, and then on until it has had `seconds` of training."""
+    """Train for the settings' number of steps, then until `seconds` have been spent on training."""
     config = settle(dataclasses.replace(SETTINGS, regularization=None, **settings))
     print(f"\n{folder.name}: backend {config.backend} on {config.device}", flush=True)
     trainer = Trainer(config, graph, RunFolder.create(folder, config, graph))

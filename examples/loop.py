@@ -45,7 +45,7 @@ class RotatE(nn.Module):
         )
 
     def forward(self, sample: Tensor, candidates: Tensor, mode: str) -> Tensor:
-        """(B, K): scores of candidates (B, K) in the place of the sample's heads or tails."""
+        """(B, K): scores of the sample with candidates (B, K) as its heads or tails."""
         difference = self.query(sample, mode)[:, None] - self.entity[candidates]
         return MARGIN - torch.stack(difference.chunk(2, dim=2)).norm(dim=0).sum(dim=2)
 
@@ -58,7 +58,7 @@ def batches(train: Tensor, entities: int, size: int, negatives: int) -> Iterator
     pairs = torch.cat([train[:, :2], train[:, [2, 1]] + torch.tensor([entities, 0])])
     _, pair, count = pairs.unique(dim=0, return_inverse=True, return_counts=True)
     of_head, of_tail = count[pair].split(len(train))
-    weight = (of_head + of_tail + 4).float().rsqrt()  # counts begin at 4, as the authors' do
+    weight = (of_head + of_tail + 4).float().rsqrt()  # counts start at 4, as the authors' do
     while True:
         for rows in torch.randperm(len(train)).split(size):
             for mode in ("tail-batch", "head-batch"):

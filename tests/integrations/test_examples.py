@@ -1,4 +1,4 @@
-"""The examples that show EMU in a hand-written loop and with a black-box scorer."""
+"""The examples: EMU in a hand-written loop and with a black-box scorer."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def black_box() -> ModuleType:
 
 @pytest.mark.parametrize("page", ["README.md", "docs/hand-written-loop.md"])
 def test_the_page_shows_what_changes(loop, page):
-    """A diff of the two losses' bodies, and no more lines than the text says."""
+    """A diff of the two losses' bodies, with as many lines as the README says."""
     names = ("vanilla_loss", "emu_loss")
     before, after = (inspect.getsource(getattr(loop, x)).splitlines()[1:] for x in names)
     diff = list(difflib.unified_diff(before, after, *names, lineterm="", n=1))
@@ -56,7 +56,7 @@ def test_the_page_shows_what_changes(loop, page):
 
 
 def test_loss_equals_our_trainers(loop, nations_graph):
-    """The same first values, batches and seeds: three steps of SGD on a real graph."""
+    """Three steps of SGD on a real graph, with the same initial values, batches and seeds."""
     graph = nations_graph
     config = Config(data="-", model="RotatE", mutation_rate=0.61, beta=0.53, alpha=0.11)
     ours = MODELS["RotatE"](
@@ -121,7 +121,7 @@ def mean(values: list[float]) -> float:
 def test_the_loop_learns_as_well_with_emu(loop, nations_graph):
     """Over seeds 0 to 4 the mean (and standard deviation) of the filtered MRR was 0.570 (0.015)
     with the self-adversarial loss and 0.624 (0.007) with EMU. So the difference of two means of two
-    seeds has a standard deviation of 0.012: three of them are noise.
+    seeds has a standard deviation of 0.012; up to three of those may be chance.
     """
     runs = [
         [loop.run(splits(nations_graph), steps=150, seed=seed, emu=emu) for seed in range(2)]
@@ -136,7 +136,7 @@ def test_the_black_box_learns_as_well_with_emu(black_box, nations_graph):
     """Over seeds 0 to 4 the mean (and standard deviation) of the filtered MRR after 200 steps was
     0.701 (0.027) without EMU and 0.692 (0.024) with it, after 400 steps 0.723 (0.018) and 0.725
     (0.032). So the difference of two means of two seeds has a standard deviation of 0.026 after 200
-    steps: three of them are noise.
+    steps; up to three of those may be chance.
     """
     graph = nations_graph
     known = torch.cat([graph.triples[split] for split in SPLITS])
@@ -153,7 +153,7 @@ def test_the_black_box_learns_as_well_with_emu(black_box, nations_graph):
 
 
 def test_black_box_loss_without_mutation_is_of_the_scores(black_box, nations_graph, monkeypatch):
-    """ULS and the vanilla term of the same scores, written out."""
+    """It is ULS plus the vanilla term of the same scores."""
     monkeypatch.setattr(black_box, "MUTATION_RATE", 0.0)
     torch.manual_seed(0)
     graph = nations_graph
