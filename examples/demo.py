@@ -23,22 +23,11 @@ from emu_kernels.trainer.datasets import FOLDER_VARIABLE, load_dataset
 from emu_kernels.trainer.errors import TrainerError
 from emu_kernels.trainer.evaluation import Metrics
 from emu_kernels.trainer.loop import Trainer, settle
+from emu_kernels.trainer.presets import PRESETS
 from emu_kernels.trainer.report import metrics_table
 from emu_kernels.trainer.run import RunFolder
 
-SETTINGS = Config(
-    dataset="FB15k-237",
-    model="DistMult",
-    dim=100,
-    batch_size=1000,
-    negatives=256,
-    mutation_rate=0.61,
-    beta=0.53,
-    alpha=0.11,
-    lr=0.1,
-    steps=5000,
-    eval_every=1000,
-)
+SETTINGS = Config(**PRESETS["distmult-fb15k-237"] | {"steps": 5000, "eval_every": 1000})
 
 LOCAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"  # beside a checkout
 
@@ -72,7 +61,7 @@ def main() -> int:
         metrics_table(
             {name: test_metrics(trainer) for name, trainer in rows.items()},
             steps=[f"{trainer.step:,}" for trainer in rows.values()],
-            best=[f"{(trainer.best or {})['step']:,}" for trainer in rows.values()],
+            best=[f"{trainer.best_step:,}" for trainer in rows.values()],
             training=[f"{trainer.seconds:.0f} s" for trainer in rows.values()],
         )
     )

@@ -37,10 +37,10 @@ from .sparse import adagrad_step
 
 
 class Trainer:
-    """One run: a model, its optimizer, and where it stands.
+    """One run: a model, its optimizer, and its progress.
 
-    Everything drawn is a function of (seed, step), so a checkpoint (model, optimizer, step)
-    determines all that follows.
+    Everything random is a function of (seed, step), so a checkpoint (model, optimizer, step)
+    determines the rest of the run.
 
     Args:
         config: the settings.
@@ -70,14 +70,14 @@ class Trainer:
         )
 
         self.step = 0  # steps done
-        self.seconds = 0.0  # spent on them, evaluation left out
+        self.seconds = 0.0  # spent on them, without evaluation
         self.best: dict[str, Any] | None = None  # the best validation: step and metrics
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self._loss_count = 0  # steps since the last log line
 
     @classmethod
     def resume(cls, config: Config, graph: Graph, run: RunFolder) -> Trainer:
-        """Continue from the run's last checkpoint, or from the start where there is none."""
+        """Continue from the run's last checkpoint, or from the start if there is none."""
         run.check_mask_contract()
         trainer = cls(config, graph, run)
         if run.last_file.exists():
@@ -86,25 +86,34 @@ class Trainer:
         return trainer
 
     def train(self, until: int | None = None) -> bool:
-        """Run steps until `until` (the config's steps), evaluating and saving on the way.
+        """Train until step `until` (default: the config's steps), evaluating and saving on the way.
 
-        Ctrl-C (or SIGTERM) ends it after the current step, saved; a second Ctrl-C ends it at once.
+        Ctrl-C or SIGTERM stops it after the current step and a checkpoint, a second one at once.
 
         Returns:
-            Whether it got there; False after Ctrl-C.
+            Whether it reached `until`; False after Ctrl-C.
 
         Raises:
             TrainingError: the loss is not finite.
             RunError: something could not be written.
         """
-        until = self.config.steps if until is None else until
-        with stop_signals() as stop, self._progress(until) as bar:
+        config = self.config
+        until = config.steps if until is None else until
+        bar = tqdm(
+            total=until * config.batch_size,
+            initial=self.step * config.batch_size,
+            desc=f"{config.model} {config.loss}",
+            unit="triple",
+            unit_scale=True,
+            disable=None,  # shown on a terminal only
+        )
+        with stop_signals() as stop, bar:
             started = time.perf_counter()
             while self.step < until and not stop.is_set():
                 self._train_step()
-                bar.update(self.config.batch_size)
-                log = self.step % self.config.log_every == 0
-                evaluate = self.step % self.config.eval_every == 0 or self.step == until
+                bar.update(config.batch_size)
+                log = self.step % config.log_every == 0
+                evaluate = self.step % config.eval_every == 0 or self.step == until
                 if not (log or evaluate):
                     continue
                 loss = self._mean_loss()
@@ -125,8 +134,8 @@ class Trainer:
         batch = self._batches(self.step)
         negative = self._negatives(self.step, batch)
 
-        # The query's rows are a leaf of their own: their gradient is (B, D) and is added to the
-        # table's below, where autograd would build a second (N, D) buffer for it.
+        # The query's rows are detached: their (B, D) gradient is added to the table's below, while
+        # autograd would allocate a second (N, D) buffer for it.
         rows = model.entity.detach()[batch.given].requires_grad_()
         relations = embedding(batch.relation, model.relation)
         loss = LOSSES[config.loss](
@@ -242,11 +251,11 @@ class Trainer:
 
     @property
     def best_step(self) -> int:
-        """The step of the best validation, or the current one where there was none."""
+        """The step of the best validation, or the current one if there was none."""
         return self.best["step"] if self.best else self.step
 
     def best_model(self) -> Model:
-        """The model of the best validation, or the current one where nothing was written."""
+        """The model of the best validation, or the current one if nothing was written."""
         if self.run is None or not self.run.best_file.exists():
             return self.model
         return self.run.load_model(self.graph)[0].to(self.device)
@@ -266,20 +275,9 @@ class Trainer:
     def _model_tensors(self) -> dict[str, Tensor]:
         return {f"model.{name}": parameter for name, parameter in self.model.named_parameters()}
 
-    def _progress(self, until: int) -> tqdm:
-        size = self.config.batch_size
-        return tqdm(
-            total=until * size,
-            initial=self.step * size,
-            desc=f"{self.config.model} {self.config.loss}",
-            unit="triple",
-            unit_scale=True,
-            disable=None,  # shown on a terminal only
-        )
-
 
 def settle(config: Config) -> Config:
-    """The config with its backend named, once it is clear that device and backend can run here.
+    """The config with its backend's name, after a check that device and backend can run here.
 
     Raises:
         ConfigError: they cannot; says why.

@@ -199,18 +199,14 @@ def _collect(
     chunk_size: int,
     description: str,
 ) -> Neighbourhoods:
-    """Compute chunk after chunk of the entities that have neighbours at all."""
+    """Compute the neighbourhoods chunk by chunk, of entities that have neighbours."""
     sources = graph.sizes.nonzero().flatten()
     sizes = torch.zeros_like(graph.sizes)
     indices = [graph.indices.new_empty(0)]
-    # disable=None shows the bar on a terminal only.
-    count = len(sources)
-    with tqdm(total=count, desc=description, unit="entity", unit_scale=True, disable=None) as bar:
-        for part in sources.split(chunk_size) if len(sources) else ():
-            counts, found = chunk(part)
-            sizes[part] = counts
-            indices.append(found.int())
-            bar.update(len(part))
+    parts = sources.split(chunk_size) if len(sources) else ()
+    for part in tqdm(parts, desc=description, disable=None):  # shown on a terminal only
+        sizes[part], found = chunk(part)
+        indices.append(found.int())
     return Neighbourhoods(_offsets(sizes), torch.cat(indices))
 
 

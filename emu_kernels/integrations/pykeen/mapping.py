@@ -40,7 +40,7 @@ class Query(NamedTuple):
 
 
 MakeQuery = Callable[[SideName, Parts, Parts], Query]
-"""(side that is corrupted, the given entity, the relation) -> the query."""
+"""(corrupted side, given entity, relation) -> query"""
 
 
 def flat(parts: Parts, batch_dims: int = 1) -> Tensor:
@@ -81,12 +81,12 @@ def _average(side: SideName, given: Parts, relation: Parts) -> Query:
 def _norm(interaction: Interaction) -> str | None:
     assert isinstance(interaction, NormBasedInteraction)
     if interaction.p == 1:
-        return "l1"  # its own power
+        return "l1"  # power_norm changes nothing
     return "l2" if interaction.p == 2 and not interaction.power_norm else None
 
 
 class Mapping(NamedTuple):
-    """A similarity by the kernels' name, and the query that it takes."""
+    """The kernels' name of a similarity, and the query for it."""
 
     similarity: str
     query: MakeQuery
