@@ -52,7 +52,7 @@ BatchSampler = Callable[[int], Batch]
 
 
 class AlternatingBatches:
-    """Training triples, epoch after epoch, each in its own order; tails and heads in turn.
+    """Training triples, each epoch in its own order; batches for tails and heads alternate.
 
     Epochs follow each other without a gap: a batch may end one epoch and begin the next, so every
     batch is full and every triple is seen once an epoch.
@@ -66,7 +66,7 @@ class AlternatingBatches:
         self._columns = triples.T.contiguous()  # (3, M)
         self._batch_size = batch_size
         self._seed = seed
-        # A batch touches two epochs at a border, or more where it is larger than the graph.
+        # A batch touches two epochs at a border, or more if it is larger than the graph.
         self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
 
     def __call__(self, step: int) -> Batch:

@@ -11,8 +11,7 @@ approximation consists of the entities where walks of k hops *end*, so a nearer 
 if a walk turned back. This module does the same, with three differences:
 
 - an entity is not its own neighbour, and triples that link an entity to itself are no edges;
-- all walks of an entity start from it: in the program, each goes on from where the one before
-  ended (the neighbours to choose from are not reset);
+- all walks of an entity start from it: in the program, each starts where the previous one ended;
 - an entity without neighbours has an empty neighbourhood, and the sampler draws its negatives
   uniformly at every step, not from one fixed sample.
 
@@ -109,10 +108,10 @@ def adjacency(triples: Tensor, num_entities: int) -> Neighbourhoods:
 
 
 def k_hop(graph: Neighbourhoods, hops: int) -> Neighbourhoods:
-    """Everything within `hops` hops of each entity, but not the entity itself.
+    """All entities within `hops` hops of each entity, except the entity itself.
 
-    Its result is large where the graph is dense (on FB15k-237, 3 hops reach nearly all entities
-    from nearly everywhere: 0.8 GB); :func:`random_walks` keeps a bounded number.
+    The result is large if the graph is dense (0.8 GB for 3 hops on FB15k-237, which reach nearly
+    all entities from nearly everywhere); :func:`random_walks` keeps a bounded number.
     """
     count = len(graph.sizes)
     indices = graph.indices.long()
@@ -135,7 +134,7 @@ def k_hop(graph: Neighbourhoods, hops: int) -> Neighbourhoods:
 
 
 def random_walks(graph: Neighbourhoods, hops: int, walks: int, seed: int) -> Neighbourhoods:
-    """Where `walks` random walks of `hops` hops from each entity end, but not the entity itself.
+    """The ends of `walks` random walks of `hops` hops from each entity, except the entity itself.
 
     A hop goes to each neighbour with equal probability, however many triples lead there.
     """

@@ -1,4 +1,4 @@
-"""The run folder: everything a run leaves behind, and everything that continuing it needs.
+"""The run folder: the results of a run, and what is needed to continue it.
 
 ==========================  ===========================================================
 ``config.json``             settings, versions, the graph's sizes
@@ -9,7 +9,7 @@
 ``best.safetensors``        the model with the best validation MRR
 ``embeddings.safetensors``  the best model's embeddings, with names
 ``entities.tsv``            the same as text: name, then values; a line an entity
-``relations.tsv``           likewise
+``relations.tsv``           the same for relations
 ==========================  ===========================================================
 """
 
@@ -71,7 +71,7 @@ class RunFolder:
         """An existing run folder.
 
         Raises:
-            RunError: it is none.
+            RunError: the folder holds no run.
         """
         run = cls(path)
         if not run.config_file.is_file():
@@ -155,7 +155,7 @@ class RunFolder:
         checkpoint.write_atomically(self.metrics_file, lambda file: file.write_text("".join(kept)))
 
     def load_model(self, graph: Graph) -> tuple[Model, dict[str, Any]]:
-        """The best model, or the last one where no evaluation was made; its checkpoint's state."""
+        """The best model, or the last one if there was no evaluation; its checkpoint's state."""
         file = self.best_file if self.best_file.exists() else self.last_file
         tensors, state = checkpoint.load(file)
         model = new_model(self.read_config(), graph)
@@ -171,7 +171,7 @@ class RunFolder:
 
 
 def new_model(config: Config, graph: Graph) -> Model:
-    """A model as it is before the first step, the same on every device."""
+    """A model with its initial values, the same on every device."""
     cls = MODELS[config.model]
     return cls(
         graph.num_entities,
