@@ -62,9 +62,8 @@ class Trainer:
         self.evaluator = Evaluator(graph, self.device)
 
         train = graph.triples["train"].to(self.device)
-        make_batches = CORRUPTIONS[config.corruption].make
-        self._batches = make_batches(config, graph, train, config.seed)
-        self._negatives = new_negatives(config, graph, train, config.seed)
+        self._batches = CORRUPTIONS[config.corruption].make(config, graph, train)
+        self._negatives = new_negatives(config, graph, train)
         self._weights = (
             SubsamplingWeights(train, graph.num_relations) if config.subsampling else None
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import pooch
 import torch
@@ -16,6 +16,9 @@ from .data import DIRECTIONS, Direction, Graph, split_triples
 from .frequency import BernoulliBatches
 from .neighbourhood import StructureAwareNegatives, cached_neighbourhoods
 from .settings import AT_LEAST_0, AT_LEAST_1, Choice, setting
+
+if TYPE_CHECKING:
+    from .config import Config
 
 T = TypeVar("T")
 
@@ -144,26 +147,23 @@ class FilteredNegatives:
         return negative
 
 
-def _structure_aware(
-    options: SamplingOptions, graph: Graph, train: Tensor, seed: int
-) -> NegativeSampler:
+def _structure_aware(config: Config, graph: Graph, train: Tensor) -> NegativeSampler:
     neighbourhoods = cached_neighbourhoods(
         train,
         graph.num_entities,
-        hops=options.hops,
-        walks=options.walks,
-        seed=seed,
+        hops=config.hops,
+        walks=config.walks,
+        seed=config.seed,
         folder=Path(pooch.os_cache("emu-kernels")) / "neighbourhoods",
     )
-    return StructureAwareNegatives(neighbourhoods, options.negatives, seed, train.device)
+    return StructureAwareNegatives(neighbourhoods, config.negatives, config.seed, train.device)
 
 
 @dataclass(frozen=True)
 class Sampler(Choice, Generic[T]):
-    """Makes a :class:`BatchSampler` or :class:`NegativeSampler` of options, graph, training
-    triples (M, 3) on the device to train on, and seed."""
+    """Makes a :class:`BatchSampler` or a :class:`NegativeSampler`."""
 
-    make: Callable[[SamplingOptions, Graph, Tensor, int], T]
+    make: Callable[[Config, Graph, Tensor], T]  # of the training triples (M, 3), on the device
     shares_sets: bool = False  # supports rows_per_set
 
 
@@ -171,13 +171,13 @@ CORRUPTIONS: dict[str, Sampler[BatchSampler]] = {
     "alternate": Sampler(
         "tails and heads in turn",
         (),
-        lambda options, graph, train, seed: AlternatingBatches(train, options.batch_size, seed),
+        lambda config, graph, train: AlternatingBatches(train, config.batch_size, config.seed),
     ),
     "bernoulli": Sampler(
         "by the relation's Bernoulli probability",
         (),
-        lambda options, graph, train, seed: BernoulliBatches(
-            train, graph.num_relations, options.batch_size, seed
+        lambda config, graph, train: BernoulliBatches(
+            train, graph.num_relations, config.batch_size, config.seed
         ),
     ),
 }
@@ -186,11 +186,11 @@ SAMPLERS: dict[str, Sampler[NegativeSampler]] = {
     "uniform": Sampler(
         "all entities",
         (),
-        lambda options, graph, train, seed: UniformNegatives(
+        lambda config, graph, train: UniformNegatives(
             graph.num_entities,
-            options.batch_size // options.rows_per_set,
-            options.negatives,
-            seed,
+            config.batch_size // config.rows_per_set,
+            config.negatives,
+            config.seed,
             train.device,
         ),
         shares_sets=True,
@@ -224,12 +224,10 @@ class SamplingOptions:
     )
 
 
-def new_negatives(
-    options: SamplingOptions, graph: Graph, train: Tensor, seed: int
-) -> NegativeSampler:
-    """The sampler that the options name, filtered if they ask for it."""
-    negatives = SAMPLERS[options.sampler].make(options, graph, train, seed)
-    if not options.filter_negatives:
+def new_negatives(config: Config, graph: Graph, train: Tensor) -> NegativeSampler:
+    """The sampler that the config names, filtered if it says so."""
+    negatives = SAMPLERS[config.sampler].make(config, graph, train)
+    if not config.filter_negatives:
         return negatives
     known = KnownTriples(train, graph.num_entities, graph.num_relations)
     return FilteredNegatives(negatives, known)
