@@ -1,9 +1,9 @@
-"""EMU for a score that is no similarity: an MLP on features that a graph network computes.
+"""EMU for a score that is not a similarity: an MLP on features that a graph network computes.
 
 A relational message-passing layer gives every node a feature vector, and an MLP scores the three
-vectors of a triple: a small relative of link predictors that end in an MLP on node features
-(NBFNet, Zhu et al., 2021). No kernel knows such a score, so `emu_mutate` mutates the candidates'
-features, and `uls_cross_entropy` is the loss of the scores.
+vectors of a triple: a small version of link predictors that end in an MLP on node features
+(NBFNet, Zhu et al., 2021). No kernel computes such a score, so `emu_mutate` mutates the candidates'
+features, and `uls_cross_entropy` computes the loss from the scores.
 
     python examples/black_box.py path/to/umls            # with EMU; --vanilla: without
 """
@@ -32,14 +32,14 @@ class LinkPredictor(nn.Module):
         super().__init__()
         self.register_buffer("train_triples", train)
         self.start = nn.Parameter(torch.randn(entities, dim))
-        self.relation = nn.Parameter(torch.randn(2 * relations, dim))  # and back, for the messages
+        self.relation = nn.Parameter(torch.randn(2 * relations, dim))  # and their inverses
         self.relations = relations
         self.self_loop = nn.Linear(dim, dim)
         self.message = nn.Linear(dim, dim)
         self.score = nn.Sequential(nn.Linear(3 * dim, 2 * dim), nn.ReLU(), nn.Linear(2 * dim, 1))
 
     def features(self) -> Tensor:
-        """(N, d): each node's own vector and the mean of its neighbours' messages."""
+        """(N, d): from each node's own vector and the mean of its neighbours' messages."""
         head, relation, tail = self.train_triples.T
         source, target = torch.cat([head, tail]), torch.cat([tail, head])
         kind = torch.cat([relation, relation + self.relations])
@@ -49,7 +49,7 @@ class LinkPredictor(nn.Module):
         return (self.self_loop(self.start) + total / degree[:, None]).relu()
 
     def forward(self, head: Tensor, relation: Tensor, tail: Tensor) -> Tensor:
-        """(...): scores of head and tail features (..., d) and relations (...), broadcast."""
+        """(...): scores of head and tail features (..., d) and relation ids (...), broadcast."""
         parts = torch.broadcast_tensors(head, self.relation[relation], tail)
         return self.score(torch.cat(parts, dim=-1)).squeeze(-1)
 
@@ -57,7 +57,7 @@ class LinkPredictor(nn.Module):
 def step_loss(
     model: LinkPredictor, triples: Tensor, negative: Tensor, *, heads: bool, emu: bool
 ) -> Tensor:
-    """The loss of (B, 3) triples with negatives (B, K) in the place of their heads or tails."""
+    """The loss of triples (B, 3); negatives (B, K) replace their heads or tails."""
     x = model.features()
     head, relation, tail = x[triples[:, 0]], triples[:, 1], x[triples[:, 2]]
     candidates = x[negative]  # (B, K, d)
@@ -96,7 +96,7 @@ def train(
 
 @torch.no_grad()
 def filtered_mrr(model: LinkPredictor, triples: Tensor, known: Tensor) -> float:
-    """Of both directions."""
+    """The mean over both directions; `known` are the triples of all splits."""
     x = model.features()
     reciprocal = []
     for triple in triples:

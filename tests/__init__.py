@@ -1,1 +1,1 @@
-"""A package, so that no other of this name, which some libraries install, hides it."""
+"""Makes this a package: some libraries install a top-level ``tests``, which would hide it."""

@@ -1,6 +1,6 @@
-"""Fixtures that run a test once for each backend, and which tests are slow.
+"""Fixtures that run a test once for each backend, and the marks of slow tests.
 
-A new backend joins every test of the operator as soon as it is registered.
+A registered backend takes part in every test of the operators.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    # Before anything imports Triton: its kernels then run on the CPU, and join the tests.
+    # Before anything imports Triton: its kernels then run in its interpreter, on the CPU.
     os.environ["TRITON_INTERPRET"] = "1"
 
 from emu_kernels import backends
@@ -30,8 +30,11 @@ if interpreted() and backends.get("triton").unavailable() is None:
     _patched: set[str] = set()
 
     def _call_once_patched(self: InterpretedFunction, *args: object, **kwargs: object) -> object:
-        """A device function's call without patching Triton's language anew, half of a test's time:
-        the kernel that calls has done it, and nothing undoes it in Triton's own modules."""
+        """Call a device function without patching Triton's language again.
+
+        The calling kernel has done so already, and Triton's own modules stay patched. Patching at
+        each call takes half of a test's time.
+        """
         module = self.fn.__globals__["__name__"]
         if module.startswith("triton.") and module not in _patched:
             _patched.add(module)
@@ -44,11 +47,11 @@ if interpreted() and backends.get("triton").unavailable() is None:
 TOGETHER = (
     "tests/test_packaging.py",  # a wheel and an sdist
     "tests/triton/test_aot.py",  # the kernels, compiled for GPUs
-    "tests/ops/test_autograd.py::test_opcheck[cpu",  # the recorded calls, of each backend
+    "tests/ops/test_autograd.py::test_opcheck[cpu",  # the recorded calls of each backend
     "tests/ops/test_autograd.py::test_opcheck[cuda",
     "tests/ops/test_autograd.py::test_opcheck[triton",
 )
-"""Tests that share what takes long to make: one worker runs all that begin with the same path."""
+"""Tests that share a slow preparation: one worker runs all whose path begins with one of these."""
 
 
 def pytest_configure() -> None:
@@ -112,7 +115,7 @@ def _device(name: str) -> torch.device:
 
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Where the tensors of this test's ``backend`` or ``kernel`` have to be."""
+    """The device that the test's ``backend`` or ``kernel`` needs its tensors on."""
     name = "backend" if "backend" in request.fixturenames else "kernel"
     return _device(request.getfixturevalue(name))
 
@@ -127,7 +130,7 @@ def compiled(request: pytest.FixtureRequest, device: torch.device) -> None:
 
 @pytest.fixture
 def threads() -> Iterator[None]:
-    """Puts torch's number of threads back."""
+    """Restores torch's number of threads after the test."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)

@@ -1,12 +1,12 @@
-"""The cases that stay in the quick tests, where a test's whole grid takes too long.
+"""Which cases of the longest tests belong to the quick tests.
 
-Without a GPU its kernels are emulated: Triton's by Triton's interpreter, the CUDA ones by their
-sources compiled for the CPU. That shows the same mistakes, a hundred to a thousand times slower.
-So `make test` runs some cases of the longest tests, and `make test-all` runs them all.
+Without a GPU, GPU kernels are emulated: Triton's interpreter runs Triton's, and the CUDA sources
+are compiled for the CPU. This finds the same mistakes, a hundred to a thousand times slower. So
+`make test` runs some cases of the longest tests, and `make test-all` runs all of them.
 
-A test that is not named here keeps all its cases in both. Of one that is, for the backend of that
-name, the cases whose parameters fully match the regular expression stay; `tests/conftest.py` marks
-the others `slow`. The parameters are the part of a test's id in brackets, without the backend.
+A test without an entry here runs all its cases in both. For a test and backend with an entry, the
+cases whose parameters fully match the regular expression are quick; `tests/conftest.py` marks the
+others `slow`. The parameters are the part of a test's id in brackets, without the backend.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from emu_kernels.similarity import SIMILARITIES
 
 class Quick(NamedTuple):
     test: str
-    """Its file and name, below tests/."""
+    """File and name of the test, relative to tests/."""
     backend: str
-    """Of the parameter ``kernel`` or ``backend``; "" for a test that has no such parameter."""
+    """The value of the parameter ``kernel`` or ``backend``; "" for a test without either."""
     stay: str
-    """A regular expression for the parameters of the cases that stay."""
+    """A regular expression for the parameters of the quick cases."""
     why: str
 
 
@@ -165,7 +165,7 @@ def backend_of(item: pytest.Item) -> str:
 
 
 def mark_slow(items: Sequence[pytest.Item]) -> list[str]:
-    """Mark what QUICK does not keep; name the entries that match no case."""
+    """Mark the cases that QUICK does not keep; return the entries that match no case."""
     rules = {(rule.test, rule.backend): rule for rule in QUICK}
     assert len(rules) == len(QUICK), "a test has two entries for one backend"
     unused = {rule: {"a case", "a case that stays"} for rule in QUICK}
@@ -189,7 +189,7 @@ def mark_slow(items: Sequence[pytest.Item]) -> list[str]:
 
 
 def absent(items: Sequence[pytest.Item]) -> list[str]:
-    """Name each backend and similarity that the quick tests never have together."""
+    """The pairs of a backend and a similarity that no quick test has."""
     quick = {
         (backend_of(item), parameters(item).get("similarity"))
         for item in items

@@ -1,12 +1,12 @@
-"""Random calls of the installed package, written to a file, and two such files compared to the bit.
+"""Write the results of random calls to a file; compare two such files bit for bit.
 
-To show that a change keeps results on the CPU, run this with the package before and after::
+To show that a change keeps results on the CPU, run this with the package before and after it::
 
     python tests/same_bits.py record /tmp/before.pt --calls 2000
     python tests/same_bits.py record /tmp/after.pt --calls 2000
     python tests/same_bits.py compare /tmp/before.pt /tmp/after.pt
 
-It uses public functions only, so that it runs against older versions too.
+It uses public functions only, so it also runs with older versions.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from torch import Tensor
 import emu_kernels as emu
 
 HALVES = {"dot": 1, "l1": 1, "l2": 1, "rotate": 2, "hake": 2, "protate": 1}
-SCALES = {"l1": 1, "l2": 1, "hake": 2}  # D over this is the width of a scale
+SCALES = {"l1": 1, "l2": 1, "hake": 2}  # a scale's width is D divided by this
 WEIGHTS = {"hake": 2, "protate": 1}
 
 
 def record(call: int) -> list[Tensor]:
-    """Everything that the random call number ``call`` returns, gradients included."""
+    """All results of random call number ``call``, including gradients."""
     choose = random.Random(call)
     torch.manual_seed(call)
     similarity = choose.choice(list(HALVES))

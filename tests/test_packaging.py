@@ -1,6 +1,6 @@
-"""The package as users get it: built without torch, installed elsewhere, imported from there.
+"""The package as users get it: built without torch, and imported from where it is installed.
 
-Everything is built offline, with the tools that are installed for the tests. There are two builds:
+Everything is built offline, with the build tools of the test environment. There are two builds:
 a wheel from the source tree, and a wheel from the sdist. Both leave out the CUDA kernels, which
 take minutes to compile.
 """
@@ -35,7 +35,7 @@ CPU_SOURCES = sorted(ROOT.glob("csrc/cpu/*.cpp"))
 
 
 def run(*command: str | Path, cwd: Path, env: dict[str, str] | None = None) -> str:
-    """Output of a command that must succeed, standard error included."""
+    """Output of a command that must succeed, including standard error."""
     done = subprocess.run(
         command, cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -44,7 +44,7 @@ def run(*command: str | Path, cwd: Path, env: dict[str, str] | None = None) -> s
 
 
 def python(*arguments: str, cwd: Path, path: Path | None = None) -> str:
-    """Output of a Python of its own, with ``path`` alone in PYTHONPATH."""
+    """Output of a separate Python process whose PYTHONPATH is ``path``."""
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     if path is not None:
         env["PYTHONPATH"] = str(path)
@@ -73,7 +73,7 @@ def strict_env(build_env: dict[str, str]) -> dict[str, str]:
     folders = os.environ["PATH"].split(os.pathsep)
     env = build_env | {
         "CMAKE_ARGS": f"{WITHOUT_CUDA} -DCMAKE_COMPILE_WARNING_AS_ERROR=ON",
-        "CXX": compiler,  # it may lie in one of the folders that go
+        "CXX": compiler,  # may be in a folder that is removed from PATH
         "PATH": os.pathsep.join(f for f in folders if not shutil.which("nvcc", path=f)),
     }
     env.pop("CUDA_HOME", None)
@@ -123,9 +123,9 @@ sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in getattr(f, "__
 
 
 def unpack_wheel(wheel: Path, folder: Path) -> Path:
-    """Install the wheel, alone, into a folder.
+    """Install only the wheel into a folder.
 
-    An editable install, such as this environment has, would offer the modules that are not in it.
+    This environment's editable install would hide that a module is missing from the wheel.
     """
     pip = (sys.executable, "-m", "pip", "install", "--no-deps", "--no-index")
     run(*pip, "--target", folder, wheel, cwd=folder.parent)
@@ -165,7 +165,7 @@ def test_wheel_from_sdist_runs(sdist_build: Path, tmp_path: Path) -> None:
 
 
 def test_instruction_sets_share_no_code(sdist_build: Path) -> None:
-    """Of a function in two object files the linker keeps one: it must not be one with AVX in it."""
+    """The linker keeps one copy of a function in several object files: it must not use AVX."""
     objects = {path.name: path for path in sdist_build.glob("build/**/*.o")}
     assert "dispatch.cpp.o" in objects
     mergeable = {
@@ -303,7 +303,7 @@ def test_unusable_compiler_is_said_in_words(
 
 @pytest.mark.parametrize("wanted", ["AUTO", "ON"])
 def test_old_nvcc_is_said_in_words(wanted: str, build_env: dict[str, str], tmp_path: Path) -> None:
-    """CUDA_HOME comes first; what it has must be recent enough, if CUDA is asked for."""
+    """CUDA_HOME takes precedence; if CUDA is requested, its nvcc must be recent enough."""
     nvcc = tmp_path / "cuda/bin/nvcc"
     nvcc.parent.mkdir(parents=True)
     nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 11.8, V11.8.89'\n")

@@ -1,4 +1,4 @@
-"""EMU in trainers that exist already. Nothing here is imported unless it is asked for.
+"""EMU in other libraries' trainers. Import the one that you need:
 
 - :mod:`emu_kernels.integrations.pykeen`: a training loop for PyKEEN's pipeline (docs/pykeen.md)
 - :mod:`emu_kernels.integrations.pyg`: the loss of PyTorch Geometric's models (docs/pyg.md)

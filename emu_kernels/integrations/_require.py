@@ -1,4 +1,4 @@
-"""Is an integration's library there, and new enough?"""
+"""Checks that an integration's library is installed, in a recent enough version."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 
 def require(distribution: str, minimum: tuple[int, ...], *, extra: str) -> None:
-    """Say what to install unless ``distribution`` is there in version ``minimum`` or a later one.
+    """Raise an error that says what to install, unless ``minimum`` or a later version is installed.
 
     Raises:
         ImportError: it is missing or too old.

@@ -2,22 +2,25 @@
 
 A thin trainer: ordinary PyTorch around one call of :func:`emu_kernels.fused_emu_loss` a step.
 
-=============== ====================================================================
-``data``        triples, vocabularies, files and archives
-``datasets``    the public datasets by name: addresses, checksums, cache
-``models``      a query for each model, and the similarity that compares it
-``losses``      the objectives of a step
-``sampling``    negatives, as functions of (seed, step, batch)
-``batches``     seeds, and batches as functions of (seed, step)
-``presets``     settings by name
-``config``      all settings of a run; ``settings`` makes flags and checks of them
-``evaluation``  filtered ranking in both directions
-``loop``        the training loop
-``run``         the run folder: config, metrics, checkpoints, embeddings
-``checkpoint``  files that a kill at any moment leaves readable
-``cli``         ``emu-train``
-``predict``     ``emu-predict``
-=============== ====================================================================
+================= ====================================================================
+``data``          triples, vocabularies, files and archives
+``datasets``      the public datasets by name: addresses, checksums, cache
+``models``        a query for each model, and the similarity that compares it
+``losses``        the objectives of a step
+``batches``       seeds, and batches as functions of (seed, step)
+``frequency``     Bernoulli batches, subsampling weights
+``sampling``      negatives as functions of (seed, step, batch), filtering
+``neighbourhood`` structure-aware negatives
+``presets``       settings by name
+``config``        all settings of a run; ``settings`` makes flags and checks of them
+``evaluation``    filtered ranking in both directions
+``loop``          the training loop; ``sparse`` is its step for very large tables
+``run``           the run folder: config, metrics, checkpoints, embeddings
+``checkpoint``    files that stay readable if the program is killed at any moment
+``report``        tables and plots of metrics
+``cli``           ``emu-train``
+``predict``       ``emu-predict``
+================= ====================================================================
 """
 
 from importlib.util import find_spec

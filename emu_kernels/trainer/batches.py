@@ -1,9 +1,8 @@
 """Seeds, and the batches of training triples.
 
-Each is a pure function of the run's seed and the step, and keeps no state that a checkpoint would
-have to hold: the order of an epoch, a block of negatives and a step's mask are each drawn from a
-generator seeded with (seed, stream, index). So a resumed run draws what the uninterrupted run
-would have drawn, wherever it was cut.
+Each is a pure function of the run's seed and the step, so a checkpoint holds no sampler state: the
+order of an epoch, a block of negatives and a step's mask are each drawn from a generator seeded
+with (seed, stream, index). A resumed run draws what the uninterrupted run would have drawn.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,17 +47,15 @@ class Batch(NamedTuple):
         return self.tail if self.direction == "tail" else self.head
 
 
-class BatchSampler(Protocol):
-    """Draws the batch of a step: a pure function of the step (and of a seed held inside)."""
-
-    def __call__(self, step: int) -> Batch: ...
+BatchSampler = Callable[[int], Batch]
+"""Draws the batch of a step: a pure function of the step (and of a seed held inside)."""
 
 
 class AlternatingBatches:
-    """Training triples, epoch after epoch, each in its own order; tails and heads in turn.
+    """Training triples, each epoch in its own order; batches for tails and heads alternate.
 
-    Epochs follow each other without a gap: a batch that crosses the border takes its rest from
-    the next one, so every batch is full and every triple is seen once an epoch.
+    Epochs follow each other without a gap: a batch may end one epoch and begin the next, so every
+    batch is full and every triple is seen once an epoch.
 
     Args:
         triples: (M, 3) on the device to train on, M > 0.
@@ -69,7 +66,7 @@ class AlternatingBatches:
         self._columns = triples.T.contiguous()  # (3, M)
         self._batch_size = batch_size
         self._seed = seed
-        # A batch touches two epochs at a border, or more where it is larger than the graph.
+        # A batch touches two epochs at a border, or more if it is larger than the graph.
         self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
 
     def __call__(self, step: int) -> Batch:
@@ -90,11 +87,9 @@ class AlternatingBatches:
 
 def stream_columns(epoch: Callable[[int], Tensor], size: int, start: int, count: int) -> Tensor:
     """(C, count): columns of the endless row epoch(0), epoch(1), ..., each (C, size), size > 0."""
-    index, start = divmod(start, size)
-    pieces = [epoch(index)[:, start : start + count]]
-    missing = count - pieces[0].shape[1]
-    while missing > 0:
-        index += 1
-        pieces.append(epoch(index)[:, :missing])
-        missing -= pieces[-1].shape[1]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+    end = start + count
+    pieces = [
+        epoch(i)[:, max(0, start - i * size) : end - i * size]
+        for i in range(start // size, (end - 1) // size + 1)
+    ]
+    return torch.cat(pieces, dim=1)

@@ -22,7 +22,7 @@ from .errors import RunError
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file, then put it in the place of `path`.
+    """Let `write` fill a temporary file, then rename it to `path`.
 
     Raises:
         RunError: it could not be written (a full disk, say); a previous `path` is untouched.
@@ -32,8 +32,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         write(temporary)
         _flush_to_disk(temporary)
         temporary.replace(path)
-        if os.name == "posix":
-            _flush_to_disk(path.parent)  # the renaming itself
+        _flush_to_disk(path.parent)  # the renaming itself
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
         kept = "; the previous one is intact" if path.exists() else ""
@@ -41,7 +40,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -51,9 +50,8 @@ def _flush_to_disk(path: Path) -> None:
 def save(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
     """Write tensors and a JSON-serialisable state as one file."""
     contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {"state": json.dumps(state)}
     # Not save_file, whose files only their owner may read.
-    content = serialize(contents, metadata)
+    content = serialize(contents, {"state": json.dumps(state)})
     write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
@@ -61,13 +59,11 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what :func:`save` wrote.
 
     Raises:
-        RunError: there is no such file, or it is something else.
+        RunError: there is no such file, or it is not a checkpoint.
     """
-    if not path.is_file():
-        raise RunError(f"{path}: no such file")
     try:
-        # One read: safe_open would open the file by name again for its tensors, and could find
-        # that a training run has put the next checkpoint in its place meanwhile.
+        # One read: safe_open opens the file twice, for state and tensors, and a training run might
+        # have replaced it in between.
         content = path.read_bytes()
         tensors = deserialize(content)
         header_size = int.from_bytes(content[:8], "little")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .config import ADJUSTABLE, Config
-from .data import Graph, load_graph
+from .data import load_graph
 from .datasets import load_dataset
 from .errors import ConfigError, TrainerError
 from .loop import Trainer, settle
@@ -56,11 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(options: dict[str, Any]) -> int:
-    resume, run_dir = options.pop("resume", None), options.pop("run_dir", None)
-    if resume is not None:
-        trainer = _resume(Path(resume), options, run_dir)
-    else:
-        trainer = _start(options, run_dir)
+    trainer = _resume(options) if "resume" in options else _start(options)
     assert trainer.run is not None
     folder = trainer.run.path
     print(trainer.graph.summary())
@@ -74,36 +70,37 @@ def _train(options: dict[str, Any]) -> int:
         print(f"stopped at step {trainer.step}; go on with: emu-train --resume {folder}")
         return INTERRUPTED
     if metrics := trainer.finish():
-        step = trainer.best["step"] if trainer.best else trainer.step
-        print(f"test, filtered, both directions, the model of step {step}:")
+        print(f"test, filtered, both directions, the model of step {trainer.best_step}:")
         print(metrics_table({f"{trainer.config.model} {trainer.config.loss}": metrics}))
     print(f"predict with: emu-predict {folder} --head NAME --relation NAME")
     return 0
 
 
-def _start(options: dict[str, Any], run_dir: str | None) -> Trainer:
+def _start(options: dict[str, Any]) -> Trainer:
+    run_dir = options.pop("run_dir", None)
     settings = dict(PRESETS.get(options.pop("preset", ""), {}))
     if "data" in options:
         settings.pop("dataset", None)
     settings |= options
     settings.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
     config = settle(Config(**settings))
-    graph = _load_source(config)
+    if config.dataset is not None:
+        name, graph = config.dataset, load_dataset(config.dataset)
+    else:
+        folder = Path(str(config.data))
+        name, graph = folder.resolve().name, load_graph(folder)
     if run_dir is None:
-        name = config.dataset or Path(config.data or "").resolve().name
         stamp = time.strftime("%Y%m%d-%H%M%S")
         run_dir = f"runs/{name}-{config.model}-{config.loss}-{stamp}"
     return Trainer(config, graph, RunFolder.create(Path(run_dir), config, graph))
 
 
-def _resume(path: Path, settings: dict[str, Any], run_dir: str | None) -> Trainer:
-    fixed = [flag(name) for name in settings if name not in ADJUSTABLE]
-    if run_dir is not None:
-        fixed.append("--run-dir")
-    if fixed:
+def _resume(settings: dict[str, Any]) -> Trainer:
+    path = Path(settings.pop("resume"))
+    if fixed := [flag(name) for name in settings if name not in ADJUSTABLE]:
         raise ConfigError(
             f"--resume takes the run's own settings, so {', '.join(fixed)} cannot be given; "
-            f"what can: {', '.join(map(flag, ADJUSTABLE))}"
+            f"only {', '.join(map(flag, ADJUSTABLE))} can"
         )
     run = RunFolder.open(path)
     if "device" in settings:
@@ -125,13 +122,6 @@ def _summary(config: Config) -> str:
         f"{config.optimizer}, lr {config.lr:g}, L3 {config.regularization:g}, seed {config.seed}; "
         f"backend {config.backend} on {config.device}"
     )
-
-
-def _load_source(config: Config) -> Graph:
-    if config.dataset is not None:
-        return load_dataset(config.dataset)
-    assert config.data is not None
-    return load_graph(Path(config.data))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -59,7 +59,8 @@ class RunningOptions:
     backend: str | None = setting(None, "kernels to use (default the fastest that can run)")
 
 
-# What --resume may change: none of these changes a step's numbers (a device's generator does).
+# Settings that --resume may change. None changes a step's numbers, but each device's generator
+# draws its own.
 ADJUSTABLE = tuple(f.name for f in fields(RunningOptions))
 
 
@@ -70,7 +71,7 @@ class Config(
     """All settings of a run. The bases' docstrings are the headings of ``emu-train --help``.
 
     Raises:
-        ConfigError: a value, or a combination of values, cannot work; says why.
+        ConfigError: a value, or a combination of values, is invalid; says why.
     """
 
     def __post_init__(self) -> None:

@@ -1,7 +1,7 @@
 """Triples and their vocabularies, read from ``train.txt``, ``valid.txt`` and ``test.txt``.
 
 A line holds a head, a relation and a tail, separated by tabs. Files come from a folder or from a
-tar archive; an archive's members are read in memory and nothing of it is ever extracted to disk.
+tar archive, which is read in memory.
 """
 
 from __future__ import annotations
@@ -65,13 +65,12 @@ class Graph:
 
     def unseen(self, split: str) -> int:
         """How many triples of `split` hold an entity or a relation that training never sees."""
-        head, relation, tail = self.triples["train"].T
+        train, triples = self.triples["train"], self.triples[split]
         entity_seen = torch.zeros(self.num_entities, dtype=torch.bool)
-        entity_seen[head] = entity_seen[tail] = True
+        entity_seen[train[:, ::2]] = True
         relation_seen = torch.zeros(self.num_relations, dtype=torch.bool)
-        relation_seen[relation] = True
-        head, relation, tail = self.triples[split].T
-        seen = entity_seen[head] & relation_seen[relation] & entity_seen[tail]
+        relation_seen[train[:, 1]] = True
+        seen = entity_seen[triples[:, ::2]].all(dim=1) & relation_seen[triples[:, 1]]
         return int((~seen).sum())
 
     def summary(self) -> str:
@@ -124,13 +123,22 @@ def load_graph(path: Path) -> Graph:
 
 
 def _read_archive(path: Path) -> dict[str, tuple[str, bytes]]:
-    """By split, a name for messages, and the content."""
+    """By split, a name for messages, and the content.
+
+    Nothing is extracted, so a member outside the folder could do no harm here, but an honest
+    dataset has none, and a person may extract the archive.
+    """
     contents: dict[str, tuple[str, bytes]] = {}
     try:
         with tarfile.open(path) as archive:
             for member in archive:
-                _check_member(member, path)
                 name = PurePosixPath(member.name)
+                escapes = name.is_absolute() or ".." in name.parts or "\\" in member.name
+                if escapes or not (member.isfile() or member.isdir()):
+                    raise DataError(
+                        f"{path} is unsafe: its member {member.name!r} is not a plain file or "
+                        "folder inside the archive; nothing was read from it"
+                    )
                 if not member.isfile() or name.suffix != ".txt" or name.stem not in SPLITS:
                     continue
                 if name.stem in contents:
@@ -141,20 +149,6 @@ def _read_archive(path: Path) -> dict[str, tuple[str, bytes]]:
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise DataError(f"{path} is corrupted or not a tar archive: {error}") from error
     return contents
-
-
-def _check_member(member: tarfile.TarInfo, path: Path) -> None:
-    """Refuse an archive that would write outside its folder if someone extracted it.
-
-    Nothing is extracted here, so it could do no harm, but an honest dataset has no such member.
-    """
-    name = PurePosixPath(member.name)
-    escapes = name.is_absolute() or ".." in name.parts or "\\" in member.name
-    if escapes or not (member.isfile() or member.isdir()):
-        raise DataError(
-            f"{path} is unsafe: its member {member.name!r} is not a plain file or folder inside "
-            "the archive; nothing was read from it"
-        )
 
 
 def _parse(content: bytes, where: str) -> Iterator[NamedTriple]:

@@ -2,8 +2,6 @@
 
 With ``EMU_KERNELS_DATA`` set to a folder, files are read from that folder only. Otherwise they are
 downloaded once, verified, and kept in the user's cache folder.
-
-A new dataset is an entry of :data:`DATASETS`.
 """
 
 from __future__ import annotations
@@ -75,7 +73,8 @@ def load_dataset(name: str) -> Graph:
     """The named dataset, verified against its checksums.
 
     Raises:
-        DataError: no such dataset, no file and no network, or a file with another content.
+        DataError: no such dataset, a file that is missing and cannot be downloaded, or one whose
+            checksum differs.
     """
     if name not in DATASETS:
         raise DataError(f"unknown dataset {name!r}; known: {', '.join(DATASETS)}")
@@ -94,13 +93,13 @@ def _fetch(file: RemoteFile) -> Path:
                 f"{file.url} ({file.checksum}), or unset it to download the file"
             )
         _download(file, path)
-    algorithm, _, digest = file.checksum.partition(":")
+    algorithm = file.checksum.partition(":")[0]
     content = path.read_bytes()
     if algorithm == "git-blob":
         found = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
     else:
         found = hashlib.new(algorithm, content).hexdigest()
-    if found != digest:
+    if f"{algorithm}:{found}" != file.checksum:
         if not folder:
             path.unlink()  # so that the next call downloads it again
         raise DataError(

@@ -42,35 +42,26 @@ class Metrics:
 
 
 class _Truth:
-    """For one direction, the entities known to complete each (given, relation).
-
-    Sorted lists one after the other, without duplicates: list i is
-    ``candidates[start[i]:start[i + 1]]`` and belongs to ``keys[i]``.
-    """
+    """For one direction, the entities known to complete each (given, relation)."""
 
     def __init__(self, graph: Graph, direction: Direction, device: torch.device) -> None:
+        self._entities, self._relations = graph.num_entities, graph.num_relations
         triples = torch.cat([graph.triples[split] for split in SPLITS]).to(device)
         given, relation, target = split_triples(triples, direction)
-        self._num_relations = graph.num_relations
-        pair = given * graph.num_relations + relation
-        known = (pair * graph.num_entities + target).unique()
-        pair, self._candidates = known // graph.num_entities, known % graph.num_entities
-        self._keys, counts = pair.unique_consecutive(return_counts=True)
-        self._start = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+        self._keys = (self._first_key(given, relation) + target).unique()  # sorted
 
-    def lists(self, given: Tensor, relation: Tensor) -> tuple[Tensor, Tensor]:
-        """(start, length), each (Q,), of the queries' lists; a pair never seen has length 0."""
-        pair = given * self._num_relations + relation
-        place = torch.searchsorted(self._keys, pair).clamp_(max=len(self._keys) - 1)
-        start, end = self._start[place], self._start[place + 1]
-        return start, torch.where(self._keys[place] == pair, end - start, 0)
+    def answers(self, given: Tensor, relation: Tensor) -> tuple[Tensor, Tensor]:
+        """(query, entity), each (P,): every known answer of each of the (Q,) queries."""
+        first = self._first_key(given, relation)
+        start, end = torch.searchsorted(self._keys, torch.stack([first, first + self._entities]))
+        count = end - start
+        query = torch.repeat_interleave(count)
+        rank = torch.arange(len(query), device=query.device) - (count.cumsum(0) - count)[query]
+        return query, self._keys[start[query] + rank] % self._entities
 
-    def gather(self, start: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
-        """(row, candidate) of every known pair of a chunk of queries, each (P,)."""
-        row = torch.repeat_interleave(length)
-        first = length.cumsum(0) - length
-        place = torch.arange(len(row), device=row.device) + (start - first)[row]
-        return row, self._candidates[place]
+    def _first_key(self, given: Tensor, relation: Tensor) -> Tensor:
+        """A triple's key is this plus its target, so a query's answers have adjacent keys."""
+        return (given * self._relations + relation) * self._entities
 
 
 class Evaluator:
@@ -101,39 +92,24 @@ class Evaluator:
         for name, parameter in model.named_parameters():
             if not parameter.isfinite().all():
                 raise TrainingError(f"the model's {name} values are not all finite")
-        given, relation, target = split_triples(triples, direction)
-        start, length = self._truth[direction].lists(given, relation)
         candidates = model.candidates()
         chunk = max(1, _CHUNK_BYTES // (4 * self._graph.num_entities))
         return torch.cat(
-            [
-                self._rank_chunk(model, candidates, direction, *columns)
-                for columns in zip(
-                    *(x.split(chunk) for x in (given, relation, target, start, length)),
-                    strict=True,
-                )
-            ]
+            [self._rank_chunk(model, candidates, x, direction) for x in triples.split(chunk)]
         )
 
     def _rank_chunk(
-        self,
-        model: Model,
-        candidates: Tensor,  # (N, D)
-        direction: Direction,
-        given: Tensor,  # (C,) and so are those that follow
-        relation: Tensor,
-        target: Tensor,
-        start: Tensor,
-        length: Tensor,
+        self, model: Model, candidates: Tensor, triples: Tensor, direction: Direction
     ) -> Tensor:
+        given, relation, target = split_triples(triples, direction)
         query = model.query(model.entity[given], model.relation[relation], direction)
         scores = model.score(query, candidates)  # (C, N)
         true = scores.gather(1, target.unsqueeze(1))  # (C, 1)
-        row, candidate = self._truth[direction].gather(start, length)
-        known = scores[row, candidate]  # (P,)
+        row, answer = self._truth[direction].answers(given, relation)
+        known = scores[row, answer]  # (P,)
 
-        # Count all that do at least as well, then take away those that are known. Counting in the
-        # scores' own type keeps the comparison vectorised; it is exact up to 2²⁴ entities.
+        # Count all entities that score at least as well, then subtract the known ones. Comparing
+        # into the scores' own type keeps this vectorised; it is exact up to 2²⁴ entities.
         count = torch.empty_like(scores)
         better = torch.gt(scores, true, out=count).sum(1)
         as_good = torch.ge(scores, true, out=count).sum(1)
@@ -141,5 +117,5 @@ class Evaluator:
         better -= zero.index_add(0, row, (known > true[row, 0]).to(better.dtype))
         as_good -= zero.index_add(0, row, (known >= true[row, 0]).to(better.dtype))
 
-        # Optimistic 1 + better; pessimistic 1 + as_good, the true entity itself being known.
+        # Optimistic rank 1 + better; pessimistic rank 1 + as_good, as the true entity is known.
         return 1.0 + (better.double() + as_good.double()) / 2.0

@@ -1,4 +1,4 @@
-"""Frequencies of entities and pairs decide the side of a triple to corrupt, and its weight."""
+"""The side of a triple to corrupt, and its weight, by how often its parts occur in training."""
 
 from __future__ import annotations
 
@@ -39,23 +39,21 @@ def head_probability(triples: Tensor, num_relations: int) -> Tensor:
 class BernoulliBatches:
     """Training triples, head or tail predicted with the relation's Bernoulli probability.
 
-    The method chooses a side for each triple; here all rows of a batch have one direction, since
-    the direction is part of the query. So the choice is made for a whole epoch: each triple is
-    put into the epoch's head part with probability p of its relation (:func:`head_probability`),
-    else into its tail part. Each part is a stream of batches of its own, and head and tail steps
-    take turns in proportion to the sizes of the parts, so that both streams end an epoch together
-    (to within a batch).
+    The published method chooses a side for each triple. Here all rows of a batch have one
+    direction, so each epoch is split: a triple joins the epoch's head part with probability p of
+    its relation (:func:`head_probability`), else its tail part. Each part is a stream of batches of
+    its own. Head and tail steps alternate in proportion to the sizes of the parts, so that both
+    streams end an epoch together (to within a batch).
 
-    The parts have a fixed size, ⌊Σp⌋ and the rest, and so a step's place in its stream follows
-    from the step alone. Randomised systematic sampling draws the head part: the triples, in the
-    epoch's random order, lie on a line with length p each, and those are taken that a comb of unit
-    spacing, put down at random, hits. Hence
+    The parts have fixed sizes, ⌊Σp⌋ and the rest, so a step's place in its stream follows from the
+    step alone. Randomised systematic sampling draws the head part: put the triples of length p
+    each on a line, in the epoch's random order, and take those that a grid of unit spacing with a
+    random offset hits. Hence
 
     - each triple is seen once an epoch, in one direction;
     - the head is corrupted with probability p · ⌊Σp⌋/Σp, which is p up to the rounding of one
       triple in the whole graph (a graph so small that Σp < 1 has tail steps only);
-    - the order within each part is uniformly random, the same triple's sides in different epochs
-      are independent.
+    - the order within each part is uniformly random, and epochs are independent.
 
     Args:
         triples: (M, 3) on the device to train on, M > 0.
@@ -66,15 +64,13 @@ class BernoulliBatches:
         self._columns = triples.T.contiguous()  # (3, M)
         self._batch_size = batch_size
         self._seed = seed
-        size = len(triples)
         probability = head_probability(triples.cpu(), num_relations)[triples[:, 1].cpu()]  # (M,)
         total = float(probability.sum())
         self._heads = int(total)
-        self._sizes: dict[Direction, int] = {"head": self._heads, "tail": size - self._heads}
         # In fixed point: on a GPU a cumulative sum of floats is not the same at each call.
         scale = self._heads / total * (1 << _FRACTION_BITS)
         self._lengths = (probability * scale).long().to(triples.device)
-        # Both streams are in one epoch, or one of them is a step ahead in the next.
+        # Both streams are in the same epoch, or one of them has begun the next.
         self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
 
     def __call__(self, step: int) -> Batch:
@@ -85,7 +81,7 @@ class BernoulliBatches:
         index = head_steps if is_head else step - head_steps
         head, relation, tail = stream_columns(
             lambda epoch: self._epoch(epoch)[direction],
-            self._sizes[direction],
+            self._heads if is_head else size - self._heads,
             index * self._batch_size,
             self._batch_size,
         )
@@ -98,10 +94,10 @@ class BernoulliBatches:
         order = torch.randperm(self._columns.shape[1], generator=draws, device=device)
         comb = torch.randint(1 << _FRACTION_BITS, (1,), generator=draws, device=device)
         ends = self._lengths[order].cumsum(0)
-        ends[-1:] = self._heads << _FRACTION_BITS  # restores the loss by rounding down
+        ends[-1:] = self._heads << _FRACTION_BITS  # the lengths were rounded down
         hits = (ends + comb) >> _FRACTION_BITS
         missed = hits.diff(prepend=torch.zeros_like(hits[:1])) == 0
-        # The head part first, each in the epoch's order: a mask would have to wait for the device.
+        # Sorted, the head part first: selecting by a mask would wait for the device.
         order = order[missed.to(torch.uint8).argsort(stable=True)]
         columns = self._columns[:, order]
         return {"head": columns[:, : self._heads], "tail": columns[:, self._heads :]}
@@ -111,33 +107,26 @@ class SubsamplingWeights:
     """Weights that count frequent triples less, as word2vec's subsampling does in expectation.
 
     A triple's weight is 1 / √(c(h, r) + c(r, t)), with c the number of training triples that share
-    the pair, plus 3: the counts of the reference trainer of RotatE (Sun et al., ICLR 2019; there a
-    count starts at 4 with the first occurrence). To be passed to a fused loss as `sample_weight`,
-    whose mean divides by the weights' sum, as that trainer does.
+    the pair, plus 3: the counts of the reference trainer of RotatE (Sun et al., ICLR 2019). Pass
+    them to a fused loss as `sample_weight`: like that trainer, it divides by the weights' sum.
 
     Args:
         triples: (M, 3), the training triples, on the device to train on.
     """
 
-    _START = 4  # the count of a pair that occurs once
-
     def __init__(self, triples: Tensor, num_relations: int) -> None:
         self._num_relations = num_relations
-        head, relation, tail = triples.T
-        self._heads = self._pair(head, relation).unique(return_counts=True)
-        self._tails = self._pair(tail, relation).unique(return_counts=True)
+        self._counts = [pair.unique(return_counts=True) for pair in self._pairs(*triples.T)]
 
     def __call__(self, batch: Batch) -> Tensor:
         """(B,) fp32. The triples must be training triples: others have no count."""
-        heads = _look_up(self._heads, self._pair(batch.head, batch.relation))
-        tails = _look_up(self._tails, self._pair(batch.tail, batch.relation))
-        return (heads + tails + 2 * (self._START - 1)).float().rsqrt()
+        pairs = self._pairs(batch.head, batch.relation, batch.tail)
+        of_head, of_tail = (
+            counts[torch.searchsorted(known, pair)]
+            for pair, (known, counts) in zip(pairs, self._counts, strict=True)
+        )
+        return (of_head + of_tail + 6).float().rsqrt()
 
-    def _pair(self, entity: Tensor, relation: Tensor) -> Tensor:
-        return entity * self._num_relations + relation
-
-
-def _look_up(counts: tuple[Tensor, Tensor], key: Tensor) -> Tensor:
-    """(B,): the counts of keys that are among the sorted ones."""
-    keys, values = counts
-    return values[torch.searchsorted(keys, key)]
+    def _pairs(self, head: Tensor, relation: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
+        """A number for each (head, relation), and one for each (relation, tail)."""
+        return head * self._num_relations + relation, tail * self._num_relations + relation

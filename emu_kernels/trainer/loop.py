@@ -9,6 +9,8 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -28,17 +30,17 @@ from .evaluation import Evaluator, Metrics
 from .frequency import SubsamplingWeights
 from .losses import LOSSES, Step
 from .models import Model
-from .plot import plot_metrics
+from .report import plot_metrics
 from .run import RunFolder, new_model, restore_model
 from .sampling import CORRUPTIONS, new_negatives
-from .sparse import RowwiseAdagrad, add_rows
+from .sparse import adagrad_step
 
 
 class Trainer:
-    """One run: a model, its optimizer, and where it stands.
+    """One run: a model, its optimizer, and its progress.
 
-    Everything drawn is a function of (seed, step), so a checkpoint (model, optimizer, step)
-    determines all that follows.
+    Everything random is a function of (seed, step), so a checkpoint (model, optimizer, step)
+    determines the rest of the run.
 
     Args:
         config: the settings.
@@ -52,26 +54,29 @@ class Trainer:
         self.run = run
         self.device = torch.device(config.device)
         self.model: Model = new_model(config, graph).to(self.device)
-        self.optimizer = _new_optimizer(config, self.model)
+        # On a CPU the fused step is one pass over parameter, gradient and state, not several.
+        fused = True if self.device.type == "cpu" else None
+        self.optimizer: torch.optim.Optimizer = getattr(torch.optim, config.optimizer)(
+            self.model.parameters(), lr=config.lr, fused=fused
+        )
         self.evaluator = Evaluator(graph, self.device)
 
         train = graph.triples["train"].to(self.device)
-        make_batches = CORRUPTIONS[config.corruption].make
-        self._batches = make_batches(config, graph, train, config.seed)
-        self._negatives = new_negatives(config, graph, train, config.seed)
+        self._batches = CORRUPTIONS[config.corruption].make(config, graph, train)
+        self._negatives = new_negatives(config, graph, train)
         self._weights = (
             SubsamplingWeights(train, graph.num_relations) if config.subsampling else None
         )
 
         self.step = 0  # steps done
-        self.seconds = 0.0  # spent on them, evaluation left out
+        self.seconds = 0.0  # spent on them, without evaluation
         self.best: dict[str, Any] | None = None  # the best validation: step and metrics
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self._loss_count = 0  # steps since the last log line
 
     @classmethod
     def resume(cls, config: Config, graph: Graph, run: RunFolder) -> Trainer:
-        """Continue from the run's last checkpoint, or from the start where there is none."""
+        """Continue from the run's last checkpoint, or from the start if there is none."""
         run.check_mask_contract()
         trainer = cls(config, graph, run)
         if run.last_file.exists():
@@ -80,25 +85,34 @@ class Trainer:
         return trainer
 
     def train(self, until: int | None = None) -> bool:
-        """Run steps until `until` (the config's steps), evaluating and saving on the way.
+        """Train until step `until` (default: the config's steps), evaluating and saving on the way.
 
-        Ctrl-C (or SIGTERM) ends it after the current step, saved; a second Ctrl-C ends it at once.
+        Ctrl-C or SIGTERM stops it after the current step and a checkpoint, a second one at once.
 
         Returns:
-            Whether it got there; False after Ctrl-C.
+            Whether it reached `until`; False after Ctrl-C.
 
         Raises:
             TrainingError: the loss is not finite.
             RunError: something could not be written.
         """
-        until = self.config.steps if until is None else until
-        with StopRequest() as stop, self._progress(until) as bar:
+        config = self.config
+        until = config.steps if until is None else until
+        bar = tqdm(
+            total=until * config.batch_size,
+            initial=self.step * config.batch_size,
+            desc=f"{config.model} {config.loss}",
+            unit="triple",
+            unit_scale=True,
+            disable=None,  # shown on a terminal only
+        )
+        with stop_signals() as stop, bar:
             started = time.perf_counter()
-            while self.step < until and not stop.requested:
+            while self.step < until and not stop.is_set():
                 self._train_step()
-                bar.update(self.config.batch_size)
-                log = self.step % self.config.log_every == 0
-                evaluate = self.step % self.config.eval_every == 0 or self.step == until
+                bar.update(config.batch_size)
+                log = self.step % config.log_every == 0
+                evaluate = self.step % config.eval_every == 0 or self.step == until
                 if not (log or evaluate):
                     continue
                 loss = self._mean_loss()
@@ -110,7 +124,7 @@ class Trainer:
                     self._validate(loss)
                 started = time.perf_counter()
             self.seconds += time.perf_counter() - started
-        if stop.requested:
+        if stop.is_set():
             self.save()
         return self.step >= until
 
@@ -119,8 +133,8 @@ class Trainer:
         batch = self._batches(self.step)
         negative = self._negatives(self.step, batch)
 
-        # The query's rows are a leaf of their own: their gradient is (B, D) and is added to the
-        # table's below, where autograd would build a second (N, D) buffer for it.
+        # The query's rows are detached: their (B, D) gradient is added to the table's below, while
+        # autograd would allocate a second (N, D) buffer for it.
         rows = model.entity.detach()[batch.given].requires_grad_()
         relations = embedding(batch.relation, model.relation)
         loss = LOSSES[config.loss](
@@ -133,8 +147,6 @@ class Trainer:
                 negative=negative,
                 sample_weight=None if self._weights is None else self._weights(batch),
                 seed=derive_seed(config.seed, "mask", self.step),
-                backend=config.backend,
-                sparse_grad=config.sparse,
             )
         )
 
@@ -143,9 +155,7 @@ class Trainer:
         assert model.entity.grad is not None
         assert rows.grad is not None
         if config.sparse:
-            others = add_rows(model.entity.grad, batch.given, rows.grad)
-            assert isinstance(self.optimizer, RowwiseAdagrad)
-            self.optimizer.step_rows(model.entity, *others)
+            adagrad_step(self.optimizer, model.entity, batch.given, rows.grad)
         else:
             model.entity.grad.index_add_(0, batch.given, rows.grad)
         if config.regularization:
@@ -158,8 +168,10 @@ class Trainer:
         self.step += 1
 
     def _mean_loss(self) -> float:
-        loss = float(self._loss_sum) / self._loss_count if self._loss_count else math.nan
-        if self._loss_count and not math.isfinite(loss):
+        if not self._loss_count:
+            return math.nan
+        loss = float(self._loss_sum) / self._loss_count
+        if not math.isfinite(loss):
             raise TrainingError(
                 f"the loss became {loss} by step {self.step}: try a smaller lr"
                 + ("; the last checkpoint is from before" if self.run else "")
@@ -169,15 +181,11 @@ class Trainer:
     def _log_loss(self, loss: float) -> None:
         self._loss_sum.zero_()
         self._loss_count = 0
-        triples = self.step * self.config.batch_size
         if self.run:
+            epoch = self.step * self.config.batch_size / len(self.graph.triples["train"])
+            seconds = round(self.seconds, 3)
             self.run.append_metrics(
-                {
-                    "step": self.step,
-                    "epoch": triples / len(self.graph.triples["train"]),
-                    "loss": loss,
-                    "seconds": round(self.seconds, 3),
-                }
+                {"step": self.step, "epoch": epoch, "loss": loss, "seconds": seconds}
             )
 
     def _validate(self, loss: float) -> None:
@@ -226,8 +234,8 @@ class Trainer:
         restore_model(self.model, tensors, file)
         optimizer: dict[int, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
-            kind, index, name = (*key.split(".", 2), "")[:3]
-            if kind == "optimizer":
+            if key.startswith("optimizer."):
+                _, index, name = key.split(".")
                 optimizer.setdefault(int(index), {})[name] = tensor
         groups = self.optimizer.state_dict()["param_groups"]
         try:
@@ -240,8 +248,13 @@ class Trainer:
         except (KeyError, TypeError, ValueError) as error:
             raise RunError(f"{file} is not a checkpoint of this run: {error!r}") from error
 
+    @property
+    def best_step(self) -> int:
+        """The step of the best validation, or the current one if there was none."""
+        return self.best["step"] if self.best else self.step
+
     def best_model(self) -> Model:
-        """The model of the best validation, or the current one where nothing was written."""
+        """The model of the best validation, or the current one if nothing was written."""
         if self.run is None or not self.run.best_file.exists():
             return self.model
         return self.run.load_model(self.graph)[0].to(self.device)
@@ -249,35 +262,21 @@ class Trainer:
     def finish(self) -> Metrics | None:
         """Evaluate the best model on the test split and export its embeddings."""
         model = self.best_model()
-        metrics = None
-        if len(self.graph.triples["test"]):
-            metrics = self.evaluator.evaluate(model, "test")
+        has_test = len(self.graph.triples["test"]) > 0
+        metrics = self.evaluator.evaluate(model, "test") if has_test else None
         if self.run:
             if metrics:
-                best_step = self.best["step"] if self.best else self.step
-                self.run.append_metrics(
-                    {"step": self.step, "split": "test", "of_step": best_step, **vars(metrics)}
-                )
+                record = {"step": self.step, "split": "test", "of_step": self.best_step}
+                self.run.append_metrics(record | vars(metrics))
             self.run.export_embeddings(model, self.graph)
         return metrics
 
     def _model_tensors(self) -> dict[str, Tensor]:
         return {f"model.{name}": parameter for name, parameter in self.model.named_parameters()}
 
-    def _progress(self, until: int) -> tqdm:
-        size = self.config.batch_size
-        return tqdm(
-            total=until * size,
-            initial=self.step * size,
-            desc=f"{self.config.model} {self.config.loss}",
-            unit="triple",
-            unit_scale=True,
-            disable=None,  # shown on a terminal only
-        )
-
 
 def settle(config: Config) -> Config:
-    """The config with its backend named, once it is clear that device and backend can run here.
+    """The config with its backend's name, after a check that device and backend can run here.
 
     Raises:
         ConfigError: they cannot; says why.
@@ -290,13 +289,6 @@ def settle(config: Config) -> Config:
     return dataclasses.replace(config, backend=backend)
 
 
-def _new_optimizer(config: Config, model: Model) -> torch.optim.Optimizer:
-    # On a CPU the fused step is one pass over parameter, gradient and state, not several.
-    fused = True if torch.device(config.device).type == "cpu" else None
-    optimizer = RowwiseAdagrad if config.sparse else getattr(torch.optim, config.optimizer)
-    return optimizer(model.parameters(), lr=config.lr, fused=fused)
-
-
 @torch.no_grad()
 def add_l3_gradient(parameter: Tensor, coefficient: float) -> None:
     """Add the gradient of coefficient · Σ|x|³ over the whole table: 3 · coefficient · x|x|."""
@@ -304,30 +296,25 @@ def add_l3_gradient(parameter: Tensor, coefficient: float) -> None:
     parameter.grad.addcmul_(parameter, parameter.abs(), value=3.0 * coefficient)
 
 
-class StopRequest:
-    """Turns the first SIGINT or SIGTERM into a request, the second into the usual effect."""
+@contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """An event that the first SIGINT or SIGTERM sets; the second has its usual effect."""
+    stop = threading.Event()
+    previous: dict[int, Any] = {}
 
-    _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    def restore() -> None:
+        while previous:
+            signal.signal(*previous.popitem())
 
-    def __init__(self) -> None:
-        self.requested = False
-        self._previous: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():  # no other may set handlers
-            self._previous = {s: signal.signal(s, self._request) for s in self._SIGNALS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._restore()
-
-    def _request(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        self._restore()
+    def request(number: int, frame: FrameType | None) -> None:
+        restore()
+        stop.set()
         # Not through sys.stderr: the signal may have come in the middle of a write to it.
         os.write(2, b"\nstopping after this step; once more to stop at once\n")
 
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}
+    if threading.current_thread() is threading.main_thread():  # no other may set handlers
+        previous |= {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        restore()

@@ -1,14 +1,10 @@
-"""Losses: what a step minimises, given the model's query and the ids to compare it with.
-
-A new loss is a function with :func:`loss` above it, and a field of :class:`LossOptions` for each
-option of its own.
-"""
+"""Losses: what a step minimises, given the model's query and the ids to compare it with."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,31 +18,32 @@ from emu_kernels.reference import reduce
 from .models import Model, Query
 from .settings import AT_LEAST_0, SHARE, Choice, setting
 
+if TYPE_CHECKING:
+    from .config import Config
+
 
 class Step(NamedTuple):
     """The inputs of a loss."""
 
-    config: LossOptions
+    config: Config
     model: Model
     query: Query  # of B rows
     table: Tensor  # (N, D), the model's candidates
     positive: Tensor  # (B,)
     negative: Tensor  # (G, K), G dividing B; −1 is padding
-    sample_weight: Tensor | None  # (B,); the loss is the mean that they weight
+    sample_weight: Tensor | None  # (B,); the loss is their weighted mean
     seed: int  # of the masks
-    backend: str | None = None
-    sparse_grad: bool = False
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The arguments that all operators take."""
+        """The arguments that emu_scores and both fused losses take."""
         return {
             "query": self.query.vector,
             "table": self.table,
             "positive": self.positive,
             "negative": self.negative,
-            "backend": self.backend,
-            "sparse_grad": self.sparse_grad,
+            "backend": self.config.backend,
+            "sparse_grad": self.config.sparse,
             **self.model.phi(self.query),
         }
 
@@ -56,7 +53,7 @@ class Loss(Choice):
     """A loss: maps a step to a scalar."""
 
     function: Callable[[Step], Tensor]
-    regularized: bool  # by default, as the model's baseline in EMU's paper
+    regularized: bool  # by default, like the models' baselines in EMU's paper
     all_entities: bool  # its gradient touches every entity
 
     def __call__(self, step: Step) -> Tensor:
@@ -69,7 +66,7 @@ LOSSES: dict[str, Loss] = {}
 def loss(
     help: str, *options: str, regularized: bool = False, all_entities: bool = False
 ) -> Callable[[Callable[[Step], Tensor]], Loss]:
-    """Enter a function into :data:`LOSSES`, by its own name."""
+    """Enter a function into :data:`LOSSES` under its own name."""
 
     def enter(function: Callable[[Step], Tensor]) -> Loss:
         entry = Loss(help, options, function, regularized, all_entities)
@@ -144,8 +141,8 @@ def softmax(step: Step) -> Tensor:
 def selfadv(step: Step) -> Tensor:
     """−log σ(γ + s⁺) − Σ_k p_k log σ(−γ − s⁻_k), p = softmax(temperature · s⁻) without gradient.
 
-    RotatE's equation 6 (arXiv 1902.10197), with distances −s. γ belongs to a distance: the dot
-    product has none, as in the authors' program. A row without negatives keeps its first term.
+    RotatE's equation 6 (arXiv 1902.10197), with distances −s. As in the authors' program, the dot
+    product has no γ, which belongs to a distance. A row without negatives keeps its first term.
     """
     margin = 0.0 if step.model.similarity == "dot" else step.model.margin
     scores = emu_scores(**step.arguments, mutation=None, margin=margin)

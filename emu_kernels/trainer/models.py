@@ -1,11 +1,8 @@
 """Models: a query from an entity and a relation, and the similarity that compares it.
 
 A model scores φ(query, candidate), where the query is all of the model except the entity that is
-predicted. Only φ over many candidates is heavy, and it lives in the kernels. This module holds
-a table of entities, a table of relations, and a small piece of ordinary PyTorch between them.
-
-A new model is a subclass with a name, and a field of :class:`ModelOptions` for each option of its
-own.
+predicted. Only φ over many candidates takes long, and the kernels compute it. A model here is a
+table of entities, a table of relations, and a small piece of ordinary PyTorch between them.
 """
 
 from __future__ import annotations
@@ -112,10 +109,10 @@ class Model(nn.Module):
         }
 
     def score(self, query: Query, candidates: Tensor) -> Tensor:
-        """φ of each query with each candidate (C, D), as (B, C). Memory is bounded by the result,
-        and where only the reference backend can run by B · ``_CANDIDATES`` · D.
+        """φ of each query with each candidate (C, D), as (B, C).
 
-        Through the operator: it is faster than torch.cdist, and its scores are the trained ones.
+        By the operator that trains: it is faster than torch.cdist. Memory is bounded by the result,
+        or with the reference backend by B · ``_CANDIDATES`` · D.
         """
         first = torch.zeros(len(query.vector), dtype=torch.int64, device=candidates.device)
         ids = torch.arange(len(candidates), device=candidates.device).split(_CANDIDATES)
@@ -253,11 +250,10 @@ class HAKE(Model, name="HAKE"):
 class PairRE(Model, name="PairRE"):
     """−‖h ⊙ r_h − t ⊙ r_t‖ of normalised h and t, the 1-norm or the 2-norm (Chao et al., 2021).
 
-    A relation holds r_h, then r_t. Entities are normalised to ‖·‖₂ = 1 where they are looked up, so
-    the mutation sees normalised rows (a mutant's own norm is not 1). The kernels read rows of a
-    table, so the whole table is normalised at each step: N·D more for it, N·D for its gradient, and
-    a few passes over both. Where B·K is many times N, as on FB15k-237, a step needs nearly every
-    row anyway.
+    A relation holds r_h, then r_t. Entities are normalised to ‖·‖₂ = 1 before they are mutated (a
+    mutant's own norm is not 1). The kernels read rows of a table, so each step normalises the whole
+    table, which takes N·D more memory for it and N·D for its gradient. If B·K is many times N, as
+    on FB15k-237, a step needs nearly every row anyway.
     """
 
     relation_width = 2

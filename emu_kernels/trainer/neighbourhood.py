@@ -6,18 +6,17 @@ in the training graph without its relations and directions. The neighbourhoods a
 exactly or by random walks, and kept in a cache.
 
 In its authors' program (github.com/kahrabian/SANS) the exact neighbourhood is the support of
-A^k + A^(k−1), for adjacency matrix A: all entities within k hops, the entity itself among them; the
-approximation holds where walks of k hops *end*, so that what lies fewer hops away is found only if
-a walk turned back. This module does the same, with three differences:
+A^k + A^(k−1), for adjacency matrix A: all entities within k hops, the entity itself included. The
+approximation consists of the entities where walks of k hops *end*, so a nearer entity is found only
+if a walk turned back. This module does the same, with three differences:
 
 - an entity is not its own neighbour, and triples that link an entity to itself are no edges;
-- all walks of an entity start from it: in the program, each goes on from where the one before
-  ended (the neighbours to choose from are not reset);
+- all walks of an entity start from it: in the program, each starts where the previous one ended;
 - an entity without neighbours has an empty neighbourhood, and the sampler draws its negatives
   uniformly at every step, not from one fixed sample.
 
-The positive is itself a neighbour of the given entity, at one hop, and so are other right answers:
-use :class:`.sampling.FilteredNegatives`, as that program does.
+The positive and all other true answers are neighbours of the given entity, at one hop, so use
+:class:`.sampling.FilteredNegatives`, as that program does.
 """
 
 from __future__ import annotations
@@ -27,7 +26,6 @@ import json
 import os
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,10 +108,10 @@ def adjacency(triples: Tensor, num_entities: int) -> Neighbourhoods:
 
 
 def k_hop(graph: Neighbourhoods, hops: int) -> Neighbourhoods:
-    """Everything within `hops` hops of each entity, but not the entity itself.
+    """All entities within `hops` hops of each entity, except the entity itself.
 
-    Its result is large where the graph is dense (on FB15k-237, 3 hops reach nearly all entities
-    from nearly everywhere: 0.8 GB); :func:`random_walks` keeps a bounded number.
+    The result is large if the graph is dense (0.8 GB for 3 hops on FB15k-237, which reach nearly
+    all entities from nearly everywhere); :func:`random_walks` keeps a bounded number.
     """
     count = len(graph.sizes)
     indices = graph.indices.long()
@@ -136,7 +134,7 @@ def k_hop(graph: Neighbourhoods, hops: int) -> Neighbourhoods:
 
 
 def random_walks(graph: Neighbourhoods, hops: int, walks: int, seed: int) -> Neighbourhoods:
-    """Where `walks` random walks of `hops` hops from each entity end, but not the entity itself.
+    """The ends of `walks` random walks of `hops` hops from each entity, except the entity itself.
 
     A hop goes to each neighbour with equal probability, however many triples lead there.
     """
@@ -167,19 +165,19 @@ def cached_neighbourhoods(
         hops: at least 1.
         walks: random walks an entity, or 0 for the exact neighbourhood.
         seed: of the walks; an exact neighbourhood does not depend on it.
-        folder: where to keep the result, made if missing. A folder that cannot be written costs
-            a warning, and the computation again the next time.
+        folder: where to keep the result, made if missing. A folder that cannot be written causes
+            a warning, and the next call computes the result again.
     """
-    if hops < 1 or walks < 0:
-        raise ValueError(f"expected hops >= 1 and walks >= 0, got {hops} and {walks}")
     triples = triples.cpu()
-    key = _cache_key(triples, num_entities, hops, walks, seed if walks else 0)
-    path = folder / f"neighbourhoods-{key[:32]}.safetensors"
-    found = _read(path, key, num_entities)
+    settings = [FORMAT_VERSION, num_entities, hops, walks, seed if walks else 0]
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    digest.update(triples.contiguous().numpy().astype("<i8", copy=False).tobytes())
+    path = folder / f"neighbourhoods-{digest.hexdigest()[:32]}.safetensors"
+    found = _read(path, num_entities)
     if found is None:
         graph = adjacency(triples, num_entities)
         found = random_walks(graph, hops, walks, seed) if walks else k_hop(graph, hops)
-        _write(path, key, found)
+        _write(path, found)
     return found
 
 
@@ -200,22 +198,14 @@ def _collect(
     chunk_size: int,
     description: str,
 ) -> Neighbourhoods:
-    """Compute chunk after chunk of the entities that have neighbours at all."""
+    """Compute the neighbourhoods chunk by chunk, of entities that have neighbours."""
     sources = graph.sizes.nonzero().flatten()
     sizes = torch.zeros_like(graph.sizes)
     indices = [graph.indices.new_empty(0)]
-    with tqdm(
-        total=len(sources),
-        desc=description,
-        unit="entity",
-        unit_scale=True,
-        disable=None,  # shown on a terminal only
-    ) as bar:
-        for part in sources.split(chunk_size) if len(sources) else ():
-            counts, found = chunk(part)
-            sizes[part] = counts
-            indices.append(found.int())
-            bar.update(len(part))
+    parts = sources.split(chunk_size) if len(sources) else ()
+    for part in tqdm(parts, desc=description, disable=None):  # shown on a terminal only
+        sizes[part], found = chunk(part)
+        indices.append(found.int())
     return Neighbourhoods(_offsets(sizes), torch.cat(indices))
 
 
@@ -223,23 +213,14 @@ def _offsets(counts: Tensor) -> Tensor:
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 
-def _cache_key(triples: Tensor, num_entities: int, hops: int, walks: int, seed: int) -> str:
-    settings = [FORMAT_VERSION, num_entities, hops, walks, seed]
-    digest = hashlib.sha256(json.dumps(settings).encode())
-    digest.update(triples.contiguous().numpy().astype("<i8", copy=False).tobytes())
-    return digest.hexdigest()
-
-
-def _read(path: Path, key: str, num_entities: int) -> Neighbourhoods | None:
-    """The file's neighbourhoods; None where it is missing, damaged or of another graph."""
+def _read(path: Path, num_entities: int) -> Neighbourhoods | None:
+    """The file's neighbourhoods; None if it is missing or damaged."""
     try:
-        tensors, state = checkpoint.load(path)
-        if state["key"] != key:
-            return None
+        tensors, _ = checkpoint.load(path)
         indptr, indices = tensors["indptr"], tensors["indices"]
     except (RunError, KeyError):
         return None
-    # An id out of range would only be noticed in training.
+    # Training would be the first to notice an id out of range.
     sound = (
         indptr.shape == (num_entities + 1,)
         and int(indptr[0]) == 0
@@ -250,14 +231,12 @@ def _read(path: Path, key: str, num_entities: int) -> Neighbourhoods | None:
     return Neighbourhoods(indptr, indices) if sound else None
 
 
-def _write(path: Path, key: str, found: Neighbourhoods) -> None:
-    # Under a name of its own first: two runs may compute the same neighbourhoods at once.
+def _write(path: Path, found: Neighbourhoods) -> None:
+    # First to a name of this process: two runs may compute the same neighbourhoods at once.
     own = path.with_name(f"{path.stem}.{os.getpid()}.safetensors")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.save(own, {"indptr": found.indptr, "indices": found.indices}, {"key": key})
+        checkpoint.save(own, {"indptr": found.indptr, "indices": found.indices}, {})
         own.replace(path)
     except (OSError, RunError) as error:
-        with suppress(OSError):
-            own.unlink(missing_ok=True)
         warnings.warn(f"the neighbourhoods are not cached: {error}", stacklevel=3)

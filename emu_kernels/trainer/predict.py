@@ -25,7 +25,7 @@ class UnknownNameError(TrainerError):
 
 @dataclass(frozen=True)
 class Prediction:
-    """A candidate, its score, and the split that holds the triple it completes, if any."""
+    """A candidate, its score, and the first split that holds the completed triple, if any."""
 
     entity: str
     score: float
@@ -49,21 +49,15 @@ def predict(
     )
     scores = model.score(query, model.candidates())[0]
     best = scores.topk(min(top, graph.num_entities))
-    known = _known(graph, given_id, relation_id, direction)
+    known: dict[int, str] = {}
+    for split in SPLITS:
+        givens, relations, targets = split_triples(graph.triples[split], direction)
+        for target in targets[(givens == given_id) & (relations == relation_id)].tolist():
+            known.setdefault(target, split)
     return [
         Prediction(graph.entities[i], score, known.get(i))
         for i, score in zip(best.indices.tolist(), best.values.tolist(), strict=True)
     ]
-
-
-def _known(graph: Graph, given: int, relation: int, direction: Direction) -> dict[int, str]:
-    """Entities that complete the query in the data, with the first split that says so."""
-    known: dict[int, str] = {}
-    for split in SPLITS:
-        givens, relations, targets = split_triples(graph.triples[split], direction)
-        for target in targets[(givens == given) & (relations == relation)].tolist():
-            known.setdefault(target, split)
-    return known
 
 
 def _find(kind: str, name: str, names: list[str]) -> int:
@@ -76,7 +70,11 @@ def _find(kind: str, name: str, names: list[str]) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    """Run ``emu-predict``; returns the exit status, 1 after an error that a person can act on."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.top < 1:
+        parser.error(f"argument --top: expected at least 1, got {options.top}")
     try:
         run = RunFolder.open(options.run)
         graph = run.read_graph()
@@ -109,16 +107,9 @@ def _parser() -> argparse.ArgumentParser:
     given.add_argument("--tail", metavar="NAME", help="predict the head of this tail")
     parser.add_argument("--relation", metavar="NAME", required=True)
     parser.add_argument(
-        "--top", type=_positive, default=10, metavar="K", help="how many to print (default 10)"
+        "--top", type=int, default=10, metavar="K", help="how many to print (default 10)"
     )
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
-    return value
 
 
 if __name__ == "__main__":

@@ -1,11 +1,16 @@
-"""Results as a table for a terminal."""
+"""Results for a person: a table for the terminal, and the picture of a run."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from tabulate import tabulate
 
+from .checkpoint import write_atomically
 from .evaluation import Metrics
 
 
@@ -23,3 +28,20 @@ def metrics_table(rows: dict[str, Metrics], **columns: Sequence[str]) -> str:
     ]
     align = ["left", *["right"] * (len(header) - 1)]
     return tabulate(body, header, disable_numparse=True, colalign=align)
+
+
+def plot_metrics(metrics: list[dict[str, Any]], title: str, path: Path) -> None:
+    """Draw loss and validation MRR over steps into a PNG, without a display or pyplot."""
+    losses = [(m["step"], m["loss"]) for m in metrics if "loss" in m]
+    ranks = [(m["step"], m["mrr"]) for m in metrics if m.get("split") == "valid"]
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    left = figure.add_subplot()
+    left.set(title=title, xlabel="step")
+    left.set_ylabel("training loss", color="tab:blue")
+    left.plot(*zip(*losses, strict=True), color="tab:blue") if losses else None
+    right = left.twinx()
+    right.set_ylabel("validation MRR", color="tab:orange")
+    right.plot(*zip(*ranks, strict=True), color="tab:orange", marker="o") if ranks else None
+    right.set_ylim(bottom=0)
+    write_atomically(path, lambda file: figure.savefig(file, format="png"))

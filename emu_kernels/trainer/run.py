@@ -1,4 +1,4 @@
-"""The run folder: everything a run leaves behind, and everything that continuing it needs.
+"""The run folder: the results of a run, and what is needed to continue it.
 
 ==========================  ===========================================================
 ``config.json``             settings, versions, the graph's sizes
@@ -9,7 +9,7 @@
 ``best.safetensors``        the model with the best validation MRR
 ``embeddings.safetensors``  the best model's embeddings, with names
 ``entities.tsv``            the same as text: name, then values; a line an entity
-``relations.tsv``           likewise
+``relations.tsv``           the same for relations
 ==========================  ===========================================================
 """
 
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +62,17 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(f"the run folder {path} cannot be made: {error}") from error
-        run._write_graph(graph)
+        checkpoint.save(run.graph_file, graph.triples | _names(graph), {})
         run.write_config(config, graph)
         return run
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
+        """An existing run folder.
+
+        Raises:
+            RunError: the folder holds no run.
+        """
         run = cls(path)
         if not run.config_file.is_file():
             raise RunError(f"{path} is not a run folder: it holds no {run.config_file.name}")
@@ -94,42 +98,38 @@ class RunFolder:
         checkpoint.write_atomically(self.config_file, lambda file: file.write_text(text))
 
     def read_config(self) -> Config:
-        """Raises: RunError: the file is damaged."""
+        """The settings of the run.
+
+        Raises:
+            RunError: the file is damaged.
+            ConfigError: a setting is unknown or cannot work.
+        """
         try:
-            return Config.from_json(self._read_record()["config"])
-        except (KeyError, TypeError) as error:
-            raise RunError(f"{self.config_file} cannot be read: {error!r}") from error
+            return Config.from_json(self._read("config"))
+        except TypeError as error:
+            raise RunError(f"{self.config_file} cannot be read: {error}") from error
 
     def check_mask_contract(self) -> None:
         """Raises: RunError: the run drew its masks in another way, and cannot be continued."""
-        contract = self._read_record().get("mask_contract")
+        contract = self._read("mask_contract")
         if contract != CONTRACT_VERSION:
             raise RunError(
                 f"{self.path} was made with version {contract} of the mask contract, this is "
                 f"version {CONTRACT_VERSION}: the same seed would draw other masks"
             )
 
-    def _read_record(self) -> dict[str, Any]:
+    def _read(self, key: str) -> Any:
         try:
-            record = json.loads(self.config_file.read_text())
-        except (OSError, ValueError) as error:
-            raise RunError(f"{self.config_file} cannot be read: {error}") from error
-        if not isinstance(record, dict):
-            raise RunError(f"{self.config_file} cannot be read: it is not a JSON object")
-        return record
-
-    def _write_graph(self, graph: Graph) -> None:
-        tensors = dict(graph.triples)
-        tensors["entity_names"] = encode_names(graph.entities)
-        tensors["relation_names"] = encode_names(graph.relations)
-        checkpoint.save(self.graph_file, tensors, {})
+            return json.loads(self.config_file.read_text())[key]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{self.config_file} cannot be read: {error!r}") from error
 
     def read_graph(self) -> Graph:
         tensors, _ = checkpoint.load(self.graph_file)
         try:
             return Graph(
-                decode_names(tensors["entity_names"]),
-                decode_names(tensors["relation_names"]),
+                _decode(tensors["entity_names"]),
+                _decode(tensors["relation_names"]),
                 {split: tensors[split] for split in SPLITS},
             )
         except KeyError as error:
@@ -151,14 +151,12 @@ class RunFolder:
 
     def forget_metrics_after(self, step: int) -> None:
         """Drop lines logged after the checkpoint that training continues from."""
-        kept = [json.dumps(metric) + "\n" for metric in self.read_metrics()]
-        kept = [line for line in kept if json.loads(line)["step"] <= step]
+        kept = [json.dumps(m) + "\n" for m in self.read_metrics() if m["step"] <= step]
         checkpoint.write_atomically(self.metrics_file, lambda file: file.write_text("".join(kept)))
 
-    def load_model(self, graph: Graph, file: Path | None = None) -> tuple[Model, dict[str, Any]]:
-        """The best model, or the last one where no evaluation was made; its checkpoint's state."""
-        if file is None:
-            file = self.best_file if self.best_file.exists() else self.last_file
+    def load_model(self, graph: Graph) -> tuple[Model, dict[str, Any]]:
+        """The best model, or the last one if there was no evaluation; its checkpoint's state."""
+        file = self.best_file if self.best_file.exists() else self.last_file
         tensors, state = checkpoint.load(file)
         model = new_model(self.read_config(), graph)
         restore_model(model, tensors, file)
@@ -166,25 +164,14 @@ class RunFolder:
 
     def export_embeddings(self, model: Model, graph: Graph) -> None:
         """Write the embeddings with names, as safetensors and as TSV."""
-        tables = {
-            "entity": (graph.entities, model.entity.detach().cpu()),
-            "relation": (graph.relations, model.relation.detach().cpu()),
-        }
-        tensors = {name: values for name, (_, values) in tables.items()}
-        if model.similarity_weights is not None:
-            tensors["similarity_weights"] = model.similarity_weights.detach().cpu()
-        tensors |= {f"{name}_names": encode_names(names) for name, (names, _) in tables.items()}
+        tensors = dict(model.named_parameters()) | _names(graph)
         checkpoint.save(self.path / "embeddings.safetensors", tensors, {})
-        for file_name, key in (("entities.tsv", "entity"), ("relations.tsv", "relation")):
-            names, values = tables[key]
-            checkpoint.write_atomically(
-                self.path / file_name,
-                lambda file, names=names, values=values: _write_tsv(file, names, values),  # type: ignore[misc]
-            )
+        _write_tsv(self.path / "entities.tsv", graph.entities, model.entity)
+        _write_tsv(self.path / "relations.tsv", graph.relations, model.relation)
 
 
 def new_model(config: Config, graph: Graph) -> Model:
-    """A model as it is before the first step, the same on every device."""
+    """A model with its initial values, the same on every device."""
     cls = MODELS[config.model]
     return cls(
         graph.num_entities,
@@ -199,30 +186,34 @@ def new_model(config: Config, graph: Graph) -> Model:
 
 def restore_model(model: Model, tensors: dict[str, Tensor], file: Path) -> None:
     """Fill a model from a checkpoint's tensors, which may hold more (an optimizer's)."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            stored = tensors.get(f"model.{name}")
-            if stored is None or stored.shape != parameter.shape:
-                found = "nothing" if stored is None else f"shape {tuple(stored.shape)}"
-                raise RunError(
-                    f"{file}: expected model.{name} of shape {tuple(parameter.shape)}, got {found}"
-                )
-            parameter.copy_(stored)
+    prefix = "model."
+    values = {k.removeprefix(prefix): x for k, x in tensors.items() if k.startswith(prefix)}
+    try:
+        model.load_state_dict(values)
+    except RuntimeError as error:
+        raise RunError(f"{file} is a checkpoint of another model: {error}") from error
 
 
-def encode_names(names: Iterable[str]) -> Tensor:
+def _names(graph: Graph) -> dict[str, Tensor]:
     """Names as UTF-8 bytes, a line each: safetensors holds tensors only.
 
-    The format they are read from keeps tabs and line ends out of names.
+    Names contain no line ends: :mod:`.data` reads them from lines.
     """
-    return torch.frombuffer(bytearray("\n".join(names), "utf-8"), dtype=torch.uint8)
+    kinds = {"entity_names": graph.entities, "relation_names": graph.relations}
+    return {
+        kind: torch.frombuffer(bytearray("\n".join(names), "utf-8"), dtype=torch.uint8)
+        for kind, names in kinds.items()
+    }
 
 
-def decode_names(names: Tensor) -> list[str]:
+def _decode(names: Tensor) -> list[str]:
     return names.numpy().tobytes().decode("utf-8").split("\n")
 
 
-def _write_tsv(file: Path, names: list[str], values: Tensor) -> None:
-    with file.open("w", encoding="utf-8") as stream:
-        for name, row in zip(names, values.tolist(), strict=True):
-            stream.write(name + "".join(f"\t{value:.9g}" for value in row) + "\n")
+def _write_tsv(path: Path, names: list[str], table: Tensor) -> None:
+    def write(file: Path) -> None:
+        with file.open("w", encoding="utf-8") as stream:
+            for name, row in zip(names, table.tolist(), strict=True):
+                stream.write(name + "".join(f"\t{value:.9g}" for value in row) + "\n")
+
+    checkpoint.write_atomically(path, write)

@@ -1,15 +1,11 @@
-"""Samplers: the batches of triples that a step trains on, and negatives for them.
-
-A new sampler is an entry of :data:`SAMPLERS`, and a field of :class:`SamplingOptions` for each
-option of its own.
-"""
+"""Samplers: the batches of triples that a step trains on, and negatives for them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import pooch
 import torch
@@ -21,20 +17,20 @@ from .frequency import BernoulliBatches
 from .neighbourhood import StructureAwareNegatives, cached_neighbourhoods
 from .settings import AT_LEAST_0, AT_LEAST_1, Choice, setting
 
+if TYPE_CHECKING:
+    from .config import Config
+
 T = TypeVar("T")
 
 _BLOCK_IDS = 1 << 22  # negatives drawn at once: 32 MiB of ids
 
 
-class NegativeSampler(Protocol):
-    """Draws negatives for a step's batch: a pure function of the two (and of a seed held inside).
+NegativeSampler = Callable[[int, Batch], Tensor]
+"""Draws negatives for a step and its batch: a pure function of both (and of a seed held inside).
 
-    Returns:
-        (G, K) int64 ids on the batch's device, G dividing B: a set for each block of B/G rows.
-        −1 is padding. To be used before the next call, which may overwrite it.
-    """
-
-    def __call__(self, step: int, batch: Batch) -> Tensor: ...
+Returns (G, K) int64 ids on the batch's device, G dividing B: a set for each block of B/G rows, with
+−1 for padding. The next call may overwrite them.
+"""
 
 
 class UniformNegatives:
@@ -81,8 +77,8 @@ class KnownTriples:
         self._num_entities = num_entities
         self._num_relations = num_relations
         self._keys: dict[Direction, Tensor] = {}
-        # On a CPU a table of bits, hashed by the pair, spares most candidates the binary search:
-        # a row's candidates all fall into one stretch of it, which stays in the cache.
+        # On a CPU a table of bits, hashed by the pair, rules out most candidates without a binary
+        # search: the bits of a row's candidates are adjacent, so they stay in the cache.
         self._mask = (1 << max(10, (len(triples) * self._BUCKETS_PER_TRIPLE).bit_length())) - 1
         self._maybe: dict[Direction, Tensor] = {}
         for direction in DIRECTIONS:
@@ -104,7 +100,7 @@ class KnownTriples:
             relation: (B,).
         """
         pair = self._pair(given, relation)
-        if not self._maybe:  # no way to pick out the suspects without waiting for the device
+        if not self._maybe:  # picking out the suspects would wait for the device
             key = pair.unsqueeze(1) * self._num_entities + negative
             return torch.where(self._contains(key, direction), -1, negative)
         bucket = self._stretch(pair).unsqueeze(1) + negative
@@ -131,9 +127,9 @@ class KnownTriples:
 class FilteredNegatives:
     """Another sampler's negatives, with those that make a known triple turned into padding (−1).
 
-    A row may so keep fewer than K negatives; one that keeps none has loss 0 and teaches nothing.
-    A negative that a block of rows shares goes if it is true for any of them: no row ever sees a
-    known triple as a negative, at the price of some that would have been right for other rows.
+    A row may keep fewer than K negatives; one that keeps none has loss 0. A negative shared by a
+    block of rows is removed if it is true for any of them: no row ever has a known triple as a
+    negative, but some rows lose negatives that are false for them.
     """
 
     def __init__(self, sampler: NegativeSampler, known: KnownTriples) -> None:
@@ -151,40 +147,37 @@ class FilteredNegatives:
         return negative
 
 
-def _structure_aware(
-    options: SamplingOptions, graph: Graph, train: Tensor, seed: int
-) -> NegativeSampler:
+def _structure_aware(config: Config, graph: Graph, train: Tensor) -> NegativeSampler:
     neighbourhoods = cached_neighbourhoods(
         train,
         graph.num_entities,
-        hops=options.hops,
-        walks=options.walks,
-        seed=seed,
+        hops=config.hops,
+        walks=config.walks,
+        seed=config.seed,
         folder=Path(pooch.os_cache("emu-kernels")) / "neighbourhoods",
     )
-    return StructureAwareNegatives(neighbourhoods, options.negatives, seed, train.device)
+    return StructureAwareNegatives(neighbourhoods, config.negatives, config.seed, train.device)
 
 
 @dataclass(frozen=True)
 class Sampler(Choice, Generic[T]):
-    """Makes a :class:`BatchSampler` or :class:`NegativeSampler` of options, graph, training
-    triples (M, 3) on the device to train on, and seed."""
+    """Makes a :class:`BatchSampler` or a :class:`NegativeSampler`."""
 
-    make: Callable[[SamplingOptions, Graph, Tensor, int], T]
-    shares_sets: bool = False  # heeds rows_per_set
+    make: Callable[[Config, Graph, Tensor], T]  # of the training triples (M, 3), on the device
+    shares_sets: bool = False  # supports rows_per_set
 
 
 CORRUPTIONS: dict[str, Sampler[BatchSampler]] = {
     "alternate": Sampler(
         "tails and heads in turn",
         (),
-        lambda options, graph, train, seed: AlternatingBatches(train, options.batch_size, seed),
+        lambda config, graph, train: AlternatingBatches(train, config.batch_size, config.seed),
     ),
     "bernoulli": Sampler(
         "by the relation's Bernoulli probability",
         (),
-        lambda options, graph, train, seed: BernoulliBatches(
-            train, graph.num_relations, options.batch_size, seed
+        lambda config, graph, train: BernoulliBatches(
+            train, graph.num_relations, config.batch_size, config.seed
         ),
     ),
 }
@@ -193,11 +186,11 @@ SAMPLERS: dict[str, Sampler[NegativeSampler]] = {
     "uniform": Sampler(
         "all entities",
         (),
-        lambda options, graph, train, seed: UniformNegatives(
+        lambda config, graph, train: UniformNegatives(
             graph.num_entities,
-            options.batch_size // options.rows_per_set,
-            options.negatives,
-            seed,
+            config.batch_size // config.rows_per_set,
+            config.negatives,
+            config.seed,
             train.device,
         ),
         shares_sets=True,
@@ -231,12 +224,10 @@ class SamplingOptions:
     )
 
 
-def new_negatives(
-    options: SamplingOptions, graph: Graph, train: Tensor, seed: int
-) -> NegativeSampler:
-    """The sampler that the options name, filtered where they say so."""
-    negatives = SAMPLERS[options.sampler].make(options, graph, train, seed)
-    if not options.filter_negatives:
+def new_negatives(config: Config, graph: Graph, train: Tensor) -> NegativeSampler:
+    """The sampler that the config names, filtered if it says so."""
+    negatives = SAMPLERS[config.sampler].make(config, graph, train)
+    if not config.filter_negatives:
         return negatives
     known = KnownTriples(train, graph.num_entities, graph.num_relations)
     return FilteredNegatives(negatives, known)

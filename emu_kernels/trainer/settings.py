@@ -1,7 +1,8 @@
 """Settings: dataclass fields that carry their help text, choices and limits.
 
-A setting stands once, at its field. :func:`check` validates it, :func:`add_options` puts it on a
-command line. Where its choices are a registry of :class:`Choice`, they describe themselves.
+Each field is the only place that declares its setting: :func:`check` validates it,
+:func:`add_options` adds it to a command line. A registry of :class:`Choice` as choices brings the
+help text of each.
 """
 
 from __future__ import annotations
@@ -40,17 +41,15 @@ def setting(
     *,
     limit: Limit | None = None,
     choices: Collection[T] | None = None,
-    show: Callable[[T], str] = lambda value: (
-        f"{value:g}" if isinstance(value, float) else f"{value}"
-    ),
+    show: Callable[[T], str] = lambda x: f"{x:g}" if isinstance(x, float) else f"{x}",
 ) -> T:
     """A dataclass field.
 
     Args:
-        default: None where it follows from other settings; `help` then says how.
+        default: None if it follows from other settings; `help` then says how.
         help: for the command line, which appends the default.
         choices: read at each use, so a registry may still grow.
-        show: the value for a reader.
+        show: formats the value for a summary.
     """
     metadata = {"help": help, "limit": limit, "choices": choices, "show": show}
     return field(default=default, metadata=metadata)
@@ -58,7 +57,7 @@ def setting(
 
 @dataclass(frozen=True)
 class Choice:
-    """An entry of a registry, and its description."""
+    """An entry of a registry, with its description."""
 
     help: str
     options: tuple[str, ...]  # names of the settings that it reads
@@ -73,11 +72,8 @@ class Choice:
 def check(settings: DataclassInstance) -> None:
     """Raises: ConfigError: a setting is not among its choices or outside its limit."""
     for f in fields(settings):
-        value, choices, limit = (
-            getattr(settings, f.name),
-            f.metadata["choices"],
-            f.metadata["limit"],
-        )
+        value = getattr(settings, f.name)
+        choices, limit = f.metadata["choices"], f.metadata["limit"]
         if value is None:
             continue
         if choices is not None and value not in choices:

@@ -1,15 +1,11 @@
-"""Sparse gradients of the entity table, and Adagrad by rows: a step costs the rows it touches."""
+"""Adagrad on a sparse gradient of the entity table: a step costs the rows it touches."""
 
 from __future__ import annotations
-
-from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-_BLOCK = 2**19
-"""Components that a CPU steps at a time, so that intermediate results stay in the cache."""
+_BLOCK = 2**19  # components that a CPU updates at a time, so that they stay in its cache
 
 
 def add_rows(gradient: Tensor, ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -34,54 +30,34 @@ def add_rows(gradient: Tensor, ids: Tensor, rows: Tensor) -> tuple[Tensor, Tenso
     return ids[~known], rows[~known]
 
 
-class RowwiseAdagrad(torch.optim.Adagrad):
-    """torch's Adagrad, but of a sparse gradient it reads and writes only the rows that it has.
+@torch.no_grad()
+def adagrad_step(
+    optimizer: torch.optim.Optimizer, table: Tensor, ids: Tensor, rows: Tensor
+) -> None:
+    """Step one table by its sparse gradient plus the gradient `rows` of its rows `ids`.
 
-    The numbers are those from a dense gradient: rows without one do not move. torch's own takes
-    sparse gradients too, and sorts and sums their rows once more. There is no weight decay, which
-    would touch every row.
+    The numbers are those of ``optimizer.step()`` with the dense gradient, which does not move rows
+    whose gradient is 0. Adagrad's own step for sparse gradients sorts and sums the rows once more.
+    The table's gradient is None afterwards, so that ``optimizer.step()`` leaves it alone.
+
+    Args:
+        optimizer: a ``torch.optim.Adagrad`` without decay, which has `table` as a parameter.
+        table: (N, D); its gradient is coalesced.
+        ids: (B,), repeats allowed.
+        rows: (B, D).
     """
-
-    def __init__(self, params: Iterable[Tensor], lr: float, *, fused: bool | None = None) -> None:
-        super().__init__(params, lr=lr, fused=fused)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step. A sparse gradient must have each row once."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        sparse = []
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                gradient = parameter.grad
-                if gradient is not None and gradient.is_sparse:
-                    self.state[parameter]["step"] += 1
-                    self.step_rows(parameter, gradient._indices()[0], gradient._values())
-                    sparse.append((parameter, gradient))
-                    parameter.grad = None  # torch's step leaves it alone
-        super().step()
-        for parameter, gradient in sparse:
-            parameter.grad = gradient
-        return loss
-
-    @torch.no_grad()
-    def step_rows(self, parameter: Tensor, ids: Tensor, gradient: Tensor) -> None:
-        """Part of a step, before or after the rest: rows that no other part of it has.
-
-        Args:
-            parameter: (N, D), one of the optimizer's.
-            ids: (R,), each once.
-            gradient: (R, D) of those rows.
-        """
-        (group,) = (g for g in self.param_groups if any(p is parameter for p in g["params"]))
-        state = self.state[parameter]
-        on_cpu = parameter.device.type == "cpu"
-        size = max(1, _BLOCK // parameter.shape[1] if on_cpu else len(ids))
-        for at, values in zip(ids.split(size), gradient.split(size), strict=True):
+    gradient = table.grad
+    assert gradient is not None
+    others = add_rows(gradient, ids, rows)
+    (group,) = (g for g in optimizer.param_groups if any(p is table for p in g["params"]))
+    state = optimizer.state[table]
+    state["step"] += 1
+    for ids, rows in ((gradient._indices()[0], gradient._values()), others):
+        block = max(1, _BLOCK // table.shape[1] if table.device.type == "cpu" else len(ids))
+        for at, values in zip(ids.split(block), rows.split(block), strict=True):
             sums = state["sum"].index_select(0, at).addcmul_(values, values)
             state["sum"].index_copy_(0, at, sums)
-            rows = parameter.index_select(0, at)
-            rows.addcdiv_(values, sums.sqrt_().add_(group["eps"]), value=-group["lr"])
-            parameter.index_copy_(0, at, rows)
+            moved = table.index_select(0, at)
+            moved.addcdiv_(values, sums.sqrt_().add_(group["eps"]), value=-group["lr"])
+            table.index_copy_(0, at, moved)
+    table.grad = None

@@ -1,4 +1,4 @@
-"""``python -m bench``: every part in small, its rows and its files. No time is asserted."""
+"""``python -m bench``: every part on tiny sizes, with its rows and files. No time is asserted."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Capture: TypeAlias = pytest.CaptureFixture[str]
 Patch: TypeAlias = pytest.MonkeyPatch
 TINY = Shape().tiny()
 TASK = Task().tiny()
-# Compiling takes a minute and has a test of its own.
+# Compiling takes a minute and is tested separately.
 NAMES = [r.name for r in RIVALS if r.unavailable(TINY) is None and r.name != "compiled-emu"]
 
 
@@ -125,7 +125,7 @@ def test_all_parts(tmp_path: Path, capsys: Capture, monkeypatch: Patch) -> None:
     parts = tuple(
         (*part, "--rivals", "fused-emu") if part[0] in ("steps", "scale") else part
         for part in command_line.DEFAULTS["cpu"]
-        if part[0] != "train"  # has tests of its own
+        if part[0] != "train"  # tested separately
     )
     monkeypatch.setitem(command_line.DEFAULTS, "cpu", (*parts, ("captured",)))
     rows = bench("", folder=tmp_path)
@@ -187,7 +187,7 @@ def test_memory_of_fresh_processes(capsys: Capture) -> None:
     peak = measure.peak(1, trainers.for_memory, "trainer-emu", task)
     assert 3 * table < peak < 20 * table
     sparse = measure.peak(1, trainers.for_memory, "fused-loop-emu", task.replace(gradient="sparse"))
-    assert 1.8 * table < sparse < peak  # no dense gradient; pages are counted in batches
+    assert 1.8 * table < sparse < peak  # no dense gradient; the system counts pages in batches
     with pytest.raises(KeyError, match="no-such-rival"):
         measure.peak(1, steps.for_memory, "no-such-rival", shape)
 

@@ -1,4 +1,4 @@
-"""What is compared computes the same thing; timers, byte counts, the report, ``make gpu-check``."""
+"""Rivals compute the same results; timers, byte counts, the report, ``make gpu-check``."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TINY = Shape().tiny()
 def test_eager_losses_are_the_fused_ones(
     similarity: str, backend: str, device: torch.device
 ) -> None:
-    """EMU's with the same masks."""
+    """Both EMU losses with the same masks."""
     inputs = Inputs(*make(TINY).tensors).to(device)
     threshold = rate_to_threshold(EMU["mutation_rate"])
     sizes = (TINY.batch, TINY.negatives, TINY.dim)
@@ -68,7 +68,7 @@ def test_phases_are_parts_of_the_whole() -> None:
 
 
 def test_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    ticks = iter([0.9, 0.3, 0.1, 0.2, 0.4, 100.0])  # the first finds a cold cache
+    ticks = iter([0.9, 0.3, 0.1, 0.2, 0.4, 100.0])  # the first runs with a cold cache
     monkeypatch.setattr(measure, "wall_clock", lambda step, device: next(ticks))
     turn = measure.turn_of(Step(lambda _: None), "cpu", 1.0)
     assert [turn(), turn()] == pytest.approx([0.25, 100.0])
@@ -85,7 +85,7 @@ def test_bytes_that_must_move() -> None:
     query, touched = 2 * 128, 4 * 128
     assert found["forward"] == 64 + query + 8 * 128
     assert found["backward"] == 64 + 2 * query + touched + 64 + touched
-    assert steps.row_bytes(torch.tensor([0, 1, 1]), 100, 64) == (2 + 3 + 3) * 64  # they straddle
+    assert steps.row_bytes(torch.tensor([0, 1, 1]), 100, 64) == (2 + 3 + 3) * 64  # rows cross lines
 
 
 def test_the_report_is_of_the_committed_rows() -> None:
@@ -105,7 +105,7 @@ def test_the_report_of_a_gpu() -> None:
     rows = [
         row | {"rival": rival, "what": what, "median": m, "q20": m, "q80": m, "date": date}
         for date, rival, what, m in (
-            ("2025", "fused-emu-cuda", results.TIME, 9.0),  # of an older run
+            ("2025", "fused-emu-cuda", results.TIME, 9.0),  # from an older run
             ("2026", "fused-emu-cuda", results.TIME, 2.0),
             ("2026", "fused-emu-cuda", results.MEMORY, 31.4),
             ("2026", "fused-emu-triton", results.TIME, 4.0),

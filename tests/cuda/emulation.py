@@ -1,6 +1,7 @@
-"""The CUDA kernels on the CPU: their sources, compiled against host_execution.h, as a backend.
+"""The CUDA kernels on the CPU, as a backend: their sources, compiled against host_execution.h.
 
-Compiled once, into a folder named after what went in: .pytest_cache/emu-cuda-<digest>.
+They are compiled once, into a folder named after a digest of the sources and flags,
+.pytest_cache/emu-cuda-<digest>.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from emu_kernels.backends.native import NativeBackend
 ROOT = Path(__file__).resolve().parents[2]
 MODULE = "_cuda_emulated"
 PROCESSORS = 1
-"""Of the pretended device: one, but small batches have rows split over blocks all the same."""
+"""Multiprocessors of the emulated device. With one, small batches still split rows over blocks."""
 
 FLAGS = (
     "-std=c++20 -O1 -fPIC -fvisibility=hidden -ffp-contract=off "
@@ -38,7 +39,7 @@ FLAGS = (
 
 
 def similarities(root: Path = ROOT) -> list[str]:
-    """The list of csrc/common/similarity.h, as CMakeLists.txt reads it."""
+    """The similarities that csrc/common/similarity.h lists, read as in CMakeLists.txt."""
     text = (root / "csrc/common/similarity.h").read_text()
     return re.findall(r"\w+", re.findall(r"using Similarities = List<([^>]*)>", text)[0])
 
@@ -113,7 +114,7 @@ def load(path: Path) -> ModuleType:
 
 
 class EmulatedCudaBackend(CudaBackend):
-    """The backend as it is, but for the module that it calls and the device it names."""
+    """The CUDA backend with another extension module, for tensors on the CPU."""
 
     device_types = ("cpu",)
 
@@ -128,12 +129,12 @@ class EmulatedCudaBackend(CudaBackend):
         return {"device": 0, "stream": 0, "processors": PROCESSORS}
 
     def set_order(self, order: str, seed: int = 1) -> None:
-        """Of the threads of a block: "forward", "reverse" or "random"."""
+        """Choose the order of a block's threads: "forward", "reverse" or "random"."""
         self._library.emu_set_order(order.encode(), ctypes.c_uint64(seed))
 
 
 def install() -> EmulatedCudaBackend:
-    """Makes it this process's ``cuda`` backend, which no call gets unless it asks for it."""
+    """Register it as this process's ``cuda`` backend, which only calls that name it use."""
     current = backends.get("cuda")
     if isinstance(current, EmulatedCudaBackend):
         return current

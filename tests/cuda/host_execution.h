@@ -1,9 +1,9 @@
-// Runs the CUDA kernels' sources, compiled as plain C++, on the CPU: for tests alone, where there is no GPU.
+// Runs the CUDA kernels' sources, compiled as plain C++, on the CPU. Only for tests, on machines without a GPU.
 //
-// Blocks run one after another. A block's threads are fibres of one thread, which run until they come to a barrier or a
-// shuffle, in an order that the test chooses: forward, reverse, or at random, another at every turn. So what depends
-// on the order of threads without a barrier between shows as a wrong result, the same at every repetition. Shared
-// memory is filled with NaNs before each block. A barrier that some threads never reach throws.
+// Blocks run one after another. A block's threads are fibres of one thread. Each runs until a barrier or a shuffle, in
+// an order that the test chooses: forward, reverse, or random, drawn anew for each round. So a missing barrier causes a
+// wrong result, the same in every run. Shared memory is filled with NaNs before each block. A barrier that some threads
+// never reach throws.
 #pragma once
 
 #include <sys/mman.h>
@@ -60,7 +60,7 @@ struct Barrier {
 };
 
 #if defined(__x86_64__)
-using Context = void*;  // the stack pointer, below which the registers are
+using Context = void*;  // the stack pointer; the registers are saved on the stack
 __attribute__((naked, noinline, unused)) static void switch_stacks(Context*, Context*) {
   asm volatile(
       "pushq %rbp\n\tpushq %rbx\n\tpushq %r12\n\tpushq %r13\n\tpushq %r14\n\tpushq %r15\n\t"
@@ -69,7 +69,7 @@ __attribute__((naked, noinline, unused)) static void switch_stacks(Context*, Con
 }
 inline void prepare(Context& context, char* stack, void (*entry)()) {
   void** top = reinterpret_cast<void**>(stack + kStackBytes);
-  top[-1] = nullptr;  // where entry would return to
+  top[-1] = nullptr;  // entry's return address; it never returns
   top[-2] = reinterpret_cast<void*>(entry);
   for (int i = 3; i <= 8; ++i) top[-i] = nullptr;
   context = top - 8;
@@ -90,7 +90,7 @@ struct Fibre {
   Context context;
   char* stack = nullptr;
   const Barrier* waits_for = nullptr;
-  uint64_t generation = 0;  // of that barrier, which has to pass
+  uint64_t generation = 0;  // of that barrier: the thread waits until it changes
   uint64_t shuffles = 0;
   bool ended = false;
   void* fake_stack = nullptr;
@@ -102,7 +102,7 @@ struct Schedule {
 };
 inline Schedule schedule;
 
-// One for each thread that launches.
+// One for each thread of the process that launches kernels.
 struct Machine {
   std::mt19937_64 random;
   std::vector<Fibre> fibres;
@@ -230,7 +230,7 @@ inline void launch(const char* name, dim3 grid, int threads, size_t shared, void
   if (m.fibres.size() < static_cast<size_t>(threads)) m.fibres.resize(static_cast<size_t>(threads));
   m.warps.resize(static_cast<size_t>(threads / kWarp));
   m.slots.resize(static_cast<size_t>(threads) * 2);
-  // Exactly as much as asked for, so that a sanitizer sees what goes beyond.
+  // Exactly as much as requested, so that a sanitizer finds accesses beyond it.
   m.shared = std::vector<uint4>((shared + sizeof(uint4) - 1) / sizeof(uint4));
   m.job = job, m.job_data = data;
   blockDim = dim3(static_cast<unsigned>(threads)), gridDim = grid;
@@ -249,14 +249,14 @@ void launch(const char* name, dim3 grid, int threads, size_t shared, Job&& job) 
          &job);
 }
 
-// A value of another lane of the same warp; all of its lanes take part.
+// The value of another lane of the same warp; all of its lanes have to call it.
 template <class X>
 X shuffle(X x, int lane) {
   static_assert(sizeof(X) <= 8);
   Machine& m = machine;
   Fibre& own = m.fibres[static_cast<size_t>(m.current)];
   const int warp = m.current / kWarp;
-  // Two sets of slots, in turn: a lane may be one shuffle ahead of another that still reads.
+  // Two sets of slots, used alternately: a lane may write for the next shuffle while another still reads.
   uint64_t* slots = m.slots.data() + (warp * 2 + static_cast<int>(own.shuffles++ % 2)) * kWarp;
   std::memcpy(slots + m.current % kWarp, &x, sizeof(X));
   wait(m.warps[static_cast<size_t>(warp)], kWarp);

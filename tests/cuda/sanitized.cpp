@@ -1,5 +1,5 @@
-// Runs every kernel on one small batch, on arrays that are exactly as long as they have to be: for test_sanitizers.py,
-// which compiles it with AddressSanitizer and UBSan.
+// Runs every kernel on one small batch, on arrays of exactly the required length. test_sanitizers.py compiles it with
+// AddressSanitizer and UBSan.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -13,7 +13,7 @@ using namespace emu::cuda;
 
 namespace {
 
-// Memory whose end, to the byte, is known to the sanitizer.
+// Memory whose end the sanitizer knows to the byte.
 template <class X>
 struct Array {
   std::unique_ptr<X[]> own;
@@ -56,7 +56,7 @@ void run(int64_t D, bool pairs, bool each) {
   p.phase_scale = 1;
   p.draws.pairs = pairs, p.draws.seed = seed.get(), p.draws.row_offset = 3;
   p.draws.threshold = 100, p.draws.thresholds = each ? thresholds.get() : nullptr;
-  p.draws.rule = 3, p.draws.order = 2;  // Mixup's, where shares are drawn
+  p.draws.rule = 3, p.draws.order = 2;  // Mixup's, for kernels that draw shares
   p.place.processors = 1;
 
   Array<Real> weight(S * B * K), mutated_weight(S * B * K), grad_query(B * D), grad_positive(B * D);

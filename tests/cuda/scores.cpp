@@ -1,5 +1,5 @@
-// Prints the scores of one small batch, under an order of threads: for test_emulation.py, which takes a barrier out of
-// the kernel.
+// Prints the scores of one small batch, computed with a given order of threads. test_emulation.py compiles it with a
+// kernel that lacks a barrier.
 #include <cstdio>
 #include <cstdlib>
 #include <vector>

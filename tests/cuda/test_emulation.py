@@ -1,6 +1,6 @@
-"""The kernels under every order of a block's threads, on tables of gigabytes, with bad arguments.
+"""The emulated CUDA kernels: any order of a block's threads, huge tables, bad arguments.
 
-That they compute what the specification says is tested in tests/ops, through the same emulation.
+tests/ops compares their results with the specification, through the same emulation.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="with a GPU the cuda backend is the real one"
 )
 CPU = torch.device("cpu")
-MAP_NORESERVE = 0x4000  # of Linux; in the module mmap from Python 3.11 on
+MAP_NORESERVE = 0x4000  # Linux's value; Python 3.10's module mmap lacks it
 ORDERS = [("forward", 1), ("reverse", 1), ("random", 1), ("random", 2)]
 
 
@@ -73,7 +73,7 @@ def options_of(similarity: str, batch: int, dim: int) -> Options:
 
 
 def all_of(inputs: Inputs, options: Options) -> list[Result]:
-    """Everything that the kernels of one specialisation compute."""
+    """All results of the kernels' instance for one similarity, mutation and dtype."""
 
     def scored(*tensors: Tensor, **more: Any) -> tuple[Tensor, ...]:
         return tuple(s.nan_to_num(neginf=0) for s in emu_scores(*tensors, **more))
@@ -87,13 +87,13 @@ def all_of(inputs: Inputs, options: Options) -> list[Result]:
     return [evaluate(function, inputs, backend="cuda", **own, **options) for function, own in calls]
 
 
-# A warp's worth of components and less; several warps a row; several tiles of a row.
+# Rows of at most one warp, of several warps, and of several tiles.
 @pytest.mark.parametrize("dim", [100, 300, 1300])
 @pytest.mark.parametrize("similarity", SIMILARITIES)
 def test_same_bits_in_any_order(
     similarity: str, dim: int, cuda: emulation.EmulatedCudaBackend
 ) -> None:
-    """Also where entities are shared by many pieces of the work."""
+    """The batch has few entities, so several blocks contribute to each."""
     dtype = torch.bfloat16 if dim == 300 else torch.float32
     inputs = make(4, 18, dim, rows=3, groups=2, dtype=dtype, padding=True)
     for mutation in (0.5, Mixup()):
@@ -123,7 +123,7 @@ def test_mutate_in_any_order(cuda: emulation.EmulatedCudaBackend) -> None:
 
 @pytest.fixture
 def scores_program(tmp_path: Path) -> Any:
-    """Compiles scores.cpp against a copy of the sources with some text replaced; runs it."""
+    """Compiles scores.cpp with a copy of the sources in which some text is replaced; runs it."""
 
     def build(change: tuple[str, str] | None) -> set[str]:
         source = tmp_path / ("changed" if change else "same")
@@ -156,14 +156,14 @@ DRAWN = """          team.sync();
 
 
 def test_a_missing_barrier_shows(scores_program: Any) -> None:
-    """Of a kernel without the barrier between drawing masks and using them."""
+    """Removing the barrier between drawing masks and using them changes the results."""
     (expected,) = scores_program(None)
     changed = scores_program((DRAWN, DRAWN.replace("team.sync();", "")))
     assert changed != {expected}
 
 
 def test_large_table(cuda: emulation.EmulatedCudaBackend) -> None:
-    """Past 2**32 elements and 16 GiB, of which only the rows in use are ever touched."""
+    """More than 2**32 elements and 16 GiB; only the pages of the used rows take memory."""
     dim = 8
     rows = 2**29 + 7
     memory = mmap.mmap(
@@ -171,7 +171,7 @@ def test_large_table(cuda: emulation.EmulatedCudaBackend) -> None:
     )
     table = torch.frombuffer(memory, dtype=torch.float32).view(rows, dim)
     inputs = make(6, 5, dim, rows=9, padding=True)
-    # Entities keep their order, so that their gradients come in the same order too.
+    # The entities keep their order, and so do their gradients.
     moved = torch.tensor(
         [0, 2**26, 2**27 + 1, 2**28 - 1, 2**28, 2**29 - 1, 2**29, 2**29 + 5, rows - 1]
     )
@@ -196,7 +196,7 @@ def test_large_table(cuda: emulation.EmulatedCudaBackend) -> None:
 
 
 def test_ids_out_of_range_are_reported(cuda: emulation.EmulatedCudaBackend) -> None:
-    """Their rows' losses are NaN, the others' right, and the next call raises."""
+    """Their rows' losses are NaN, other rows' losses are right, and the next call raises."""
     inputs = make(6, 5, 20)
     expected = fused_emu_loss(*inputs, reduction="none", backend="cuda", **LOSS)
     for name, row, value in (("negative", 2, 9), ("negative", 3, -2), ("positive", 4, 10**12)):
@@ -234,7 +234,7 @@ def test_atomic_gradient(
     cuda: emulation.EmulatedCudaBackend,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The rival of sorted segments, for whole vectors and for a rest."""
+    """The table's gradient by atomic adds instead of sorted segments; whole and partial vectors."""
     monkeypatch.setattr(cuda, "atomic_gradient", True)
     monkeypatch.setattr(cuda._native, "table_gradient", None)  # would fail if called
     function, rates = (fused_emu_loss, LOSS) if mutates else (fused_softmax_loss, {})

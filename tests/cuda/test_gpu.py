@@ -1,4 +1,4 @@
-"""What only a GPU can show: streams, captured graphs, late reports of ids, nothing that waits."""
+"""Tests that need a GPU: streams, captured graphs, late reports of ids, no synchronisation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def inputs() -> Inputs:
 
 
 def test_captured_graph_draws_fresh_masks(inputs: Inputs) -> None:
-    """Each replay is what an eager call with that seed gives, gradients included."""
+    """Each replay equals an eager call with the same seed, including gradients."""
     query, table = inputs.query.clone().requires_grad_(), inputs.table.clone().requires_grad_()
     seed = torch.zeros((), dtype=torch.int64, device="cuda")
 
@@ -52,7 +52,7 @@ def test_captured_graph_draws_fresh_masks(inputs: Inputs) -> None:
 
 
 def test_current_stream(inputs: Inputs) -> None:
-    """A call waits for what its stream did before, and for nothing else."""
+    """A call waits for earlier work on its stream only."""
     expected = evaluate(fused_emu_loss, inputs, backend="cuda", **LOSS)
     stream = torch.cuda.Stream()
     late = inputs._replace(query=torch.zeros_like(inputs.query))

@@ -1,6 +1,6 @@
-"""What ptxas reported of every kernel as the extension was compiled: registers, stack, spills.
+"""ptxas's reports of every kernel, written as the extension is compiled: registers, stack, spills.
 
-`make` has the reports kept in build/ptxas (see csrc/cuda/keep_report.py).
+`make` keeps them in build/ptxas (see csrc/cuda/keep_report.py).
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ MOST_REGISTERS = {
     "row_lossI": 64,
     "row_weightsI": 64,
 }
-"""A thread may have 255, and a processor 65,536: at 248 it still holds eight warps, each with four
-16-byte loads a lane in flight or more."""
+"""A thread may have 255 registers, a multiprocessor has 65,536. At 248 it still runs eight warps,
+each with at least four 16-byte loads a lane in flight."""
 
 
 class Kernel(NamedTuple):
@@ -65,7 +65,7 @@ def reported() -> list[Kernel]:
 
 
 def common(kernel: Kernel) -> bool:
-    """Of what training runs: doubles are for checking gradients, and CUB's kernels are not ours."""
+    """Whether training runs it: fp64 is for gradient checks, and CUB's kernels are not ours."""
     ours = kernel.name.startswith("_ZN3emu4cuda")
     double = re.search(r"I(NS_\d+\w+?E)?d[LE]", kernel.name)
     return ours and not double

@@ -1,4 +1,4 @@
-"""Every kernel on one small batch under AddressSanitizer and UBSan, by way of the emulation."""
+"""Every emulated CUDA kernel on one small batch, under AddressSanitizer and UBSan."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the integrations' tests share: one thread, and a real graph that PyKEEN brings along."""
+"""Shared by the integrations' tests: one thread, and a real graph that is part of PyKEEN."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from emu_kernels.trainer.data import SPLITS, Graph
 
 @pytest.fixture(scope="package", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Graphs this small gain nothing from a second thread, and a busy machine makes it wait."""
+    """A second thread gains nothing on graphs this small, and has to wait on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -23,8 +23,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="package", autouse=True)
 def frozen_garbage() -> Iterator[None]:
-    """PyKEEN collects garbage at each epoch's end: half a second each, unless what the imports left
-    is out of its way."""
+    """PyKEEN collects garbage after each epoch. Without the imported objects that is fast."""
     gc.freeze()
     yield
     gc.unfreeze()
@@ -38,7 +37,7 @@ def nations() -> Nations:
 
 @pytest.fixture(scope="session")
 def nations_graph(nations: Nations) -> Graph:
-    """The same as this package's trainer has it."""
+    """The same graph in this package's format."""
     factories = (nations.training, nations.validation, nations.testing)
     named = {}
     for split, factory in zip(SPLITS, factories, strict=True):

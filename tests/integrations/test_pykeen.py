@@ -1,4 +1,4 @@
-"""PyKEEN: equal scores and losses, every kind of negative, and runs through its pipeline."""
+"""PyKEEN: equal scores and losses, every kind of negative sampler, runs of its pipeline."""
 
 from __future__ import annotations
 
@@ -80,14 +80,14 @@ OTHER: dict[str, tuple[type[ERModel], dict[str, Any]]] = {
     "DistMult dropout": (DistMult, {"entity_representations_kwargs": {"dropout": 0.5}}),
     "TransD": (TransD, {"relation_dim": 4}),  # two representations of an entity
     "HolE": (HolE, {}),
-    "UM": (UM, {}),  # no representation of a relation
+    "UM": (UM, {}),  # its relations have no representation
 }
 
 
 def new_model(graph: Dataset, kind: type[ERModel], **settings: Any) -> ERModel:
     torch.manual_seed(0)
     model = kind(triples_factory=graph.training, embedding_dim=DIM, **settings).double()
-    model.post_parameter_update()  # constraints hold to this precision
+    model.post_parameter_update()  # apply the constraints in fp64 too
     return model
 
 
@@ -162,7 +162,7 @@ def test_scores_are_pykeens_own(nations, name, side):
 def naive_loss(
     model: ERModel, positives: Tensor, negatives: Tensor, masks: Tensor | None
 ) -> Tensor:
-    """The loss one negative at a time, from the paper's formulas and PyKEEN's own interaction."""
+    """The loss from the paper's formulas and PyKEEN's interaction, one negative at a time."""
     rate, beta, alpha = SETTINGS.values()
     total = torch.zeros((), dtype=torch.float64)
     row = 0
@@ -239,13 +239,13 @@ def test_kernels_and_interaction_agree(nations, monkeypatch, sampler, name):
     assert len(gradients) == len(expected) == len(list(model.parameters()))
     for gradient, wanted in zip(gradients, expected, strict=True):
         if name == "RotatE" and gradient.shape[0] == nations.num_relations:
-            # |h r − t| and |h − conj(r) t| differ off the unit circle, where r never is.
+            # |h r − t| and |h − conj(r) t| are equal only on the unit circle, where r always is.
             gradient, wanted = (tangential(model, g) for g in (gradient, wanted))
         torch.testing.assert_close(gradient, wanted)
 
 
 def tangential(model: ERModel, gradient: Tensor) -> Tensor:
-    """Of a gradient of RotatE's relations, what moves them along the unit circle."""
+    """The part of a gradient of RotatE's relations that is tangential to the unit circle."""
     relation = model.relation_representations[0](None).detach()
     return (torch.view_as_complex(gradient.view(*relation.shape, 2)) * relation.conj()).imag
 
@@ -253,7 +253,7 @@ def tangential(model: ERModel, gradient: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", OTHER)
 def test_other_models_take_the_building_blocks(nations, name):
     kind, settings = OTHER[name]
-    model = new_model(nations, kind, **settings).eval()  # no dropout, to compare
+    model = new_model(nations, kind, **settings).eval()  # without dropout
     assert fused_similarity(model) is None
     batch = sampled(nations, "bernoulli", rows=7, filtered=True)
     loss = emu_loss(model, *batch, **SETTINGS, seed=7)
@@ -296,10 +296,10 @@ OURS: dict[str, tuple[type[ERModel], dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("dataset", [Nations, Kinships, UMLS])
 @pytest.mark.parametrize("name", OURS)
 def test_loss_equals_our_trainers(dataset, name):
-    """The same batches, seeds and first values: three steps of SGD with equal losses.
+    """Three steps of SGD, with the same initial values, batches and seeds.
 
-    ComplEx stores numbers as re, im in turn here and as halves there, so that equal masks need
-    rates that tell the components: 0 or 1 for each.
+    PyKEEN's ComplEx alternates real and imaginary parts, our trainer's has them in two halves, so
+    equal seeds give different masks. A rate of 0 or 1 for each component makes them equal.
     """
     graph = dataset()
     kind, settings, ours_settings = OURS[name]
@@ -317,7 +317,7 @@ def test_loss_equals_our_trainers(dataset, name):
     )
     order = torch.arange(ours.entity.shape[1])
     if name == "ComplEx":
-        order = torch.cat([order[::2], order[1::2]])  # of re and im in turn, as halves
+        order = torch.cat([order[::2], order[1::2]])  # alternating parts to halves
         loop.mutation_rate = torch.arange(2 * DIM).remainder(3).eq(0).float()
     with torch.no_grad():
         ours.entity.copy_(flat([_table_raw(r) for r in theirs.entity_representations])[:, order])
@@ -357,7 +357,7 @@ def _table_raw(representation: Any) -> Tensor:
     return out
 
 
-# --- what cannot be, and where it is said ---------------------------------------------------------
+# --- errors and warnings --------------------------------------------------------------------------
 
 
 def a_loop(nations: Nations, **settings: Any) -> EMUTrainingLoop:
@@ -456,7 +456,7 @@ def test_a_line_says_which_way_a_model_takes(nations, caplog):
     assert "TransDInteraction is not a similarity that the kernels know" in line
 
 
-# --- a batch's parts ------------------------------------------------------------------------------
+# --- sides, sub-batches, weights, regularisers ----------------------------------------------------
 
 
 def test_sides_of_a_mixed_batch():
@@ -481,7 +481,7 @@ def test_sides_of_a_mixed_batch():
 
 
 def test_reductions_and_sub_batches(nations):
-    """What PyKEEN makes of sub-batches adds up, where no mask is drawn that could differ."""
+    """The losses of sub-batches add up; without mutation, so that no masks differ."""
     model = fused_model(nations, "TransE 2")
     batch = sampled(nations, "bernoulli", rows=12)
     rates = {**SETTINGS, "mutation_rate": 0.0}
@@ -525,7 +525,7 @@ def test_loss_weights(nations):
 
 
 def test_regularisers_see_the_positives(nations):
-    """Each representation once, heads, relations and tails; weights that are tracked as always."""
+    """Each representation of heads, relations and tails once."""
     model = new_model(nations, ComplEx)
     regularizer = model.entity_representations[0].regularizer
     assert regularizer is not None
@@ -648,7 +648,7 @@ def test_early_stopping_returns_to_the_best(nations):
         stopper_kwargs={
             "frequency": 1,
             "patience": 1,
-            "relative_delta": 10.0,  # nothing improves so much: stops at the second evaluation
+            "relative_delta": 10.0,  # no model improves so much: stops at the second evaluation
             "evaluation_batch_size": 256,
         },
         training_kwargs={"num_epochs": 20},
@@ -711,12 +711,13 @@ def trained(nations: Nations, kind: str, seed: int, **settings: Any) -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["DistMult", "ComplEx", "TransE", "PairRE"])
 def test_it_learns_as_well_as_in_pykeens_own_loop(nations, kind):
-    """Against softmax cross-entropy of the same samples, in the same number of steps.
+    """Compared with softmax cross-entropy of the same samples, after as many steps.
 
     Over seeds 0 to 4 the mean (and standard deviation) of the MRR was, PyKEEN's loop first:
     DistMult 0.710 (0.013) and 0.747 (0.009), ComplEx 0.682 (0.014) and 0.757 (0.003), TransE 0.468
     (0.013) and 0.507 (0.018), PairRE 0.759 (0.009) and 0.745 (0.023). So the difference of two
-    means of three seeds has a standard deviation of at most 0.015: three of them are noise.
+    means of three seeds has a standard deviation of at most 0.015; up to three of those may be
+    chance.
     """
     settings = {"mutation_rate": 0.61, "beta": 0.53, "alpha": 0.11}
     vanilla, emu = [], []

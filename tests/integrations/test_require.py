@@ -1,4 +1,4 @@
-"""Optional libraries: never imported unasked, and a clear word where one is missing or too old."""
+"""Optional libraries: imported only on request; a clear error if one is missing or too old."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """``python -m tests.ops.peak_memory BACKEND CASE...``: bytes that a forward and backward pass adds.
 
-The peak of the process's resident memory less what it had before, so that what kernels allocate
-outside torch counts too. Linux only.
+It is the growth of the process's peak resident memory, so memory that kernels allocate outside
+torch is included. Linux only.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def resident(field: str) -> int:
 
 def added_peak(step: Callable[[Inputs, str], object], inputs: Inputs, backend: str) -> int:
     before = resident("VmRSS")
-    (PROCESS / "clear_refs").write_text("5")  # the peak so far is forgotten
+    (PROCESS / "clear_refs").write_text("5")  # resets the peak
     kept = step(inputs, backend)
     del kept
     return resident("VmHWM") - before
@@ -84,7 +84,7 @@ for name in SIMILARITIES:
 
 def build(case: str) -> Inputs:
     if case == "sparse":
-        # Ten million rows in the memory of one: a gradient of the table's size could not be had.
+        # Ten million rows share one row's memory; a gradient of the table's size would not fit.
         generator = torch.Generator().manual_seed(0)
         row = torch.randn(1, SPARSE_DIM, generator=generator)
         inputs = Inputs(

@@ -1,4 +1,4 @@
-"""What the operator's tests share: inputs, the exact answer, comparisons to a tolerance."""
+"""Shared by the operators' tests: inputs, the exact result, comparisons to a tolerance."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ ROOT = Path(__file__).resolve().parents[2]
 Options = dict[str, Any]
 
 LOSS: Options = {"mutation_rate": 0.5, "beta": 0.3, "alpha": 0.2, "seed": 20250327}
-"""Options of ``fused_emu_loss`` in which no term is absent."""
+"""Options of ``fused_emu_loss`` with which no term vanishes."""
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-13}
-"""Of sums, relative to the largest value of a tensor: about 80 and 450 units of rounding, enough
-for 1000-term dot products and segments of some thousand contributions that cancel. One wrong mask
-bit or weight shows at 1e-3 and above in the shapes tested."""
+"""Tolerance of sums, relative to a tensor's largest value: about 80 and 450 machine epsilons. It is
+enough for 1000-term dot products and for thousands of contributions that cancel. In the tested
+shapes, one wrong mask bit or weight causes an error of at least 1e-3."""
 
 HALF_WIDTH = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
-"""One unit in the last place, relative: a gradient rounded once from a sum that may be off by the
-tolerance above is the nearest low-precision number or its neighbour."""
+"""Relative size of one unit in the last place. A sum within the tolerance above is rounded once, to
+the right low-precision number or a neighbour of it."""
 
 
 class Limits(NamedTuple):
@@ -37,20 +37,20 @@ class Limits(NamedTuple):
 
 
 EMULATED = {
-    # By its interpreter, a row, a tile of candidates and an entity take about 10 ms each.
+    # Triton's interpreter needs about 10 ms for each row, tile of candidates, and entity.
     "triton": Limits(12, 1000, 170_000),
     "cuda": Limits(300, 100_000, 300_000),
 }
-"""The most for which a GPU's kernels are run on the CPU, hundreds to thousands of times slower."""
+"""The largest shapes that are tested where GPU kernels are emulated on the CPU."""
 
 
 def emulated(backend: str, device: torch.device) -> bool:
-    """Whether a GPU's kernels run on the CPU, to be tested where there is no GPU."""
+    """Whether the backend's GPU kernels are emulated on the CPU."""
     return backend not in ("reference", "cpu") and device.type == "cpu"
 
 
 def affordable(backend: str, device: torch.device, *, batch: int, count: int, dim: int) -> bool:
-    """Whether a shape is small enough for the backend, where its kernels are emulated."""
+    """Whether a shape is small enough to be tested; if the kernels are not emulated, any is."""
     if not emulated(backend, device):
         return True
     limits = EMULATED[backend]
@@ -96,8 +96,8 @@ def make(
 ) -> Inputs:
     """Random inputs with scores of order 1; the first positive is among the first set's negatives.
 
-    With ``padding`` about a quarter of the negatives is −1 and, where there are several sets, the
-    whole last one is.
+    With ``padding`` about a quarter of the negatives is −1, and the whole last set if there are
+    several.
     """
     generator = torch.Generator().manual_seed(seed)
     groups = batch if groups is None else groups
@@ -143,17 +143,18 @@ def evaluate(
 
 
 def exact(function: Callable[..., Any], inputs: Inputs, **options: Any) -> Result:
-    """The specification's answer on the same numbers in fp64."""
+    """The specification's result for the same numbers in fp64."""
     return evaluate(function, inputs.wide(), **options | {"backend": "reference"})
 
 
 def assert_near(
     actual: Tensor, expected: Tensor, what: str = "", *, floor: float = 0.0, loose: float = 1.0
 ) -> None:
-    """Equal but for rounding: of the sums, and of the result where it is kept in 16 bits.
+    """Equal up to rounding of the sums, and of the result if it has 16 bits.
 
-    ``floor`` is a magnitude of terms that cancel to much less, ``loose`` a factor for sums of very
-    many terms.
+    Args:
+        floor: the magnitude of terms that cancel, if it is larger than the result's.
+        loose: multiplies the tolerance, for sums of very many terms.
     """
     low = HALF_WIDTH.get(actual.dtype, 0.0)
     tolerance = loose * TOLERANCE.get(actual.dtype, TOLERANCE[torch.float32])
@@ -173,7 +174,7 @@ def assert_near(
 def assert_agree(
     actual: Result, expected: Result, *, floor: float = 0.0, loose: float = 1.0
 ) -> None:
-    """See :func:`assert_near`; ``floor`` is of the gradients."""
+    """:func:`assert_near` for outputs and gradients; ``floor`` is for the gradients only."""
     for i, pair in enumerate(zip(actual.outputs, expected.outputs, strict=True)):
         assert_near(*pair, what=f"output {i}", loose=loose)
     for name in ("query", "table"):
@@ -195,7 +196,7 @@ def random_like(outputs: Sequence[Tensor], seed: int = 1) -> list[Tensor]:
 def run_python(
     *arguments: str, env: dict[str, str] | None = None, timeout: float = 300
 ) -> subprocess.CompletedProcess[str]:
-    """A Python of its own that imports the package from where this one did."""
+    """Run a separate Python process that imports the same copy of the package."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return subprocess.run(
         [sys.executable, *arguments],

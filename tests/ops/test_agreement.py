@@ -1,4 +1,4 @@
-"""Every kernel against the specification evaluated in fp64 on the same numbers, gradients too."""
+"""Every kernel's results and gradients against the specification's, computed in fp64."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ SHAPES = [
     Shape(1, 1000, 7, 30, 1, "many negatives of one row, also where kernels are emulated"),
 ]
 WHY = [shape.why for shape in SHAPES]
-# One of each regime that a dtype can change: a rest of a vector, hubs, long rows, shared negatives.
+# One of each kind that depends on the dtype: partial vectors, hubs, long rows, shared negatives.
 TYPED = [SHAPES[3], SHAPES[4], SHAPES[6], SHAPES[8]]
 
 
@@ -93,7 +93,7 @@ def test_softmax_loss(shape: Shape, kernel: str, device: torch.device) -> None:
 
 
 def finite_sums(*inputs: Tensor, **options: Any) -> tuple[Tensor, ...]:
-    """The scores with 0 for padding, so that they can be multiplied by upstream gradients."""
+    """The scores, with 0 instead of −inf for padding, to be multiplied by upstream gradients."""
     return tuple(s.masked_fill(s == float("-inf"), 0) for s in emu_scores(*inputs, **options))
 
 
@@ -174,10 +174,10 @@ def test_id_dtypes(dtype: torch.dtype, backend: str, device: torch.device) -> No
 
 @pytest.mark.parametrize("shift", [0.0, 3000.0, -3000.0])
 def test_large_scores(shift: float, kernel: str, device: torch.device) -> None:
-    """Terms of thousands do not cancel: the loss and its weights keep fp32's relative precision.
+    """With scores in the thousands, loss and softmax weights keep fp32's relative precision.
 
-    With a query of 1 in one dimension scores are table entries and gradients of rows are weights.
-    ``shift`` puts the positive level with its negatives, far above them or far below.
+    In one dimension with a query of 1, scores are table entries and rows' gradients are weights.
+    ``shift`` puts the positive's score near its negatives', far above or far below them.
     """
     count = 100 if kernel == "triton" and emulated(kernel, device) else 1000
     generator = torch.Generator().manual_seed(0)
@@ -234,7 +234,7 @@ def test_random_batches(kernel: str, device: torch.device) -> None:
 
 
 def test_every_element_is_written(kernel: str, device: torch.device) -> None:
-    """Torch's deterministic mode fills fresh memory with NaN, which unwritten elements keep."""
+    """Torch's deterministic mode fills new memory with NaN, so an unwritten element stays NaN."""
     shapes = [SHAPES[2], SHAPES[6], SHAPES[9], Shape(4, 0, 9, 5, 4, "no negatives")]
     calls: list[tuple[Callable[..., Any], Options]] = [
         (fused_emu_loss, LOSS | {"reduction": "none"}),

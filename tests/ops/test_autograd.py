@@ -86,7 +86,7 @@ def recorded(backend: str, device: torch.device) -> dict[str, list[tuple[Any, An
                 pair = leaf(2, 20, dtype=dtype), leaf(2, 5, 20, dtype=dtype)
                 rule["mutation_rate"] = mutation["mutation_rate"]
                 emu_mutate(*pair, **rule, backend=backend).sum().backward()
-        # The checks that the reference's arguments go through.
+        # The operators that check the reference's arguments.
         reference: Options = {**make(device=device)._asdict(), **LOSS, **schedules}
         fused_emu_loss(**reference, backend="reference")
     return recorder.calls
@@ -133,7 +133,7 @@ def test_gradcheck_of_scores(backend: str, device: torch.device) -> None:
 
 @pytest.mark.usefixtures("compiled")
 def test_gradcheck_of_mutate(backend: str, device: torch.device) -> None:
-    """It is linear: every derivative exists."""
+    """It is linear, so every derivative exists."""
     generator = torch.Generator().manual_seed(0)
     leaves = [
         torch.randn(shape, generator=generator, dtype=torch.float64).to(device).requires_grad_()
@@ -174,7 +174,7 @@ CALLS: list[tuple[Callable[..., Any], Options]] = [
 def test_second_derivative_raises(
     leaf: int, function: Callable[..., Any], options: Options, kernel: str, device: torch.device
 ) -> None:
-    """A gradient penalty is refused, not dropped."""
+    """A gradient penalty raises an error; it is not silently 0."""
     inputs = make(device=device)
     leaves = [t.requires_grad_() for t in inputs[:2]]
     out = function(*inputs, backend=kernel, **options)
@@ -201,7 +201,7 @@ def test_reference_has_a_second_derivative(function: Callable[..., Any], options
 def test_what_requires_a_gradient(
     function: Callable[..., Any], options: Options, backend: str, device: torch.device
 ) -> None:
-    """Each input gets its gradient, alone or with the other the same bits, if it asks for one."""
+    """Each input gets a gradient if it requires one, with the same bits whether the other does."""
     inputs = make(padding=True, device=device)
     results: dict[int, list[Tensor]] = {0: [], 1: []}
     values = []
@@ -239,7 +239,7 @@ def test_without_gradients(mode: Callable[[], Any], backend: str, device: torch.
 
 
 def test_gradient_flows_to_what_made_the_query(backend: str, device: torch.device) -> None:
-    """Query and candidates from one table, as in training: both contributions arrive."""
+    """If query and candidates are from one table, as in training, it gets both gradients."""
     inputs = make(6, 5, 20, dtype=torch.float64, device=device)
 
     def loss(table: Tensor, backend: str) -> Tensor:
@@ -271,7 +271,7 @@ def test_autocast_changes_nothing(
 
 
 def test_autocast_query(backend: str, device: torch.device) -> None:
-    """A query that autocast made low-precision is taken as it is, in fp32 from there on."""
+    """A query that autocast made low-precision is converted to fp32 and used so."""
     inputs = make(dim=20, device=device)
     matrix = torch.eye(20, device=device)
     with torch.autocast(device.type, dtype=torch.bfloat16):

@@ -1,4 +1,4 @@
-"""Which backend a call gets, and what is said when it cannot have it."""
+"""Which backend a call uses, and the errors if that backend cannot run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_names() -> None:
 
 
 def test_default() -> None:
-    """The fastest that can run on the device; the reference where nothing else can."""
+    """The fastest that can run on the device; the reference if no other can."""
     assert backends.default_backend("cpu") == "cpu"
     assert backends.default_backend(torch.device("cpu")) == "cpu"
     assert backends.default_backend("mps") == backends.REFERENCE
@@ -60,7 +60,7 @@ def test_kernels_do_not_run_on_other_devices(kernel: str) -> None:
 
 
 def test_backends_are_told_apart(kernel: str, device: torch.device) -> None:
-    """The comparisons between backends compare two implementations, not one with itself."""
+    """Tests that compare backends compare two implementations, not one with itself."""
     calls: list[str] = []
 
     class Watched(torch.utils._python_dispatch.TorchDispatchMode):

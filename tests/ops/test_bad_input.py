@@ -1,4 +1,4 @@
-"""Every wrong argument raises before anything runs; the message names it and its value."""
+"""Every wrong argument raises before a kernel runs; the message has its name and value."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Change = Callable[[Options], Any]  # the good arguments -> the bad value of one 
 
 
 def with_id(name: str, value: int) -> Change:
-    """Some id of the argument replaced."""
+    """The argument with one id replaced."""
 
     def change(good: Options) -> Tensor:
         ids = good[name].clone()
@@ -101,7 +101,7 @@ def rate(name: str) -> list[Case]:
         (name, always("0.5"), TypeError, "str"),
         (name, always(True), TypeError, "bool"),
         *([(name, always(None), TypeError, "NoneType")] if name == "mutation_rate" else []),
-        # Rules that are made of checked rates are no argument of their own.
+        # Users pass rates, not the rules that are made of them.
         (name, always(Component(thresholds=torch.zeros(3))), TypeError, "Component"),
         (name, lambda a: torch.tensor(0.5), ValueError, r"got shape \(\)"),
     ]
@@ -197,7 +197,7 @@ def _check_ids_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check(function: Callable[..., Any], good: Options, case: Case) -> None:
-    """The good arguments pass; the exception names the bad one and its value."""
+    """Good arguments are accepted; the exception has the bad one's name and value."""
     name, change, exception, part = case
     backend = good.get("backend", backends.REFERENCE)
     types = () if backend == backends.REFERENCE else backends.get(backend).device_types
@@ -206,18 +206,18 @@ def check(function: Callable[..., Any], good: Options, case: Case) -> None:
     function(**good)
     with pytest.raises(exception, match=f"(?s){part}") as caught:
         function(**good | {name: change(good)})
-    # Where two arguments disagree the message may be about the other one, but names both.
+    # If two arguments disagree, the message may begin with the other one, but names both.
     assert name in str(caught.value) or exception is IndexError
 
 
 @pytest.fixture(autouse=True)
 def _check_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU too, where the kernels would report an id later."""
+    """Check ids in the call itself, on a GPU too, where kernels would report them later."""
     monkeypatch.setenv("EMU_KERNELS_CHECK", "1")
 
 
 def skip_if_only_the_kernels_read_it(case: Case, backend: str, device: torch.device) -> None:
-    """A coefficient on a GPU is not read before the launch: a bad one gives NaN."""
+    """Skip a coefficient on a GPU: it is not read before the launch, and a bad one gives NaN."""
     name, change, exception, _ = case
     if name in ("beta", "alpha") and exception is ValueError and emulated(backend, device):
         value = change({})

@@ -1,7 +1,7 @@
-"""torch.compile: whole graphs, equal to eager, and compiled once however the seed changes.
+"""torch.compile: full graphs, results equal to eager ones, no recompilation for new seeds.
 
-The reference is traced into some hundred operators, which takes its time: it is compiled where the
-kernels' way through the public functions differs from its own.
+The reference is traced into hundreds of operators, which is slow, so it is compiled only in tests
+where the public functions treat it differently from the kernels.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def test_equals_eager(
 
 
 def test_inductor(kernel: str, device: torch.device) -> None:
-    """A training step as it is written: query, loss, its terms' use, in one graph."""
+    """A whole training step in one graph: query, loss, and the use of its terms."""
     inputs = make(6, 5, 21, device=device)
     weight = torch.linspace(1, 2, 6, device=device)
 
@@ -83,7 +83,7 @@ def test_inductor(kernel: str, device: torch.device) -> None:
 
 
 def test_mutate_and_uls(backend: str, device: torch.device) -> None:
-    """The building blocks around a scorer that is a black box."""
+    """The building blocks, around a black-box scorer."""
     generator = torch.Generator().manual_seed(0)
     positive = torch.randn(3, 21, generator=generator).to(device).requires_grad_()
     negative = torch.randn(3, 5, 21, generator=generator).to(device).requires_grad_()
@@ -118,7 +118,7 @@ def test_seed_tensor_does_not_recompile(backend: str, device: torch.device) -> N
 
 
 def test_seed_int_does_not_recompile(kernel: str, device: torch.device) -> None:
-    """Dynamo makes a number symbolic when it sees a second one, or at once when told to."""
+    """Dynamo makes an int symbolic when it sees a second value, or at once if told to."""
     inputs = make(device=device)
 
     def loss(seed: int, row_offset: int) -> Tensor:
@@ -198,7 +198,7 @@ def test_module(backend: str, device: torch.device) -> None:
 
 
 def test_bad_ids_raise(backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where nothing uses the values until run time."""
+    """Also if the ids' values are used only at run time."""
     monkeypatch.setenv("EMU_KERNELS_CHECK", "1")  # on a GPU they would raise later
     inputs = make(device=device)
 

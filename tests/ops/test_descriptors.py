@@ -1,4 +1,4 @@
-"""Similarities and mutation rules are the same set, with the same traits, in every language."""
+"""Python, C++ and Triton have the same similarities and mutation rules, with the same traits."""
 
 from __future__ import annotations
 

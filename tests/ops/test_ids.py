@@ -1,4 +1,4 @@
-"""How ids that a GPU's kernels find out of range reach the user (the kernels' part is theirs)."""
+"""How users learn of ids that GPU kernels find out of range; the kernels have their own tests."""
 
 from __future__ import annotations
 

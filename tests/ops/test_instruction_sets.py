@@ -1,4 +1,4 @@
-"""Every instruction set that this machine has gives the specified answers; others are refused."""
+"""Every instruction set of this machine gives the specified results; others raise an error."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ REPORT = "from emu_kernels import _C; print(_C.instruction_set())"
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SETS)
 def test_agreement(name: str) -> None:
-    """The tests of the answers, run again with the instruction set forced."""
+    """Run the tests of the results again with the instruction set forced."""
     if name not in _C.instruction_sets():
         pytest.skip(f"this machine or this build has no {name}")
     if name == _C.instruction_set():
-        return  # what all the other tests run on
+        return  # all other tests use it
     env = {"EMU_KERNELS_CPU": name}
     assert run_python("-c", REPORT, env=env).stdout.strip() == name
     files = [f"tests/ops/{module}.py" for module in MODULES]
@@ -49,7 +49,7 @@ print(_C.instruction_set())
 
 
 def test_unavailable() -> None:
-    """Neither ignored nor an illegal instruction: an error that says what there is."""
+    """An unavailable instruction set raises an error that lists the available ones."""
     runnable = _C.instruction_sets()
     missing = ["sse9", "AVX2", *(name for name in SETS if name not in runnable)]
     done = run_python("-c", CHOOSE, *missing)

@@ -1,4 +1,4 @@
-"""The mask contract, bit for bit, against a Philox written here in plain integers."""
+"""The mask contract, bit for bit, against a Philox written here with Python integers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def philox(counter: list[int], key: list[int]) -> list[int]:
 
 
 def drawn(seed: int, row: int, column: int, dim: int) -> list[int]:
-    """The byte of each component of one negative."""
+    """The random byte of each component of one negative."""
     out = bytearray()
     for block in range(math.ceil(dim / 16)):
         for word in philox([block, column, row, 0], [seed & LOW, seed >> 32]):
@@ -50,8 +50,8 @@ class Draw:
     count: int = 4
 
 
-# Each number is at an edge of the contract: both halves of the key, a counter word with its top bit
-# set, a last Philox block that is full, cut short or alone, and every threshold that is special.
+# Edge cases: both halves of the key, a counter word with its top bit set, a last Philox block that
+# is full, partial or the only one, and every special threshold.
 DRAWS = [
     Draw(0, 0, 16, 128),
     Draw(1, 0, 1, 128),
@@ -104,14 +104,14 @@ def by_mutate_gradient(draw: Draw, backend: str, device: torch.device) -> Tensor
 
 
 def ones_against_zeros(draw: Draw, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Table, positive and negative such that a mutated negative is its mask."""
+    """Table, positive and negative such that a mutated negative equals its mask."""
     table = torch.tensor([[0.0], [1.0]], device=device).repeat(1, draw.dim)
     positive = torch.ones(draw.batch, dtype=torch.int64, device=device)
     return table, positive, torch.zeros(draw.batch, draw.count, dtype=torch.int64, device=device)
 
 
 def by_scores(draw: Draw, backend: str, device: torch.device) -> Tensor:
-    """Twenty components a call: with powers of two for a query the score spells out the mask."""
+    """Twenty components a call: with powers of two as the query, the score's bits are the mask."""
     table, positive, negative = ones_against_zeros(draw, device)
     out = torch.zeros(draw.batch, draw.count, draw.dim, dtype=torch.bool)
     for start in range(0, draw.dim, 20):
@@ -155,7 +155,7 @@ def by_query_gradient(draw: Draw, backend: str, device: torch.device) -> Tensor:
 
 
 def by_table_gradient(draw: Draw, backend: str, device: torch.device) -> Tensor:
-    """Each row of the batch and each column has a table row of its own."""
+    """Each negative of each row is a separate row of the table, whose gradient is 1 − mask."""
     rows = 1 + draw.batch * draw.count
     table = torch.zeros(rows, draw.dim, device=device).requires_grad_()
     negative = torch.arange(1, rows, device=device).reshape(draw.batch, draw.count)
@@ -176,7 +176,7 @@ def by_table_gradient(draw: Draw, backend: str, device: torch.device) -> Tensor:
 
 
 def by_loss_gradient(draw: Draw, backend: str, device: torch.device) -> Tensor:
-    """With a query of 0, one real negative and β = 0 the gradient is −½ where nothing moved."""
+    """With a query of 0, one negative and β = 0, unmutated components have the gradient −½."""
     table, positive, negative = ones_against_zeros(draw, device)
     columns = []
     for k in range(draw.count):
@@ -259,7 +259,7 @@ GOLDEN = {1: "2c86696e88434af0b62f2b3672e43ef65aca3681c3f21c836186c5927aa7c9f8"}
 
 
 def test_contract_version(backend: str, device: torch.device) -> None:
-    """A changed mask needs a new version: runs that recorded the old one are not repeated."""
+    """A change of the masks needs a new version: recorded runs could not be repeated."""
     bits = by_mutate(Draw(0xFEDCBA987654321, 12345, 100, 156, 16, 16), backend, device)
     digest = hashlib.sha256(bits.cpu().to(torch.uint8).numpy().tobytes()).hexdigest()
     assert digest == GOLDEN[mask.CONTRACT_VERSION]
@@ -309,7 +309,7 @@ def test_sharding_changes_no_loss(backend: str, device: torch.device) -> None:
 
 
 def test_shared_negatives_are_mutated_apart(backend: str, device: torch.device) -> None:
-    """Rows that share a set of negatives draw masks of their own."""
+    """Rows that share a set of negatives have different masks."""
     draw = Draw(11, 3, 50, 128, batch=4)
     table, positive, negative = ones_against_zeros(draw, device)
     query = torch.zeros(draw.batch, draw.dim, device=device).requires_grad_()
@@ -322,7 +322,7 @@ def test_shared_negatives_are_mutated_apart(backend: str, device: torch.device) 
 
 @pytest.mark.parametrize("threshold", [3, 128, 240])
 def test_statistics(threshold: int) -> None:
-    """Every component, column and row at the asked rate, neighbours independent: within 5 sigma."""
+    """Each component, column and row has the given rate; neighbours are independent. To 5 sigma."""
     drawn_mask = mask.mutation_mask(
         64, 64, 64, seed=torch.tensor(5), row_offset=0, threshold=threshold
     ).double()

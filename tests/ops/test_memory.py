@@ -1,4 +1,4 @@
-"""Nothing of size B·K·D, little kept for backward, and no N·D where the gradient is sparse."""
+"""No memory of size B·K·D, little saved for backward, no N·D with sparse gradients."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from tests.ops.peak_memory import CASES, CUBE, PROCESS
 from tests.ops.support import LOSS, Inputs, Options, emulated, make, run_python
 
 LIMIT = dict.fromkeys(CASES, CUBE // 8)
-"""A (B, K) tensor has 1 MB, the table as much, one (B, K, D) tensor 134 MB: room for a dozen of the
-former and for noise, and far from one of the latter even in bf16 or as one byte a component."""
+"""A (B, K) tensor takes 1 MB, like the table, and a (B, K, D) tensor 134 MB. The limit allows a
+dozen of the former, but not one of the latter, even with two bytes or one byte a component."""
 
 LIMIT["sparse"] = 128 * 2**20
-"""A word for each of the ten million rows would pass, a tenth of the dense gradient would not."""
+"""Allows a word for each of the ten million rows, but not a tenth of the dense gradient."""
 
 
 def peaks(backend: str, *cases: str) -> dict[str, int]:
@@ -49,7 +49,7 @@ def test_the_measurement_sees_large_tensors() -> None:
 
 
 def saved_bytes(function: Callable[..., Any], inputs: Inputs, **options: Any) -> int:
-    """Bytes that autograd keeps for the backward pass, the inputs themselves left out."""
+    """Bytes that autograd saves for the backward pass, not counting the inputs."""
     query, table = (t.detach().requires_grad_() for t in inputs[:2])
     storages: dict[int, int] = {}
 
@@ -67,7 +67,7 @@ def saved_bytes(function: Callable[..., Any], inputs: Inputs, **options: Any) ->
 
 
 def sizes(kernel: str, device: torch.device) -> tuple[int, int, int]:
-    """B, K and D of a cube that is far larger than what may be kept."""
+    """B, K and D, with B·K·D far larger than what may be saved."""
     return (4, 32, 100) if kernel == "triton" and emulated(kernel, device) else (64, 48, 100)
 
 
@@ -88,7 +88,7 @@ def test_saved_for_backward(kernel: str, device: torch.device) -> None:
 def test_saved_for_backward_of_similarities(
     similarity: str, kernel: str, device: torch.device
 ) -> None:
-    """A weight a sum and negative, and EMU's as many again."""
+    """One weight for each sum and negative; with EMU twice as many."""
     batch, count, dim = sizes(kernel, device)
     inputs = make(batch, count, dim, rows=50, device=device)
     options: Options = {"backend": kernel, "similarity": similarity}
@@ -107,7 +107,7 @@ def test_nothing_is_saved_without_gradients(kernel: str, device: torch.device) -
 
 
 def pages(address: int) -> set[str]:
-    """What the system knows of the mapping that an address is in (proc(5), VmFlags)."""
+    """The kernel's flags of the memory mapping that contains an address (proc(5), VmFlags)."""
     inside = False
     for line in (PROCESS / "smaps").read_text().splitlines():
         if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
@@ -123,7 +123,7 @@ def pages(address: int) -> set[str]:
 )
 @pytest.mark.parametrize("sparse", [False, True])
 def test_large_gradients_ask_for_large_pages(sparse: bool) -> None:
-    """Their memory is the system's anew at each step: page by page that is the slowest part."""
+    """The system provides their memory anew at each step, which small pages make slow."""
     small, large = 2**10, 2**17  # rows; of 512 bytes
     for rows in (small, large):
         inputs = make(2, rows // 2, 128, rows=rows)

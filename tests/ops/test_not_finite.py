@@ -1,4 +1,4 @@
-"""NaN or infinity in an embedding: NaN out for its rows, and nothing for the others."""
+"""NaN or infinity in an embedding makes its rows' results NaN, and leaves other rows alone."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ DIM = 37
 
 
 def clean(batch: int = 4) -> Inputs:
-    """Rows that share no entity: row b has 5b..5b+4."""
+    """Rows without common entities: row b uses 5b..5b+4."""
     inputs = make(batch, 4, DIM, rows=5 * batch)
     ids = torch.arange(5 * batch).reshape(batch, 5)
     return inputs._replace(positive=ids[:, 0].contiguous(), negative=ids[:, 1:].contiguous())
 
 
 def spoil(inputs: Inputs, place: str, value: float, *, row: int = 1, component: int = 20) -> Inputs:
-    """The same with ``value`` in one component of what a row uses."""
+    """The inputs with ``value`` in one component of an embedding that a row uses."""
     query, table = inputs.query.clone(), inputs.table.clone()
     if place == "query":
         query[row, component] = value
@@ -55,7 +55,7 @@ def test_loss(
     backend: str,
     device: torch.device,
 ) -> None:
-    """Also where the mutation takes the bad component away, or its term has no weight."""
+    """Also if the mutation replaces the bad component, or its term has weight 0."""
     options = options | {"backend": backend}
     good, bad = clean().to(device), spoil(clean(), place, value).to(device)
     expected = evaluate(function, good, reduction="none", **options)
@@ -104,7 +104,7 @@ def test_everything_is_nan(backend: str, device: torch.device) -> None:
 
 
 def test_padding_row_of_the_table(backend: str, device: torch.device) -> None:
-    """Entities that a batch does not use, the first and the last among them, may hold anything."""
+    """Entities that a batch does not use, even the first or last, may have any values."""
     inputs = make(4, 4, DIM, padding=True, device=device)
     table = torch.nn.functional.pad(inputs.table, (0, 0, 1, 1), value=math.nan)
     shifted = torch.where(inputs.negative < 0, -1, inputs.negative + 1)
@@ -119,7 +119,7 @@ def test_padding_row_of_the_table(backend: str, device: torch.device) -> None:
 @pytest.mark.parametrize("value", BAD)
 @pytest.mark.parametrize("place", PLACES)
 def test_scores(place: str, value: float, kernel: str, device: torch.device) -> None:
-    """As the reference has them, gradients too, also where a bad component was mutated away."""
+    """Scores and gradients equal the reference's, also if the mutation replaced a bad component."""
     components = range(0, DIM, 5)  # one for each row
     inputs = clean(len(components))
     for row, component in enumerate(components):
@@ -133,14 +133,14 @@ def test_scores(place: str, value: float, kernel: str, device: torch.device) -> 
     results = run(kernel), run("reference")
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, equal_nan=True, rtol=1e-4, atol=1e-5)
-    mutated = results[1][2][:, 1]  # of the negatives that may be spoiled
+    mutated = results[1][2][:, 1]  # of the negatives that may have a bad component
     assert mutated.isfinite().any() == (place != "query")
     assert not mutated.isfinite().all()
 
 
 @pytest.mark.parametrize("value", BAD)
 def test_mutate(value: float, backend: str, device: torch.device) -> None:
-    """A bad component is taken or not: it never leaks into the result by a product with 0."""
+    """A component that the mask drops has no effect, where a product with 0 would give NaN."""
     shape = (3, 5, DIM)
     good = torch.ones(shape, device=device)
     for positive, negative in (

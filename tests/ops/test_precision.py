@@ -31,7 +31,7 @@ def test_every_number_is_read_exactly(
 ) -> None:
     """The gradient of a positive's score with respect to the query is the positive's row."""
     row = every_number(dtype)
-    for start in (0, 1):  # whole vectors, and a rest at the end
+    for start in (0, 1):  # whole vectors, and a partial one at the end
         table = row[None, start:].to(device)
         query = torch.zeros(1, table.shape[1], device=device).requires_grad_()
         positive = torch.tensor([0], device=device)
@@ -43,7 +43,7 @@ def test_every_number_is_read_exactly(
 
 
 def awkward_numbers(dtype: torch.dtype) -> Tensor:
-    """fp32 around everything that rounding has to decide: ties, subnormals, overflow, NaN."""
+    """fp32 numbers near the edge cases of rounding: ties, subnormals, overflow, NaN."""
     known = every_number(dtype).float()
     step = torch.tensor([1, -1], dtype=torch.int32)[:, None]
     bits = known.view(torch.int32)
@@ -88,8 +88,8 @@ CONTRIBUTIONS = {
     "smaller beside one large": (torch.cat([torch.ones(1), torch.full((3,), 2.0**-12)]), 2),
     "large that cancel": (torch.cat([torch.full((500,), 3.0), torch.full((500,), -3.0)]), 250),
 }
-"""Contributions to one row, of which so many come from positives, the rest from negatives. Their
-sums are exact in fp32 in any order, and wrong if a partial sum is kept in 16 bits."""
+"""Contributions to one row, and how many of them come from positives; the rest come from negatives.
+Their sums are exact in fp32 in any order, and wrong if a partial sum is kept in 16 bits."""
 
 
 @pytest.mark.parametrize("role", ["positive", "negative", "both"])

@@ -31,7 +31,7 @@ LOSSES: list[Call] = [(fused_emu_loss, LOSS), (fused_softmax_loss, {})]
 @pytest.mark.parametrize("padding", [False, True])
 @pytest.mark.parametrize("groups", [1, 2, 3, 6])
 def test_sets_of_negatives(groups: int, padding: bool, backend: str, device: torch.device) -> None:
-    """(G, K) means the same as each row's own copy of its set, and (K,) as (1, K)."""
+    """(G, K) is the same as a copy of its set for each row, and (K,) the same as (1, K)."""
     inputs = make(6, 7, 21, groups=groups, padding=padding, device=device)
     whole = inputs._replace(negative=inputs.negative.repeat_interleave(6 // groups, 0))
     options = LOSS | {"backend": backend, "reduction": "none"}
@@ -47,7 +47,7 @@ def test_sets_of_negatives(groups: int, padding: bool, backend: str, device: tor
 
 @pytest.mark.parametrize("groups", [1, 3])
 def test_padding_takes_no_part(groups: int, backend: str, device: torch.device) -> None:
-    """Appended padding changes nothing, wherever the last row of the table points."""
+    """Appended padding changes nothing: −1 is not the table's last row."""
     inputs = make(6, 7, 21, groups=groups, device=device)
     pad = torch.full((groups, 3), -1, device=device)
     padded = inputs._replace(negative=torch.cat([inputs.negative, pad], dim=1))
@@ -72,7 +72,7 @@ def test_row_of_padding_only(backend: str, device: torch.device) -> None:
 
 
 def test_scores_of_padding(backend: str, device: torch.device) -> None:
-    """−inf, and no gradient whatever comes from above, be it infinite."""
+    """−inf, and no gradient for any upstream gradient, even an infinite one."""
     inputs = make(4, 5, 21, padding=True, device=device)
     real = inputs.negative >= 0
     assert real.any()
@@ -162,7 +162,7 @@ def test_upstream_gradient(
 
 @pytest.mark.parametrize("sparse", [False, True])
 def test_retain_graph(sparse: bool, backend: str, device: torch.device) -> None:
-    """Two backward passes through one graph give the same bits, with another upstream between."""
+    """Two backward passes through one graph give the same bits, even with another in between."""
     inputs = make(6, 7, 21, padding=True, device=device)
     query, table = (t.requires_grad_() for t in inputs[:2])
     loss = fused_emu_loss(
@@ -252,7 +252,7 @@ def test_layouts(
     backend: str,
     device: torch.device,
 ) -> None:
-    """Any strides, of any argument, mean the same as contiguous tensors."""
+    """Arguments with any strides give the same results as contiguous ones."""
     inputs = make(6, 7, dim, dtype=dtype, padding=True, device=device)
     expected = evaluate(fused_emu_loss, inputs, backend=backend, **LOSS)
     strided = Inputs(
@@ -286,17 +286,17 @@ def test_stride_zero(backend: str, device: torch.device) -> None:
     ]
     for case in expanded:
         dense = Inputs(*(t.contiguous().to(device) for t in case))
-        # On the device the strides have to be 0 again.
+        # Copying to the device made the tensors contiguous.
         case = Inputs(
             *(d.as_strided(c.shape, c.stride()) for c, d in zip(case, dense, strict=True))
         )
         results = [evaluate(fused_emu_loss, i, backend=backend, **LOSS) for i in (case, dense)]
-        # Where all candidates are one, gradients cancel to rounding errors of terms of order 1.
+        # If all candidates are the same, gradients cancel to rounding errors of terms of order 1.
         torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 
 def test_huge_stride(backend: str, device: torch.device, tmp_path: Path) -> None:
-    """Rows 2^31 elements apart, in a file of holes: offsets do not fit 32 bits."""
+    """Rows 2^31 elements apart, in a sparse file: offsets do not fit 32 bits."""
     if device.type != "cpu":
         pytest.skip("a file of holes can only be mapped into host memory")
     inputs = make(3, 4, 21, rows=3)
@@ -315,7 +315,7 @@ def test_huge_stride(backend: str, device: torch.device, tmp_path: Path) -> None
 
 
 def test_more_rows_than_32_bits(kernel: str, device: torch.device, tmp_path: Path) -> None:
-    """Row i is elements i.. of a file of holes, so that ids past 2^31 need no memory."""
+    """Row i starts at element i of a sparse file, so ids above 2^31 need little memory."""
     if device.type != "cpu":
         pytest.skip("a file of holes can only be mapped into host memory")
     rows, dim = 2**31 + 100, 8

@@ -1,4 +1,4 @@
-"""Every similarity with every mutation: against formulas, and kernels against the specification."""
+"""Every similarity with every mutation, against formulas and against the specification."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SHAPES: list[Options] = [
 IDS = ["smallest", "part of a vector", "two sets", "one set", "hubs", "long rows"]
 INTERPRETED = [("part of a vector", mutation) for mutation in MUTATIONS]
 INTERPRETED += [("two sets", "rate"), ("long rows", "rates of pairs")]
-"""What of these is tested in Triton's interpreter."""
+"""The combinations that are tested in Triton's interpreter."""
 
 
 def skip_if_too_slow(shape: Options, mutation: str, kernel: str, device: torch.device) -> None:
@@ -104,14 +104,14 @@ def run(
 def assert_agree(function: Callable[..., Any], made: Case, kernel: str, **options: Any) -> None:
     expected, upstream = run(function, made.wide(), backend="reference", **options)
     actual, _ = run(function, made, upstream, backend=kernel, **options)
-    # A score's rounding, which grows with it, is the relative error of a softmax's weights.
+    # A score's absolute error is a softmax weight's relative error, and grows with the score.
     with torch.no_grad():
         rest = {k: v for k, v in made.wide().leaves.items() if k not in ("query", "table")}
         leaves = made.wide().leaves
         scored = score(leaves["query"], leaves["table"], *made.ids, **made.options, **rest)
     largest = float(scored.positive.abs().max())
     for name, value in expected.items():
-        # A gradient's terms cancel: those of the weights are sums over all components.
+        # A gradient's terms cancel, most of all for weights, whose terms sum over all components.
         floor = {"output": 0.0, "gradient": 0.3}[name.split()[0]]
         if name.endswith("similarity_weights"):
             floor = 3.0
@@ -158,7 +158,7 @@ def test_scores(
 
 @pytest.mark.parametrize("similarity", SIMILARITIES)
 def test_scores_without_mutation(similarity: str, backend: str) -> None:
-    """The negatives' own scores and gradients, with no random number drawn."""
+    """Scores and gradients of the negatives themselves; no random number is drawn."""
     made = case(similarity, **SHAPES[1])
     state = torch.get_rng_state()
     options = Options(backend=backend, margin=1.5)
@@ -216,7 +216,7 @@ def test_gradcheck(similarity: str, mutation: str, backend: str) -> None:
 @pytest.mark.parametrize("mutation", ["rate", "mixup"])
 @pytest.mark.parametrize("similarity", [s for s in SIMILARITIES if s != "dot"])
 def test_zero_distances(similarity: str, mutation: str, backend: str) -> None:
-    """Where q = a ⊙ c the subgradient is 0: finite, and the same on every backend."""
+    """Where q = a ⊙ c the subgradient is 0 on every backend, not NaN."""
     made = case(similarity, batch=3, count=4, dim=8, rows=5)
     table = made.leaves["table"]
     made.leaves["query"].copy_(table[made.ids[0]])
@@ -231,7 +231,7 @@ def test_zero_distances(similarity: str, mutation: str, backend: str) -> None:
     for name, value in actual.items():
         assert value.isfinite().all()
         assert_near(value, expected[name], name, floor=0.3, loose=3)
-    if similarity != "hake":  # the maximum: nothing pulls the positive away from it
+    if similarity != "hake":  # a distance of 0 is the maximum of the score
         outputs, _ = run(scores, made, backend=backend, seed=1, mutation_rate=0.0)
         assert (outputs["output 0"] == 0).all()
 
@@ -239,7 +239,7 @@ def test_zero_distances(similarity: str, mutation: str, backend: str) -> None:
 def by_hand(
     similarity: str, q: list[float], c: list[float], a: list[float], w: list[float]
 ) -> float:
-    """φ of one query and one candidate, in Python's own arithmetic."""
+    """φ of one query and one candidate, in Python floats."""
     half = len(q) // 2
     if similarity == "dot":
         return sum(x * y for x, y in zip(q, c, strict=True))
@@ -353,7 +353,7 @@ def test_compiles_in_one_graph(similarity: str, backend: str) -> None:
 
 
 def test_large_phases(kernel: str) -> None:
-    """Thousands of turns: the sine is still that of the argument."""
+    """The sine is still accurate for phases of thousands of turns."""
     generator = torch.Generator().manual_seed(0)
     table = torch.randn(6, 20, generator=generator) * 3e4
     table[:, 10:] = 0

@@ -1,4 +1,4 @@
-"""``sparse_grad=True``: the touched rows alone, as the dense gradient has them."""
+"""``sparse_grad=True``: only the touched rows, equal to those of the dense gradient."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_has_the_touched_rows_alone(kernel: str, device: torch.device) -> None:
 
 @pytest.mark.parametrize("sparse", [False, True])
 def test_optimisers(sparse: bool, backend: str, device: torch.device) -> None:
-    """A few steps of training, the query's rows taken by a sparse embedding look-up."""
+    """A few training steps in which a sparse embedding looks up the query's rows."""
     batches = [make(6, 7, 20, rows=30, seed=s, device=device) for s in range(3)]
 
     def train(sparse: bool, optimiser: type[torch.optim.Optimizer], **options: Any) -> Tensor:
@@ -88,7 +88,7 @@ def test_optimisers(sparse: bool, backend: str, device: torch.device) -> None:
             step.step()
         return table.detach()
 
-    # The optimisers make sparse tensors of our gradients: have those checked.
+    # The optimisers make sparse tensors from our gradients: let torch check them.
     with torch.sparse.check_sparse_tensor_invariants():
         for optimiser in (torch.optim.SGD, torch.optim.Adagrad):
             actual = train(sparse, optimiser, lr=0.1)
@@ -99,7 +99,7 @@ def test_optimisers(sparse: bool, backend: str, device: torch.device) -> None:
 
 
 def test_cannot_be_compiled(kernel: str, device: torch.device) -> None:
-    """It is eager-only, and says so instead of giving something else."""
+    """It works in eager mode only, and raises an error in a compiled function."""
     inputs = make(device=device)
     table = inputs.table.requires_grad_()
 

@@ -21,8 +21,8 @@ from emu_kernels import (
 )
 from tests.ops.support import LOSS, Inputs, Options, assert_near, evaluate, make
 
-# One row without neighbours; a set for each row; sets for blocks of rows, one of them all padding;
-# one set for the batch, with more negatives than rows of the table; no negatives at all.
+# A single row; a set for each row; sets for blocks of rows, one of them all padding; one set for
+# the batch, with more negatives than the table has rows; no negatives.
 SHAPES: list[Options] = [
     {"batch": 1, "count": 1, "dim": 1},
     {"batch": 4, "count": 7, "dim": 19, "padding": True},
@@ -47,7 +47,7 @@ def softmax(scores: list[float]) -> tuple[list[float], float]:
 
 
 def by_hand(inputs: Inputs, *, rate: float, beta: float, alpha: float, seed: int) -> Answer:
-    """Section 1 of the method, one row at a time, derivatives from their formulas."""
+    """EMU's formulas and their derivatives, one row at a time."""
     query, table, positive, negative = inputs
     batch, per_set = query.shape[0], query.shape[0] // negative.shape[0]
     drawn = mask.mutation_mask(
@@ -165,7 +165,7 @@ def test_softmax_loss_is_cross_entropy(reduction: str, backend: str, device: tor
 
 @pytest.mark.parametrize("padding", [False, True])
 def test_loss_is_built_of_the_scores(padding: bool, backend: str, device: torch.device) -> None:
-    """fused_emu_loss = uls_cross_entropy(mutated) + α · softmax loss, in values and gradients."""
+    """fused_emu_loss = uls_cross_entropy(mutated) + α · softmax loss, and so their gradients."""
     inputs = make(6, 9, 21, dtype=torch.float64, padding=padding).to(device)
 
     def built(*inputs: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Threads: the same bits for any number of them, from any of them, and after a fork."""
+"""Threads: the same bits for any number of them, for calls from any of them, and after a fork."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.ops.support import (
 
 
 def one_entity() -> Inputs:
-    """A hub: every id is the same, so that all contributions are in one segment."""
+    """Every id is the same, so all contributions are in one segment."""
     inputs = make(120, 64, 100, rows=4)
     inputs.positive.fill_(2)
     inputs.negative.fill_(2)
@@ -37,7 +37,7 @@ def one_entity() -> Inputs:
 
 
 def few_entities() -> Inputs:
-    """One hub among small segments."""
+    """One large segment among small ones."""
     inputs = make(120, 64, 100, rows=300, padding=True)
     inputs.negative[:, ::2] = 1
     return inputs
@@ -109,7 +109,10 @@ def test_mutate_has_the_same_bits_for_any_number(kernel: str, device: torch.devi
     reason="elsewhere torch may be built on other threads",
 )
 def test_torch_is_joined() -> None:
-    """By the builds that `make` installs: else torch's threads and ours disturb each other."""
+    """With the torch that `make` installs, the kernels run on torch's own threads.
+
+    Two sets of threads would compete for the cores.
+    """
     assert _C.joins_torch()
 
 
@@ -132,7 +135,7 @@ assert use_torch() == before
 
 @pytest.mark.skipif(not _C.joins_torch(), reason="torch's threads are not used")
 def test_no_other_threads() -> None:
-    """Neither a second set beside torch's, nor its own ended and started anew."""
+    """Kernels neither start threads beside torch's, nor make torch restart its own."""
     done = run_python("-c", SHARE_THREADS)
     assert done.returncode == 0, done.stderr
 
@@ -191,14 +194,14 @@ assert same_bits(compute(), expected), "the parent"
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no fork")
 def test_fork() -> None:
-    """A child works, on one thread, whether the parent was idle or in the middle of a call."""
+    """A forked child can call kernels, even if the parent was in the middle of a call."""
     done = run_python("-c", FORK)
     assert done.returncode == 0, done.stderr
 
 
 @dataclass
 class Watched:
-    """The extension module with one of its functions opening a gate as it is entered."""
+    """The extension module; a call of one of its functions first releases a lock."""
 
     function: str
     gate: threading.Lock
@@ -220,7 +223,7 @@ class Watched:
 
 @pytest.fixture
 def _reluctant() -> Iterator[None]:
-    """A thread that waits for the interpreter gets it only from one that lets go of it itself."""
+    """A thread gets the interpreter only when another one releases it, not after an interval."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(100)
     yield
@@ -258,7 +261,7 @@ def mutate(inputs: Inputs) -> None:
 def test_interpreter_is_free_while_a_kernel_runs(
     function: str, call: Callable[[Inputs], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another Python thread, let go as the kernel starts, runs before the kernel returns."""
+    """Another Python thread, released as the kernel starts, runs before the kernel returns."""
     torch.set_num_threads(1)
     inputs = make(1500, 256, 256, rows=500)
     for _attempt in range(10):  # the other thread may be slow to wake up

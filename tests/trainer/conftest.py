@@ -1,4 +1,4 @@
-"""Graphs to train on. None of these tests needs a network."""
+"""Graphs to train on. None of the trainer's tests needs a network."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from emu_kernels.trainer.datasets import FOLDER_VARIABLE, load_dataset
 
 @pytest.fixture(scope="package", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Graphs this small gain nothing from a second thread, and a busy machine makes it wait."""
+    """A second thread gains nothing on graphs this small, and has to wait on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -24,7 +24,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def data_folder() -> Path:
-    """The public archives: $EMU_KERNELS_DATA, or the folder beside a checkout."""
+    """The public datasets' archives: $EMU_KERNELS_DATA, or shared/data beside the checkout."""
     beside = Path(__file__).parents[3] / "shared" / "data"
     folder = Path(os.environ.get(FOLDER_VARIABLE, beside))
     if not folder.is_dir():
@@ -34,7 +34,7 @@ def data_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def named_triples() -> dict[str, list[NamedTriple]]:
-    """A graph with something to learn: relation i leads from a cluster to the one i further on."""
+    """A graph that can be learned: relation i leads from a cluster c to cluster c + i."""
     draws = torch.Generator().manual_seed(0)
     clusters, members, relations = 6, 8, 4
     pairs = torch.cartesian_prod(

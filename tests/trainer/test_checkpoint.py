@@ -1,4 +1,4 @@
-"""Checkpoints: whole at any moment, and nothing but data."""
+"""Checkpoints: complete at any moment, and without code."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_round_trip_is_exact(tmp_path):
 
 @pytest.mark.parametrize("size", [0, 100, 20_000])
 def test_failed_write_keeps_the_previous_one(tmp_path, size):
-    """With a limit on file sizes the system itself refuses to write on, as on a full disk."""
+    """A limit on file sizes makes the system refuse the write, as a full disk does."""
     resource = pytest.importorskip("resource")
     path = tmp_path / "last.safetensors"
     checkpoint.save(path, {"x": torch.ones(10)}, {"step": 1})
@@ -82,7 +82,7 @@ def test_safetensors_of_another_program(tmp_path):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(RunError, match="no such file"):
+    with pytest.raises(RunError, match="No such file"):
         checkpoint.load(tmp_path / "last.safetensors")
 
 

@@ -1,4 +1,4 @@
-"""`emu-train` and `emu-predict` as a person uses them."""
+"""The commands `emu-train` and `emu-predict`."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_help_shows_the_defaults(capsys):
 
 
 def test_a_loss_from_outside(graph_folder, tmp_path, monkeypatch, capsys):
-    """An entry of the registry is on the command line."""
+    """An entry that is added to the registry is on the command line."""
     monkeypatch.setitem(LOSSES, "mine", dataclasses.replace(LOSSES["uls"], help="my own"))
     with pytest.raises(SystemExit):
         train("--help")
@@ -140,7 +140,7 @@ def test_resume_with_a_preset(run_folder, capsys):
 
 
 def test_a_preset_and_what_overrides_it(graph_folder, tmp_path, capsys):
-    """Its dataset too; and of a preset with another loss, the loss's own regularisation."""
+    """Options override its dataset too; another loss brings its own default regularisation."""
     path = tmp_path / "run"
     options = ["--preset", "rotate-fb15k-237", "--loss", "softmax", "--data", graph_folder]
     assert train(*options, "--run-dir", path, *QUICK) == 0
@@ -230,7 +230,7 @@ def test_predict_prints_names_scores_and_what_is_known(run_folder, named_triples
 
 
 def test_predict_into_a_closed_pipe(run_folder, named_triples):
-    """As of `emu-predict ... | head -1`."""
+    """As in `emu-predict ... | head -1`."""
     head, relation, _ = named_triples["train"][0]
     read, write = os.pipe()
     os.close(read)
@@ -256,7 +256,7 @@ def test_predict_heads(run_folder, named_triples, graph):
 
 @pytest.mark.parametrize("name", ["PairRE", "HAKE"])
 def test_predict_with_a_distance(graph_folder, tmp_path, graph, name):
-    """As the model of the checkpoint ranks: with its own candidates and its learned weights."""
+    """Predictions use the checkpoint's candidates and learned weights, as ranking does."""
     path = tmp_path / "run"
     assert train("--data", graph_folder, "--run-dir", path, *QUICK, "--model", name) == 0
     model, _ = RunFolder.open(path).load_model(graph)

@@ -41,7 +41,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def move(patch: pytest.MonkeyPatch, url: str) -> None:
-    """Let nations be at another address."""
+    """Change the address of nations."""
     (file,) = DATASETS["nations"].files
     files = (dataclasses.replace(file, url=f"{url}/{file.name}"),)
     patch.setitem(DATASETS, "nations", dataclasses.replace(DATASETS["nations"], files=files))
@@ -49,7 +49,7 @@ def move(patch: pytest.MonkeyPatch, url: str) -> None:
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder that is served where nations is downloaded from."""
+    """A folder that a server provides at the address of nations."""
     folder = tmp_path / "served"
     folder.mkdir()
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
@@ -89,7 +89,7 @@ def test_corrupted_in_the_local_folder(tmp_path, monkeypatch):
 
 
 def test_no_network_says_what_to_put_where(cache, monkeypatch):
-    move(monkeypatch, "http://127.0.0.1:9")  # nobody listens there
+    move(monkeypatch, "http://127.0.0.1:9")  # no server listens there
     with pytest.raises(DataError) as caught:
         load_dataset("nations")
     for said in ("could not be downloaded", "nations.tar.gz", "feb3e3", FOLDER_VARIABLE, "--data"):
@@ -118,7 +118,7 @@ def test_download_of_nothing(cache, server):
 
 
 def test_a_dataset_of_several_files_with_its_own_reader(tmp_path, monkeypatch):
-    """The checksums are what sha256sum and `git hash-object` print for the content."""
+    """The checksums are those that sha256sum and `git hash-object` print."""
     content = b"a\tr\tb\n"
     checksums = (
         "sha256:b664af6cca16a3aa9a1e51c01d8c710759a7b326a534b5d92ab4eff03affe72a",

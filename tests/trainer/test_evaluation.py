@@ -20,7 +20,7 @@ from emu_kernels.trainer.run import new_model
 def rank_by_definition(
     model: Model, graph: Graph, triple: list[int], direction: Direction
 ) -> float:
-    """The mean of the best and the worst rank among equals, one candidate at a time."""
+    """The mean of the optimistic and the pessimistic rank, one candidate at a time."""
     known = {tuple(other) for split in SPLITS for other in graph.triples[split].tolist()}
     h, r, t = triple
     given, target = (h, t) if direction == "tail" else (t, h)

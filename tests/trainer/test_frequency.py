@@ -1,4 +1,4 @@
-"""The side to corrupt by a relation's cardinality, and the weights of frequent triples."""
+"""Bernoulli corruption by a relation's cardinality, and subsampling weights."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_head_probability():
 
 
 def test_head_probability_is_that_of_wang_et_al(graph):
-    """Tails per head over tails per head plus heads per tail, counted in the plainest way."""
+    """tph / (tph + hpt), with tails per head and heads per tail counted by definition."""
     data = graph.triples["train"]
     for relation, found in enumerate(head_probability(data, graph.num_relations).tolist()):
         pairs = [(h, t) for h, r, t in data.tolist() if r == relation]
@@ -56,7 +56,7 @@ def test_directions_follow_the_relation():
     total = sum(P_HEAD[r] for _, r, _ in TRIPLES.tolist())
     for triple in map(tuple, TRIPLES.tolist()):
         heads, tails = (seen[direction][triple] for direction in ("head", "tail"))
-        assert abs(heads + tails - epochs) <= 2  # the two streams end within a batch
+        assert abs(heads + tails - epochs) <= 2  # the two streams end their epochs within a batch
         expected = P_HEAD[triple[1]] * int(total) / total
         deviation = (epochs * expected * (1 - expected)) ** 0.5
         assert abs(heads - epochs * expected) < 5 * deviation + 2
@@ -97,7 +97,7 @@ def test_a_graph_of_one_triple():
 
 
 def test_public_graph(nations):
-    """Marginals of a real graph's relations, at the size of an epoch."""
+    """How often each relation's heads are corrupted on a real graph."""
     data = nations.triples["train"]
     batches = BernoulliBatches(data, nations.num_relations, batch_size=100, seed=0)
     steps = 200 * len(data) // 100
@@ -108,7 +108,7 @@ def test_public_graph(nations):
     probability = head_probability(data, nations.num_relations)
     total = counts["head"] + counts["tail"]
     deviation = (total * probability * (1 - probability)).sqrt()
-    bias = total / len(data)  # ⌊Σp⌋ in the place of Σp
+    bias = total / len(data)  # from ⌊Σp⌋ instead of Σp
     assert ((counts["head"] - total * probability).abs() < 5 * deviation + bias + 100).all()
 
 
@@ -123,7 +123,7 @@ def test_subsampling_weights_are_the_reference_trainers():
     found = weights(batch_of(data))
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, torch.tensor(expected))
-    back = weights(batch_of(data.flip(0), "head"))  # of the triple, whatever is predicted
+    back = weights(batch_of(data.flip(0), "head"))  # the direction does not matter
     assert torch.equal(back, found.flip(0))
 
 

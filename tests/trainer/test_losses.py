@@ -19,7 +19,7 @@ ENTITIES, RELATIONS, ROWS, NEGATIVES, DIM = 11, 3, 6, 5, 8
 def step_of(
     model_name: str = "RotatE", weight: Tensor | None = None, sets: int = ROWS, **settings: Any
 ) -> Step:
-    """A batch with padding: in one place, and (in row 1) everywhere."""
+    """A batch with one padded negative in row 0, and only padding in row 1."""
     draws = torch.Generator().manual_seed(0)
     config = Config(data="-", model=model_name, dim=DIM, **settings)
     model = MODELS[model_name](ENTITIES, RELATIONS, DIM, draws, margin=config.margin)
@@ -46,7 +46,7 @@ def scores_of(step: Step, mutation: float | Mixup = 0.0) -> tuple[Tensor, Tensor
 
 
 def expected_rows(name: str, step: Step) -> Tensor:
-    """(B,), written anew from emu_scores, or from scores of all entities."""
+    """(B,): each loss computed from emu_scores, or from the scores of all entities."""
     config = step.config
     if name == "onevsall":
         scores = step.model.score(step.query, step.table)

@@ -17,7 +17,7 @@ from emu_kernels.trainer.models import MODELS, Model
 DIM = 6
 RANGE = 26 / DIM  # (γ + 2) / d, γ = 24
 
-# Each model once, and once more for each other norm it can be measured in.
+# Each model with each norm that it supports.
 VARIANTS = [
     pytest.param(name, norm, id=f"{name}-l{norm}" if model.norms else name)
     for name, model in MODELS.items()
@@ -26,7 +26,7 @@ VARIANTS = [
 
 
 def make(name: str, norm: int = 1) -> Model:
-    """A model whose every value is drawn: as initialised, some of HAKE's are not."""
+    """A model with only random values: HAKE initialises some with constants."""
     draws = torch.Generator().manual_seed(0)
     model = MODELS[name](9, 4, DIM, draws, norm=norm)
     with torch.no_grad():
@@ -46,7 +46,7 @@ def p_norm(differences: list[float], p: int) -> float:
 def published_score(
     name: str, norm: int, h: list[float], r: list[float], t: list[float], w: list[float]
 ) -> float:
-    """The papers' formulas, one component after the other; rows hold their parts in turn."""
+    """The papers' formulas, component by component; a row's parts follow each other."""
     d = range(DIM)
 
     def parts(row: list[float]) -> list[complex]:
@@ -101,7 +101,7 @@ def test_both_directions_score_a_triple_as_published(name, norm):
 @pytest.mark.parametrize(("name", "norm"), VARIANTS)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_scores_are_the_operators(name, norm, direction, monkeypatch):
-    """Ranking and training see the same φ; and candidates scored in pieces are scored alike."""
+    """Ranking uses the same φ as training, and scoring candidates in pieces changes nothing."""
     model = make(name, norm)
     query = model.query(model.entity[:5], model.relation[[0, 1, 2, 3, 0]], direction)
     candidates = model.candidates()
@@ -138,7 +138,7 @@ def test_initial_values_fill_their_range(name, margin, dim):
 
 
 def test_initial_values_that_are_not_drawn():
-    """As in the programs of HAKE's and RotatE's authors."""
+    """The constants of the programs by HAKE's and RotatE's authors."""
     settings: tuple[Any, ...] = (9, 4, DIM, torch.Generator().manual_seed(0))
     hake, protate = MODELS["HAKE"](*settings), MODELS["pRotatE"](*settings)
     assert (hake.relation[:, DIM : 2 * DIM] == 1).all()
@@ -150,7 +150,7 @@ def test_initial_values_that_are_not_drawn():
 
 
 def test_rotations_begin_all_around():
-    """RotatE's phases are uniform in [−π, π]: so are the directions that 1 is turned to."""
+    """RotatE's phases are uniform in [−π, π], and so are the phases of a rotated 1."""
     model = MODELS["RotatE"](1, 1000, 20, torch.Generator().manual_seed(0))
     one = torch.cat([torch.ones(1000, 20), torch.zeros(1000, 20)], dim=1)
     turned = torch.complex(*model.query(one, model.relation, "tail").vector.detach().chunk(2, -1))

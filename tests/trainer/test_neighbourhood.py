@@ -22,7 +22,8 @@ from emu_kernels.trainer.neighbourhood import (
 
 CPU = torch.device("cpu")
 
-# A path 0–1–2–3 with a double edge and a loop, a triangle 4–5–6, a loop alone (7), nothing (8).
+# A path 0–1–2–3 with a double edge and a loop, a triangle 4–5–6, an entity with only a loop (7),
+# and one without triples (8).
 HEADS = [0, 0, 2, 2, 3, 4, 5, 6, 7]
 TAILS = [1, 1, 1, 3, 3, 5, 6, 4, 7]
 TRIPLES = torch.tensor([HEADS, [0, 1, 0, 0, 1, 0, 0, 1, 0], TAILS]).T
@@ -90,7 +91,7 @@ def test_walks_end_where_walks_can_end(hops, monkeypatch):
 
 
 def test_walks_choose_each_neighbour_with_equal_probability():
-    """Two hops from the hub of a star with a tail: where 40,000 independent walks end."""
+    """Where 4,000 independent walks of three hops from the hub of a star with a tail end."""
     #       1 – 4 – 5         from 0: 1, 2, 3 with 1/3 each; from 1: 0 or 4; from 4: 1 or 5;
     #   2 – 0 – 3             3 hops: via 1 and 4 to 1 or 5: 1/3 · 1/2 · 1/2 each
     graph = adjacency(torch.tensor([(0, 0, 1), (0, 0, 2), (0, 0, 3), (1, 0, 4), (4, 0, 5)]), 6)
@@ -121,7 +122,7 @@ def test_negatives_are_uniform_over_the_neighbourhood():
     assert negative.shape == (ENTITIES, 40_000)
     assert negative.dtype == torch.int64
     for entity in range(ENTITIES):
-        members = expected[entity] or set(range(ENTITIES))  # all, where there is no neighbour
+        members = expected[entity] or set(range(ENTITIES))  # all entities if it has no neighbours
         counts = negative[entity].bincount(minlength=ENTITIES)
         share = 40_000 / len(members)
         for other in range(ENTITIES):
@@ -132,7 +133,7 @@ def test_negatives_are_uniform_over_the_neighbourhood():
 
 
 def test_negatives_come_from_the_given_entitys_neighbourhood():
-    """Heads are given where tails are predicted, and the other way round."""
+    """The given entity is the head if tails are predicted, else the tail."""
     found = k_hop(adjacency(random_triples(40, 60), 40), 2)
     members = sets(found)
     head, relation, tail = random_triples(40, 30).T
@@ -182,8 +183,8 @@ def test_the_cache_spares_the_computation(tmp_path, monkeypatch):
     monkeypatch.setattr(neighbourhood, "random_walks", no_computation)
     monkeypatch.setattr(neighbourhood, "k_hop", no_computation)
     assert sets(cached(folder)) == sets(first)
-    assert sets(cached(folder, walks=0, seed=9)) == sets(exact)  # without walks, no seed
-    assert len(list(folder.iterdir())) == 2  # nothing temporary is left
+    assert sets(cached(folder, walks=0, seed=9)) == sets(exact)  # no walks, so no seed
+    assert len(list(folder.iterdir())) == 2  # no temporary files
 
 
 @pytest.mark.parametrize(
@@ -230,13 +231,6 @@ def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path):
     with pytest.warns(UserWarning, match="not cached"):
         found = cached(blocked)
     assert sets(found) == sets(cached(tmp_path / "other"))
-
-
-def test_settings_that_make_no_neighbourhood_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="hops >= 1"):
-        cached(tmp_path, hops=0)
-    with pytest.raises(ValueError, match="walks >= 0"):
-        cached(tmp_path, walks=-1)
 
 
 def test_public_graph(nations, tmp_path):

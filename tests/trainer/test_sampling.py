@@ -1,4 +1,4 @@
-"""Batches and negatives: complete, uniform, and functions of seed and step alone."""
+"""Batches and negatives: complete, uniform, and functions of seed and step only."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_seeds_are_distinct_and_in_range():
 
 
 def test_derived_seed_known_answer():
-    """A changed value would break the repetition of every recorded run."""
+    """If it changed, no recorded run could be repeated."""
     assert derive_seed(0, "mask", 0) == 3009415005049374825
 
 
@@ -86,7 +86,7 @@ def test_negatives_are_uniform():
     assert ((counts - 20_000).abs() < 5 * 20_000**0.5).all()
 
 
-@pytest.mark.parametrize("prefilter", [True, False])  # CPU, and as on other devices
+@pytest.mark.parametrize("prefilter", [True, False])  # as on a CPU, and as on other devices
 def test_known_triples_become_padding(prefilter):
     data = triples(600)
     known = KnownTriples(data, num_entities=20, num_relations=3)

@@ -1,8 +1,7 @@
-"""Compiles, with no GPU, what the backend would launch on one, and reads the machine code.
+"""Compiles the kernels that the backend would launch on a GPU, without one; reads the machine code.
 
-The launches are recorded from real calls, on the CPU's tensors, so block sizes and specialisations
-are the backend's own. Triton is given a driver that only names a target. Has to run where
-TRITON_INTERPRET is not set.
+The launches are recorded from calls with tensors on the CPU, so block sizes and specialisations are
+the backend's own. Triton gets a driver that only names a target. TRITON_INTERPRET must not be set.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ class Launch:
 
     @property
     def constants(self) -> dict[str, Any]:
-        """What it is compiled for."""
+        """The arguments that are constants of the compiled kernel."""
         named = {name: value for name, value in self.arguments.items() if name.isupper()}
         return named | (self.arguments["kind"]._asdict() if "kind" in self.arguments else {})
 
@@ -74,15 +73,15 @@ class Compiled:
     name: str
     target: str
     registers: int
-    spilled: int  # registers, or bytes of them
+    spilled: int  # registers on AMD, bytes on NVIDIA
     shared: int  # bytes
-    longest: int  # instructions of the longest innermost loop, or of all where there is none
-    components: int  # a thread has of a tile
-    sizes_matter: bool  # whether other sizes are compiled anew
+    longest: int  # instructions of the longest innermost loop, or of the kernel if it has none
+    components: int  # of a tile, for each thread
+    sizes_matter: bool  # whether other sizes need another compilation
 
     @property
     def instructions(self) -> float:
-        """A component, in the loop."""
+        """In the loop, for each component."""
         return self.longest / self.components
 
 
@@ -97,7 +96,7 @@ def request(
     entities: int = 14541,
     scale: bool = True,
 ) -> LossRequest:
-    """Of the sizes that decide what is launched; the tensors' values are never read."""
+    """A request with the given sizes; the values of its tensors are never read."""
     takes = SIMILARITIES[similarity]
     real = torch.float64 if dtype == torch.float64 else torch.float32
     width = dim // takes.halves * takes.scaled_halves
@@ -141,7 +140,7 @@ def recording() -> Iterator[list[Launch]]:
 
 
 def step(made: LossRequest, *, every: bool = False) -> list[Launch]:
-    """The launches of a loss and its backward pass; or of all that a backend does."""
+    """The launches of a loss and its backward pass, or of all of the backend's functions."""
     with recording() as launches:
         state = launch.loss_forward(made, need_grad=True)
         sums = SumWeights(state.row_scale, state.weight, state.mutated_weight, state.grad_positive)
@@ -173,7 +172,7 @@ def target(name: str) -> Iterator[None]:
 
 
 def build(launched: Launch, name: str) -> Any:
-    """Triton's compiled kernel for the target of that name."""
+    """The kernel as Triton compiles it for the named target."""
     with target(name):
         return launched.kernel.run(
             grid=(1,), warmup=True, **launched.arguments, num_warps=launched.warps,
@@ -185,7 +184,7 @@ VARYING = ("B", "K", "N", "row_offset", "threshold", "entries", "negatives")
 
 
 def resized(launched: Launch) -> Iterator[Launch]:
-    """The same launch of sizes for which Triton likes to compile anew: 1, and no multiple of 16."""
+    """The launch with sizes that Triton may specialise for: 1, and a number not divisible by 16."""
     for size in (1, 7):
         sizes = {name: size for name in VARYING if name in launched.arguments}
         yield replace(launched, arguments=launched.arguments | sizes)
@@ -226,13 +225,13 @@ def read_cubin(cubin: bytes) -> tuple[int, int, int]:
 
 def read_amdgcn(text: str) -> tuple[int, int, int]:
     registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])  # type: ignore[index]
-    # Scalar registers are spilled to lanes of vector registers: no memory is touched.
+    # Scalar registers are spilled to lanes of vector registers, not to memory.
     spilled = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text)[1])  # type: ignore[index]
     return registers, spilled, innermost(text, r"^\t([a-z].*)", r"s_c?branch\S*\s+(\S+)")
 
 
 def innermost(text: str, instruction: str, branch: str) -> int:
-    """Length of the longest loop that has no other inside; of all code where there is no loop."""
+    """Length of the longest loop without another loop inside; of all code if there is no loop."""
     labels: dict[str, int] = {}
     loops: set[tuple[int, int]] = set()
     count = 0

@@ -1,10 +1,10 @@
-"""``python -m tests.triton.compile_all few|most|all``: compiles the kernels for GPUs that need not
-be here, and prints registers, spills and instructions, a JSON line each.
+"""``python -m tests.triton.compile_all few|most|all``: compiles the kernels, without a GPU, and
+prints registers, spills and instructions of each as a JSON line.
 
-``few`` is what `make test` checks (see FEW), ``most`` what `make test-all` does besides: for sm_90
-every similarity, every kind of mutation and each dtype of 32 bits or less, for the other targets
-the cheapest and the dearest similarity. ``all`` is every similarity, mutation, dtype and length of
-rows for every target: some thousand kernels.
+`make test` checks ``few`` (see FEW). `make test-all` also checks ``most``: for sm_90 every
+similarity, every kind of mutation and each dtype of at most 32 bits, for the other targets the
+cheapest and the most expensive similarity. ``all`` is every similarity, mutation, dtype and length
+of rows for every target: thousands of kernels.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests.triton import aot
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DIMS = (100, 500, 512, 1000)
 ONCE = ("loss_rows", "reduce_rows", "join_segments", "sum_weights", "merge")
-"""Kernels of one loop over numbers or vectors already made: compiled for "dot" and for FEW."""
+"""Kernels that only loop over earlier kernels' results: compiled for "dot" and for FEW."""
 
 
 class Case(NamedTuple):
@@ -39,15 +39,15 @@ class Case(NamedTuple):
 
 
 FEW = (
-    # The usual call: one part, one sum, one pass over the candidates.
+    # The most common call: one part, one sum, one pass over the candidates.
     Case("sm_90", "dot", "component", torch.float32, 100),
-    # Two passes, and all that a kind can have: two parts, two sums, a root, a scale, weights. Its
-    # gradient of the query fills all registers.
+    # Two passes and every feature of a similarity: two parts, two sums, a root, a scale, weights.
+    # The kernel of its query's gradient uses all registers.
     Case("sm_90", "hake", "component", torch.float32, 100),
-    # Another compiler; both halves in one term; shares in the place of masks.
+    # Another compiler; a term with both halves; shares instead of masks.
     Case("gfx942", "rotate", "mixup", torch.float32, 100),
 )
-"""Every kernel is launched for each of them."""
+"""Every kernel is compiled for each of these cases."""
 
 
 def most() -> Iterator[Case]:

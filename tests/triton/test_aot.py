@@ -1,9 +1,9 @@
-"""What the kernels compile to, for GPUs that need not be here.
+"""The machine code that the kernels compile to, for several GPUs.
 
-A warp's instructions a component bound a kernel where its bytes do not: an H100 reads a bf16
-component in the time of about 18, an fp32 one in that of 36 (3.35 TB/s, 132 multiprocessors that
-each start four a cycle at 1.75 GHz). Bounds are a tenth to a third above what Triton 3.9 made, so
-that a change which costs shows.
+A kernel is bound by instructions if a warp executes more of them for each component than fit into
+the time to read it. On an H100 about 18 fit for a bf16 component and 36 for an fp32 one (3.35 TB/s;
+132 multiprocessors, each with four instructions a cycle at 1.75 GHz). The limits are a tenth to a
+third above what Triton 3.9 compiled, so that a test fails when a change adds instructions.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ PER_COMPONENT = {
     ("scatter", "dot", "component"): 30,
 }
 SHARED = 16 * 1024
-"""Bytes a program, so that shared memory limits no multiprocessor's programs to fewer than
-registers do."""
+"""Bytes for each program. With this much, registers limit the programs on a multiprocessor before
+shared memory does."""
 
 
 @pytest.fixture(scope="module", params=["few", pytest.param("most", marks=pytest.mark.slow)])
 def compiled(request: pytest.FixtureRequest) -> list[Row]:
-    """In a process of its own: this one may interpret the kernels."""
+    """Compiled in a separate process: this one may interpret the kernels."""
     interpret = os.environ.pop("TRITON_INTERPRET", None)
     try:
         done = run_python("-m", "tests.triton.compile_all", request.param, timeout=1500)
@@ -81,8 +81,9 @@ def test_sizes_do_not_compile_anew(compiled: list[Row]) -> None:
 
 
 FULL = 32
-"""Bytes that may be spilled by the one kernel that fills all 255 registers: the masked gradient of
-a query of two halves (Triton 3.9: 8 for hake on sm_80; 3.6: 24 for rotate on sm_90)."""
+"""Bytes that the one kernel that uses all 255 registers may spill: the query's gradient of a
+similarity of two halves, with masks (Triton 3.9: 8 for hake on sm_80; 3.6: 24 for rotate on sm_90).
+"""
 
 
 def test_nothing_is_spilled(compiled: list[Row]) -> None:
@@ -120,7 +121,7 @@ def test_instructions_in_the_loop(compiled: list[Row]) -> None:
 @pytest.mark.parametrize("target", ["sm_80", "sm_100"])
 @pytest.mark.parametrize("name", ["accumulate", "table_gradient"])
 def test_other_targets_take_about_as_many(name: str, target: str, compiled: list[Row]) -> None:
-    """The same code within a half; AMD's instructions are others."""
+    """At most half as many more than sm_90; AMD's instructions cannot be compared."""
     (row,) = (
         row
         for row in compiled

@@ -1,4 +1,4 @@
-"""What only a GPU shows. Skipped where there is none."""
+"""Tests that need a GPU; skipped without one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RATES: Options = {"mutation_rate": 0.5, "beta": 0.3, "alpha": 0.2, "backend": "t
 
 @pytest.fixture
 def device() -> Iterator[torch.device]:
-    """The current GPU, with no id reported before or after."""
+    """The current GPU, without reported ids before and after the test."""
     current = torch.device("cuda", torch.cuda.current_device())
     ids.report(current).zero_()
     yield current
@@ -84,7 +84,7 @@ def test_it_follows_the_current_stream(device: torch.device) -> None:
     side = torch.cuda.Stream(device)
     late = inputs._replace(query=torch.zeros_like(inputs.query))
     with torch.cuda.stream(side):
-        torch.cuda._sleep(10_000_000)  # cycles: whoever does not wait reads zeros
+        torch.cuda._sleep(10_000_000)  # cycles: a kernel that does not wait reads zeros
         late.query.copy_(inputs.query)
         actual = evaluate(fused_emu_loss, late, **RATES, seed=1)
     side.synchronize()

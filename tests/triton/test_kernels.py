@@ -1,4 +1,4 @@
-"""The Triton backend's plans and tiles, and how its kernels report bad ids."""
+"""The Triton backend's plans and tiles, and the reports of bad ids by its kernels."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from emu_kernels.triton import launch
 
 DEVICE = torch.device(backends.get("triton").device_types[0])
 GPU_TILES = {
-    # As on a GPU for these shapes, where the interpreter would take one tile: a rest in each
-    # direction, several spans, pieces that a segment crosses.
+    # The interpreter would use one tile for these shapes. As on a GPU, these leave partial tiles in
+    # each direction, and give several spans, and segments that cross pieces.
     "one row after another": launch.Tile(1, 16, 1),
     "few of few": launch.Tile(4, 32, 1),
 }
@@ -48,7 +48,7 @@ def _no_reports() -> Iterator[None]:
 @pytest.mark.parametrize("dim", [13, 50])
 @pytest.mark.usefixtures("small_tiles")
 def test_any_tile(dim: int, mutation: str) -> None:
-    """Rows of several chunks, or whole; many negatives a tile, or few."""
+    """Rows in one or several chunks; few or many negatives in a tile."""
     inputs = make(3, 11, dim, rows=4, padding=True)
     options = LOSS if mutation == "mask" else LOSS | {"mutation_rate": 0.0}
     expected = exact(fused_emu_loss, inputs, **options)
@@ -86,7 +86,7 @@ def test_atomic_additions_give_way_where_torch_wants_determinism(
 
 @pytest.mark.parametrize("half", [1, 5, 10, 15, 18, 23, 28])
 def test_masks_of_a_half_that_begins_inside_a_philox_block(half: int) -> None:
-    """By every number of bytes, modulo four, and of words."""
+    """The second half begins at every byte of a word and at every word of a block."""
     inputs = make(2, 3, 2 * half, rows=5)
     options: Options = {"similarity": "rotate", "mutation": 0.5, "seed": 2**40 + 3}
     expected = emu_scores(*inputs, backend="reference", **options)
@@ -114,7 +114,7 @@ def spoiled(name: str, value: int) -> Inputs:
 def test_a_bad_id_makes_its_row_nan_and_is_raised_later(
     name: str, value: int, similarity: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing outside the table is read or written, and other rows keep their values."""
+    """Other rows keep their values; nothing outside the table is read or written."""
     monkeypatch.delenv("EMU_KERNELS_CHECK", raising=False)
     options = LOSS | {"backend": "triton", "similarity": similarity, "reduction": "none"}
     good = evaluate(fused_emu_loss, make(4, 5, 20, rows=9, device=DEVICE), **options)

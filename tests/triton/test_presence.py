@@ -1,4 +1,7 @@
-"""With Triton, without it, with one too old; and the repository's own triton/ folder in the way."""
+"""The package with Triton, without it, and with an old one.
+
+The repository has a folder triton/, which must not be taken for Triton.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ INSTALLED = backend._missing() is None
 
 
 def python(*arguments: str, path: list[Path], site: bool = True) -> str:
-    """Output of a Python at the repository's root, which ``python -c`` puts on its path."""
+    """Output of a Python started at the repository's root, which ``python -c`` puts on sys.path."""
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
     env["PYTHONPATH"] = os.pathsep.join(map(str, path))
     done = subprocess.run(
@@ -31,7 +34,7 @@ def python(*arguments: str, path: list[Path], site: bool = True) -> str:
 
 @pytest.fixture(scope="module")
 def without(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What is installed, less Triton."""
+    """A folder with links to everything installed except Triton."""
     folder = tmp_path_factory.mktemp("without-triton")
     for name in ("purelib", "platlib"):
         for entry in Path(sysconfig.get_path(name)).iterdir():
@@ -71,7 +74,7 @@ except RuntimeError as error:
 
 @pytest.mark.parametrize("before", ["", "import triton", "importlib.util.find_spec('triton')"])
 def test_the_package_works_without_triton(before: str, without: Path) -> None:
-    """Also where the folder was already imported as the namespace that it looks like."""
+    """Also if the folder triton/ was already imported, as a namespace package."""
     out = python("-c", TRY.format(before=before), path=[ROOT, without], site=False)
     reason, loss, refusal = out.splitlines()
     assert reason == "Triton is not installed (pip install triton)"

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import normalize
 from torch_geometric.nn.kge import ComplEx, DistMult, KGEModel, RotatE, TransE
 
@@ -14,16 +13,9 @@ from emu_kernels import fused_emu_loss, validate
 
 CORRUPT = ("both", "head", "tail")
 
-SideName = Literal["head", "tail"]
-LookUp = Callable[[nn.Embedding], Tensor]  # -> (..., its width): some of its rows, or all
+MODELS = (TransE, DistMult, ComplEx, RotatE)
 
-
-class _Kind(NamedTuple):
-    """How a model scores, as a similarity of a query and a candidate."""
-
-    similarity: Callable[[Any], str]
-    entity: Callable[[Any, LookUp], Tensor]  # -> (..., D), as the model's score meets entities
-    query: Callable[[Any, SideName, Tensor, Tensor], Tensor]  # of entities (B, D), rel_type (B,)
+Side = Literal["head", "tail"]  # the side of a triple that is corrupted
 
 
 def emu_loss(
@@ -42,18 +34,19 @@ def emu_loss(
     reduction: str = "mean",
     backend: str | None = None,
 ) -> Tensor:
-    """:func:`emu_kernels.fused_emu_loss` of a PyG model and a batch: takes ``model.loss``'s place.
+    """:func:`emu_kernels.fused_emu_loss` of a PyG model and a batch, to replace ``model.loss``.
 
     A model with ``sparse=True`` gets sparse gradients, and nothing of size N·D is allocated: only
-    the rows that the batch touches are gathered.
+    the rows that the batch uses are gathered.
 
     Args:
         model: ``TransE`` (with ``p_norm`` 1 or 2), ``DistMult``, ``ComplEx`` or ``RotatE``.
         head_index, rel_type, tail_index: (B,) int64, as the model's own loader yields them.
         num_negatives: K uniform negatives for each triple, from torch's default generator.
-        negative: (B, K) int64 ids instead; −1 is padding.
+        negative: (B, K) int64 ids to use instead of drawn ones; −1 is padding.
         corrupt: "both" replaces the head in the first half of the batch and the tail in the rest,
-            as the model's own ``random_sample`` does; "head" or "tail" that one in all.
+            as the model's own ``random_sample`` does; "head" or "tail" replaces that side in all
+            rows.
         mutation_rate, beta, alpha, seed, reduction, backend: as in
             :func:`emu_kernels.fused_emu_loss`.
 
@@ -61,44 +54,46 @@ def emu_loss(
         The loss: a scalar, or (B,) for reduction "none".
 
     Raises:
-        TypeError: another model.
-        ValueError: another ``p_norm``, both or neither of ``num_negatives`` and ``negative``, or
-            shapes that do not fit.
+        TypeError: an unsupported model.
+        ValueError: an unsupported ``p_norm``, both or neither of ``num_negatives`` and
+            ``negative``, or shapes that do not fit.
         IndexError: an id out of range.
     """
-    kind = _kind(model)
+    if type(model) not in MODELS:  # exactly: a subclass may score in another way
+        known = ", ".join(kind.__name__ for kind in MODELS)
+        raise TypeError(
+            f"model: expected one of torch_geometric.nn.kge's {known}, got "
+            f"{type(model).__name__}; for another, see emu_kernels.emu_mutate"
+        )
     validate.one_of("corrupt", corrupt, CORRUPT)
     size = len(head_index)
     if negative is None and num_negatives is not None:
         negative = torch.randint(model.num_nodes, (size, num_negatives), device=head_index.device)
     elif negative is None or num_negatives is not None:
-        raise ValueError("negative: expected it or num_negatives, not both and not neither")
+        raise ValueError("negative: expected either it or num_negatives, got both or neither")
     if negative.ndim != 2 or len(negative) != size:
         raise ValueError(
             f"negative: expected shape ({size}, K), a set for each triple, "
             f"got {tuple(negative.shape)}"
         )
-    heads = {"both": size // 2, "head": size, "tail": 0}[corrupt]  # rows that lose their head
+    heads = {"both": size // 2, "head": size, "tail": 0}[corrupt]  # rows whose head is corrupted
     positive = torch.cat([head_index[:heads], tail_index[heads:]])
-    given = torch.cat([tail_index[:heads], head_index[heads:]])
-    rows = kind.entity(model, lambda embedding: embedding(given))
+    given = _entities(model, torch.cat([tail_index[:heads], head_index[heads:]]))
     query = torch.cat(
         [
-            kind.query(model, "head", rows[:heads], rel_type[:heads]),
-            kind.query(model, "tail", rows[heads:], rel_type[heads:]),
+            _query(model, "head", given[:heads], rel_type[:heads]),
+            _query(model, "tail", given[heads:], rel_type[heads:]),
         ]
     )
+    used = None
     if model.node_emb.sparse:
-        touched, positive, negative = _touched(positive, negative)
-        table = kind.entity(model, lambda embedding: embedding(touched))
-    else:
-        table = kind.entity(model, lambda embedding: embedding.weight)
+        used, positive, negative = _used_entities(positive, negative)
     return fused_emu_loss(
         query,
-        table,
+        _entities(model, used),
         positive,
         negative,
-        similarity=kind.similarity(model),
+        similarity=_similarity(model),
         mutation_rate=mutation_rate,
         beta=beta,
         alpha=alpha,
@@ -108,75 +103,53 @@ def emu_loss(
     )
 
 
-def _kind(model: KGEModel) -> _Kind:
-    # By the exact class: a subclass may score in another way.
-    if type(model) not in _KINDS:
-        known = ", ".join(kind.__name__ for kind in _KINDS)
-        raise TypeError(
-            f"model: expected one of torch_geometric.nn.kge's {known}, got "
-            f"{type(model).__name__}; for another, see emu_kernels.emu_mutate"
-        )
-    return _KINDS[type(model)]
-
-
-def _touched(positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The batch's distinct ids, and positive and negative as places among them."""
-    ids, place = torch.cat([positive, negative.flatten()]).unique(return_inverse=True)
-    positive, negative = place[: len(positive)], place[len(positive) :].view_as(negative)
+def _used_entities(positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The batch's distinct ids, and positive and negative as indices into them."""
+    ids, index = torch.cat([positive, negative.flatten()]).unique(return_inverse=True)
+    positive, negative = index[: len(positive)], index[len(positive) :].view_as(negative)
     padding = (ids < 0).sum()  # 0 or 1: ids are sorted, and −1 comes first
     return ids.clamp(min=0), positive, torch.where(negative < padding, -1, negative)
 
 
-def _p_norm(model: TransE) -> str:
-    if model.p_norm not in (1, 2):
-        raise ValueError(f"model: expected TransE with p_norm 1 or 2, got {model.p_norm}")
-    return f"l{int(model.p_norm)}"
+def _similarity(model: KGEModel) -> str:
+    if isinstance(model, TransE):
+        if model.p_norm not in (1, 2):
+            raise ValueError(f"model: expected TransE with p_norm 1 or 2, got {model.p_norm}")
+        return f"l{int(model.p_norm)}"
+    # RotatE is the plain 2-norm over all components, not the sum of moduli; its margin cancels in
+    # a softmax.
+    return "l2" if isinstance(model, RotatE) else "dot"
 
 
-def _real(model: DistMult, look_up: LookUp) -> Tensor:
-    return look_up(model.node_emb)
+def _entities(model: KGEModel, ids: Tensor | None) -> Tensor:
+    """(..., D): entities as the model's score reads them, re‖im if complex; all of them for None.
+
+    Without a copy for DistMult's whole table.
+    """
+
+    def rows(embedding: torch.nn.Embedding) -> Tensor:
+        return embedding.weight if ids is None else embedding(ids)
+
+    entities = rows(model.node_emb)
+    if isinstance(model, TransE):
+        return normalize(entities, p=model.p_norm, dim=-1)
+    if isinstance(model, (ComplEx, RotatE)):
+        return torch.cat([entities, rows(model.node_emb_im)], dim=-1)
+    return entities
 
 
-def _normalized(model: TransE, look_up: LookUp) -> Tensor:
-    return normalize(look_up(model.node_emb), p=model.p_norm, dim=-1)
-
-
-def _complex(model: ComplEx | RotatE, look_up: LookUp) -> Tensor:
-    """re‖im."""
-    return torch.cat([look_up(model.node_emb), look_up(model.node_emb_im)], dim=-1)
-
-
-def _product(model: DistMult, side: SideName, given: Tensor, rel_type: Tensor) -> Tensor:
-    out: Tensor = given * model.rel_emb(rel_type)
-    return out
-
-
-def _translation(model: TransE, side: SideName, given: Tensor, rel_type: Tensor) -> Tensor:
+def _query(model: KGEModel, side: Side, given: Tensor, rel_type: Tensor) -> Tensor:
+    """(B, D): the query for candidates on `side`, of the given entities (B, D) and relations."""
     relation: Tensor = model.rel_emb(rel_type)
-    return given + relation if side == "tail" else given - relation
-
-
-def _complex_product(model: ComplEx, side: SideName, given: Tensor, rel_type: Tensor) -> Tensor:
-    return _times(given, model.rel_emb(rel_type), model.rel_emb_im(rel_type), side)
-
-
-def _rotation(model: RotatE, side: SideName, given: Tensor, rel_type: Tensor) -> Tensor:
-    phase: Tensor = model.rel_emb(rel_type)
-    return _times(given, phase.cos(), phase.sin(), side)
-
-
-def _times(given: Tensor, re: Tensor, im: Tensor, side: SideName) -> Tensor:
-    """given · (re + i·im), or for heads given · (re − i·im), as re‖im."""
-    if side == "head":
+    if isinstance(model, DistMult):
+        return given * relation
+    if isinstance(model, TransE):
+        return given + relation if side == "tail" else given - relation
+    if isinstance(model, ComplEx):
+        re, im = relation, model.rel_emb_im(rel_type)
+    else:
+        re, im = relation.cos(), relation.sin()
+    if side == "head":  # the complex conjugate
         im = -im
-    g_re, g_im = given.chunk(2, dim=-1)
-    return torch.cat([g_re * re - g_im * im, g_re * im + g_im * re], dim=-1)
-
-
-_KINDS: dict[type[KGEModel], _Kind] = {
-    TransE: _Kind(_p_norm, _normalized, _translation),
-    DistMult: _Kind(lambda _: "dot", _real, _product),
-    ComplEx: _Kind(lambda _: "dot", _complex, _complex_product),
-    # The plain 2-norm over all components, not the sum of moduli; its margin cancels in a softmax.
-    RotatE: _Kind(lambda _: "l2", _complex, _rotation),
-}
+    given_re, given_im = given.chunk(2, dim=-1)
+    return torch.cat([given_re * re - given_im * im, given_re * im + given_im * re], dim=-1)

@@ -1,11 +1,11 @@
 """EMU as a training loop of PyKEEN: :class:`EMUTrainingLoop`, and its loss :func:`emu_loss`.
 
-Importing this module makes the loop known to PyKEEN by the name ``"emu"``.
+Importing this module registers the loop with PyKEEN, under the name ``"emu"``.
 """
 
 from emu_kernels.integrations._require import require
 
-MINIMUM = (1, 11, 1)  # 1.11.0 fails to import beside a recent class_resolver
+MINIMUM = (1, 11, 1)  # 1.11.0 cannot be imported with a recent class_resolver
 
 require("pykeen", MINIMUM, extra="pykeen")
 

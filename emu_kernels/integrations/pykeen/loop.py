@@ -1,4 +1,4 @@
-"""The training loop."""
+"""PyKEEN's sLCWA training loop with EMU's loss."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ logger = logging.getLogger(__name__)
 
 
 class EMUTrainingLoop(SLCWATrainingLoop):
-    """PyKEEN's sLCWA training loop with EMU's loss in the place of the model's own.
+    """PyKEEN's sLCWA training loop with EMU's loss instead of the model's own.
 
     Everything else is PyKEEN's: negative samplers and filters, optimisers, schedulers, early
     stopping, checkpoints, trackers, callbacks. Of the model's ``loss`` only the reduction is used.
-    Masks are drawn from torch's default generator, which PyKEEN's checkpoints hold.
+    Masks are drawn from torch's default generator, whose state PyKEEN's checkpoints include.
 
     Args:
         mutation_rate, beta, alpha, backend: as in :func:`emu_kernels.fused_emu_loss`. The first
             three may be reassigned between epochs, by a callback for instance.
-        keywords: as of ``SLCWATrainingLoop``.
+        keywords: those of ``SLCWATrainingLoop``.
 
     Raises:
         TypeError: a model without entity representations to mutate.
-        ValueError: a rate, coefficient or backend that does not fit.
+        ValueError: an invalid rate, coefficient or backend.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class EMUTrainingLoop(SLCWATrainingLoop):
 
 
 def _weights(batch: SLCWABatch, start: int, stop: int) -> Tensor | None:
-    """(B,) weights of the positives, which their negatives must share: EMU weights whole rows."""
+    """(B,) weights of the positives. Their negatives must have the same: EMU weights whole rows."""
     positive, negative = batch.get("pos_weights"), batch.get("neg_weights")
     if positive is None:
         return None

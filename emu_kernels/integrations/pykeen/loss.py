@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from pykeen.models import ERModel, Model
+from pykeen.nn.modules import Interaction
 from pykeen.nn.representation import Representation
 from pykeen.typing import InductiveMode
 from torch import Tensor
@@ -35,21 +37,21 @@ def emu_loss(
     reduction: str = "mean",
     backend: str | None = None,
 ) -> Tensor:
-    """:func:`emu_kernels.fused_emu_loss` of a PyKEEN model and what its samplers return.
+    """:func:`emu_kernels.fused_emu_loss` of a PyKEEN model and a batch of its samplers.
 
-    By the fused kernels where :func:`fused_similarity` names one, else by
-    :func:`emu_kernels.emu_mutate` and PyKEEN's own interaction, which takes tensors of size B·K·D.
-    Regularisers of representations see the positives; their term is left for
-    ``model.collect_regularization_term()``.
+    Runs the fused kernels if :func:`fused_similarity` names a similarity, else
+    :func:`emu_kernels.emu_mutate` and PyKEEN's own interaction, with tensors of size B·K·D.
+    Regularisers of representations see the positives; ``model.collect_regularization_term()``
+    returns their term, which is not part of the loss.
 
     Args:
         model: an ``ERModel``.
-        positives: (B, 3) integer triples, best on the CPU, where PyKEEN's loader leaves them: what
-            :func:`split_sides` checks then costs no synchronisation of a GPU.
+        positives: (B, 3) integer triples. On the CPU, where PyKEEN's loader leaves them, the checks
+            do not have to wait for a GPU.
         negatives: (B, K, 3) with the head or the tail replaced.
         masks: (B, K) bool, False where a filter drops the negative.
         mutation_rate, beta, alpha, seed, backend: as in :func:`emu_kernels.fused_emu_loss`.
-        weights: (B,) of each positive's loss; the mean does not divide by their sum, as PyKEEN's.
+        weights: (B,) of each positive's loss. As in PyKEEN, the mean does not divide by their sum.
         mode: PyKEEN's inductive mode.
         reduction: "mean", over the B positives, or "sum".
 
@@ -57,7 +59,7 @@ def emu_loss(
         The loss, a scalar on the model's device.
 
     Raises:
-        TypeError, ValueError: a model or a batch that cannot be mutated, or arguments as
+        TypeError, ValueError: a model or a batch that cannot be mutated, or an argument that
             :func:`emu_kernels.fused_emu_loss` refuses.
     """
     model = checked_model(model)
@@ -65,7 +67,7 @@ def emu_loss(
     device = model.device
     sides = [side.to(device) for side in split_sides(positives, negatives, masks, weights)]
     triples = positives.to(device, non_blocking=True)
-    # Looked up once for both sides, and so do regularisers see each of them once.
+    # Looked up once for both sides, so that regularisers see each representation once.
     head, relation, tail = (
         _parts(x)
         for x in model._get_representations(
@@ -74,14 +76,23 @@ def emu_loss(
     )
     if seed is None:
         seed = torch.randint(MAX_SEED - 1, (), dtype=torch.int64, device=device)
+    batch = _Batch(
+        model.interaction,
+        model._get_entity_representations_from_inductive_mode(mode=mode),
+        head,
+        relation,
+        tail,
+        beta,
+        alpha,
+        {"mutation_rate": mutation_rate, "seed": seed, "backend": backend},
+    )
     mapping, _ = map_model(model)
-    score = _Batch(model, head, relation, tail, mode, mutation_rate, beta, alpha, seed, backend)
-    total = score.by_interaction(sides) if mapping is None else score.fused(mapping, sides)
+    total = batch.by_interaction(sides) if mapping is None else batch.fused(mapping, sides)
     return total / max(len(positives), 1) if reduction == "mean" else total
 
 
 def checked_model(model: object) -> ERModel:
-    """The model, whose score is an interaction of representations; else raises TypeError."""
+    """The model, if its score is an interaction of representations; else raises TypeError."""
     if not isinstance(model, ERModel):
         raise TypeError(
             "model: expected a pykeen.models.ERModel, whose entities have representations to "
@@ -95,67 +106,48 @@ def checked_model(model: object) -> ERModel:
     return model
 
 
-class _Batch:
-    """One batch: what a model's representations are for its positives, and the settings."""
+class _Batch(NamedTuple):
+    """A batch: the model's representations of its positives, and the loss's settings."""
 
-    def __init__(
-        self,
-        model: ERModel,
-        head: Parts,
-        relation: Parts,
-        tail: Parts,
-        mode: InductiveMode | None,
-        mutation_rate: float | Tensor,
-        beta: float | Tensor,
-        alpha: float | Tensor,
-        seed: int | Tensor,
-        backend: str | None,
-    ) -> None:
-        self.interaction = model.interaction
-        self.entities: Sequence[Representation] = (
-            model._get_entity_representations_from_inductive_mode(mode=mode)
-        )
-        self.head, self.relation, self.tail = head, relation, tail
-        self.mutation_rate, self.beta, self.alpha = mutation_rate, beta, alpha
-        self.seed, self.backend = seed, backend
+    interaction: Interaction
+    entities: Sequence[Representation]  # all entities
+    head: Parts
+    relation: Parts
+    tail: Parts
+    beta: float | Tensor
+    alpha: float | Tensor
+    mutation: dict[str, Any]  # rate, seed and backend
 
     def fused(self, mapping: Mapping, sides: list[Side]) -> Tensor:
         """The sum of the rows' losses, by the kernels.
 
         One call for both sides, tails first, unless heads and tails have tables of their own.
         """
-        queries = [self._query(mapping, side) for side in sides]
-        indices = [self._candidates(side) for side in sides]
-        groups = [[0, 1]] if indices[0] == indices[1] else [[0], [1]]
-        total, offset = None, 0
-        for group in groups:
-            chosen = [sides[i] for i in group]
-            vectors, scales = zip(*(queries[i] for i in group), strict=True)
-            table = flat([_table(self.entities[i]) for i in indices[group[0]]])
-            vector = torch.cat([flat(v) for v in vectors])
-            loss = fused_emu_loss(
+        tail, head = map(self._candidates, sides)
+        total, offset = torch.zeros((), device=self.head[0].device), 0
+        for group in [sides] if tail == head else [[side] for side in sides]:
+            queries = [self._query(mapping, side) for side in group]
+            vector = torch.cat([flat(query.vector) for query in queries])
+            scales = [flat(query.scale) for query in queries if query.scale is not None]
+            total = total + fused_emu_loss(
                 vector,
-                table,
-                torch.cat([side.positive for side in chosen]),
-                torch.cat([side.negative for side in chosen]),
+                flat([_table(self.entities[i]) for i in self._candidates(group[0])]),
+                torch.cat([side.positive for side in group]),
+                torch.cat([side.negative for side in group]),
                 similarity=mapping.similarity,
-                scale=None if scales[0] is None else torch.cat([flat(s) for s in scales]),
-                sample_weight=torch.cat([side.weight for side in chosen]).to(vector.dtype),
-                mutation_rate=self.mutation_rate,
+                scale=torch.cat(scales) if scales else None,
+                sample_weight=torch.cat([side.weight for side in group]).to(vector.dtype),
                 beta=self.beta,
                 alpha=self.alpha,
-                seed=self.seed,
                 row_offset=offset,
                 reduction="sum",
-                backend=self.backend,
+                **self.mutation,
             )
-            total = loss if total is None else total + loss
             offset += len(vector)
-        assert total is not None
         return total
 
     def by_interaction(self, sides: list[Side]) -> Tensor:
-        """The same by PyKEEN's interaction: the positives as they are, then a side at a time."""
+        """The same by PyKEEN's interaction: the positives' scores, then one side at a time."""
         scores = self.interaction(
             h=_unpack(self.head), r=_unpack(self.relation), t=_unpack(self.tail)
         )
@@ -175,10 +167,8 @@ class _Batch:
             emu_mutate(
                 flat([x[side.row] for x in own]),
                 flat(candidates, batch_dims=2),
-                mutation_rate=self.mutation_rate,
-                seed=self.seed,
                 row_offset=row_offset,
-                backend=self.backend,
+                **self.mutation,
             ),
             candidates,
         )
@@ -201,7 +191,7 @@ class _Batch:
         )
 
     def _candidates(self, side: Side) -> list[int]:
-        """Which of the entity representations this side's candidates consist of."""
+        """Indices of the entity representations that this side's candidates consist of."""
         interaction = self.interaction
         return list(interaction.tail_indices if side.name == "tail" else interaction.head_indices)
 
@@ -215,15 +205,16 @@ def _unpack(parts: Parts) -> Tensor | Parts:
 
 
 def _table(representation: Representation) -> Tensor:
-    """All of them as an interaction meets them; no regulariser sees them, and no dropout."""
+    """All rows as an interaction reads them, without dropout; regularisers do not see them."""
     table = representation._plain_forward()
     return table if representation.normalizer is None else representation.normalizer(table)
 
 
 def _look_up(representation: Representation, ids: Tensor) -> Tensor:
-    """``representation(ids)``, which no regulariser sees.
+    """``representation(ids)``, hidden from regularisers.
 
-    A list of rows, as in PyKEEN's loop: torch's ``normalize`` takes dimension 1 by default.
+    Rows are looked up as a list, as in PyKEEN's loop: torch's ``normalize`` defaults to dimension
+    1.
     """
     rows, inverse = ids.flatten(), None
     if representation.unique:
@@ -239,12 +230,11 @@ def _look_up(representation: Representation, ids: Tensor) -> Tensor:
 
 
 def _split_like(rows: Tensor, parts: Parts) -> Parts:
-    """(B, K, D) undone into parts of the shapes of ``parts``."""
+    """Split (B, K, D) into parts of the shapes of ``parts``: the inverse of :func:`flat`."""
     widths = [x[0, 0].numel() * (2 if x.is_complex() else 1) for x in parts]
-    out = []
-    for piece, like in zip(rows.split(widths, dim=-1), parts, strict=True):
-        if like.is_complex():
-            out.append(torch.view_as_complex(piece.reshape(*like.shape, 2)))
-        else:
-            out.append(piece.reshape(like.shape))
-    return out
+    return [
+        torch.view_as_complex(piece.reshape(*like.shape, 2))
+        if like.is_complex()
+        else piece.reshape(like.shape)
+        for piece, like in zip(rows.split(widths, dim=-1), parts, strict=True)
+    ]

@@ -1,6 +1,7 @@
 """PyKEEN's interactions as similarities of a query and a candidate.
 
-Complex numbers stay in PyKEEN's order, re and im in turn: a dot product and a 2-norm do not mind.
+Complex numbers stay in PyKEEN's order, re and im alternating, which changes neither a dot product
+nor a 2-norm.
 """
 
 from __future__ import annotations
@@ -39,26 +40,22 @@ class Query(NamedTuple):
 
 
 MakeQuery = Callable[[SideName, Parts, Parts], Query]
-"""(side that is corrupted, the given entity, the relation) -> the query."""
+"""(corrupted side, given entity, relation) -> query"""
 
 
 def flat(parts: Parts, batch_dims: int = 1) -> Tensor:
-    """(..., D): the parts side by side as real numbers, a complex one as re and im in turn."""
+    """(..., D): the parts concatenated as real numbers; a complex number is re, then im."""
     reals = [torch.view_as_real(x) if x.is_complex() else x for x in parts]
     rows = [x.flatten(start_dim=batch_dims) for x in reals]
     return rows[0] if len(rows) == 1 else torch.cat(rows, dim=-1)
 
 
 def _product(side: SideName, given: Parts, relation: Parts) -> Query:
-    return Query([given[0] * relation[0]])
-
-
-def _complex_product(side: SideName, given: Parts, relation: Parts) -> Query:
     return Query([given[0] * (relation[0] if side == "tail" else relation[0].conj())])
 
 
 def _rotation(side: SideName, given: Parts, relation: Parts) -> Query:
-    return _complex_product(side, list(ensure_complex(*given)), list(ensure_complex(*relation)))
+    return _product(side, list(ensure_complex(*given)), list(ensure_complex(*relation)))
 
 
 def _translation(side: SideName, given: Parts, relation: Parts) -> Query:
@@ -84,12 +81,12 @@ def _average(side: SideName, given: Parts, relation: Parts) -> Query:
 def _norm(interaction: Interaction) -> str | None:
     assert isinstance(interaction, NormBasedInteraction)
     if interaction.p == 1:
-        return "l1"  # its own power
+        return "l1"  # power_norm changes nothing
     return "l2" if interaction.p == 2 and not interaction.power_norm else None
 
 
 class Mapping(NamedTuple):
-    """A similarity by the kernels' name, and the query that it takes."""
+    """The kernels' name of a similarity, and the query for it."""
 
     similarity: str
     query: MakeQuery
@@ -97,25 +94,25 @@ class Mapping(NamedTuple):
 
 _QUERIES: dict[type[Interaction], tuple[Callable[[Interaction], str | None], MakeQuery]] = {
     DistMultInteraction: (lambda _: "dot", _product),
-    ComplExInteraction: (lambda _: "dot", _complex_product),
+    ComplExInteraction: (lambda _: "dot", _product),
     CPInteraction: (lambda _: "dot", _product),
     SimplEInteraction: (lambda _: "dot", _average),
     RESCALInteraction: (lambda _: "dot", _bilinear),
     TransEInteraction: (_norm, _translation),
-    # The plain 2-norm whatever its p says, as its forward has it.
+    # Its forward takes the plain 2-norm, whatever its p is.
     RotatEInteraction: (lambda _: "l2", _rotation),
     PairREInteraction: (_norm, _pair),
 }
 
 
 def map_model(model: ERModel) -> tuple[Mapping | None, str]:
-    """The mapping of a model and why there is none.
+    """The mapping of a model, or None and the reason.
 
-    By the interaction's exact class: a subclass may score in another way.
+    It goes by the interaction's exact class: a subclass may score in another way.
     """
     interaction = model.interaction
     if type(interaction) is ClampedInteraction and interaction.clamp_score is None:
-        interaction = interaction.base  # as SimplE comes
+        interaction = interaction.base  # SimplE's default
     name = type(interaction).__name__
     if type(interaction) not in _QUERIES:
         return None, f"{name} is not a similarity that the kernels know"
@@ -133,6 +130,6 @@ def map_model(model: ERModel) -> tuple[Mapping | None, str]:
 
 
 def fused_similarity(model: ERModel) -> str | None:
-    """The similarity by which the kernels score ``model``; None where it takes building blocks."""
+    """The similarity by which the kernels score ``model``; None if they cannot."""
     mapping, _ = map_model(model)
     return None if mapping is None else mapping.similarity

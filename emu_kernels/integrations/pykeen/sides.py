@@ -1,7 +1,7 @@
-"""PyKEEN's negatives, triple by triple, as sets of candidates for a query.
+"""PyKEEN's negative triples, as sets of candidates for a query.
 
-PyKEEN's samplers return whole triples, and which entity of a triple was replaced differs from
-triple to triple, even between the negatives of one positive (``bernoulli``, ``pseudotyped``). A
+PyKEEN's samplers return whole triples. The replaced entity may be the head in one triple and the
+tail in the next, even among the negatives of one positive (``bernoulli``, ``pseudotyped``). A
 softmax is over the candidates of one query, so a positive whose negatives are of both kinds becomes
 two rows: one for (h, r, ?) and one for (?, r, t).
 """
@@ -31,16 +31,16 @@ class Side(NamedTuple):
 
 def split_sides(
     positives: Tensor, negatives: Tensor, masks: Tensor | None, weights: Tensor | None
-) -> tuple[Side, Side]:
+) -> list[Side]:
     """Sort a batch's negatives by the entity that was replaced.
 
-    A negative that the sampler's filter masks is padding, and so is one that is the positive
-    itself. The two rows of a positive share its weight by their numbers of negatives.
+    Negatives that the sampler's filter masks, or that equal the positive, become padding. The two
+    rows of a positive share its weight in proportion to their numbers of negatives.
 
     Args:
         positives: (B, 3) triples.
-        negatives: (B, K, 3) triples, where they are: no copy is made to another device.
-        masks: (B, K) bool, False where a negative takes no part.
+        negatives: (B, K, 3) triples on the same device.
+        masks: (B, K) bool, False where a negative is left out.
         weights: (B,) of the positives; None is ones.
 
     Returns:
@@ -67,20 +67,21 @@ def split_sides(
     share = 1.0 / (head.sum(dim=1) + tail.sum(dim=1)).clamp(min=1)
     if weights is not None:
         share = share * weights
-    sides: tuple[tuple[SideName, int, Tensor], ...] = (("tail", 2, tail), ("head", 0, head))
-    return tuple(  # type: ignore[return-value]
-        _side(name, positives[:, column], negatives[..., column], corrupted, share)
-        for name, column, corrupted in sides
-    )
+    return [
+        _side("tail", positives[:, 2], negatives[..., 2], tail, share),
+        _side("head", positives[:, 0], negatives[..., 0], head, share),
+    ]
 
 
-def _side(name: SideName, positive: Tensor, negative: Tensor, here: Tensor, share: Tensor) -> Side:
-    row = here.any(dim=1).nonzero()[:, 0]
-    here = here[row]
+def _side(
+    name: SideName, positive: Tensor, negative: Tensor, corrupted: Tensor, share: Tensor
+) -> Side:
+    row = corrupted.any(dim=1).nonzero()[:, 0]
+    corrupted = corrupted[row]
     return Side(
         name=name,
         row=row,
         positive=positive[row],
-        negative=torch.where(here, negative[row], -1),
-        weight=share[row] * here.sum(dim=1),
+        negative=torch.where(corrupted, negative[row], -1),
+        weight=share[row] * corrupted.sum(dim=1),
     )

@@ -1,21 +1,22 @@
 """RotatE in a hand-written loop, in the style of its authors' trainer (Sun et al., 2019).
 
-There are two of it, loop_vanilla.py with their self-adversarial loss and loop_emu.py with EMU. What
-changes is what `diff` shows. Run either with a folder that holds train.txt, valid.txt and test.txt
-(head, relation, tail; separated by tabs):
+It trains with EMU (`emu_loss`), or with the authors' self-adversarial loss (`vanilla_loss`). The
+folder holds train.txt, valid.txt and test.txt (head, relation, tail; separated by tabs):
 
-    python examples/loop_emu.py path/to/umls --steps 2000
+    python examples/loop.py path/to/umls            # with EMU; --vanilla: without
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
 
 from emu_kernels import fused_emu_loss
 
@@ -44,7 +45,7 @@ class RotatE(nn.Module):
         )
 
     def forward(self, sample: Tensor, candidates: Tensor, mode: str) -> Tensor:
-        """(B, K): scores of candidates (B, K) in the place of the sample's heads or tails."""
+        """(B, K): scores of the sample with candidates (B, K) as its heads or tails."""
         difference = self.query(sample, mode)[:, None] - self.entity[candidates]
         return MARGIN - torch.stack(difference.chunk(2, dim=2)).norm(dim=0).sum(dim=2)
 
@@ -53,11 +54,11 @@ Batch = tuple[Tensor, Tensor, Tensor, str]
 
 
 def batches(train: Tensor, entities: int, size: int, negatives: int) -> Iterator[Batch]:
-    """Positive batch (B, 3), negative batch (B, K), subsampling weight (B,), mode; without end."""
+    """Endless batches: positives (B, 3), negatives (B, K), subsampling weights (B,), mode."""
     pairs = torch.cat([train[:, :2], train[:, [2, 1]] + torch.tensor([entities, 0])])
     _, pair, count = pairs.unique(dim=0, return_inverse=True, return_counts=True)
     of_head, of_tail = count[pair].split(len(train))
-    weight = (of_head + of_tail + 4).float().rsqrt()  # counts begin at 4, as the authors' do
+    weight = (of_head + of_tail + 4).float().rsqrt()  # counts start at 4, as the authors' do
     while True:
         for rows in torch.randperm(len(train)).split(size):
             for mode in ("tail-batch", "head-batch"):
@@ -65,21 +66,28 @@ def batches(train: Tensor, entities: int, size: int, negatives: int) -> Iterator
                 yield train[rows], negative, weight[rows], mode
 
 
-def train_step(model: RotatE, optimizer: torch.optim.Optimizer, batch: Batch) -> Tensor:
+def vanilla_loss(model: RotatE, batch: Batch) -> Tensor:
     positive, negative, weight, mode = batch
-    optimizer.zero_grad()
     target = positive[:, 0 if mode == "head-batch" else 2]
-    loss = fused_emu_loss(
+    positive_score = model(positive, target[:, None], mode)[:, 0]
+    negative_score = model(positive, negative, mode)
+    share = negative_score.detach().softmax(dim=1)
+    rows = -logsigmoid(positive_score) - (share * logsigmoid(-negative_score)).sum(dim=1)
+    return (weight * rows).sum() / (2 * weight.sum())
+
+
+def emu_loss(model: RotatE, batch: Batch) -> Tensor:
+    positive, negative, weight, mode = batch
+    target = positive[:, 0 if mode == "head-batch" else 2]
+    return fused_emu_loss(
         model.query(positive, mode), model.entity, target, negative, similarity="rotate",
         sample_weight=weight, mutation_rate=0.61, beta=0.53, alpha=0.11,
     )  # fmt: skip
-    loss.backward()
-    optimizer.step()
-    return loss.detach()
 
 
 @torch.no_grad()
 def filtered_mrr(model: RotatE, triples: Tensor, known: Tensor) -> float:
+    """The mean over both directions; `known` are the triples of all splits."""
     entities = len(model.entity)
     everyone = torch.arange(entities)
     reciprocal = []
@@ -95,7 +103,7 @@ def filtered_mrr(model: RotatE, triples: Tensor, known: Tensor) -> float:
     return float(torch.stack(reciprocal).mean())
 
 
-def run(splits: dict[str, Tensor], *, steps: int, seed: int = 0) -> float:
+def run(splits: dict[str, Tensor], *, steps: int, seed: int = 0, emu: bool = True) -> float:
     """Train on (M, 3) ids and return the filtered MRR of the test split, both directions."""
     torch.manual_seed(seed)
     everything = torch.cat(list(splits.values()))
@@ -104,28 +112,23 @@ def run(splits: dict[str, Tensor], *, steps: int, seed: int = 0) -> float:
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     source = batches(splits["train"], entities, size=256, negatives=32)
     for step in range(steps):
-        loss = train_step(model, optimizer, next(source))
+        optimizer.zero_grad()
+        loss = (emu_loss if emu else vanilla_loss)(model, next(source))
+        loss.backward()
+        optimizer.step()
         if step % 500 == 0:
-            print(f"step {step}: loss {float(loss):.4f}")
+            print(f"step {step}: loss {float(loss.detach()):.4f}")
     return filtered_mrr(model, splits["test"], everything)
 
 
 def read(folder: Path) -> dict[str, Tensor]:
-    entity: dict[str, int] = {}
-    relation: dict[str, int] = {}
+    """The splits as (M, 3) ids, numbered in the order in which the names appear."""
+    entity: dict[str, int] = defaultdict(lambda: len(entity))
+    relation: dict[str, int] = defaultdict(lambda: len(relation))
     splits = {}
     for split in ("train", "valid", "test"):
         lines = [x.split("\t") for x in (folder / f"{split}.txt").read_text().splitlines()]
-        splits[split] = torch.tensor(
-            [
-                [
-                    entity.setdefault(head, len(entity)),
-                    relation.setdefault(kind, len(relation)),
-                    entity.setdefault(tail, len(entity)),
-                ]
-                for head, kind, tail in lines
-            ]
-        )
+        splits[split] = torch.tensor([(entity[h], relation[r], entity[t]) for h, r, t in lines])
     return splits
 
 
@@ -134,6 +137,8 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--vanilla", action="store_true", help="the self-adversarial loss")
     options = parser.parse_args()
-    mrr = run(read(options.folder), steps=options.steps, seed=options.seed)
+    splits = read(options.folder)
+    mrr = run(splits, steps=options.steps, seed=options.seed, emu=not options.vanilla)
     print(f"filtered MRR of the test split: {mrr:.4f}")
