@@ -9,7 +9,7 @@ from .datasets import DATASETS, FOLDER_VARIABLE
 from .errors import ConfigError
 from .losses import LOSSES, LossOptions
 from .models import MODELS, Model, ModelOptions
-from .sampling import SAMPLERS, SamplingOptions
+from .sampling import ALL, SAMPLERS, SamplingOptions
 from .settings import ABOVE_0, AT_LEAST_0, AT_LEAST_1, check, setting
 
 
@@ -93,8 +93,22 @@ class Config(
             raise ConfigError(f"norm must be left out: {self.model} has no choice")
         if self.mask_unit == "pair" and model.entity_width * self.dim % 2:
             raise ConfigError(f"mask_unit 'pair' needs an even dim with {self.model}")
+        if self.negatives == ALL:
+            self._check_all()
+        if self.masks == "expected" and self.mask_unit != "component":
+            raise ConfigError("mask_unit must be left out with expected masks: the model says it")
         if self.sparse:
             self._check_sparse()
+
+    def _check_all(self) -> None:
+        """Whether the negatives of this run's loss can be all entities."""
+        takers = [name for name, loss in LOSSES.items() if loss.takes_all]
+        if self.loss not in takers:
+            raise ConfigError(f"negatives: all needs a loss among {', '.join(takers)}")
+        if self.loss == "emu" and self.masks == "drawn":
+            raise ConfigError("negatives: masks cannot be drawn for all: set masks to expected")
+        if self.rows_per_set > 1 or self.sampler != "uniform":
+            raise ConfigError("negatives: all leaves nothing to sampler and rows_per_set")
 
     def _check_sparse(self) -> None:
         """Whether a step of this run touches few entities, and in a way that can be sparse."""
@@ -102,7 +116,7 @@ class Config(
             raise ConfigError(
                 f"sparse needs Adagrad: {self.optimizer} moves every entity each step"
             )
-        if LOSSES[self.loss].all_entities:
+        if LOSSES[self.loss].all_entities or self.negatives == ALL:
             raise ConfigError(f"sparse: the loss {self.loss} touches every entity at each step")
         if self.regularization:
             raise ConfigError(

@@ -32,7 +32,7 @@ from .losses import LOSSES, Step
 from .models import Model
 from .report import plot_metrics
 from .run import RunFolder, new_model, restore_model
-from .sampling import CORRUPTIONS, new_negatives
+from .sampling import CORRUPTIONS, known_answers, new_negatives
 from .sparse import adagrad_step
 
 
@@ -64,6 +64,7 @@ class Trainer:
         train = graph.triples["train"].to(self.device)
         self._batches = CORRUPTIONS[config.corruption].make(config, graph, train)
         self._negatives = new_negatives(config, graph, train)
+        self._known = known_answers(config, graph, train)
         self._weights = (
             SubsamplingWeights(train, graph.num_relations) if config.subsampling else None
         )
@@ -132,6 +133,7 @@ class Trainer:
         config, model = self.config, self.model
         batch = self._batches(self.step)
         negative = self._negatives(self.step, batch)
+        known = self._known
 
         # The query's rows are detached: their (B, D) gradient is added to the table's below, while
         # autograd would allocate a second (N, D) buffer for it.
@@ -145,6 +147,9 @@ class Trainer:
                 table=model.candidates(),
                 positive=batch.positive,
                 negative=negative,
+                known=None
+                if known is None
+                else known.lists(batch.given, batch.relation, batch.direction),
                 sample_weight=None if self._weights is None else self._weights(batch),
                 seed=derive_seed(config.seed, "mask", self.step),
             )

@@ -8,14 +8,23 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, logsigmoid
+from torch.nn.functional import logsigmoid
 
-from emu_kernels import Mixup, emu_scores, fused_emu_loss, fused_softmax_loss
+from emu_kernels import (
+    Expected,
+    Mixup,
+    emu_scores,
+    fused_emu_loss,
+    fused_softmax_loss,
+    one_vs_all_loss,
+)
 from emu_kernels.mask import MAX_MIXUP_ORDER, effective_rate
 from emu_kernels.mutation import MASK_UNITS
 from emu_kernels.reference import reduce
+from emu_kernels.similarity import SIMILARITIES
 
 from .models import Model, Query
+from .sampling import ALL
 from .settings import AT_LEAST_0, SHARE, Choice, setting
 
 if TYPE_CHECKING:
@@ -30,20 +39,25 @@ class Step(NamedTuple):
     query: Query  # of B rows
     table: Tensor  # (N, D), the model's candidates
     positive: Tensor  # (B,)
-    negative: Tensor  # (G, K), G dividing B; −1 is padding
+    negative: Tensor  # (G, K), G dividing B; −1 is padding; K = 0 where all entities are negatives
     sample_weight: Tensor | None  # (B,); the loss is their weighted mean
     seed: int  # of the masks
+    known: tuple[Tensor, Tensor] | None = None  # of all entities those that are no negatives
 
     @property
     def arguments(self) -> dict[str, Any]:
         """The arguments that emu_scores and both fused losses take."""
+        sampled = {"negative": self.negative, "sparse_grad": self.config.sparse}
+        return self.of_all_entities | sampled
+
+    @property
+    def of_all_entities(self) -> dict[str, Any]:
+        """Those of them that one_vs_all_loss takes too."""
         return {
             "query": self.query.vector,
             "table": self.table,
             "positive": self.positive,
-            "negative": self.negative,
             "backend": self.config.backend,
-            "sparse_grad": self.config.sparse,
             **self.model.phi(self.query),
         }
 
@@ -54,7 +68,8 @@ class Loss(Choice):
 
     function: Callable[[Step], Tensor]
     regularized: bool  # by default, like the models' baselines in EMU's paper
-    all_entities: bool  # its gradient touches every entity
+    all_entities: bool  # its negatives are all entities, whatever the setting
+    takes_all: bool  # its negatives can be all entities
 
     def __call__(self, step: Step) -> Tensor:
         return self.function(step)
@@ -64,12 +79,16 @@ LOSSES: dict[str, Loss] = {}
 
 
 def loss(
-    help: str, *options: str, regularized: bool = False, all_entities: bool = False
+    help: str,
+    *options: str,
+    regularized: bool = False,
+    all_entities: bool = False,
+    takes_all: bool = False,
 ) -> Callable[[Callable[[Step], Tensor]], Loss]:
     """Enter a function into :data:`LOSSES` under its own name."""
 
     def enter(function: Callable[[Step], Tensor]) -> Loss:
-        entry = Loss(help, options, function, regularized, all_entities)
+        entry = Loss(help, options, function, regularized, all_entities, takes_all)
         return LOSSES.setdefault(function.__name__, entry)
 
     return enter
@@ -85,6 +104,11 @@ class LossOptions:
         "share of components taken from the positive, in steps of 1/256",
         limit=SHARE,
         show=lambda rate: f"{effective_rate(rate):.4f}",
+    )
+    masks: str = setting(
+        "drawn",
+        "expected takes EMU's closed form in the place of random masks: faster, exact rates",
+        choices=("drawn", "expected"),
     )
     mask_unit: str = setting(
         "component",
@@ -103,27 +127,31 @@ class LossOptions:
     )
 
 
-def _emu(step: Step, mutation_rate: float | Mixup) -> Tensor:
-    return fused_emu_loss(
-        **step.arguments,
-        mutation_rate=mutation_rate,
-        beta=step.config.beta,
-        alpha=step.config.alpha,
-        mask_unit=step.config.mask_unit,
-        sample_weight=step.sample_weight,
-        seed=step.seed,
-    )
+def _emu(step: Step, mutation_rate: float | Mixup | Expected) -> Tensor:
+    expected = isinstance(mutation_rate, Expected)
+    pairs = expected and SIMILARITIES[step.model.similarity].coupled
+    options: dict[str, Any] = {
+        "mutation_rate": mutation_rate,
+        "beta": step.config.beta,
+        "alpha": step.config.alpha,
+        "mask_unit": "pair" if pairs else step.config.mask_unit,
+        "sample_weight": step.sample_weight,
+    }
+    if step.config.negatives == ALL:
+        return one_vs_all_loss(**step.of_all_entities, known=step.known, **options)
+    return fused_emu_loss(**step.arguments, seed=step.seed, **options)
 
 
-@loss("EMU", "mutation_rate", "mask_unit", "beta", "alpha")
+@loss("EMU", "mutation_rate", "masks", "mask_unit", "beta", "alpha", takes_all=True)
 def emu(step: Step) -> Tensor:
     """Embedding mutation under unbounded label smoothing (Takamoto et al., 2025)."""
-    return _emu(step, step.config.mutation_rate)
+    rate = step.config.mutation_rate
+    return _emu(step, Expected(rate) if step.config.masks == "expected" else rate)
 
 
-@loss("EMU without mutation", "beta", "alpha")
+@loss("EMU without mutation", "beta", "alpha", takes_all=True)
 def uls(step: Step) -> Tensor:
-    return _emu(step, 0.0)
+    return _emu(step, Expected(0.0) if step.config.negatives == ALL else 0.0)
 
 
 @loss("EMU with Mixup in place of mutation", "mixup_order", "beta", "alpha")
@@ -131,9 +159,11 @@ def mixup(step: Step) -> Tensor:
     return _emu(step, Mixup(step.config.mixup_order))
 
 
-@loss("sampled softmax", regularized=True)
+@loss("sampled softmax", regularized=True, takes_all=True)
 def softmax(step: Step) -> Tensor:
     """Cross-entropy of the positive among the sampled negatives: the baseline of EMU's paper."""
+    if step.config.negatives == ALL:
+        return onevsall(step)
     return fused_softmax_loss(**step.arguments, sample_weight=step.sample_weight)
 
 
@@ -154,17 +184,9 @@ def selfadv(step: Step) -> Tensor:
     return reduce(rows, step.sample_weight, "mean")
 
 
-@loss("softmax over all entities", all_entities=True)
+@loss("softmax over all entities", all_entities=True, takes_all=True)
 def onevsall(step: Step) -> Tensor:
-    """logsumexp over all entities of s − s⁺ (Lacroix et al., 2018).
-
-    Takes B·N scores, and no sampled negatives.
-    """
-    if step.model.similarity == "dot":
-        scores = step.model.score(step.query, step.table)  # (B, N)
-    else:
-        everyone = torch.arange(len(step.table), device=step.table.device)
-        arguments = {**step.arguments, "negative": everyone}
-        scores = emu_scores(**arguments, mutation=None).negative
-    rows = cross_entropy(scores, step.positive, reduction="none")
-    return reduce(rows, step.sample_weight, "mean")
+    """logsumexp over all entities of s − s⁺ (Lacroix et al., 2018); no sampled negatives."""
+    return one_vs_all_loss(
+        **step.of_all_entities, known=step.known, sample_weight=step.sample_weight
+    )

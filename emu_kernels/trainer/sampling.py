@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+ALL = 0
+"""The number of negatives that stands for every entity."""
+
 _BLOCK_IDS = 1 << 22  # negatives drawn at once: 32 MiB of ids
 
 
@@ -111,6 +114,16 @@ class KnownTriples:
         negative = negative.clone()
         negative[row, column] = torch.where(known, -1, candidate)
         return negative
+
+    def lists(self, given: Tensor, relation: Tensor, direction: Direction) -> tuple[Tensor, Tensor]:
+        """Offsets (B + 1,) and ids (M,): those of row b are all known answers of its pair."""
+        keys, first = self._keys[direction], self._pair(given, relation) * self._num_entities
+        start = torch.searchsorted(keys, first)
+        counts = torch.searchsorted(keys, first + self._num_entities) - start
+        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        places = (start - offsets[:-1]).repeat_interleave(counts)
+        places += torch.arange(len(places), device=places.device)
+        return offsets, keys[places] % self._num_entities
 
     def _pair(self, given: Tensor, relation: Tensor) -> Tensor:
         return given * self._num_relations + relation
@@ -208,7 +221,13 @@ class SamplingOptions:
     batch_size: int = setting(1000, "triples a step", limit=AT_LEAST_1)
     corruption: str = setting("alternate", "which entity to predict", choices=CORRUPTIONS)
     subsampling: bool = setting(False, "weight triples by 1/√frequency, as RotatE's trainer does")
-    negatives: int = setting(256, "negatives a triple", limit=AT_LEAST_1)
+    negatives: int = setting(
+        256,
+        "negatives a triple, or all: every entity but the answer (1-vs-all)",
+        limit=AT_LEAST_0,
+        words={"all": ALL},
+        show=lambda number: "all" if number == ALL else f"{number}",
+    )
     sampler: str = setting("uniform", "where negatives are drawn from", choices=SAMPLERS)
     hops: int = setting(3, "of the neighbourhood", limit=AT_LEAST_1)
     walks: int = setting(
@@ -227,7 +246,14 @@ class SamplingOptions:
 def new_negatives(config: Config, graph: Graph, train: Tensor) -> NegativeSampler:
     """The sampler that the config names, filtered if it says so."""
     negatives = SAMPLERS[config.sampler].make(config, graph, train)
-    if not config.filter_negatives:
+    if not config.filter_negatives or config.negatives == ALL:
         return negatives
     known = KnownTriples(train, graph.num_entities, graph.num_relations)
     return FilteredNegatives(negatives, known)
+
+
+def known_answers(config: Config, graph: Graph, train: Tensor) -> KnownTriples | None:
+    """What makes the lists of a batch's known answers, where they are no negatives of all."""
+    if not config.filter_negatives or config.negatives != ALL:
+        return None
+    return KnownTriples(train, graph.num_entities, graph.num_relations)

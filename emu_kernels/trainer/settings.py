@@ -8,6 +8,7 @@ help text of each.
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields
@@ -41,6 +42,7 @@ def setting(
     *,
     limit: Limit | None = None,
     choices: Collection[T] | None = None,
+    words: Mapping[str, T] | None = None,
     show: Callable[[T], str] = lambda x: f"{x:g}" if isinstance(x, float) else f"{x}",
 ) -> T:
     """A dataclass field.
@@ -49,9 +51,10 @@ def setting(
         default: None if it follows from other settings; `help` then says how.
         help: for the command line, which appends the default.
         choices: read at each use, so a registry may still grow.
+        words: names of values, for the command line.
         show: formats the value for a summary.
     """
-    metadata = {"help": help, "limit": limit, "choices": choices, "show": show}
+    metadata = {"help": help, "limit": limit, "choices": choices, "words": words, "show": show}
     return field(default=default, metadata=metadata)
 
 
@@ -105,4 +108,10 @@ def add_options(parser: argparse._ActionsContainer, settings: type[DataclassInst
             help += ": " + ", ".join(f"{name} ({choice.help})" for name, choice in choices.items())
         if f.default is not None:
             help += f" (default {f.default})"
+        if words := f.metadata["words"]:
+            kind = functools.partial(_read, kind=kind, words=words)
         parser.add_argument(flag(f.name), type=kind, help=help, **keywords)
+
+
+def _read(text: str, kind: Callable[[str], T], words: Mapping[str, T]) -> T:
+    return words[text] if text in words else kind(text)
