@@ -52,7 +52,7 @@ def run(shape: Shape, backend: str, *, shared: bool) -> None:
 
     def call(function: Any, **more: Any) -> Any:
         tensors = (inputs.query, inputs.table, inputs.positive, negative)
-        return function(*tensors, sparse_grad=inputs.shape.sparse, **options, **more)
+        return function(*tensors, sparse_grad=shape.sparse, **options, **more)
 
     def backward(*values: Tensor) -> None:
         finite = [torch.where(v.isfinite(), v, 0).sum() for v in values]  # padding scores −inf
@@ -75,7 +75,7 @@ def run(shape: Shape, backend: str, *, shared: bool) -> None:
 
 
 def run_hot(shape: Shape, backend: str) -> None:
-    step = BY_NAME[ours("emu", backend)].prepare(make(shape), WHOLE)
+    step = BY_NAME[ours("emu", backend)].prepare(shape, make(shape), WHOLE)
     step()
     step()
     with torch.cuda.nvtx.range("hot") if is_gpu(shape.device) else contextlib.nullcontext():

@@ -11,7 +11,6 @@ The other libraries are imported only where they are used: the list needs none o
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import importlib.metadata
 import io
@@ -30,9 +29,10 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from bench import eager, measure
-from bench.inputs import GRADIENTS, is_gpu
+from bench.inputs import Shape, is_gpu
 from bench.measure import synchronize
 from bench.results import MEMORY, Recorder, Row
+from bench.steps import Setting
 from emu_kernels import fused_emu_loss
 
 MISSING: str | None = None  # why our trainer cannot be imported
@@ -49,42 +49,46 @@ if TYPE_CHECKING:
     from emu_kernels.trainer.data import Graph
 
 ZIPF = "zipf"
+RELATIONS = 500  # of the synthetic graph, which has as many triples as entities
 PHASE = "training step"
+LEARNING_RATE = 0.1
 EMU: dict[str, Any] = {"mutation_rate": 0.61, "beta": 0.53, "alpha": 0.11}
 """Our trainer's defaults; the times do not depend on them."""
 
 
 @dataclass(frozen=True)
-class Task:
+class Task(Shape):
     """One training run. The default is the paper's setting on FB15k-237."""
 
+    entities: int = 1_000_000  # of the synthetic graph
+    similarity: str = ""  # the model's
     graph: str = "FB15k-237"
-    entities: int = 1_000_000  # these three: of the synthetic graph
-    relations: int = 500
-    triples: int = 1_000_000
     model: str = "DistMult"
-    dim: int = 100
-    batch: int = 1000
-    negatives: int = 256
     optimizer: str = "Adagrad"
-    lr: float = 0.1
-    gradient: str = "dense"
-    device: str = "cpu"
-
-    @property
-    def sparse(self) -> bool:
-        return self.gradient == "sparse"
-
-    def replace(self, **changes: Any) -> Task:
-        return dataclasses.replace(self, **changes)
 
     def tiny(self) -> Task:
-        """For tests, and to warm up before memory is measured."""
-        sizes = {"entities": 50, "relations": 3, "triples": 200, "dim": 8, "batch": 10}
-        return self.replace(graph=ZIPF, negatives=4, **sizes)
+        return super().tiny().replace(graph=ZIPF)
 
     def load(self) -> Graph:
-        return load_graph(self.graph, self.entities, self.relations, self.triples)
+        """The graph, of training triples alone.
+
+        Raises:
+            FileNotFoundError: the dataset is not at hand and cannot be downloaded.
+        """
+        if MISSING is not None:
+            raise ModuleNotFoundError(MISSING)
+        if self.graph == ZIPF:
+            train = zipf_triples(self.entities, RELATIONS, self.entities)
+            entities: Any = range(self.entities)  # training does not use names
+            relations: Any = range(RELATIONS)
+        else:
+            try:
+                graph = load_dataset(self.graph)
+            except DataError as error:
+                raise FileNotFoundError(str(error)) from error
+            train, entities, relations = graph.triples["train"], graph.entities, graph.relations
+        none = train.new_empty((0, 3))
+        return data.Graph(entities, relations, {"train": train, "valid": none, "test": none})
 
     def __str__(self) -> str:
         sizes = f"d={self.dim}, B={self.batch}, K={self.negatives}"
@@ -109,35 +113,15 @@ def zipf_triples(entities: int, relations: int, triples: int) -> Tensor:
     return torch.stack(columns, dim=1)
 
 
-def load_graph(name: str, entities: int, relations: int, triples: int) -> Graph:
-    """A graph of training triples alone; the sizes are those of the synthetic one.
-
-    Raises:
-        FileNotFoundError: the dataset is not at hand and cannot be downloaded.
-    """
-    if MISSING is not None:
-        raise ModuleNotFoundError(MISSING)
-    if name == ZIPF:
-        train = zipf_triples(entities, relations, triples)
-        names: Any = range(entities), range(relations)  # training does not use names
-    else:
-        try:
-            graph = load_dataset(name)
-        except DataError as error:
-            raise FileNotFoundError(str(error)) from error
-        train, names = graph.triples["train"], (graph.entities, graph.relations)
-    none = train.new_empty((0, 3))
-    return data.Graph(names[0], names[1], {"train": train, "valid": none, "test": none})
-
-
 class Trainer:
     """A call trains some steps and returns their seconds."""
 
     name: ClassVar[str]  # in results and on the command line
     title: ClassVar[str]  # in tables
-    library: ClassVar[tuple[str, str] | None] = None  # module and package
+    library: ClassVar[str] = ""  # the package
+    device: ClassVar[str | None] = None  # it runs on any
     models: ClassVar[dict[str, Any]] = {}  # with options; none: all of ours
-    gradients: ClassVar[tuple[str, ...]] = GRADIENTS
+    can_be_sparse: ClassVar[bool] = True
     has_ours: ClassVar[bool] = False  # our kernels
     optimizer: torch.optim.Optimizer
     loss: Callable[[], Tensor]
@@ -165,13 +149,12 @@ class Trainer:
         task = self.task
         name = "SparseAdam" if task.sparse and task.optimizer == "Adam" else task.optimizer
         fused = {} if task.sparse or is_gpu(task.device) else {"fused": True}
-        self.optimizer = getattr(torch.optim, name)(list(parameters), lr=task.lr, **fused)
+        self.optimizer = getattr(torch.optim, name)(list(parameters), lr=LEARNING_RATE, **fused)
 
     @classmethod
     def columns(cls, task: Task) -> dict[str, Any]:
         """Of a row of results."""
-        package = cls.library[1] if cls.library else ""
-        version = f"{package} {importlib.metadata.version(package)}" if package else ""
+        version = f"{cls.library} {importlib.metadata.version(cls.library)}" if cls.library else ""
         return {"gradient": cls.adapt(task).gradient, "library": version}
 
     @classmethod
@@ -179,8 +162,8 @@ class Trainer:
         """Why it cannot run the task here, or None."""
         if MISSING is not None:
             return MISSING
-        if cls.library and find_spec(cls.library[0]) is None:
-            return f"{cls.library[1]} is not installed (pip install {cls.library[1]})"
+        if cls.library and find_spec(cls.library.replace("-", "_")) is None:
+            return f"{cls.library} is not installed (pip install {cls.library})"
         if cls.models and task.model not in cls.models:
             return f"has no {task.model}"
         # Parameters, gradients, the optimiser's state and temporaries; tensors of B·K·D.
@@ -193,7 +176,7 @@ class Trainer:
     @classmethod
     def adapt(cls, task: Task) -> Task:
         """The task with dense gradients where this trainer has no sparse ones for it."""
-        return task if task.gradient in cls.gradients else task.replace(gradient="dense")
+        return task if cls.can_be_sparse else task.replace(gradient="dense")
 
 
 class OurTrainer(Trainer):
@@ -211,8 +194,9 @@ class OurTrainer(Trainer):
         return Config(
             data=task.graph,  # a name only: the graph is passed to the trainer
             model=task.model, dim=task.dim, loss=cls.kind, batch_size=task.batch,
-            negatives=task.negatives, optimizer=task.optimizer, lr=task.lr, sparse=task.sparse,
-            regularization=0.0, eval_every=never, log_every=never, device=task.device, **EMU,
+            negatives=task.negatives, optimizer=task.optimizer, lr=LEARNING_RATE,
+            sparse=task.sparse, device=task.device,
+            regularization=0.0, eval_every=never, log_every=never, **EMU,
         )  # fmt: skip
 
     def train(self, steps: int) -> None:
@@ -294,7 +278,7 @@ class Pykeen(Trainer):
     """
 
     name, title = "pykeen", "PyKEEN, sLCWA"
-    library, gradients = ("pykeen", "pykeen"), ("dense",)
+    library, can_be_sparse = "pykeen", False
     models: ClassVar[dict[str, Any]] = {
         "DistMult": {"entity_constrainer": None, "regularizer": None},
         "ComplEx": {"regularizer": None},
@@ -370,7 +354,7 @@ class Pyg(Trainer):
     """
 
     name, title = "pyg", "PyTorch Geometric"
-    library = ("torch_geometric", "torch-geometric")
+    library = "torch-geometric"
     models: ClassVar[dict[str, Any]] = dict.fromkeys(("DistMult", "ComplEx", "TransE", "RotatE"))
 
     def __init__(self, task: Task, graph: Graph) -> None:
@@ -413,7 +397,7 @@ class TorchKge(Trainer):
     """
 
     name, title = "torchkge", "TorchKGE"
-    library, gradients = ("torchkge", "torchkge"), ("dense",)
+    library, can_be_sparse = "torchkge", False
     models: ClassVar[dict[str, Any]] = {
         "DistMult": {}, "ComplEx": {}, "TransE": {"dissimilarity_type": "L1"},
     }  # fmt: skip
@@ -456,17 +440,8 @@ TRAINERS: tuple[type[Trainer], ...] = (
 BY_NAME = {trainer.name: trainer for trainer in TRAINERS}
 
 
-def runnable(names: Sequence[str], task: Task) -> tuple[list[type[Trainer]], dict[str, str]]:
-    """The trainers that can run the task here, and why the others cannot."""
-    asked = [trainer for trainer in TRAINERS if trainer.name in names]
-    reasons = {t.name: reason for t in asked if (reason := t.unavailable(task)) is not None}
-    return [t for t in asked if t.name not in reasons], reasons
-
-
-def for_memory(name: str, task: Task) -> Callable[[], Trainer]:
+def for_memory(name: str, task: Any) -> Callable[[], Trainer]:
     """Model, gradients, optimiser and temporaries; not the triples."""
-    small = task.tiny()
-    _start(BY_NAME[name], small, small.load())
     return functools.partial(_start, BY_NAME[name], task, task.load())
 
 
@@ -482,13 +457,14 @@ def _turn(run: Trainer, min_seconds: float) -> measure.Turn:
     return lambda: run(steps) / steps
 
 
-def rows(trainers: Sequence[type[Trainer]], task: Task, options: Any) -> list[Row]:
+def rows(trainers: Sequence[type[Trainer]], setting: Setting, options: Any) -> list[Row]:
     """Measure, with the options of the command line."""
+    task: Any = setting.shape
     graph = task.load()
     record = Recorder(
-        task.device, family="train", phase=PHASE, graph=task.graph, model=task.model,
-        optimizer=task.optimizer, dtype="float32", threads=options.threads,
-        B=task.batch, K=task.negatives, D=task.dim, N=graph.num_entities,
+        task.device, family=setting.family, phase=PHASE, graph=task.graph, model=task.model,
+        optimizer=task.optimizer, threads=options.threads,
+        **task.columns() | {"N": graph.num_entities},
     )  # fmt: skip
     turns, peaks = {}, {}
     for trainer in measure.progress(trainers, "trainer"):
@@ -502,32 +478,34 @@ def rows(trainers: Sequence[type[Trainer]], task: Task, options: Any) -> list[Ro
     times = measure.alternate(turns, options.rounds)
     del run, turns
     if not is_gpu(task.device):
-        peaks = measure.peaks(options, for_memory, list(times), task)
+        peaks = measure.peaks(options, for_memory, times, task)
     for trainer in trainers:
-        columns = trainer.columns(task)
-        record.add_times(trainer.name, times, OurTrainer.name, batch=task.batch, **columns)
+        here = {"rival": trainer.name, **trainer.columns(task)}
+        record.add_times(times, OurTrainer.name, batch=task.batch, **here)
         if trainer.name in peaks:
-            record.add(MEMORY, peaks[trainer.name], rival=trainer.name, **columns)
+            record.add(MEMORY, peaks[trainer.name], **here)
     return record.rows
 
 
-def sampling_rows(graph: str, options: Any) -> list[Row]:
+def sampling_rows(options: Any) -> list[Row]:
     """The random walks of structure-aware negatives, from the training triples, nothing cached.
 
     K is the number of walks from each entity.
     """
-    loaded = load_graph(graph, entities=1000, relations=10, triples=5000)
-    common = {"graph": graph, "family": "sampling", "phase": f"{options.hops} hops"}
-    sizes = {"B": 0, "K": options.walks, "D": 0, "N": loaded.num_entities}
-    record = Recorder("cpu", threads=options.threads, **common, **sizes)
+    name = ZIPF if options.tiny else options.graph
+    graph = Task(graph=name, entities=1000).load()
+    record = Recorder(
+        "cpu", family="sampling", graph=name, phase=f"{options.hops} hops",
+        threads=options.threads, B=0, K=options.walks, D=0, N=graph.num_entities,
+    )  # fmt: skip
 
     def seconds() -> float:
         start = time.perf_counter()
         with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
-            edges = adjacency(loaded.triples["train"], loaded.num_entities)
+            edges = adjacency(graph.triples["train"], graph.num_entities)
             random_walks(edges, options.hops, options.walks, seed=0)
         return time.perf_counter() - start
 
     times = measure.alternate({"random-walks": seconds}, options.rounds)
-    record.add_times("random-walks", times)
+    record.add_times(times, rival="random-walks")
     return record.rows

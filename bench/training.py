@@ -34,19 +34,9 @@ NUMBERS = dict.fromkeys(COLUMNS[5:23], "float64")
 NUMBERS |= dict.fromkeys(
     ("dim", "negatives", "batch_size", "steps", "best_step", "seed", "threads"), "int64"
 )
+FOLDER = results.FOLDER / "training"
 KEY = ["dataset", "model", "steps", "loss", "seed"]
 LOSSES = ("uls", "mixup", "softmax", "selfadv", "onevsall", "emu")  # as the table orders them
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--presets", nargs="+", help="of emu-train (default: all)")
-    add("--losses", nargs="+", choices=LOSSES, default=["softmax", "uls", "emu"], help="names")
-    add("--steps", type=int, default=10_000, help="of each run")
-    add("--seed", type=int, default=0, help="of each run")
-    add("--threads", type=int, default=torch.get_num_threads(), help="of torch and of our kernels")
-    add("--results", type=Path, default=results.FOLDER / "training", help="folder of CSV files")
-    add("--report", action="store_true", help="only print the table")
 
 
 def train(config: Any, threads: int) -> Row:
