@@ -8,7 +8,7 @@ from the rows. Sizes, rivals and rounds are options: ``python -m bench steps --h
 from __future__ import annotations
 
 import argparse
-import itertools
+import importlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench import captured, measure, results, rivals, steps, trainers, training
+from bench import captured, measure, results, rivals, steps, trainers
 from bench.inputs import CHOICES, GRADIENTS, SIMILARITIES, SIZES, Shape, is_gpu
 from bench.results import Row
 from bench.rivals import PHASES, WHOLE
@@ -27,52 +27,20 @@ from bench.trainers import Task
 Options = argparse.Namespace
 
 
-def _steps(options: Options) -> Iterator[Setting]:
-    fields = (*SIZES.values(), *CHOICES)
-    for shape in steps.product(**{field: getattr(options, field) for field in fields}):
-        yield Setting(shape, options.rivals, options.phases)
-
-
-def _scale(options: Options) -> Iterator[Setting]:
-    if options.values and len(options.axes) > 1:
-        raise ValueError("--values: give a single axis")
-    for axis in options.axes:
-        values = (5, 10) if options.tiny else options.values or SCALES[axis]
-        yield from steps.scale(axis, values, options.gradient, options.rivals)
-
-
-def _gpu(options: Options) -> Iterator[Setting]:
-    for table in options.tables:
-        yield from steps.gpu_settings(table, quick=options.quick)
-
-
-def _captured(options: Options) -> Iterator[Setting]:
-    yield Setting(Shape(), rivals.SCALED, family="captured")
-
-
-def _train(options: Options) -> Iterator[Setting]:
-    fields = ("entities", "dim", "batch", "negatives", "optimizer")
-    shared = {field: getattr(options, field) for field in fields}
-    for graph, model in itertools.product(options.graph, options.model):
-        gradient = options.gradient or ("sparse" if graph == trainers.ZIPF else "dense")
-        task = Task(graph=graph, model=model, gradient=gradient, **shared)
-        yield Setting(task, options.rivals, family="train")
-
-
 class Part(NamedTuple):
-    """A command that measures."""
+    """A command that measures the settings of its options one after the other."""
 
-    settings: Callable[[Options], Iterator[Setting]]
+    settings: Callable[[Options], Iterable[Setting]]
     rivals: Sequence[Any]
     rows: Callable[[Any, Setting, Options], list[Row]]
 
 
 PARTS = {
-    "steps": Part(_steps, rivals.RIVALS, steps.rows),
-    "train": Part(_train, trainers.TRAINERS, trainers.rows),
-    "scale": Part(_scale, rivals.RIVALS, steps.rows),
-    "captured": Part(_captured, rivals.RIVALS, captured.rows),
-    "gpu": Part(_gpu, rivals.RIVALS, steps.rows),
+    "steps": Part(steps.settings, rivals.RIVALS, steps.rows),
+    "scale": Part(steps.scale_settings, rivals.RIVALS, steps.rows),
+    "gpu": Part(steps.gpu_settings, rivals.RIVALS, steps.rows),
+    "captured": Part(captured.settings, rivals.RIVALS, captured.rows),
+    "train": Part(trainers.settings, trainers.TRAINERS, trainers.rows),
 }
 _QUICK = ("--rounds", "10", "--rivals", *rivals.SCALED)
 DEFAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -157,37 +125,31 @@ def _print(rows: list[Row]) -> None:
             print(f"{row['rival']}, {row['phase']}, {row['what']}: {spread}")
 
 
-def _all(options: Options) -> int:
+def _all(options: Options) -> list[Row]:
+    """What can run here, then each part with its defaults."""
     _list(options)
-    shared = [f"--{name}={getattr(options, name)}" for name in ("device", "threads", "results")]
-    shared += [f"--memory-runs={options.memory_runs}", *["--no-save"] * options.no_save]
-    shared += ["--tiny"] * options.tiny
+    names = ("device", "threads", "results", "memory_runs", "no_save", "tiny")
+    shared = {name: getattr(options, name) for name in names}
     measured: list[Row] = []
     for part in DEFAULTS[torch.device(options.device).type]:
         print(f"\n== python -m bench {' '.join(part)}", flush=True)
         try:
-            measured += _run(_parser().parse_args([*part, *shared]))
+            measured += _run(Options(**vars(_parser().parse_args(part)) | shared))
         except (FileNotFoundError, ModuleNotFoundError) as error:
             _skip({part[0]: error})
     print("\n== all")
     _print(measured)
-    return 0 if measured else 1
+    return measured
 
 
 def _list(options: Options) -> int:
     print(f"on {results.device_name(options.device)}:")
-    shape = Task(device=options.device)
+    shape = Task(entities=Shape.entities, device=options.device)
     for title, part in (("one step (steps, scale, gpu)", "steps"), ("trainers (train)", "train")):
         print(f" {title}")
         for rival in PARTS[part].rivals:
             print(f"  {rival.name:<26} {rival.unavailable(shape) or 'can run'}")
     return 0
-
-
-def _report(options: Options) -> int:
-    from bench import report
-
-    return report.run(options)
 
 
 class _Some(argparse.Action):
@@ -231,9 +193,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def command(name: str, text: str, rounds: int = 0, device: str = "cpu") -> _Parser:
         formatter = argparse.ArgumentDefaultsHelpFormatter
-        part: _Parser = commands.add_parser(
-            name, help=text.splitlines()[0], description=text, formatter_class=formatter
-        )
+        part = commands.add_parser(name, help=text, description=text, formatter_class=formatter)
         if rounds:  # it measures
             part.add("--device", device, "cpu or cuda")
             part.add("--rounds", rounds, "turns of each rival")
@@ -284,13 +244,13 @@ def _parser() -> argparse.ArgumentParser:
     part.some("--tables", steps.GPU_TABLES, steps.GPU_TABLES)
     part.add("--quick", False, "fewer settings")
 
-    part = command("training", training.__doc__ or "")
+    part = command("training", "models with and without EMU for equal steps: test metrics")
     part.add_argument("--presets", nargs="+", help="of emu-train (default: all)")
-    part.some("--losses", training.LOSSES, ["softmax", "uls", "emu"])
+    part.add("--losses", ["softmax", "uls", "emu"], "of emu-train")
     part.add("--steps", 10_000, "of each run")
     part.add_argument("--seed", type=int, default=0, help="of each run")
     part.add("--threads", torch.get_num_threads(), "of torch and of our kernels")
-    part.add_argument("--results", type=Path, default=training.FOLDER, help="of CSV files")
+    part.add_argument("--results", type=Path, default=results.FOLDER / "training", help="of files")
     part.add("--report", False, "only print the table")
 
     part = command("report", "Markdown tables and plots of the results")
@@ -309,13 +269,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not given or (given[0].startswith("-") and given[0] not in ("-h", "--help")):
         given.insert(0, "all")
     options = _parser().parse_args(given)
-    others = {"all": _all, "list": _list, "report": _report, "training": training.run}
     try:
         if is_gpu(getattr(options, "device", "cpu")):
             results.device_name("cuda")  # raises where there is none
-        if options.command in others:
-            return others[options.command](options)
-        return 0 if _run(options) else 1
+        if options.command == "list":
+            return _list(options)
+        if options.command in ("report", "training"):  # need what a GPU's machine may lack
+            return importlib.import_module(f"bench.{options.command}").run(options)
+        return 0 if (_all if options.command == "all" else _run)(options) else 1
     except (ImportError, OSError, ValueError, RuntimeError, AssertionError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -16,7 +16,7 @@ from torch import Tensor
 from bench import measure
 from bench.inputs import Shape, is_gpu
 from bench.results import Recorder, Row
-from bench.rivals import Loss, Rival, base_of, instruction_set
+from bench.rivals import SCALED, Loss, Rival, base_of, instruction_set
 from bench.steps import Setting
 from bench.trainers import PHASE, zipf_triples
 
@@ -63,6 +63,10 @@ class TrainingStep:
         with torch.cuda.graph(graph):
             self()
         return graph.replay
+
+
+def settings(options: Any) -> list[Setting]:
+    return [Setting(Shape(), SCALED, family="captured")]
 
 
 def rows(rivals: Sequence[Rival], setting: Setting, options: Any) -> list[Row]:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -37,12 +38,11 @@ class Step(NamedTuple):
 
 def progress(values: Iterable[T], unit: str) -> Iterable[T]:
     """With a progress bar, where tqdm is installed."""
-    try:
-        from tqdm import tqdm
-    except ModuleNotFoundError:
+    if find_spec("tqdm") is None:
         return values
-    bar: Iterable[T] = tqdm(values, unit=unit, leave=False)
-    return bar
+    from tqdm import tqdm
+
+    return tqdm(values, unit=unit, leave=False)
 
 
 def synchronize(device: str) -> None:

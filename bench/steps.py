@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from bench import measure
-from bench.inputs import GRADIENTS, SIMILARITIES, SIZES, Inputs, Shape, is_gpu, make
+from bench.inputs import CHOICES, GRADIENTS, SIMILARITIES, SIZES, Inputs, Shape, is_gpu, make
 from bench.measure import Step
 from bench.results import BANDWIDTH, MEMORY, SHARE, Recorder, Row
 from bench.rivals import BY_NAME, DEFAULT, PHASES, RIVALS, WHOLE, Rival, base_of, instruction_set
@@ -61,36 +61,48 @@ def product(**values: Sequence[Any]) -> Iterator[Shape]:
         yield Shape(**dict(zip(values, combination, strict=True)))
 
 
-def scale(
-    axis: str, values: Sequence[int], gradients: Sequence[str], rivals: Sequence[str]
-) -> Iterator[Setting]:
+def settings(options: Any) -> Iterator[Setting]:
+    """Of the command ``steps``."""
+    fields = (*SIZES.values(), *CHOICES)
+    for shape in product(**{field: getattr(options, field) for field in fields}):
+        yield Setting(shape, options.rivals, options.phases)
+
+
+def scale_settings(options: Any) -> Iterator[Setting]:
     """From small to large, with each gradient at each size."""
-    sizes: dict[str, Sequence[Any]] = {"batch": [256 if axis in "DK" else Shape.batch]}
-    for shape in product(**sizes | {SIZES[axis]: sorted(values), "gradient": gradients}):
-        yield Setting(shape, rivals, (WHOLE,), f"scale-{axis}")
+    if options.values and len(options.axes) > 1:
+        raise ValueError("--values: give a single axis")
+    for axis in options.axes:
+        values = (5, 10) if options.tiny else options.values or SCALES[axis]
+        sizes: dict[str, Sequence[Any]] = {"batch": [256 if axis in "DK" else Shape.batch]}
+        sizes |= {SIZES[axis]: sorted(values), "gradient": options.gradient}
+        for shape in product(**sizes):
+            yield Setting(shape, options.rivals, (WHOLE,), f"scale-{axis}")
 
 
-def gpu_settings(table: str, *, quick: bool) -> Iterator[Setting]:
-    """Of one of ``GPU_TABLES``; quick: fewer."""
+def gpu_settings(options: Any) -> Iterator[Setting]:
+    """Of some of ``GPU_TABLES``; quick: fewer."""
+    quick, plans = options.quick, [rival.name for rival in RIVALS if rival.plan is not None]
     dims, counts = ([512], [256]) if quick else ([100, 512, 1000], [64, 256, 1024])
-    values: dict[str, Sequence[Any]] = {"batch": [1024], "dtype": ["float32", "bfloat16"]}
-    if table == "plans":
-        values |= {"dim": dims, "negatives": counts, "entities": list(ENTITIES.values())}
-        values |= {"dtype": ["float32"]} if quick else {}
-        names = [rival.name for rival in RIVALS if rival.plan is not None]
-        yield from (Setting(shape, names, family="plans") for shape in product(**values))
-        return
-    values["gradient"] = GRADIENTS
-    if table == "similarities":  # but dot, which is in the main table
-        values |= {"dtype": ["float32"], "gradient": GRADIENTS[:1] if quick else GRADIENTS}
-        values |= {"dim": [512], "similarity": [s for s in SIMILARITIES if s != "dot"]}
-    else:
-        values |= {"dim": [100, 512] if quick else dims, "negatives": counts}
-    for shape in product(**values):
-        # Compiling takes longest.
-        compiled = table == "main" and (not quick or (shape.dim, shape.dtype) == (512, "float32"))
-        names = [n for n in DEFAULT if compiled or n != "compiled-emu"]
-        yield Setting(shape.replace(entities=ENTITIES[shape.gradient]), names)
+    for table in options.tables:
+        values: dict[str, Sequence[Any]] = {"batch": [1024], "dtype": ["float32", "bfloat16"]}
+        if table == "plans":
+            values |= {"dim": dims, "negatives": counts, "entities": list(ENTITIES.values())}
+            values |= {"dtype": ["float32"]} if quick else {}
+            yield from (Setting(shape, plans, family="plans") for shape in product(**values))
+            continue
+        if table == "main":
+            values |= {"gradient": GRADIENTS, "dim": [100, 512] if quick else dims}
+            values |= {"negatives": counts}
+        else:  # dot is in the main table
+            values |= {"dtype": ["float32"], "gradient": GRADIENTS[:1] if quick else GRADIENTS}
+            values |= {"dim": [512], "similarity": [s for s in SIMILARITIES if s != "dot"]}
+        for shape in product(**values):
+            # Compiling takes longest.
+            compiled = table == "main"
+            compiled &= not quick or (shape.dim, shape.dtype) == (512, "float32")
+            names = [name for name in DEFAULT if compiled or name != "compiled-emu"]
+            yield Setting(shape.replace(entities=ENTITIES[shape.gradient]), names)
 
 
 def row_bytes(ids: Tensor, row: int, line: int) -> int:

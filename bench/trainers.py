@@ -19,7 +19,7 @@ import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -438,6 +438,16 @@ TRAINERS: tuple[type[Trainer], ...] = (
     OurTrainer, OurSoftmax, FusedLoop, Loop, LoopEmu, Pykeen, PykeenEmu, Pyg, PygEmu, TorchKge,
 )  # fmt: skip
 BY_NAME = {trainer.name: trainer for trainer in TRAINERS}
+
+
+def settings(options: Any) -> Iterator[Setting]:
+    """Of the command ``train``."""
+    fields = ("entities", "dim", "batch", "negatives", "optimizer")
+    shared = {field: getattr(options, field) for field in fields}
+    for graph, model in itertools.product(options.graph, options.model):
+        gradient = options.gradient or ("sparse" if graph == ZIPF else "dense")
+        task = Task(graph=graph, model=model, gradient=gradient, **shared)
+        yield Setting(task, options.rivals, family="train")
 
 
 def for_memory(name: str, task: Any) -> Callable[[], Trainer]:

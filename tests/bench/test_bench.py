@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -113,12 +114,14 @@ def test_a_rival_that_does_not_fit_is_left_out(monkeypatch: Patch) -> None:
 
 
 def test_settings_of_a_gpu_run_on_a_cpu(tmp_path: Path, monkeypatch: Patch) -> None:
-    every = list(steps.gpu_settings("main", quick=False))
+    main_table = argparse.Namespace(tables=["main"], quick=False)
+    every = list(steps.gpu_settings(main_table))
     assert len({s.shape for s in every}) == len(every) == 36
     monkeypatch.setattr(rivals, "_cannot_compile", lambda shape: "takes too long")
     rows = bench("gpu --device cpu --tables similarities --quick", folder=tmp_path)
     assert set(rows["similarity"]) == set(SIMILARITIES) - {"dot"}
-    assert {s.family for s in steps.gpu_settings("plans", quick=True)} == {"plans"}
+    plans = steps.gpu_settings(argparse.Namespace(tables=["plans"], quick=True))
+    assert {s.family for s in plans} == {"plans"}
 
 
 def test_all_parts(tmp_path: Path, capsys: Capture, monkeypatch: Patch) -> None:
