@@ -21,48 +21,48 @@ from bench.steps import Setting
 from bench.trainers import PHASE, zipf_triples
 
 
-class TrainingStep:
-    """Parameters, the optimiser's state, and a step in each direction."""
+def training_step(
+    triples: Tensor, shape: Shape, num_relations: int, loss_of: Loss
+) -> Callable[[], None]:
+    """A step in each direction, on parameters and an optimiser's state of its own."""
+    device = shape.device
+    columns = triples.T.contiguous().to(device)  # (3, M)
+    sizes = ((n, shape.dim) for n in (shape.entities, num_relations))
+    tables = [torch.empty(size, device=device).uniform_(-0.26, 0.26) for size in sizes]
+    sums = [torch.zeros_like(table) for table in tables]
 
-    def __init__(self, triples: Tensor, shape: Shape, relations: int, loss: Loss) -> None:
-        self.shape, self.loss = shape, loss
-        self.columns = triples.T.contiguous().to(shape.device)  # (3, M)
-        sizes = ((n, shape.dim) for n in (shape.entities, relations))
-        self.tables = [torch.empty(s, device=shape.device).uniform_(-0.26, 0.26) for s in sizes]
-        self.sums = [torch.zeros_like(table) for table in self.tables]
-
-    def __call__(self) -> None:
-        shape, device = self.shape, self.shape.device
+    def step() -> None:
         for head in (False, True):
-            place = torch.randint(self.columns.shape[1], (shape.batch,), device=device)
+            place = torch.randint(columns.shape[1], (shape.batch,), device=device)
             negative = torch.randint(shape.entities, (shape.batch, shape.negatives), device=device)
-            first, relation, last = self.columns[:, place]
+            first, relation, last = columns[:, place]
             given, positive = (last, first) if head else (first, last)
             # Rows are leaves: their gradients are (B, D) and not a second (N, D).
-            entity, *rows = (self.tables[0], self.tables[0][given], self.tables[1][relation])
-            for leaf in (entity, *rows):
-                leaf.requires_grad_()
-            loss = self.loss(rows[0] * rows[1], entity, positive, negative)
-            of_entity, of_given, of_rows = torch.autograd.grad(loss, (entity, *rows))
+            leaves = tables[0], tables[0][given], tables[1][relation]
+            entity, rows, relations = (leaf.requires_grad_() for leaf in leaves)
+            loss = loss_of(rows * relations, entity, positive, negative)
+            of_entity, of_given, of_rows = torch.autograd.grad(loss, leaves)
             entity.requires_grad_(False)
             of_entity.index_add_(0, given, of_given)
-            of_relation = torch.zeros_like(self.tables[1]).index_add_(0, relation, of_rows)
-            gradients = (of_entity, of_relation)
-            for p, total, g in zip(self.tables, self.sums, gradients, strict=True):
+            of_relation = torch.zeros_like(tables[1]).index_add_(0, relation, of_rows)
+            for p, total, g in zip(tables, sums, (of_entity, of_relation), strict=True):
                 p.addcdiv_(g, total.addcmul_(g, g).sqrt().add_(1e-10), value=-0.1)
 
-    def capture(self) -> Callable[[], None]:
-        """The same as a CUDA graph."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                self()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self()
-        return graph.replay
+    return step
+
+
+def capture(step: Callable[[], None]) -> Callable[[], None]:
+    """The same as a CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 def settings(options: Any) -> list[Setting]:
@@ -81,12 +81,11 @@ def rows(rivals: Sequence[Rival], setting: Setting, options: Any) -> list[Row]:
 
     turns: dict[str, measure.Turn] = {}
     for rival in rivals:
-        loss = rival.loss(shape)
-        turns[rival.name] = turn_of(TrainingStep(triples, shape, relations, loss))
+        step = training_step(triples, shape, relations, rival.loss(shape))
+        turns[rival.name] = turn_of(step)
         if is_gpu(device):
             try:
-                captured = TrainingStep(triples, shape, relations, loss).capture()
-                turns[f"{rival.name}, captured"] = turn_of(captured)
+                turns[f"{rival.name}, captured"] = turn_of(capture(step))
             except RuntimeError as error:
                 print(f"skipped: {rival.name}, captured: {str(error).splitlines()[0]}")
     of_several = measure.alternate(turns, options.rounds)

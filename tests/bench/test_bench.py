@@ -110,7 +110,7 @@ def test_a_rival_that_does_not_fit_is_left_out(monkeypatch: Patch) -> None:
     fused = rivals.BY_NAME["fused-emu"]
     assert "GiB are free" in (fused.unavailable(shape) or "")
     assert fused.unavailable(shape.replace(gradient="sparse")) is None  # needs the table only
-    assert "GiB are free" in (trainers.OurTrainer.unavailable(Task(graph="zipf")) or "")
+    assert "GiB are free" in (trainers.TRAINERS[0].unavailable(Task(graph="zipf")) or "")
 
 
 def test_settings_of_a_gpu_run_on_a_cpu(tmp_path: Path, monkeypatch: Patch) -> None:
@@ -161,9 +161,8 @@ def test_every_trainer_trains(model: str, gradient: str) -> None:
             continue
         can_be_sparse = model != "PairRE" and not trainer.name.startswith(("pykeen", "torchkge"))
         assert trainer.adapt(task).sparse == (task.sparse and can_be_sparse)
-        run = trainer(trainer.adapt(task), task.load())
+        run = trainer.start(trainer.adapt(task), task.load())
         assert run(2) > 0 < run(1)
-        assert run.step == 3
 
 
 def test_rows_of_trainers(tmp_path: Path, capsys: Capture) -> None:
