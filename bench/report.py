@@ -25,6 +25,7 @@ SETTING = ["similarity", "dtype", "gradient", "B", "K", "D", "N"]
 SPREAD = "20–80 %"
 _NAMED: list[Any] = [*RIVALS, *TRAINERS]
 TITLES: dict[str, str] = {rival.name: rival.title for rival in _NAMED}
+TITLES |= {f"{name}, captured": f"{title}, captured" for name, title in TITLES.items()}
 PLAIN = {name: title.replace("*", "") for name, title in TITLES.items()}
 Rows: TypeAlias = pd.DataFrame
 Columns: TypeAlias = list[tuple[str, ...]]

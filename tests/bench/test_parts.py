@@ -137,9 +137,8 @@ def test_stages(tmp_path: Path, capsys: Capture) -> None:
     assert [r.status for r in found] == [OK, FAILED, TIMEOUT, FAILED, SKIPPED]
     assert [r.detail for r in found[1:3]] == ["exit 4: 1", "began"]
     assert "GIVEN=value" in capsys.readouterr().out
-    assert [r["stage"] for r in json.loads((tmp_path / "summary.json").read_text())] == list(
-        "abcde"
-    )
+    record = json.loads((tmp_path / "summary.json").read_text())
+    assert [r["stage"] for r in record] == list("abcde")
     (cut,) = gpu_check.run_stages([stages[0]], tmp_path, minutes=0)
     assert cut.detail == "no time was left for it"
 
