@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from bench import eager, measure, rivals
+from bench import eager, measure
 from bench.inputs import Shape, is_gpu
 from bench.measure import synchronize
 from bench.results import MEMORY, Recorder, Row
@@ -200,6 +200,11 @@ def pytorch_loop(task: Task, graph: Graph, new_loss: Callable[[Shape], Loss]) ->
         return loss_of(query, model.entity, positive, negative)
 
     return by_hand(task, model.parameters(), loss)
+
+
+def eager_loss(shape: Shape, loss: Loss) -> Loss:
+    scores = eager.SPELLINGS[shape.similarity][-1 if is_gpu(shape.device) else 0]
+    return partial(loss, scores=scores, sparse=shape.sparse)
 
 
 def our_emu(shape: Shape) -> Loss:
@@ -388,7 +393,8 @@ class Trainer:
 
 
 _PYG = "torch-geometric"
-_EMU, _SOFTMAX = (rivals.BY_NAME[f"eager-{loss}"].loss for loss in ("emu", "softmax"))
+_SOFTMAX = partial(eager_loss, loss=eager.softmax_loss)
+_EMU = partial(eager_loss, loss=partial(eager.emu_loss, **EMU))
 TRAINERS = (
     Trainer(
         "trainer-emu", "**our trainer, EMU**", partial(our_trainer, loss="emu"),
