@@ -67,8 +67,9 @@ def _skip(reasons: Mapping[str, object]) -> None:
 def _measure(options: Options) -> Iterator[list[Row]]:
     """The rows of one setting after the other, so that each is saved once it is measured."""
     if options.command == "sampling":
-        print(f"\n{options.walks} walks of {options.hops} hops on {options.graph}", flush=True)
-        yield trainers.sampling_rows(options)
+        graph = trainers.ZIPF if options.tiny else options.graph
+        print(f"\n{options.walks} walks of {options.hops} hops on {graph}", flush=True)
+        yield trainers.sampling_rows(graph, options)
         return
     part, seen = PARTS[options.command], set[tuple[str, str]]()
     kinds = (None, torch.device(options.device).type)

@@ -467,12 +467,11 @@ def _turn(run: Run, min_seconds: float) -> measure.Turn:
     return lambda: run(steps) / steps
 
 
-def sampling_rows(options: Any) -> list[Row]:
+def sampling_rows(name: str, options: Any) -> list[Row]:
     """The random walks of structure-aware negatives, from the training triples, nothing cached.
 
     K is the number of walks from each entity.
     """
-    name = ZIPF if options.tiny else options.graph
     graph = Task(graph=name, entities=1000).load()
     record = Recorder(
         "cpu", family="sampling", graph=name, phase=f"{options.hops} hops",
