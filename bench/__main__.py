@@ -8,100 +8,40 @@ from the rows. Sizes, rivals and rounds are options: ``python -m bench steps --h
 from __future__ import annotations
 
 import argparse
-import itertools
+import importlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from bench import captured, measure, results, rivals, steps, trainers, training
-from bench.inputs import DTYPES, GRADIENTS, SIMILARITIES, SIZES, Shape, is_gpu
+from bench import captured, measure, results, rivals, steps, trainers
+from bench.inputs import CHOICES, GRADIENTS, SIMILARITIES, SIZES, Shape, is_gpu
 from bench.results import Row
 from bench.rivals import PHASES, WHOLE
 from bench.steps import SCALES, Setting
 from bench.trainers import Task
 
 Options = argparse.Namespace
-Measured = Iterator[list[Row]]
-"""Rows of one setting after the other, so that each is saved once it is measured."""
 
 
-def _skip(reasons: Mapping[str, object]) -> None:
-    for name, reason in reasons.items():
-        print(f"skipped: {name}: {reason}", flush=True)
+class Part(NamedTuple):
+    """A command that measures the settings of its options one after the other."""
+
+    settings: Callable[[Options], Iterable[Setting]]
+    rivals: Sequence[Any]
+    rows: Callable[[Any, Setting, Options], list[Row]]
 
 
-def _measure(options: Options, settings: Iterable[Setting]) -> Measured:
-    seen: dict[str, str] = {}
-    for setting in settings:
-        shape = setting.shape.replace(device=options.device)
-        setting = setting.tiny(options.device) if options.tiny else setting._replace(shape=shape)
-        chosen, reasons = steps.runnable(setting.rivals, setting.shape)
-        _skip({name: reason for name, reason in reasons.items() if seen.get(name) != reason})
-        seen |= reasons
-        if chosen:
-            print(f"\n{setting.shape}", flush=True)
-            yield steps.rows(chosen, setting, options)
-
-
-def _steps(options: Options) -> Measured:
-    fields = (*SIZES.values(), "similarity", "dtype", "gradient")
-    shapes = steps.product(**{field: getattr(options, field) for field in fields})
-    return _measure(options, (Setting(s, options.rivals, options.phases) for s in shapes))
-
-
-def _scale(options: Options) -> Measured:
-    if options.values and len(options.axes) > 1:
-        raise ValueError("--values: give a single axis")
-    for axis in options.axes:
-        values = (5, 10) if options.tiny else options.values or SCALES[axis]
-        settings = steps.scale(axis, values, options.gradient, rivals=options.rivals)
-        yield from _measure(options, settings)
-
-
-def _gpu(options: Options) -> Measured:
-    for table in options.tables:
-        yield from _measure(options, steps.gpu_settings(table, quick=options.quick))
-
-
-def _train(options: Options) -> Measured:
-    fields = ("entities", "dim", "batch", "negatives", "optimizer", "device")
-    shared = {field: getattr(options, field) for field in fields}
-    for graph, model in itertools.product(options.graph, options.model):
-        gradient = options.gradient or ("sparse" if graph == trainers.ZIPF else "dense")
-        task = Task(graph=graph, model=model, gradient=gradient, **shared)
-        task = task.tiny() if options.tiny else task
-        chosen, reasons = trainers.runnable(options.rivals, task)
-        _skip(reasons)
-        if not chosen:
-            continue
-        print(f"\n{task}", flush=True)
-        try:
-            yield trainers.rows(chosen, task, options)
-        except FileNotFoundError as error:
-            _skip({graph: error})
-
-
-def _sampling(options: Options) -> Measured:
-    graph = trainers.ZIPF if options.tiny else options.graph
-    print(f"\n{options.walks} walks of {options.hops} hops on {graph}", flush=True)
-    yield trainers.sampling_rows(graph, options)
-
-
-def _captured(options: Options) -> Measured:
-    shape = Shape(device=options.device)
-    shape = shape.tiny() if options.tiny else shape
-    print(f"\na whole training step of DistMult: {shape}", flush=True)
-    yield captured.rows(shape, options)
-
-
-PARTS: dict[str, Callable[[Options], Measured]] = {
-    "steps": _steps, "train": _train, "scale": _scale, "sampling": _sampling,
-    "captured": _captured, "gpu": _gpu,
-}  # fmt: skip
+PARTS = {
+    "steps": Part(steps.settings, rivals.RIVALS, steps.rows),
+    "scale": Part(steps.scale_settings, rivals.RIVALS, steps.rows),
+    "gpu": Part(steps.gpu_settings, rivals.RIVALS, steps.rows),
+    "captured": Part(captured.settings, rivals.RIVALS, captured.rows),
+    "train": Part(trainers.settings, trainers.TRAINERS, trainers.rows),
+}
 _QUICK = ("--rounds", "10", "--rivals", *rivals.SCALED)
 DEFAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
     "cpu": (
@@ -119,116 +59,55 @@ DEFAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
 """What ``all`` runs."""
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text}")
-    return value
+def _skip(reasons: Mapping[str, object]) -> None:
+    for name, reason in reasons.items():
+        print(f"skipped: {name}: {reason}", flush=True)
 
 
-class _Some(argparse.Action):
-    """Stores the values, or all choices for "all"."""
-
-    def __call__(self, parser: Any, options: Options, values: Any, flag: Any = None) -> None:
-        every = [choice for choice in self.choices or () if choice != "all"]
-        setattr(options, self.dest, every if "all" in values else values)
-
-
-class _Parser(argparse.ArgumentParser):
-    def some(self, flag: str, choices: Sequence[str], default: Sequence[str]) -> None:
-        self.add_argument(
-            flag, nargs="+", action=_Some, choices=[*choices, "all"], default=list(default),
-            metavar="NAME", help=f"all, or some of {', '.join(choices)}",
-        )  # fmt: skip
-
-    def number(self, flag: str, default: int | None, help: str) -> None:
-        self.add_argument(flag, type=_positive, default=default, help=help)
-
-    def flag(self, flag: str, help: str) -> None:
-        self.add_argument(flag, action="store_true", help=help)
-
-    def common(self, *, rounds: int, device: str = "cpu") -> None:
-        self.add_argument("--device", default=device, help="cpu or cuda")
-        self.number("--rounds", rounds, "turns of each rival")
-        self.number("--threads", torch.get_num_threads(), "of torch and of our kernels")
-        self.add_argument("--memory-runs", type=int, default=1, help="processes a rival, or 0")
-        self.add_argument("--results", type=Path, default=results.FOLDER, help="of CSV files")
-        self.flag("--no-save", "do not append to the results")
-        self.flag("--tiny", "tiny sizes, 2 rounds, not saved: does it work?")
+def _measure(options: Options) -> Iterator[list[Row]]:
+    """The rows of one setting after the other, so that each is saved once it is measured."""
+    if options.command == "sampling":
+        graph = trainers.ZIPF if options.tiny else options.graph
+        print(f"\n{options.walks} walks of {options.hops} hops on {graph}", flush=True)
+        yield trainers.sampling_rows(graph, options)
+        return
+    part, seen = PARTS[options.command], set[tuple[str, str]]()
+    kinds = (None, torch.device(options.device).type)
+    for setting in part.settings(options):
+        setting = setting.tiny() if options.tiny else setting
+        shape = setting.shape.replace(device=options.device)
+        asked = [r for r in part.rivals if r.name in setting.rivals and r.device in kinds]
+        reasons = {r.name: reason for r in asked if (reason := r.unavailable(shape)) is not None}
+        _skip({name: reason for name, reason in reasons.items() if (name, reason) not in seen})
+        seen |= reasons.items()
+        chosen = [rival for rival in asked if rival.name not in reasons]
+        if not chosen:
+            continue
+        print(f"\n{shape}", flush=True)
+        try:
+            yield part.rows(chosen, setting._replace(shape=shape), options)
+        except FileNotFoundError as error:
+            _skip({str(shape): error})
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
-
-    def command(name: str, text: str) -> _Parser:
-        formatter = argparse.ArgumentDefaultsHelpFormatter
-        added: _Parser = commands.add_parser(
-            name, help=text.splitlines()[0], description=text, formatter_class=formatter
-        )
-        return added
-
-    command("all", "the default: each part with its defaults").common(rounds=10)
-    part = command("list", "what can run here, and why the rest cannot")
-    part.add_argument("--device", default="cpu", help="cpu or cuda")
-
-    part = command("steps", "one training step of the operator, rival against rival")
-    part.common(rounds=20)
-    for name, field in SIZES.items():
-        default = [getattr(Shape, field)]
-        part.add_argument(f"--{field}", type=_positive, nargs="+", default=default, help=name)
-    part.some("--similarity", SIMILARITIES, ["dot"])
-    part.some("--dtype", tuple(DTYPES), ["float32"])
-    part.some("--gradient", GRADIENTS, ["dense"])
-    part.some("--phases", PHASES, [WHOLE])
-    part.some("--rivals", tuple(rivals.BY_NAME), rivals.DEFAULT)
-
-    part = command("train", "trainers from end to end")
-    part.common(rounds=7)
-    datasets = "datasets, or zipf: synthetic"
-    part.add_argument("--graph", nargs="+", default=["FB15k-237"], help=datasets)
-    part.number("--entities", Task.entities, "of the synthetic graph")
-    part.add_argument("--model", nargs="+", default=[Task.model], help="names")
-    for field in ("dim", "batch", "negatives"):
-        part.number(f"--{field}", getattr(Task, field), "of all trainers")
-    part.add_argument("--optimizer", choices=["Adagrad", "Adam"], default="Adagrad", help="of all")
-    default_gradient = "where possible; by default sparse for zipf"
-    part.add_argument("--gradient", choices=GRADIENTS, help=default_gradient)
-    part.some("--rivals", tuple(trainers.BY_NAME), tuple(trainers.BY_NAME))
-
-    part = command("scale", "time and memory as one size grows")
-    part.common(rounds=5)
-    part.some("--axes", tuple(SCALES), ["N"])
-    part.add_argument("--values", type=_positive, nargs="+", help="of a single axis")
-    part.some("--gradient", GRADIENTS, GRADIENTS)
-    part.some("--rivals", tuple(rivals.BY_NAME), rivals.SCALED)
-
-    part = command("sampling", "the random walks of structure-aware negatives")
-    part.common(rounds=3)
-    part.add_argument("--graph", default="FB15k-237", help="a dataset, or zipf: synthetic")
-    part.number("--hops", 3, "of a walk")
-    part.number("--walks", 1000, "from each entity")
-
-    command("captured", "a whole training step, on a GPU as a CUDA graph").common(rounds=20)
-
-    part = command("gpu", "the operator on a GPU, in our target settings")
-    part.common(rounds=10, device="cuda")
-    part.some("--tables", steps.GPU_TABLES, steps.GPU_TABLES)
-    part.flag("--quick", "fewer settings")
-
-    training.add_options(command("training", training.__doc__ or ""))
-
-    part = command("report", "Markdown tables and plots of the results")
-    part.add_argument("--results", type=Path, default=results.FOLDER, help="a file or a folder")
-    part.add_argument("--into", type=Path, metavar="FILE", help="write between FILE's markers")
-    only = "only these: steps, train, train:WN18RR, scale-N, ..."
-    part.add_argument("--parts", nargs="+", metavar="NAME", help=only)
-    part.add_argument("--plots", type=Path, help="folder (default: plots beside the results)")
-    part.flag("--no-plots", "tables only")
-    return parser
+def _run(options: Options) -> list[Row]:
+    """Measure a part and save its rows."""
+    save = not options.no_save
+    if options.tiny:
+        options.rounds, options.memory_runs = 2, min(options.memory_runs, 1)
+        save = save and options.results != results.FOLDER
+    if options.memory_runs and options.device == "cpu" and (reason := measure.memory_unavailable()):
+        _skip({"memory": reason})
+        options.memory_runs = 0
+    torch.set_num_threads(options.threads)
+    print(f"{options.command}: {options.threads} threads; {results.device_name(options.device)}")
+    measured: list[Row] = []
+    for rows in _measure(options):
+        measured += rows
+        if save:
+            print(f"appended {len(rows)} rows to {results.append(options.results, rows)}")
+    _print(measured)
+    return measured
 
 
 def _print(rows: list[Row]) -> None:
@@ -247,60 +126,142 @@ def _print(rows: list[Row]) -> None:
             print(f"{row['rival']}, {row['phase']}, {row['what']}: {spread}")
 
 
-def _run(options: Options) -> list[Row]:
-    """Measure a part and save its rows."""
-    save = not options.no_save
-    if options.tiny:
-        options.rounds, options.memory_runs = 2, min(options.memory_runs, 1)
-        save = save and options.results != results.FOLDER
-    if options.memory_runs and options.device == "cpu" and (reason := measure.memory_unavailable()):
-        _skip({"memory": reason})
-        options.memory_runs = 0
-    torch.set_num_threads(options.threads)
-    print(f"{options.command}: {options.threads} threads; {results.device_name(options.device)}")
-    measured: list[Row] = []
-    for rows in PARTS[options.command](options):
-        measured += rows
-        for path in results.append(options.results, rows) if save else ():
-            print(f"appended {len(rows)} rows to {path}")
-    _print(measured)
-    return measured
-
-
-def _all(options: Options) -> int:
+def _all(options: Options) -> list[Row]:
+    """What can run here, then each part with its defaults."""
     _list(options)
-    shared = [f"--{name}={getattr(options, name)}" for name in ("device", "threads", "results")]
-    shared += [f"--memory-runs={options.memory_runs}", *["--no-save"] * options.no_save]
-    shared += ["--tiny"] * options.tiny
+    names = ("device", "threads", "results", "memory_runs", "no_save", "tiny")
+    shared = {name: getattr(options, name) for name in names}
     measured: list[Row] = []
     for part in DEFAULTS[torch.device(options.device).type]:
         print(f"\n== python -m bench {' '.join(part)}", flush=True)
         try:
-            measured += _run(_parser().parse_args([*part, *shared]))
+            measured += _run(Options(**vars(_parser().parse_args(part)) | shared))
         except (FileNotFoundError, ModuleNotFoundError) as error:
             _skip({part[0]: error})
     print("\n== all")
     _print(measured)
-    return 0 if measured else 1
+    return measured
 
 
 def _list(options: Options) -> int:
     print(f"on {results.device_name(options.device)}:")
-    shape, task = Shape(device=options.device), Task(device=options.device)
-    for title, reasons in (
-        ("one step (steps, scale, gpu)", {r.name: r.unavailable(shape) for r in rivals.RIVALS}),
-        ("trainers (train)", {t.name: t.unavailable(task) for t in trainers.TRAINERS}),
-    ):
+    shape = Task(entities=Shape.entities, device=options.device)
+    for title, part in (("one step (steps, scale, gpu)", "steps"), ("trainers (train)", "train")):
         print(f" {title}")
-        for name, reason in reasons.items():
-            print(f"  {name:<26} {reason or 'can run'}")
+        for rival in PARTS[part].rivals:
+            print(f"  {rival.name:<26} {rival.unavailable(shape) or 'can run'}")
     return 0
 
 
-def _report(options: Options) -> int:
-    from bench import report
+class _Some(argparse.Action):
+    """Stores the values, or all choices for "all"."""
 
-    return report.run(options)
+    def __call__(self, parser: Any, options: Options, values: Any, flag: Any = None) -> None:
+        every = [choice for choice in self.choices or () if choice != "all"]
+        setattr(options, self.dest, every if "all" in values else values)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text}")
+    return value
+
+
+class _Parser(argparse.ArgumentParser):
+    def add(self, flag: str, default: Any, help: str) -> None:
+        """An option of the default's type; a list takes several values."""
+        first = default[0] if isinstance(default, list) else default
+        more: dict[str, Any] = {"nargs": "+"} if isinstance(default, list) else {}
+        more |= {"type": _positive if isinstance(first, int) else type(first)}
+        more = {"action": "store_true"} if first is False else more
+        self.add_argument(flag, default=default, help=help, **more)
+
+    def some(self, flag: str, choices: Iterable[str], default: Iterable[str]) -> None:
+        names = list(choices)
+        self.add_argument(
+            flag, nargs="+", action=_Some, choices=[*names, "all"], default=list(default),
+            metavar="NAME", help=f"all, or some of {', '.join(names)}",
+        )  # fmt: skip
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+
+    def command(name: str, text: str, rounds: int = 0, device: str = "cpu") -> _Parser:
+        formatter = argparse.ArgumentDefaultsHelpFormatter
+        part = commands.add_parser(name, help=text, description=text, formatter_class=formatter)
+        if rounds:  # it measures
+            part.add("--device", device, "cpu or cuda")
+            part.add("--rounds", rounds, "turns of each rival")
+            part.add("--threads", torch.get_num_threads(), "of torch and of our kernels")
+            part.add_argument("--memory-runs", type=int, default=1, help="processes a rival, or 0")
+            part.add_argument("--results", type=Path, default=results.FOLDER, help="of CSV files")
+            part.add("--no-save", False, "do not append to the results")
+            part.add("--tiny", False, "tiny sizes, 2 rounds, not saved: does it work?")
+        return part
+
+    command("all", "the default: each part with its defaults", 10)
+    part = command("list", "what can run here, and why the rest cannot")
+    part.add("--device", "cpu", "cpu or cuda")
+
+    part = command("steps", "one training step of the operator, rival against rival", 20)
+    for name, field in SIZES.items():
+        part.add(f"--{field}", [getattr(Shape, field)], name)
+    for field, choices in CHOICES.items():
+        part.some(f"--{field}", choices, [getattr(Shape, field)])
+    part.some("--phases", PHASES, [WHOLE])
+    part.some("--rivals", rivals.BY_NAME, rivals.DEFAULT)
+
+    part = command("train", "trainers from end to end", 7)
+    part.add("--graph", [Task.graph], "datasets, or zipf: synthetic")
+    part.add("--model", [Task.model], "names")
+    part.add("--entities", Task.entities, "of the synthetic graph")
+    for field in ("dim", "batch", "negatives"):
+        part.add(f"--{field}", getattr(Task, field), "of all trainers")
+    part.add_argument("--optimizer", choices=["Adagrad", "Adam"], default="Adagrad", help="of all")
+    where = "where possible; by default sparse for zipf"
+    part.add_argument("--gradient", choices=GRADIENTS, help=where)
+    part.some("--rivals", trainers.BY_NAME, trainers.BY_NAME)
+
+    part = command("scale", "time and memory as one size grows", 5)
+    part.some("--axes", SCALES, ["N"])
+    part.add_argument("--values", type=_positive, nargs="+", help="of a single axis")
+    part.some("--gradient", GRADIENTS, GRADIENTS)
+    part.some("--rivals", rivals.BY_NAME, rivals.SCALED)
+
+    part = command("sampling", "the random walks of structure-aware negatives", 3)
+    part.add("--graph", Task.graph, "a dataset, or zipf: synthetic")
+    part.add("--hops", 3, "of a walk")
+    part.add("--walks", 1000, "from each entity")
+
+    command("captured", "a whole training step, on a GPU as a CUDA graph", 20)
+
+    part = command("gpu", "the operator on a GPU, in our target settings", 10, "cuda")
+    part.some("--tables", steps.GPU_TABLES, steps.GPU_TABLES)
+    part.add("--quick", False, "fewer settings")
+
+    part = command("training", "models with and without EMU for equal steps: test metrics")
+    part.add_argument("--presets", nargs="+", help="of emu-train (default: all)")
+    part.add("--losses", ["softmax", "uls", "emu"], "of emu-train")
+    part.add("--steps", 10_000, "of each run")
+    part.add_argument("--seed", type=int, default=0, help="of each run")
+    part.add("--threads", torch.get_num_threads(), "of torch and of our kernels")
+    part.add_argument("--results", type=Path, default=results.FOLDER / "training", help="of files")
+    part.add("--report", False, "only print the table")
+
+    part = command("report", "Markdown tables and plots of the results")
+    part.add_argument("--results", type=Path, default=results.FOLDER, help="a file or a folder")
+    part.add_argument("--into", type=Path, metavar="FILE", help="write between FILE's markers")
+    only = "only these: steps, train, train:WN18RR, scale-N, ..."
+    part.add_argument("--parts", nargs="+", metavar="NAME", help=only)
+    part.add_argument("--plots", type=Path, help="folder (default: plots beside the results)")
+    part.add("--no-plots", False, "tables only")
+    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -309,13 +270,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not given or (given[0].startswith("-") and given[0] not in ("-h", "--help")):
         given.insert(0, "all")
     options = _parser().parse_args(given)
-    others = {"all": _all, "list": _list, "report": _report, "training": training.run}
     try:
         if is_gpu(getattr(options, "device", "cpu")):
             results.device_name("cuda")  # raises where there is none
-        if options.command in others:
-            return others[options.command](options)
-        return 0 if _run(options) else 1
+        if options.command == "list":
+            return _list(options)
+        if options.command in ("report", "training"):  # need what a GPU's machine may lack
+            return importlib.import_module(f"bench.{options.command}").run(options)
+        return 0 if (_all if options.command == "all" else _run)(options) else 1
     except (ImportError, OSError, ValueError, RuntimeError, AssertionError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

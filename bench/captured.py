@@ -1,94 +1,78 @@
 """A whole training step on a GPU as one CUDA graph: sampler, loss, gradients and optimiser.
 
 DistMult with Adagrad, tails and heads corrupted in turn. Triples and negatives are drawn on the
-device, with replacement; each replay advances the generator, and the masks' seed, a tensor that
-the graph increments. The triples are random, as many as FB15k-237's. On a CPU the same step runs
-without a graph.
+device, with replacement, and so are the masks' seeds; each replay advances the generator. The
+triples are random, as many as FB15k-237's. On a CPU the same step runs without a graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench import eager, measure
+from bench import measure
 from bench.inputs import Shape, is_gpu
 from bench.results import Recorder, Row
-from bench.rivals import BACKENDS, BY_NAME, EMU, base_of, instruction_set, ours
+from bench.rivals import SCALED, Loss, Rival, base_of, instruction_set
+from bench.steps import Setting
 from bench.trainers import PHASE, zipf_triples
-from emu_kernels import fused_emu_loss, fused_softmax_loss
-
-Loss = Callable[..., Tensor]  # (query, table, positive, negative, seed=)
 
 
-def losses(device: str) -> dict[str, Loss]:
-    """Of every rival that can run there, by its name."""
-    found: dict[str, Loss] = {}
-    for b in BACKENDS:
-        if BY_NAME[ours("emu", b)].unavailable(Shape(device=device)) is None:
-            found[ours("emu", b)] = lambda *x, seed, b=b: fused_emu_loss(
-                *x, seed=seed, backend=b, **EMU
-            )
-            found[ours("softmax", b)] = lambda *x, seed, b=b: fused_softmax_loss(*x, backend=b)
-    scores = eager.SPELLINGS["dot"][0]
-    found["eager-emu"] = lambda *x, seed: eager.emu_loss(*x, scores=scores, **EMU)
-    found["eager-softmax"] = lambda *x, seed: eager.softmax_loss(*x, scores=scores)
-    return found
+def training_step(
+    triples: Tensor, shape: Shape, num_relations: int, loss_of: Loss
+) -> Callable[[], None]:
+    """A step in each direction, on parameters and an optimiser's state of its own."""
+    device = shape.device
+    columns = triples.T.contiguous().to(device)  # (3, M)
+    sizes = ((n, shape.dim) for n in (shape.entities, num_relations))
+    tables = [torch.empty(size, device=device).uniform_(-0.26, 0.26) for size in sizes]
+    sums = [torch.zeros_like(table) for table in tables]
 
-
-class TrainingStep:
-    """Parameters, the optimiser's state, and a step in each direction."""
-
-    def __init__(self, triples: Tensor, shape: Shape, relations: int, loss: Loss) -> None:
-        self.shape, self.loss = shape, loss
-        self.columns = triples.T.contiguous().to(shape.device)  # (3, M)
-        sizes = ((n, shape.dim) for n in (shape.entities, relations))
-        self.tables = [torch.empty(s, device=shape.device).uniform_(-0.26, 0.26) for s in sizes]
-        self.sums = [torch.zeros_like(table) for table in self.tables]
-        self.seed = torch.zeros((), dtype=torch.int64, device=shape.device)
-
-    def __call__(self) -> None:
-        shape, device = self.shape, self.shape.device
+    def step() -> None:
         for head in (False, True):
-            place = torch.randint(self.columns.shape[1], (shape.batch,), device=device)
+            place = torch.randint(columns.shape[1], (shape.batch,), device=device)
             negative = torch.randint(shape.entities, (shape.batch, shape.negatives), device=device)
-            first, relation, last = self.columns[:, place]
+            first, relation, last = columns[:, place]
             given, positive = (last, first) if head else (first, last)
-            self.seed += 1
             # Rows are leaves: their gradients are (B, D) and not a second (N, D).
-            entity, *rows = (self.tables[0], self.tables[0][given], self.tables[1][relation])
-            for leaf in (entity, *rows):
-                leaf.requires_grad_()
-            loss = self.loss(rows[0] * rows[1], entity, positive, negative, seed=self.seed)
-            of_entity, of_given, of_rows = torch.autograd.grad(loss, (entity, *rows))
+            leaves = tables[0], tables[0][given], tables[1][relation]
+            entity, rows, relations = (leaf.requires_grad_() for leaf in leaves)
+            loss = loss_of(rows * relations, entity, positive, negative)
+            of_entity, of_given, of_rows = torch.autograd.grad(loss, leaves)
             entity.requires_grad_(False)
             of_entity.index_add_(0, given, of_given)
-            of_relation = torch.zeros_like(self.tables[1]).index_add_(0, relation, of_rows)
-            gradients = (of_entity, of_relation)
-            for p, total, g in zip(self.tables, self.sums, gradients, strict=True):
+            of_relation = torch.zeros_like(tables[1]).index_add_(0, relation, of_rows)
+            for p, total, g in zip(tables, sums, (of_entity, of_relation), strict=True):
                 p.addcdiv_(g, total.addcmul_(g, g).sqrt().add_(1e-10), value=-0.1)
 
-    def capture(self) -> Callable[[], None]:
-        """The same as a CUDA graph."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                self()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self()
-        return graph.replay
+    return step
 
 
-def rows(shape: Shape, options: Any) -> list[Row]:
+def capture(step: Callable[[], None]) -> Callable[[], None]:
+    """The same as a CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def settings(options: Any) -> list[Setting]:
+    return [Setting(Shape(), SCALED, family="captured")]
+
+
+def rows(rivals: Sequence[Rival], setting: Setting, options: Any) -> list[Row]:
     """Measure whole steps, on a GPU captured and launched one by one."""
-    device, relations, triples = shape.device, 237, 100 if options.tiny else 272_115
-    random = zipf_triples(shape.entities, relations, triples)
+    shape, device, relations = setting.shape, setting.shape.device, 237
+    triples = zipf_triples(shape.entities, relations, 100 if options.tiny else 272_115)
     repeats = 20 if is_gpu(device) else 1  # without waiting for the GPU in between, as in training
 
     def turn_of(run: Callable[[], Any]) -> measure.Turn:
@@ -96,23 +80,23 @@ def rows(shape: Shape, options: Any) -> list[Row]:
         return measure.turn_of(step, device, wall=True)
 
     turns: dict[str, measure.Turn] = {}
-    for rival, loss in losses(device).items():
-        turns[rival] = turn_of(TrainingStep(random, shape, relations, loss))
+    for rival in rivals:
+        step = training_step(triples, shape, relations, rival.loss(shape))
+        turns[rival.name] = turn_of(step)
         if is_gpu(device):
             try:
-                captured = TrainingStep(random, shape, relations, loss).capture()
-                turns[f"{rival}, captured"] = turn_of(captured)
+                turns[f"{rival.name}, captured"] = turn_of(capture(step))
             except RuntimeError as error:
-                print(f"skipped: {rival}, captured: {str(error).splitlines()[0]}")
+                print(f"skipped: {rival.name}, captured: {str(error).splitlines()[0]}")
     of_several = measure.alternate(turns, options.rounds)
     times = {name: [t / (2 * repeats) for t in values] for name, values in of_several.items()}
     base = base_of(times)
     base = f"{base}, captured" if f"{base}, captured" in times else base
     record = Recorder(
-        device, family="captured", phase=PHASE, graph=f"{triples} random triples",
+        device, family=setting.family, phase=PHASE, graph=f"{len(triples)} random triples",
         model="DistMult", optimizer="Adagrad", threads=options.threads,
         instruction_set=instruction_set(device), **shape.columns(),
     )  # fmt: skip
-    for rival in times:
-        record.add_times(rival, times, base, batch=shape.batch)
+    for name in times:
+        record.add_times(times, base, rival=name, batch=shape.batch)
     return record.rows

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -26,9 +27,10 @@ ODD = Shape(batch=9, negatives=7, dim=38, entities=13)
 """No size is a multiple of a block's; 16-bit rows are not aligned to 16 bytes."""
 WIDE = Shape(batch=4, negatives=70, dim=260, entities=2000, gradient="sparse")
 """More than one block of components and of negatives; most ids occur once."""
-HOT = (
-    Shape(batch=1024, negatives=256, dim=512),
-    Shape(batch=1024, negatives=256, dim=512, entities=200_000, gradient="sparse"),
+HOT = tuple(
+    Shape(1024, 256, 512, entities, dtype=dtype, gradient=gradient)
+    for entities, gradient in ((Shape.entities, "dense"), (200_000, "sparse"))
+    for dtype in ("float32", "bfloat16")
 )
 
 
@@ -44,15 +46,14 @@ def cases(similarities: Sequence[str]) -> Iterator[tuple[Shape, bool]]:
 def run(shape: Shape, backend: str, *, shared: bool) -> None:
     """Each public function, forward and backward."""
     inputs = make(shape)
-    negative = inputs.negative
+    rows = inputs.table.detach()[inputs.negative].requires_grad_()  # (B, K, D)
     if shared:
-        negative = negative[:1].clone()
-        negative[0, ::3] = -1
+        inputs = inputs._replace(negative=inputs.negative[:1].clone())
+        inputs.negative[0, ::3] = -1
     options: dict[str, Any] = {"similarity": shape.similarity, "backend": backend}
 
     def call(function: Any, **more: Any) -> Any:
-        tensors = (inputs.query, inputs.table, inputs.positive, negative)
-        return function(*tensors, sparse_grad=inputs.shape.sparse, **options, **more)
+        return function(*inputs, sparse_grad=shape.sparse, **options, **more)
 
     def backward(*values: Tensor) -> None:
         finite = [torch.where(v.isfinite(), v, 0).sum() for v in values]  # padding scores −inf
@@ -67,7 +68,6 @@ def run(shape: Shape, backend: str, *, shared: bool) -> None:
     backward(*call(emu_scores, mutation=0.5, seed=1))
     with torch.no_grad():
         emu()
-    rows = inputs.table.detach()[inputs.negative].requires_grad_()  # (B, K, D)
     first = rows.detach()[:, 0].clone().requires_grad_()
     mutated = emu_mutate(first, rows, mutation_rate=0.5, seed=1, backend=backend)
     torch.autograd.grad(mutated.float().sum(), (first, rows))
@@ -75,7 +75,7 @@ def run(shape: Shape, backend: str, *, shared: bool) -> None:
 
 
 def run_hot(shape: Shape, backend: str) -> None:
-    step = BY_NAME[ours("emu", backend)].prepare(make(shape), WHOLE)
+    step = BY_NAME[ours("emu", backend)].prepare(shape, make(shape), WHOLE)
     step()
     step()
     with torch.cuda.nvtx.range("hot") if is_gpu(shape.device) else contextlib.nullcontext():
@@ -92,21 +92,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--device", default="cuda")
     add("--list", action="store_true", help="only list which backends can run")
     options = parser.parse_args(arguments)
-    status = 1
+    able = []
     for backend in options.backends:
         reason = BY_NAME[ours("emu", backend)].unavailable(Shape(device=options.device))
         print(f"{backend}: {reason or 'can run'}", flush=True)
-        if reason is not None:
-            continue
-        status = 0
-        chosen = [(shape.replace(dtype=t), False) for shape in HOT for t in ("float32", "bfloat16")]
-        if not options.hot:
-            chosen = list(cases(options.similarities))
-        for shape, shared in [] if options.list else chosen:
-            shape = shape.replace(device=options.device)
-            print(f"{backend}: {shape}{', shared, padded' if shared else ''}", flush=True)
-            run_hot(shape, backend) if options.hot else run(shape, backend, shared=shared)
-    return status
+        able += [backend] if reason is None else []
+    chosen = [(shape, False) for shape in HOT] if options.hot else cases(options.similarities)
+    for backend, (shape, shared) in itertools.product([] if options.list else able, chosen):
+        shape = shape.replace(device=options.device)
+        print(f"{backend}: {shape}{', shared, padded' if shared else ''}", flush=True)
+        run_hot(shape, backend) if options.hot else run(shape, backend, shared=shared)
+    return 0 if able else 1
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ Exit status: 0 where every stage passed or was skipped, 1 where one failed, 2 wi
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import shlex
@@ -23,7 +22,7 @@ import time
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 LAST_SECONDS = 20.0  # kept for the summary where there is a total limit
@@ -44,65 +43,57 @@ class Result(NamedTuple):
     status: str
     detail: str
 
-    def line(self) -> str:
+    def __str__(self) -> str:
         return f"{self.stage:<14} {self.status:<12} {self.seconds:6.0f} s  {self.detail}"
 
 
 def run_stages(
-    stages: Sequence[Stage], folder: Path, *, minutes: float | None = None
+    stages: Sequence[Stage], folder: Path, *, minutes: float = float("inf")
 ) -> list[Result]:
     """Run the stages in order; ``summary.json`` in the folder is always up to date."""
     folder.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + 60 * (float("inf") if minutes is None else minutes)
+    log = folder / "log.txt"
+    log.write_text("")
+    end = time.monotonic() + 60 * minutes
     results: list[Result] = []
-    path = folder / "log.txt"
-    path.write_text("")
-    with path.open("a", encoding="utf-8") as log:  # commands append to it too
-        for stage in stages:
-            kept = 0.0 if stage is stages[-1] else LAST_SECONDS
-            limit = min(stage.seconds, end - time.monotonic() - kept)
-            absent = [t for t in stage.tools.split() if not (shutil.which(t) or find_spec(t))]
-            if absent:
-                result = Result(stage.name, 0.0, SKIPPED, f"{absent[0]} is not installed")
-            elif limit <= 0:
-                result = Result(stage.name, 0.0, TIMEOUT, "no time was left for it")
-            else:
-                print(f"== {stage.name}: at most {limit:.0f} s", flush=True)
-                result = _run(stage, limit, log)
-            results.append(result)
-            print(result.line(), flush=True)
-            record = [result._asdict() for result in results]
-            (folder / "summary.json").write_text(json.dumps(record, indent=2) + "\n")
+    for stage in stages:
+        kept = 0.0 if stage is stages[-1] else LAST_SECONDS
+        results.append(_run(stage, min(stage.seconds, end - time.monotonic() - kept), log))
+        print(results[-1], flush=True)
+        record = [result._asdict() for result in results]
+        (folder / "summary.json").write_text(json.dumps(record, indent=2) + "\n")
     return results
 
 
-def _run(stage: Stage, limit: float, log: TextIO) -> Result:
+def _run(stage: Stage, limit: float, log: Path) -> Result:
     """Run a stage's command; at its limit it is killed with all that it started."""
-    log.write(f"\n== {stage.name}: {stage.command}\n")
-    log.flush()
-    start, logged = time.monotonic(), Path(log.name).stat().st_size
-    process = subprocess.Popen(
-        ["env", "PYTHONUNBUFFERED=1", *shlex.split(stage.command)],
-        cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    status: int | None = None
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        status = process.wait(timeout=limit)
-    if status is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    seconds = time.monotonic() - start
-    output = Path(log.name).read_bytes()[logged:].decode(errors="replace")
-    lines = [line for line in output.splitlines() if line.strip()]
-    if stage.shown or status != 0:
+    absent = [t for t in stage.tools.split() if not (shutil.which(t) or find_spec(t))]
+    if absent:
+        return Result(stage.name, 0.0, SKIPPED, f"{absent[0]} is not installed")
+    if limit <= 0:
+        return Result(stage.name, 0.0, TIMEOUT, "no time was left for it")
+    print(f"== {stage.name}: at most {limit:.0f} s", flush=True)
+    with log.open("a+", encoding="utf-8", errors="replace") as file:
+        print(f"\n== {stage.name}: {stage.command}", file=file, flush=True)
+        begin, start = file.tell(), time.monotonic()
+        process = subprocess.Popen(
+            ["env", "PYTHONUNBUFFERED=1", *shlex.split(stage.command)], cwd=ROOT,
+            stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True,
+        )  # fmt: skip
+        try:
+            code = process.wait(limit)
+            status, reason = (FAILED, f"exit {code}: ") if code else (OK, "")
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            status, reason = TIMEOUT, ""
+        seconds = time.monotonic() - start
+        file.seek(begin)
+        lines = [line for line in file.read().splitlines() if line.strip()]
+    if stage.shown or status != OK:
         print("\n".join(lines if stage.shown else lines[-20:]))
-    detail = lines[-1].strip()[:160] if lines else ""
-    known = {None: (TIMEOUT, detail), 0: (OK, detail)}
-    return Result(stage.name, seconds, *known.get(status, (FAILED, f"exit {status}: {detail}")))
+    last = lines[-1].strip()[:160] if lines else ""
+    return Result(stage.name, seconds, status, reason + last)
 
 
 def stages(folder: Path, capability: str, *, quick: bool) -> list[Stage]:
@@ -111,7 +102,7 @@ def stages(folder: Path, capability: str, *, quick: bool) -> list[Stage]:
     bench, cases = f"{python} -m bench", f"{python} -m bench.gpu_cases"
     rows = f"{'--quick ' if quick else ''}--results {out}/results"
     # Under a sanitizer everything takes far longer: the two similarities that differ most.
-    some = "--similarities dot hake" if quick else ""
+    cases_of = f"{cases} --similarities dot hake" if quick else cases
     sanitizer = "compute-sanitizer --error-exitcode 1 --target-processes all --tool"
     ncu = (
         "ncu --nvtx --nvtx-include hot/ --clock-control none --launch-count 80 --csv "
@@ -120,41 +111,35 @@ def stages(folder: Path, capability: str, *, quick: bool) -> list[Stage]:
     )
     pip = "-m pip install --no-build-isolation --no-deps --no-index --disable-pip-version-check"
     target = os.environ.get("CMAKE_ARGS") or f"-DCMAKE_CUDA_ARCHITECTURES={capability}-real"
+    build = f"CMAKE_ARGS={shlex.quote(target)} {python} {pip} --editable ."
     workers = min(8, os.cpu_count() or 1)
-    tests = f"-n {workers} " if find_spec("xdist") is not None and workers > 2 else ""
+    tests = f"{python} -m pytest -q --maxfail=20 "
+    tests += f"-n {workers} " if find_spec("xdist") is not None and workers > 2 else ""
     # Quick: only tests with a backend as a parameter.
     tests += "-k 'cuda or triton' tests/ops" if quick else "tests/ops tests/cuda tests/triton"
+    # Each tensor an allocation of its own, so that accesses beyond its end are found.
+    memcheck = f"PYTORCH_NO_CUDA_MEMORY_CACHING=1 {sanitizer} memcheck {cases_of}"
+    racecheck = f"{sanitizer} racecheck {cases_of}"
+    captured = f"{bench} captured --device cuda --results {out}/results"
+    report = f"{bench} report --no-plots --results {out}/results"
 
     def limit(short: float, long: float) -> float:
         return short if quick else long
 
-    memcheck = f"{sanitizer} memcheck {cases} {some}"
-    captured = f"{bench} captured --device cuda --results {out}/results"
-    report = f"{bench} report --no-plots --results {out}/results"
     return [
         Stage("environment", f"{python} -m torch.utils.collect_env", 60, shown=True),
-        Stage(
-            "build", f"CMAKE_ARGS={shlex.quote(target)} {python} {pip} --editable .",
-            limit(240, 600),
-        ),
+        Stage("build", build, limit(240, 600)),
         Stage("backends", f"{cases} --list", 60, shown=True),
-        Stage("tests", f"{python} -m pytest -q --maxfail=20 {tests}", limit(120, 900)),
-        # Each tensor an allocation of its own, so that accesses beyond its end are found.
-        Stage(
-            "memcheck", f"PYTORCH_NO_CUDA_MEMORY_CACHING=1 {memcheck}", limit(90, 900),
-            "compute-sanitizer",
-        ),
-        Stage(
-            "racecheck", f"{sanitizer} racecheck {cases} {some}", limit(90, 900),
-            "compute-sanitizer",
-        ),
+        Stage("tests", tests, limit(120, 900)),
+        Stage("memcheck", memcheck, limit(90, 900), "compute-sanitizer"),
+        Stage("racecheck", racecheck, limit(90, 900), "compute-sanitizer"),
         Stage("ncu", f"{ncu} {cases} --hot", limit(60, 300), "ncu"),
         Stage("captured", captured, limit(40, 120)),
         Stage("main table", f"{bench} gpu --tables main {rows}", limit(180, 1800)),
         Stage("similarities", f"{bench} gpu --tables similarities {rows}", limit(60, 600)),
         Stage("plans", f"{bench} gpu --tables plans {rows}", limit(40, 600)),
         Stage("summary", report, 60, "pandas tabulate matplotlib", shown=True),
-    ]  # fmt: skip
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -162,17 +147,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--out", type=Path, default=ROOT / "build" / "gpu-check", help="folder")
     add("--quick", action="store_true", help="fewer settings, shorter limits")
-    add("--minutes", type=float, help="for everything; stages are cut to fit")
+    add("--minutes", type=float, default=float("inf"), help="for all; stages are cut to fit")
     add("--stages", nargs="+", metavar="NAME", help="only these")
     options = parser.parse_args(arguments)
     try:
         import torch
 
-        reason = f"torch {torch.__version__} sees no CUDA device"
-        found = torch.cuda.is_available()
+        reason = None if torch.cuda.is_available() else f"torch {torch.__version__} sees no GPU"
     except ImportError as error:
-        found, reason = False, f"{error}: set PYTHON to a Python that has torch"
-    if not found:
+        reason = f"{error}: set PYTHON to a Python that has torch"
+    if reason is not None:
         print(f"gpu-check: nothing to check: {reason}", file=sys.stderr)
         return 2
     capability = "".join(map(str, torch.cuda.get_device_capability()))
@@ -182,8 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--stages: no {', '.join(unknown)}; known: {', '.join(every)}")
     chosen = [stage for name, stage in every.items() if name in (options.stages or every)]
     results = run_stages(chosen, folder, minutes=options.minutes)
-    lines = [result.line() for result in results]
-    print("\n== gpu-check", *lines, f"written to {folder}", sep="\n")
+    print("\n== gpu-check", *results, f"written to {folder}", sep="\n")
     return 0 if all(result.status in (OK, SKIPPED) for result in results) else 1
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,13 +14,16 @@ from emu_kernels.similarity import SIMILARITIES as _SIMILARITIES
 SIMILARITIES = tuple(_SIMILARITIES)
 DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.bfloat16, torch.float16)}
 GRADIENTS = ("dense", "sparse")
+CHOICES = {"similarity": SIMILARITIES, "dtype": tuple(DTYPES), "gradient": GRADIENTS}
 SIZES = {"B": "batch", "K": "negatives", "D": "dim", "N": "entities"}  # column -> field of Shape
-MIB = 2**20
 DISTINCT_ROWS = 1 << 16  # larger tables repeat their rows: drawing 10⁹ numbers takes too long
 
 
 def is_gpu(device: str) -> bool:
     return torch.device(device).type == "cuda"
+
+
+S = TypeVar("S", bound="Shape")
 
 
 @dataclass(frozen=True)
@@ -42,13 +45,13 @@ class Shape:
 
     def columns(self) -> dict[str, Any]:
         """Of a row of results."""
-        names = {name: name for name in ("similarity", "dtype", "gradient")} | SIZES
+        names = {name: name for name in CHOICES} | SIZES
         return {name: getattr(self, field) for name, field in names.items()}
 
-    def replace(self, **changes: Any) -> Shape:
+    def replace(self: S, **changes: Any) -> S:
         return dataclasses.replace(self, **changes)
 
-    def tiny(self) -> Shape:
+    def tiny(self: S) -> S:
         """For tests, and to warm up before memory is measured."""
         return self.replace(batch=8, negatives=5, dim=20, entities=50)
 
@@ -61,19 +64,13 @@ class Shape:
         return self.entities * self.dim * DTYPES[self.dtype].itemsize
 
 
-@dataclass(frozen=True)
-class Inputs:
+class Inputs(NamedTuple):
     """Tensors of one step; gradients flow to ``query`` and ``table``."""
 
-    shape: Shape
     query: Tensor  # (B, D)
     table: Tensor  # (N, D)
     positive: Tensor  # (B,) int64
     negative: Tensor  # (B, K) int64
-
-    @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.query, self.table, self.positive, self.negative
 
 
 def make(shape: Shape) -> Inputs:
@@ -92,4 +89,4 @@ def make(shape: Shape) -> Inputs:
 
     table = normal(shape.entities).mul_(shape.dim**-0.5).requires_grad_()
     query = normal(shape.batch).requires_grad_()
-    return Inputs(shape, query, table, ids(shape.batch), ids(shape.batch, shape.negatives))
+    return Inputs(query, table, ids(shape.batch), ids(shape.batch, shape.negatives))

@@ -11,16 +11,19 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from bench.inputs import MIB, is_gpu
+from bench.inputs import Shape, is_gpu
 
 T = TypeVar("T")
 Turn = Callable[[], float]  # takes one turn and returns the seconds of a step
+Prepare = Callable[[str, Shape], Callable[[], Any]]  # of a rival by its name, steps to run
 MEMORY_STEPS = 3
+MIB = 2**20
 
 
 class Step(NamedTuple):
@@ -35,12 +38,11 @@ class Step(NamedTuple):
 
 def progress(values: Iterable[T], unit: str) -> Iterable[T]:
     """With a progress bar, where tqdm is installed."""
-    try:
-        from tqdm import tqdm
-    except ModuleNotFoundError:
+    if find_spec("tqdm") is None:
         return values
-    bar: Iterable[T] = tqdm(values, unit=unit, leave=False)
-    return bar
+    from tqdm import tqdm
+
+    return tqdm(values, unit=unit, leave=False)
 
 
 def synchronize(device: str) -> None:
@@ -127,21 +129,18 @@ def memory_unavailable() -> str | None:
 
 
 def _field(file: str, name: str) -> int:
+    """Bytes that a file of /proc states in kB."""
     found = re.search(rf"^{name}:\s+(\d+) kB$", Path(file).read_text(), re.MULTILINE)
-    if found is None:
-        raise OSError(f"{file} has no {name}")
+    assert found, f"{file} has no {name}"
     return int(found[1]) * 1024
 
 
-def free_bytes(device: str) -> float:
-    """What can still be allocated; infinite where it is unknown."""
+def free_bytes(device: str) -> int:
+    """What can still be allocated."""
     if is_gpu(device):
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    try:
-        return _field("/proc/meminfo", "MemAvailable")
-    except OSError:
-        return float("inf")
+    return _field("/proc/meminfo", "MemAvailable")
 
 
 def too_large(needed: float, device: str) -> str | None:
@@ -151,34 +150,35 @@ def too_large(needed: float, device: str) -> str | None:
     return None if needed < free else reason
 
 
-def _peak_here(threads: int, prepare: Callable[..., Callable[[], Any]], arguments: Any) -> int:
+def _peak_here(threads: int, prepare: Prepare, name: str, shape: Shape) -> int:
     torch.set_num_threads(threads)
-    run = prepare(*arguments)
+    prepare(name, shape.tiny())()
+    run = prepare(name, shape)
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
-    if trim is not None:
-        trim(0)
+    ctypes.CDLL(None).malloc_trim(0)
     _reset_peak()
     before = _field("/proc/self/status", "VmRSS")
     run()
     return max(_field("/proc/self/status", "VmHWM") - before, 0)
 
 
-def peak(threads: int, prepare: Callable[..., Callable[[], Any]], *arguments: Any) -> int:
-    """Bytes by which ``prepare(*arguments)()`` raises the peak resident memory of a fresh process.
+def peak(threads: int, prepare: Prepare, name: str, shape: Shape) -> int:
+    """Bytes by which ``prepare(name, shape)()`` raises the peak memory of a fresh process.
 
-    ``prepare`` warms up on a tiny shape, and what it frees is returned to the system first. The
-    kernel counts pages in batches: below about 1 MiB the result is noise.
+    The process warms up on a tiny shape, and returns to the system what it has freed. The kernel
+    counts pages in batches: below about 1 MiB the result is noise.
     """
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_peak_here, threads, prepare, arguments).result()
+        return pool.submit(_peak_here, threads, prepare, name, shape).result()
 
 
-def peaks(options: Any, prepare: Any, names: list[str], *arguments: Any) -> dict[str, list[float]]:
+def peaks(
+    options: Any, prepare: Prepare, names: Iterable[str], shape: Shape
+) -> dict[str, list[float]]:
     """MiB of each name in ``options.memory_runs`` processes; of none without runs."""
     found: dict[str, list[float]] = {}
-    for name in progress(names * options.memory_runs, "process"):
-        rise = peak(options.threads, prepare, name, *arguments) / MIB
+    for name in progress([*names] * options.memory_runs, "process"):
+        rise = peak(options.threads, prepare, name, shape) / MIB
         found.setdefault(name, []).append(rise)
     return found
 

@@ -17,14 +17,15 @@ from bench import results
 from bench.inputs import SIZES, Shape
 from bench.results import MEMORY, QUANTILES, RATIO, SHARE, SPEED, TIME, slug
 from bench.rivals import PHASES, RIVALS, WHOLE
-from bench.trainers import BY_NAME, TRAINERS
 from bench.trainers import PHASE as STEP
+from bench.trainers import TRAINERS
 
 MARKERS = ("<!-- bench report: begin -->", "<!-- bench report: end -->")
 SETTING = ["similarity", "dtype", "gradient", "B", "K", "D", "N"]
 SPREAD = "20–80 %"
 _NAMED: list[Any] = [*RIVALS, *TRAINERS]
 TITLES: dict[str, str] = {rival.name: rival.title for rival in _NAMED}
+TITLES |= {f"{name}, captured": f"{title}, captured" for name, title in TITLES.items()}
 PLAIN = {name: title.replace("*", "") for name, title in TITLES.items()}
 Rows: TypeAlias = pd.DataFrame
 Columns: TypeAlias = list[tuple[str, ...]]
@@ -153,18 +154,15 @@ def steps_table(rows: Rows) -> str:
     return "\n\n".join([*tables, *([] if paper.all() else [variations(rows[~paper])])])
 
 
-def trainers_table(rows: Rows) -> str:
-    """A line for each trainer, below each setting its caption."""
+def trainers_table(run: Rows) -> str:
+    """One setting, a line for each trainer."""
     columns: Columns = [("triples / s", SPEED, STEP), *spread("ms a step", TIME, STEP)]
     columns += [*spread("× ours", RATIO, STEP), ("peak MiB", MEMORY, STEP)]
-    tables = []
-    for _, run in rows.groupby("setting", sort=False):
-        row = run.iloc[0]
-        graph = f"{row['model']} on {row['graph']}, {row['N']:,} entities, d={row['D']}"
-        what = caption(run, graph, sizes(row, "DN"), row["optimizer"])
-        index = {"rival": "end to end", "gradient": "table's gradient"}
-        tables.append(table(titled(run), index, columns) + what)
-    return "\n\n".join(tables)
+    row = run.iloc[0]
+    graph = f"{row['model']} on {row['graph']}, {row['N']:,} entities, d={row['D']}"
+    index = {"rival": "end to end", "gradient": "table's gradient"}
+    what = caption(run, graph, sizes(row, "DN"), row["optimizer"])
+    return table(titled(run), index, columns) + what
 
 
 def scale_table(rows: Rows) -> str:
@@ -193,33 +191,32 @@ def sampling_table(rows: Rows) -> str:
     return table(shown, {"rival": "what"}, spread("seconds", TIME, "")) + caption(rows)
 
 
+# A family's table, and whether each setting has one of its own.
 TABLES = {
-    "steps": steps_table, "plans": gpu_table, "captured": trainers_table,
-    "train": trainers_table, "scale-": scale_table, "sampling": sampling_table,
-}  # fmt: skip
+    "steps": (steps_table, False),
+    "plans": (gpu_table, False),
+    "captured": (trainers_table, True),
+    "train": (trainers_table, True),
+    "scale-": (scale_table, False),
+    "sampling": (sampling_table, False),
+}
 
 
 def markdown(rows: Rows, plots: Sequence[str] = ()) -> str:
     """All tables, device by device, then links to the plots."""
     parts: list[str] = []
     for _, on_device in latest(rows).groupby(["device", "threads"], sort=False):
-        for name, make in TABLES.items():
+        for name, (make, alone) in TABLES.items():
             chosen = on_device[on_device["family"].str.startswith(name)]
-            parts += [make(family) for _, family in chosen.groupby("family", sort=False)]
+            tables = chosen.groupby("setting" if alone else "family", sort=False)
+            parts += [make(of_table) for _, of_table in tables]
     parts += [f"![{Path(plot).stem}]({plot})" for plot in plots]
     return "\n\n".join(parts)
 
 
-_COLOURS = {
-    "fused-emu": "C0", "fused-softmax": "C2", "eager-emu": "C3", "eager-softmax": "C1",
-    "compiled-emu": "C4", "gather-scatter": "C7", "fused-emu-cuda": "C0", "fused-emu-triton": "C9",
-    "fused-softmax-cuda": "C2", "fused-softmax-triton": "C8",
-}  # fmt: skip
-
-
 def draw(rows: Rows, folder: Path) -> list[Path]:
     """A PNG for each comparison of trainers, and one for each device and axis of scale."""
-    figures: dict[str, Any] = {}
+    figures: dict[str, Figure] = {}
     rows = latest(rows)
     for _, run in rows[rows["family"] == "train"].groupby("setting", sort=False):
         names = ["device", "family", "graph", "N", "model", "D"]
@@ -233,40 +230,39 @@ def draw(rows: Rows, folder: Path) -> list[Path]:
     return [folder / f"{name}.png" for name in figures]
 
 
-def _curves(rows: Rows) -> Any:
+def _curves(rows: Rows) -> Figure:
     """Time and memory along an axis; solid where gradients are dense, dashed where sparse."""
     row = rows.iloc[0]
     axis = row["family"].removeprefix("scale-")
-    figure: Any = Figure(figsize=(12, 4), layout="constrained")
+    colours = {rival: f"C{i}" for i, rival in enumerate(rows["rival"].unique())}
+    figure = Figure(figsize=(12, 4), layout="constrained")
     panels = figure.subplots(1, 2)
     labels = {TIME: "ms a step", MEMORY: "peak MiB of a step"}
     for panel, (what, label) in zip(panels, labels.items(), strict=True):
         shown = rows[(rows["what"] == what) & (rows["phase"] == WHOLE)].sort_values(axis)
         for (rival, gradient), line in shown.groupby(["rival", "gradient"]):
-            colour, style = _COLOURS.get(rival, "C5"), "-" if gradient == "dense" else "--"
-            panel.plot(
-                line[axis], line["median"], style, color=colour, marker="o", markersize=4,
-                label=f"{PLAIN.get(rival, rival)}, {gradient}",
-            )  # fmt: skip
+            look = {"color": colours[rival], "label": f"{PLAIN.get(rival, rival)}, {gradient}"}
+            style = "o-" if gradient == "dense" else "o--"
+            panel.plot(line[axis], line["median"], style, markersize=4, **look)
             between = (line[axis], line["q20"], line["q80"])
-            panel.fill_between(*between, color=colour, alpha=0.2, linewidth=0)
+            panel.fill_between(*between, color=colours[rival], alpha=0.2, linewidth=0)
         panel.set(xscale="log", yscale="log", xlabel=axis, ylabel=label)
         panel.grid(alpha=0.3)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right", fontsize=7)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
     title = f"{row['similarity']}, {sizes(row, [axis])}, {row['dtype']}; {row['device']}"
     figure.suptitle(title, fontsize=10)
     return figure
 
 
-def _speeds(rows: Rows) -> Any:
+def _speeds(rows: Rows) -> Figure:
     """Triples a second of each trainer."""
     row, speeds = rows.iloc[0], rows[rows["what"] == SPEED].iloc[::-1]
-    figure: Any = Figure(figsize=(7, 0.4 * len(speeds) + 1.2), layout="constrained")
+    figure = Figure(figsize=(7, 0.4 * len(speeds) + 1.2), layout="constrained")
     panel = figure.subplots()
     names, medians = speeds["rival"].map(PLAIN), speeds["median"]
     errors = [medians - speeds["q20"], speeds["q80"] - medians]
     panel.errorbar(medians, names, xerr=errors, fmt="none", ecolor="0.6")
-    colours = ["C0" if BY_NAME[name].has_ours else "C7" for name in speeds["rival"]]
+    colours = ["C0" if "our " in name else "C7" for name in names]
     panel.scatter(medians, names, color=colours, zorder=3)
     panel.set(xscale="log", xlabel="triples a second")
     panel.grid(alpha=0.3)

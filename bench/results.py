@@ -8,7 +8,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,14 +59,9 @@ class Recorder:
         self.rows.append(self.shared | columns | spread)
 
     def add_times(
-        self,
-        rival: str,
-        times: Mapping[str, Sequence[float]],
-        base: str | None = None,
-        *,
-        batch: int = 0,
-        **columns: Any,
-    ) -> None:
+        self, times: Mapping[str, Sequence[float]], base: str | None = None, *,
+        rival: str, batch: int = 0, **columns: Any,
+    ) -> None:  # fmt: skip
         """A rival's time, its speed where the batch is given, its ratio to the base's times."""
         columns["rival"] = rival
         self.add(TIME, [1000 * t for t in times[rival]], **columns)
@@ -81,10 +76,9 @@ def device_name(device: str = "cpu") -> str:
     """The GPU, or this machine's CPU with the number of cores that this process may use."""
     if is_gpu(device):
         return torch.cuda.get_device_name(device)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)\n", info.read_text() if info.exists() else "")
-    model = found[1].strip() if found else platform.processor() or platform.machine()
+    cores = len(os.sched_getaffinity(0))
+    found = re.search(r"model name\s*:\s*(.+)\n", Path("/proc/cpuinfo").read_text())
+    model = found[1].strip() if found else platform.machine()
     return f"{model}, {cores} core{'s' if cores != 1 else ''}"
 
 
@@ -121,24 +115,21 @@ def environment(device: str = "cpu") -> Row:
     }
 
 
-def append(folder: Path, rows: Iterable[Row], columns: Sequence[str] = COLUMNS) -> list[Path]:
-    """Add rows to the files of their devices, and return these. Needs no pandas."""
+def append(folder: Path, rows: Sequence[Row], columns: Sequence[str] = COLUMNS) -> Path:
+    """Add rows of one device to its file, and return this. Needs no pandas."""
     folder.mkdir(parents=True, exist_ok=True)
-    by_path: dict[Path, list[Row]] = {}
-    for row in rows:
-        texts = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
-        by_path.setdefault(folder / f"{slug(row['device'])}.csv", []).append(texts)
-    for path, added in by_path.items():
-        with path.open("a+", newline="", encoding="utf-8") as file:
-            file.seek(0)
-            header = file.readline().strip()
-            writer = csv.DictWriter(file, columns, lineterminator="\n")
-            if not header:
-                writer.writeheader()
-            elif header != ",".join(columns):
-                raise ValueError(f"{path}: expected the columns {', '.join(columns)}")
-            writer.writerows(added)
-    return list(by_path)
+    path = folder / f"{slug(rows[0]['device'])}.csv"
+    with path.open("a+", newline="", encoding="utf-8") as file:
+        file.seek(0)
+        header = file.readline().strip()
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        if not header:
+            writer.writeheader()
+        elif header != ",".join(columns):
+            raise ValueError(f"{path}: expected the columns {', '.join(columns)}")
+        for row in rows:
+            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+    return path
 
 
 def read(
@@ -152,13 +143,12 @@ def read(
     import pandas as pd
 
     types = {name: numbers.get(name, "str") for name in columns}
-    frames = [pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in types.items()})]
+    frames = [pd.DataFrame(columns=list(columns)).astype(types)]
     for file in sorted(path.glob("*.csv")) if path.is_dir() else [path]:
         try:
-            frame = pd.read_csv(file, dtype=types, keep_default_na=False)
+            frames.append(pd.read_csv(file, dtype=types, keep_default_na=False))
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
-        if list(frame.columns) != list(columns):
+        if list(frames[-1].columns) != list(columns):
             raise ValueError(f"{file}: expected the columns {', '.join(columns)}")
-        frames.append(frame)
     return pd.concat(frames, ignore_index=True)

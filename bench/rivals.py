@@ -34,8 +34,6 @@ EMU: dict[str, Any] = {"mutation_rate": 0.94, "beta": 0.25, "alpha": 0.73}
 
 PHASES = ("forward", "backward", "forward + backward")
 WHOLE = PHASES[-1]
-
-
 Loss = Callable[..., Tensor]  # of query, table, positive and negative
 
 
@@ -52,10 +50,11 @@ class Rival:
     dense_gradients: int = 1  # (N, D) buffers needed at once
     tiles: int = 0  # (B, K, D) buffers needed at once
 
-    def prepare(self, inputs: Inputs, phase: str) -> Step:
+    def prepare(self, shape: Shape, inputs: Inputs, phase: str) -> Step:
+        loss = self.loss(shape)
         if self.phases == (WHOLE,):
-            return Step(lambda _: self.loss(inputs.shape)(*inputs.tensors))
-        step = _step(self.loss(inputs.shape), inputs, phase)
+            return Step(lambda _: loss(*inputs))
+        step = _step(loss, inputs, phase)
         if self.plan is None:
             return step
         switch = mock.patch(*PLANS[self.backend or ""][self.plan])
@@ -70,17 +69,18 @@ class Rival:
         too_large = measure.too_large(tables * shape.table_bytes + tiles, shape.device)
         return self.cannot(shape) or too_large
 
-    def columns(self, device: str) -> dict[str, Any]:
+    def columns(self, shape: Shape) -> dict[str, Any]:
         """Of a row of results."""
-        used, version = instruction_set(device), ""
+        used, library = instruction_set(shape.device), ""
         if self.backend == "cpu":
             from emu_kernels import _C
 
             used = _C.instruction_set()
-        if self.backend == "triton":
-            version = f"triton {importlib.metadata.version('triton')}"
-        used = "native" if self.name == "gather-scatter" else used
-        return {"instruction_set": used, "library": version}
+        elif self.backend == "triton":
+            library = f"triton {importlib.metadata.version('triton')}"
+        elif self.name == "gather-scatter":
+            used = "native"
+        return {"instruction_set": used, "library": library}
 
 
 def instruction_set(device: str) -> str:
@@ -92,7 +92,7 @@ def instruction_set(device: str) -> str:
 
 def _step(loss: Loss, inputs: Inputs, phase: str) -> Step:
     def forward(_: None = None) -> Tensor:
-        return loss(*inputs.tensors)
+        return loss(*inputs)
 
     def gradients(value: Tensor) -> tuple[Tensor, ...]:
         of_query, of_table = torch.autograd.grad(value, (inputs.query, inputs.table))
@@ -186,36 +186,33 @@ def _cannot_compile(shape: Shape) -> str | None:
 
 
 @functools.cache
-def _native() -> ctypes.CDLL | str:
-    """gather_scatter.cpp compiled for this machine, or why it cannot be."""
-    name = os.environ.get("CXX", "c++")
-    if shutil.which(name) is None:
-        return f"no C++ compiler {name!r} in PATH (install GCC or Clang, or set CXX)"
-    source = str(Path(__file__).with_name("gather_scatter.cpp"))
+def _native() -> Callable[..., None]:
+    """gather_scatter.cpp compiled for this machine."""
+    source = Path(__file__).with_name("gather_scatter.cpp")
+    flags = ["-std=c++20", "-O3", "-march=native", "-shared", "-fPIC", "-fopenmp"]
     with tempfile.TemporaryDirectory() as folder:
         target = f"{folder}/gather_scatter.so"
-        flags = ("-std=c++20", "-O3", "-march=native", "-shared", "-fPIC", "-pthread")
-        done = subprocess.run([name, *flags, source, "-o", target], capture_output=True, text=True)
-        if done.returncode:
-            return f"{name} fails: {done.stderr.partition('error')[2].partition(chr(10))[0]}"
-        return ctypes.CDLL(target)  # stays mapped after the file is deleted
+        subprocess.run([os.environ.get("CXX", "c++"), *flags, source, "-o", target], check=True)
+        return ctypes.CDLL(target).gather_scatter  # stays mapped after the file is deleted
 
 
 def gather_scatter(query: Tensor, table: Tensor, positive: Tensor, ids: Tensor) -> Tensor:
     """Gather the rows of ``ids``; (N, D), row n the Σ of query_b over ids_bk = n."""
     gradient = torch.empty(table.shape)
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in (table, query, ids, gradient)]
-    sizes = map(ctypes.c_int64, (*ids.shape, query.shape[1], len(table)))
-    library: Any = _native()
-    if library.gather_scatter(*pointers[:3], *sizes, torch.get_num_threads(), pointers[3]):
-        raise MemoryError("gather_scatter")
+    sizes = map(ctypes.c_int64, (*ids.shape, *table.shape[::-1]))
+    _native()(*pointers[:3], *sizes, torch.get_num_threads(), pointers[3])
     return gradient
 
 
 def _cannot_gather(shape: Shape) -> str | None:
     if (shape.dtype, shape.gradient) != ("float32", "dense"):
         return "supports only float32 and dense gradients"
-    return found if isinstance(found := _native(), str) else None
+    try:
+        _native()
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"needs a C++ compiler with OpenMP (install GCC, or set CXX): {error}"
+    return None
 
 
 RIVALS = (

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from bench import measure
-from bench.inputs import GRADIENTS, SIMILARITIES, SIZES, Inputs, Shape, is_gpu, make
+from bench.inputs import CHOICES, GRADIENTS, SIMILARITIES, SIZES, Inputs, Shape, is_gpu, make
 from bench.measure import Step
 from bench.results import BANDWIDTH, MEMORY, SHARE, Recorder, Row
-from bench.rivals import BY_NAME, PHASES, RIVALS, WHOLE, Rival, base_of, instruction_set
+from bench.rivals import BY_NAME, DEFAULT, PHASES, RIVALS, WHOLE, Rival, base_of, instruction_set
 
 COPY = "copy"  # the rival of rows of the copy bandwidth; it takes its turns like the others
 GPU_TABLES = ("main", "similarities", "plans")
@@ -49,10 +49,10 @@ class Setting(NamedTuple):
     phases: Sequence[str] = PHASES
     family: str = "steps"
 
-    def tiny(self, device: str) -> Setting:
+    def tiny(self) -> Setting:
         """With the other sizes tiny where one is an axis."""
         kept = {f: getattr(self.shape, f) for a, f in SIZES.items() if self.family == f"scale-{a}"}
-        return self._replace(shape=self.shape.tiny().replace(device=device, **kept))
+        return self._replace(shape=self.shape.tiny().replace(**kept))
 
 
 def product(**values: Sequence[Any]) -> Iterator[Shape]:
@@ -61,47 +61,48 @@ def product(**values: Sequence[Any]) -> Iterator[Shape]:
         yield Shape(**dict(zip(values, combination, strict=True)))
 
 
-def scale(
-    axis: str, values: Sequence[int], gradients: Sequence[str], rivals: Sequence[str]
-) -> list[Setting]:
+def settings(options: Any) -> Iterator[Setting]:
+    """Of the command ``steps``."""
+    fields = (*SIZES.values(), *CHOICES)
+    for shape in product(**{field: getattr(options, field) for field in fields}):
+        yield Setting(shape, options.rivals, options.phases)
+
+
+def scale_settings(options: Any) -> Iterator[Setting]:
     """From small to large, with each gradient at each size."""
-    sizes: dict[str, Sequence[Any]] = {"batch": [256 if axis in "DK" else Shape.batch]}
-    shapes = product(**sizes | {SIZES[axis]: sorted(values), "gradient": gradients})
-    return [Setting(shape, rivals, (WHOLE,), f"scale-{axis}") for shape in shapes]
+    if options.values and len(options.axes) > 1:
+        raise ValueError("--values: give a single axis")
+    for axis in options.axes:
+        values = (5, 10) if options.tiny else options.values or SCALES[axis]
+        sizes: dict[str, Sequence[Any]] = {"batch": [256 if axis in "DK" else Shape.batch]}
+        sizes |= {SIZES[axis]: sorted(values), "gradient": options.gradient}
+        for shape in product(**sizes):
+            yield Setting(shape, options.rivals, (WHOLE,), f"scale-{axis}")
 
 
-def gpu_settings(table: str, *, quick: bool) -> list[Setting]:
-    """Of one of ``GPU_TABLES``; quick: fewer."""
-    every = [rival.name for rival in RIVALS if rival.plan is None]
-    not_compiled = [name for name in every if name != "compiled-emu"]
-    counts, dims = ([256], [512]) if quick else ([64, 256, 1024], [100, 512, 1000])
-    dtypes = ["float32", "bfloat16"]
-    values: dict[str, Sequence[Any]] = {"batch": [1024]}
-    if table == "plans":
-        values |= {"dtype": dtypes[:1] if quick else dtypes, "entities": list(ENTITIES.values())}
-        rivals = [rival.name for rival in RIVALS if rival.plan is not None]
-        shapes = product(**values, dim=dims, negatives=counts)
-        return [Setting(shape, rivals, family="plans") for shape in shapes]
-    if table == "similarities":
-        values |= {"gradient": GRADIENTS[:1] if quick else GRADIENTS, "dim": [512]}
-        values["similarity"] = [s for s in SIMILARITIES if s != "dot"]  # dot is in the main table
-    else:
-        values |= {"dtype": dtypes, "gradient": GRADIENTS, "dim": [100, 512] if quick else dims}
-        values["negatives"] = counts
-    settings = []
-    for shape in product(**values):
-        compiled = not quick or (shape.dim, shape.dtype) == (512, "float32")
-        rivals = every if compiled and table == "main" else not_compiled
-        settings.append(Setting(shape.replace(entities=ENTITIES[shape.gradient]), rivals))
-    return settings
-
-
-def runnable(names: Sequence[str], shape: Shape) -> tuple[list[Rival], dict[str, str]]:
-    """The rivals that can run such a step here, and why the others for this device cannot."""
-    kind = torch.device(shape.device).type
-    asked = [r for r in RIVALS if r.name in names and r.device in (None, kind)]
-    reasons = {r.name: reason for r in asked if (reason := r.unavailable(shape)) is not None}
-    return [r for r in asked if r.name not in reasons], reasons
+def gpu_settings(options: Any) -> Iterator[Setting]:
+    """Of some of ``GPU_TABLES``; quick: fewer."""
+    quick, plans = options.quick, [rival.name for rival in RIVALS if rival.plan is not None]
+    dims, counts = ([512], [256]) if quick else ([100, 512, 1000], [64, 256, 1024])
+    for table in options.tables:
+        values: dict[str, Sequence[Any]] = {"batch": [1024], "dtype": ["float32", "bfloat16"]}
+        if table == "plans":
+            values |= {"dim": dims, "negatives": counts, "entities": list(ENTITIES.values())}
+            values |= {"dtype": ["float32"]} if quick else {}
+            yield from (Setting(shape, plans, family="plans") for shape in product(**values))
+            continue
+        if table == "main":
+            values |= {"gradient": GRADIENTS, "dim": [100, 512] if quick else dims}
+            values |= {"negatives": counts}
+        else:  # dot is in the main table
+            values |= {"dtype": ["float32"], "gradient": GRADIENTS[:1] if quick else GRADIENTS}
+            values |= {"dim": [512], "similarity": [s for s in SIMILARITIES if s != "dot"]}
+        for shape in product(**values):
+            # Compiling takes longest.
+            compiled = table == "main"
+            compiled &= not quick or (shape.dim, shape.dtype) == (512, "float32")
+            names = [name for name in DEFAULT if compiled or name != "compiled-emu"]
+            yield Setting(shape.replace(entities=ENTITIES[shape.gradient]), names)
 
 
 def row_bytes(ids: Tensor, row: int, line: int) -> int:
@@ -110,9 +111,8 @@ def row_bytes(ids: Tensor, row: int, line: int) -> int:
     return int(((first + row - 1) // line - first // line + 1).sum()) * line
 
 
-def step_bytes(inputs: Inputs) -> dict[str, int]:
+def step_bytes(shape: Shape, inputs: Inputs) -> dict[str, int]:
     """What a step must move, by phase."""
-    shape = inputs.shape
     line = 32 if is_gpu(shape.device) else 64
     row = shape.table_bytes // shape.entities
 
@@ -133,16 +133,9 @@ def step_bytes(inputs: Inputs) -> dict[str, int]:
     return {"forward": forward, "backward": backward, WHOLE: forward + backward}
 
 
-def _copy(size: int, device: str) -> tuple[Step, int]:
-    """A copy of more than any cache holds, and the bytes that it moves, read and written."""
-    source, target = torch.ones(size, device=device), torch.empty(size, device=device)
-    return Step(lambda _: target.copy_(source)), 2 * source.nbytes
-
-
 def for_memory(name: str, shape: Shape) -> Callable[[], None]:
     """Temporaries, tensors kept for backward, and the gradients."""
-    BY_NAME[name].prepare(make(shape.tiny()), WHOLE)()
-    step = BY_NAME[name].prepare(make(shape), WHOLE)
+    step = BY_NAME[name].prepare(shape, make(shape), WHOLE)
 
     def run() -> None:
         for _ in range(measure.MEMORY_STEPS):
@@ -153,40 +146,49 @@ def for_memory(name: str, shape: Shape) -> Callable[[], None]:
 
 def rows(rivals: Sequence[Rival], setting: Setting, options: Any) -> list[Row]:
     """Measure, with the options of the command line."""
-    shape, device = setting.shape, setting.shape.device
-    record = Recorder(device, family=setting.family, threads=options.threads, **shape.columns())
-    columns = {rival.name: rival.columns(device) for rival in rivals}
-    inputs = make(shape)
-    must_move = step_bytes(inputs)
-    copy, copied = _copy(2**18 if options.tiny else 2**28 if is_gpu(device) else 2**26, device)
-    steps: dict[str, Step] = {}
-    for phase in setting.phases:
-        steps = {r.name: r.prepare(inputs, phase) for r in rivals if phase in r.phases}
-        if not steps:
-            continue
-        base = base_of(steps)
-        steps[COPY] = copy
-        shortest = 0.0 if options.tiny else None
-        turns = {n: measure.turn_of(s, device, shortest) for n, s in steps.items()}
-        times = measure.alternate(turns, options.rounds)
-        for name, step in list(steps.items())[:-1]:
-            here = {"phase": phase, **columns[name]}
-            record.add_times(name, times, base, **here)
-            pairs = zip(times[name], times[COPY], strict=True)
-            share = must_move[phase] / copied
-            record.add(SHARE, [share * copying / t for t, copying in pairs], rival=name, **here)
-            if options.memory_runs and is_gpu(device):
-                peak = measure.cuda_peak(functools.partial(step.run, step.before()))[1]
-                record.add(MEMORY, [peak], rival=name, **here)
-        here = {"phase": phase, "instruction_set": instruction_set(device)}
-        record.add(BANDWIDTH, [copied / t / 1e9 for t in times[COPY]], rival=COPY, **here)
-        del step, turns
-    del inputs, copy
-    steps.clear()  # they hold the inputs
+    shape = setting.shape
+    record = Recorder(
+        shape.device, family=setting.family, threads=options.threads, **shape.columns()
+    )
+    columns = {rival.name: rival.columns(shape) for rival in rivals}
+    _add_times(record, rivals, setting, options)
     gc.collect()
-    if is_gpu(device):
+    if is_gpu(shape.device):
         torch.cuda.empty_cache()  # the next shape's tensors have other sizes
     elif WHOLE in setting.phases:
-        for name, values in measure.peaks(options, for_memory, list(columns), shape).items():
+        for name, values in measure.peaks(options, for_memory, columns, shape).items():
             record.add(MEMORY, values, rival=name, phase=WHOLE, **columns[name])
     return record.rows
+
+
+def _add_times(record: Recorder, rivals: Sequence[Rival], setting: Setting, options: Any) -> None:
+    """What it allocates is free when it returns."""
+    shape, device = setting.shape, setting.shape.device
+    inputs = make(shape)
+    must_move = step_bytes(shape, inputs)
+    # A copy of more than any cache holds; its bytes are read and written.
+    source = torch.ones(
+        2**18 if options.tiny else 2**28 if is_gpu(device) else 2**26, device=device
+    )
+    target, copied = torch.empty_like(source), 2 * source.nbytes
+    copy = Step(lambda _: target.copy_(source))
+    for phase in setting.phases:
+        compared = [rival for rival in rivals if phase in rival.phases]
+        if not compared:
+            continue
+        steps = {rival.name: rival.prepare(shape, inputs, phase) for rival in compared}
+        shortest = 0.0 if options.tiny else None
+        turns = {n: measure.turn_of(s, device, shortest) for n, s in (steps | {COPY: copy}).items()}
+        times = measure.alternate(turns, options.rounds)
+        for rival in compared:
+            here = {"rival": rival.name, "phase": phase, **rival.columns(shape)}
+            record.add_times(times, base_of(steps), **here)
+            pairs = zip(times[rival.name], times[COPY], strict=True)
+            share = must_move[phase] / copied
+            record.add(SHARE, [share * copying / t for t, copying in pairs], **here)
+            if options.memory_runs and is_gpu(device):
+                step = steps[rival.name]
+                peak = measure.cuda_peak(functools.partial(step.run, step.before()))[1]
+                record.add(MEMORY, [peak], **here)
+        here = {"rival": COPY, "phase": phase, "instruction_set": instruction_set(device)}
+        record.add(BANDWIDTH, [copied / t / 1e9 for t in times[COPY]], **here)

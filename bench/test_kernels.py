@@ -47,7 +47,7 @@ def test_call(
             else:
                 function, options = CALLS[name]
                 kind = {"similarity": similarity, "sparse_grad": gradient == "sparse"}
-                value = function(*inputs.tensors, backend=backend, **kind, **options)
+                value = function(*inputs, backend=backend, **kind, **options)
         if gradient is not None:
             value = value.mutated if name == "scores" else value
             torch.autograd.grad(value.sum(), leaves)

@@ -11,8 +11,6 @@ The other libraries are imported only where they are used: the list needs none o
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import functools
 import importlib.metadata
 import io
 import itertools
@@ -20,19 +18,22 @@ import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
 from bench import eager, measure
-from bench.inputs import GRADIENTS, is_gpu
+from bench.inputs import Shape, is_gpu
 from bench.measure import synchronize
 from bench.results import MEMORY, Recorder, Row
+from bench.rivals import EMU, Loss
+from bench.steps import Setting
 from emu_kernels import fused_emu_loss
 
 MISSING: str | None = None  # why our trainer cannot be imported
@@ -49,42 +50,44 @@ if TYPE_CHECKING:
     from emu_kernels.trainer.data import Graph
 
 ZIPF = "zipf"
+RELATIONS = 500  # of the synthetic graph, which has as many triples as entities
 PHASE = "training step"
-EMU: dict[str, Any] = {"mutation_rate": 0.61, "beta": 0.53, "alpha": 0.11}
-"""Our trainer's defaults; the times do not depend on them."""
+LEARNING_RATE = 0.1
 
 
 @dataclass(frozen=True)
-class Task:
+class Task(Shape):
     """One training run. The default is the paper's setting on FB15k-237."""
 
+    entities: int = 1_000_000  # of the synthetic graph
+    similarity: str = ""  # the model's
     graph: str = "FB15k-237"
-    entities: int = 1_000_000  # these three: of the synthetic graph
-    relations: int = 500
-    triples: int = 1_000_000
     model: str = "DistMult"
-    dim: int = 100
-    batch: int = 1000
-    negatives: int = 256
     optimizer: str = "Adagrad"
-    lr: float = 0.1
-    gradient: str = "dense"
-    device: str = "cpu"
-
-    @property
-    def sparse(self) -> bool:
-        return self.gradient == "sparse"
-
-    def replace(self, **changes: Any) -> Task:
-        return dataclasses.replace(self, **changes)
 
     def tiny(self) -> Task:
-        """For tests, and to warm up before memory is measured."""
-        sizes = {"entities": 50, "relations": 3, "triples": 200, "dim": 8, "batch": 10}
-        return self.replace(graph=ZIPF, negatives=4, **sizes)
+        return super().tiny().replace(graph=ZIPF)
 
     def load(self) -> Graph:
-        return load_graph(self.graph, self.entities, self.relations, self.triples)
+        """The graph, of training triples alone.
+
+        Raises:
+            FileNotFoundError: the dataset is not at hand and cannot be downloaded.
+        """
+        if MISSING is not None:
+            raise ModuleNotFoundError(MISSING)
+        if self.graph == ZIPF:
+            train = zipf_triples(self.entities, RELATIONS, self.entities)
+            entities: Any = range(self.entities)  # training does not use names
+            relations: Any = range(RELATIONS)
+        else:
+            try:
+                graph = load_dataset(self.graph)
+            except DataError as error:
+                raise FileNotFoundError(str(error)) from error
+            train, entities, relations = graph.triples["train"], graph.entities, graph.relations
+        none = train.new_empty((0, 3))
+        return data.Graph(entities, relations, {"train": train, "valid": none, "test": none})
 
     def __str__(self) -> str:
         sizes = f"d={self.dim}, B={self.batch}, K={self.negatives}"
@@ -109,390 +112,338 @@ def zipf_triples(entities: int, relations: int, triples: int) -> Tensor:
     return torch.stack(columns, dim=1)
 
 
-def load_graph(name: str, entities: int, relations: int, triples: int) -> Graph:
-    """A graph of training triples alone; the sizes are those of the synthetic one.
-
-    Raises:
-        FileNotFoundError: the dataset is not at hand and cannot be downloaded.
-    """
-    if MISSING is not None:
-        raise ModuleNotFoundError(MISSING)
-    if name == ZIPF:
-        train = zipf_triples(entities, relations, triples)
-        names: Any = range(entities), range(relations)  # training does not use names
-    else:
-        try:
-            graph = load_dataset(name)
-        except DataError as error:
-            raise FileNotFoundError(str(error)) from error
-        train, names = graph.triples["train"], (graph.entities, graph.relations)
-    none = train.new_empty((0, 3))
-    return data.Graph(names[0], names[1], {"train": train, "valid": none, "test": none})
+Run = Callable[[int], float]  # trains so many steps and returns their seconds
 
 
-class Trainer:
-    """A call trains some steps and returns their seconds."""
-
-    name: ClassVar[str]  # in results and on the command line
-    title: ClassVar[str]  # in tables
-    library: ClassVar[tuple[str, str] | None] = None  # module and package
-    models: ClassVar[dict[str, Any]] = {}  # with options; none: all of ours
-    gradients: ClassVar[tuple[str, ...]] = GRADIENTS
-    has_ours: ClassVar[bool] = False  # our kernels
-    optimizer: torch.optim.Optimizer
-    loss: Callable[[], Tensor]
-
-    def __init__(self, task: Task, graph: Graph) -> None:
-        self.task = task
-        self.step = 0
-
-    def __call__(self, steps: int) -> float:
-        synchronize(self.task.device)
+def timed(train: Callable[[int], object], device: str) -> Run:
+    def run(steps: int) -> float:
+        synchronize(device)
         start = time.perf_counter()
-        self.train(steps)
-        synchronize(self.task.device)
+        train(steps)
+        synchronize(device)
         return time.perf_counter() - start
 
-    def train(self, steps: int) -> None:
-        for _ in range(steps):
-            self.optimizer.zero_grad()
-            self.loss().backward()
-            self.optimizer.step()
-            self.step += 1
-
-    def set_optimizer(self, parameters: Iterable[Any]) -> None:
-        """The fastest available: on a CPU fused, unless gradients are sparse."""
-        task = self.task
-        name = "SparseAdam" if task.sparse and task.optimizer == "Adam" else task.optimizer
-        fused = {} if task.sparse or is_gpu(task.device) else {"fused": True}
-        self.optimizer = getattr(torch.optim, name)(list(parameters), lr=task.lr, **fused)
-
-    @classmethod
-    def columns(cls, task: Task) -> dict[str, Any]:
-        """Of a row of results."""
-        package = cls.library[1] if cls.library else ""
-        version = f"{package} {importlib.metadata.version(package)}" if package else ""
-        return {"gradient": cls.adapt(task).gradient, "library": version}
-
-    @classmethod
-    def unavailable(cls, task: Task) -> str | None:
-        """Why it cannot run the task here, or None."""
-        if MISSING is not None:
-            return MISSING
-        if cls.library and find_spec(cls.library[0]) is None:
-            return f"{cls.library[1]} is not installed (pip install {cls.library[1]})"
-        if cls.models and task.model not in cls.models:
-            return f"has no {task.model}"
-        # Parameters, gradients, the optimiser's state and temporaries; tensors of B·K·D.
-        tables = 3 if cls.adapt(task).sparse else 6
-        entities = task.entities if task.graph == ZIPF else 200_000  # more than any dataset has
-        width = MODELS[task.model].entity_width * task.dim * 4
-        rows = entities * tables + task.batch * task.negatives * 12
-        return measure.too_large(rows * width, task.device)
-
-    @classmethod
-    def adapt(cls, task: Task) -> Task:
-        """The task with dense gradients where this trainer has no sparse ones for it."""
-        return task if task.gradient in cls.gradients else task.replace(gradient="dense")
+    return run
 
 
-class OurTrainer(Trainer):
+def new_optimizer(task: Task, parameters: Iterable[Any]) -> torch.optim.Optimizer:
+    """The fastest available: on a CPU fused, unless gradients are sparse."""
+    name = "SparseAdam" if task.sparse and task.optimizer == "Adam" else task.optimizer
+    fused = {} if task.sparse or is_gpu(task.device) else {"fused": True}
+    return getattr(torch.optim, name)(list(parameters), lr=LEARNING_RATE, **fused)
+
+
+def by_hand(task: Task, parameters: Iterable[Any], loss: Callable[[int], Tensor]) -> Run:
+    """The usual loop, with a loss of the step's number."""
+    optimizer, numbers = new_optimizer(task, parameters), itertools.count()
+
+    def train(steps: int) -> None:
+        for number in itertools.islice(numbers, steps):
+            optimizer.zero_grad()
+            loss(number).backward()
+            optimizer.step()
+
+    return timed(train, task.device)
+
+
+def our_config(task: Task, loss: str) -> Config:
+    never = 2**62
+    return Config(
+        data=task.graph,  # a name only: the graph is passed to the trainer
+        model=task.model, dim=task.dim, loss=loss, batch_size=task.batch,
+        negatives=task.negatives, optimizer=task.optimizer, lr=LEARNING_RATE, sparse=task.sparse,
+        regularization=0.0, eval_every=never, log_every=never, device=task.device, **EMU,
+    )  # fmt: skip
+
+
+def ours_can_be_sparse(task: Task) -> bool:
+    try:
+        our_config(task.replace(gradient="sparse"), "emu")
+    except ConfigError:
+        return False
+    return True
+
+
+def our_trainer(task: Task, graph: Graph, loss: str) -> Run:
     """``emu-train``, without evaluation."""
+    trainer = loop.Trainer(loop.settle(our_config(task, loss)), graph)
 
-    name, title, kind, has_ours = "trainer-emu", "**our trainer, EMU**", "emu", True
-
-    def __init__(self, task: Task, graph: Graph) -> None:
-        super().__init__(task, graph)
-        self.trainer = loop.Trainer(loop.settle(self.config(task)), graph)
-
-    @classmethod
-    def config(cls, task: Task) -> Config:
-        never = 2**62
-        return Config(
-            data=task.graph,  # a name only: the graph is passed to the trainer
-            model=task.model, dim=task.dim, loss=cls.kind, batch_size=task.batch,
-            negatives=task.negatives, optimizer=task.optimizer, lr=task.lr, sparse=task.sparse,
-            regularization=0.0, eval_every=never, log_every=never, device=task.device, **EMU,
-        )  # fmt: skip
-
-    def train(self, steps: int) -> None:
-        self.step += steps
+    def train(steps: int) -> None:
         with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
-            self.trainer.train(self.step)
+            trainer.train(trainer.step + steps)
 
-    @classmethod
-    def adapt(cls, task: Task) -> Task:
-        with contextlib.suppress(ConfigError):
-            cls.config(task)
-            return task
-        return task.replace(gradient="dense")  # not sparse with these settings
+    return timed(train, task.device)
 
 
-class OurSoftmax(OurTrainer):
-    name, title, kind = "trainer-softmax", "our trainer, sampled softmax", "softmax"
+def pytorch_loop(task: Task, graph: Graph, new_loss: Callable[[Shape], Loss]) -> Run:
+    """An ordinary loop: shuffled triples, tails and heads corrupted in turn, embeddings.
 
-
-class Loop(Trainer):
-    """An ordinary loop: shuffled triples, tails and heads corrupted in turn, embeddings, softmax.
-
-    The query is computed once a row and scored with its K candidates, gathered by ``embedding``.
+    The query is computed once a row and scored with its K candidates.
     """
+    draws = torch.Generator().manual_seed(0)
+    model = MODELS[task.model](graph.num_entities, graph.num_relations, task.dim, draws)
+    model.to(task.device)
+    triples = graph.triples["train"].to(task.device)
+    order = torch.randperm(len(triples), device=task.device)
+    loss_of = new_loss(task.replace(similarity=model.similarity))
 
-    name, title = "loop-softmax", "PyTorch loop"
-    function: ClassVar[Callable[..., Tensor]] = staticmethod(eager.softmax_loss)
-
-    def __init__(self, task: Task, graph: Graph) -> None:
-        super().__init__(task, graph)
-        draws = torch.Generator().manual_seed(0)
-        self.model = MODELS[task.model](graph.num_entities, graph.num_relations, task.dim, draws)
-        self.model.to(task.device)
-        self.set_optimizer(self.model.parameters())
-        self.triples = graph.triples["train"].to(task.device)
-        self.order = torch.randperm(len(self.triples), device=task.device)
-
-    def loss(self) -> Tensor:
-        task, model = self.task, self.model
-        direction = data.DIRECTIONS[self.step % 2]
-        first = self.step * task.batch % max(1, len(self.order) - task.batch + 1)
-        batch = self.triples[self.order[first : first + task.batch]]
+    def loss(step: int) -> Tensor:
+        direction = data.DIRECTIONS[step % 2]
+        first = step * task.batch % max(1, len(order) - task.batch + 1)
+        batch = triples[order[first : first + task.batch]]
         given, relation, positive = data.split_triples(batch, direction)
         shape = (len(batch), task.negatives)
         negative = torch.randint(len(model.entity), shape, device=task.device)
         heads = embedding(given, model.entity, sparse=task.sparse)
         relations = embedding(relation, model.relation, sparse=task.sparse)
         query = model.query(heads, relations, direction).vector
-        return self.function(query, model.entity, positive, negative, **self.options())
+        return loss_of(query, model.entity, positive, negative)
 
-    def options(self) -> dict[str, Any]:
-        spelling = eager.SPELLINGS[self.model.similarity][-1 if is_gpu(self.task.device) else 0]
-        return {"scores": spelling, "sparse": self.task.sparse}
+    return by_hand(task, model.parameters(), loss)
 
 
-class LoopEmu(Loop):
-    name, title = "loop-emu", "PyTorch loop with eager EMU"
-    function = staticmethod(functools.partial(eager.emu_loss, **EMU))
+def eager_loss(shape: Shape, loss: Loss) -> Loss:
+    scores = eager.SPELLINGS[shape.similarity][-1 if is_gpu(shape.device) else 0]
+    return partial(loss, scores=scores, sparse=shape.sparse)
 
 
-class FusedLoop(Loop):
-    name, title, has_ours = "fused-loop-emu", "PyTorch loop with our EMU", True
-    function = staticmethod(functools.partial(fused_emu_loss, **EMU))
-
-    def options(self) -> dict[str, Any]:
-        return {"similarity": self.model.similarity, "sparse_grad": self.task.sparse}
+def our_emu(shape: Shape) -> Loss:
+    return partial(fused_emu_loss, similarity=shape.similarity, sparse_grad=shape.sparse, **EMU)
 
 
-def _cross_entropy(positive: Tensor, negative: Tensor) -> Tensor:
+def cross_entropy(positive: Tensor, negative: Tensor) -> Tensor:
     """(B,), (B, K) scores -> the loss with the positive as the right class."""
     return eager.first_class(torch.cat([positive[:, None], negative], dim=1))
 
 
-class Pykeen(Trainer):
+LIBRARIES: dict[str, dict[str, dict[str, Any]]] = {
+    "pykeen": {
+        "DistMult": {"entity_constrainer": None, "regularizer": None},
+        "ComplEx": {"regularizer": None},
+        "TransE": {"entity_constrainer": None},
+        "RotatE": {},  # relations are constrained to the unit circle: part of the model
+    },
+    "torch-geometric": {"DistMult": {}, "ComplEx": {}, "TransE": {}, "RotatE": {}},
+    "torchkge": {"DistMult": {}, "ComplEx": {}, "TransE": {"dissimilarity_type": "L1"}},
+}
+"""By package its models, with their options."""
+DENSE = ("pykeen", "torchkge")  # those without sparse gradients
+
+
+def pykeen(task: Task, graph: Graph, *, ours: bool) -> Run:
     """PyKEEN's SLCWATrainingLoop, its basic sampler (vectorised), CrossEntropyLoss.
 
     Without worker processes, which would take the cores that compute. Each call trains an epoch of
     steps + 1 batches, and the clock is read when the first and the last one begin.
     """
+    from pykeen.models import model_resolver
+    from pykeen.training import SLCWATrainingLoop, TrainingCallback
+    from pykeen.triples import CoreTriplesFactory
 
-    name, title = "pykeen", "PyKEEN, sLCWA"
-    library, gradients = ("pykeen", "pykeen"), ("dense",)
-    models: ClassVar[dict[str, Any]] = {
-        "DistMult": {"entity_constrainer": None, "regularizer": None},
-        "ComplEx": {"regularizer": None},
-        "TransE": {"entity_constrainer": None},
-        "RotatE": {},  # relations are constrained to the unit circle: part of the model
-    }
+    new_loop: Any = SLCWATrainingLoop
+    if ours:
+        from emu_kernels.integrations.pykeen import EMUTrainingLoop
 
-    def __init__(self, task: Task, graph: Graph) -> None:
-        from pykeen.models import model_resolver
-        from pykeen.triples import CoreTriplesFactory
+        new_loop = partial(EMUTrainingLoop, **EMU)
+    logging.getLogger("pykeen").setLevel(logging.ERROR)
+    triples = graph.triples["train"]
+    new_factory = partial(
+        CoreTriplesFactory, num_entities=graph.num_entities, num_relations=graph.num_relations
+    )
+    every = new_factory(triples)
+    model = model_resolver.make(
+        task.model.lower(), triples_factory=every, embedding_dim=task.dim,
+        loss="crossentropy", random_seed=0, **LIBRARIES["pykeen"][task.model],
+    ).to(task.device)  # fmt: skip
+    training_loop = new_loop(
+        model=model, triples_factory=every, optimizer=new_optimizer(task, model.get_grad_params()),
+        negative_sampler="basic", automatic_memory_optimization=False,
+        negative_sampler_kwargs={"num_negs_per_pos": task.negatives},
+    )  # fmt: skip
 
-        super().__init__(task, graph)
-        logging.getLogger("pykeen").setLevel(logging.ERROR)
-        self.triples = graph.triples["train"]
-        self.factory = lambda triples: CoreTriplesFactory(
-            triples, num_entities=graph.num_entities, num_relations=graph.num_relations
-        )
-        every = self.factory(self.triples)
-        model = model_resolver.make(
-            task.model.lower(), triples_factory=every, embedding_dim=task.dim,
-            loss="crossentropy", random_seed=0, **self.models[task.model],
-        ).to(task.device)  # fmt: skip
-        self.set_optimizer(model.get_grad_params())
-        self.training_loop = self.loop_class()(
-            model=model, triples_factory=every, optimizer=self.optimizer,
-            negative_sampler="basic", automatic_memory_optimization=False,
-            negative_sampler_kwargs={"num_negs_per_pos": task.negatives},
-        )  # fmt: skip
-        self.epoch = 0
+    times: list[float] = []
+    epochs = itertools.count(1)
 
-    def loop_class(self) -> Any:
-        from pykeen.training import SLCWATrainingLoop
+    class Watch(TrainingCallback):
+        def pre_batch(self, **kwargs: Any) -> None:
+            synchronize(task.device)
+            times.append(time.perf_counter())
 
-        return SLCWATrainingLoop
-
-    def __call__(self, steps: int) -> float:
-        from pykeen.training import TrainingCallback
-
-        times: list[float] = []
-        device = self.task.device
-
-        class Watch(TrainingCallback):
-            def pre_batch(self, **kwargs: Any) -> None:
-                synchronize(device)
-                times.append(time.perf_counter())
-
-        chosen = torch.randint(len(self.triples), ((steps + 1) * self.task.batch,))
-        self.epoch += 1
-        self.step += steps
-        self.training_loop.train(
-            self.factory(self.triples[chosen]), num_epochs=self.epoch,  # in total
-            continue_training=self.epoch > 1, batch_size=self.task.batch, use_tqdm=False,
+    def run(steps: int) -> float:
+        times.clear()
+        chosen = torch.randint(len(triples), ((steps + 1) * task.batch,))
+        epoch = next(epochs)
+        training_loop.train(
+            new_factory(triples[chosen]), num_epochs=epoch,  # in total
+            continue_training=epoch > 1, batch_size=task.batch, use_tqdm=False,
             drop_last=True, pin_memory=False, num_workers=0, callbacks=Watch(),
         )  # fmt: skip
         return times[steps] - times[0]
 
-
-class PykeenEmu(Pykeen):
-    name, title, has_ours = "pykeen-emu", "PyKEEN with our EMU", True
-
-    def loop_class(self) -> Any:
-        from emu_kernels.integrations.pykeen import EMUTrainingLoop
-
-        return functools.partial(EMUTrainingLoop, **EMU)
+    return run
 
 
-class Pyg(Trainer):
+def pyg(task: Task, graph: Graph, *, ours: bool) -> Run:
     """torch_geometric.nn.kge, its loader, and negatives drawn as by its ``random_sample``.
 
     Its own losses take one negative a positive. With K of them the scores of a row are computed by
     broadcasting where the model's ``forward`` allows it, so that heads (or tails) and relations are
     looked up once a row; heads and tails are corrupted in turn.
     """
+    from torch_geometric.nn import kge
 
-    name, title = "pyg", "PyTorch Geometric"
-    library = ("torch_geometric", "torch-geometric")
-    models: ClassVar[dict[str, Any]] = dict.fromkeys(("DistMult", "ComplEx", "TransE", "RotatE"))
+    from emu_kernels.integrations.pyg import emu_loss
 
-    def __init__(self, task: Task, graph: Graph) -> None:
-        from torch_geometric.nn import kge
+    sizes = (graph.num_entities, graph.num_relations, task.dim)
+    model = getattr(kge, task.model)(*sizes, sparse=task.sparse).to(task.device)
+    columns = graph.triples["train"].to(task.device).T.contiguous()
+    loader = model.loader(*columns, batch_size=task.batch, shuffle=True, drop_last=True)
+    batches = itertools.chain.from_iterable(itertools.repeat(loader))
 
-        super().__init__(task, graph)
-        sizes = (graph.num_entities, graph.num_relations, task.dim)
-        self.model = getattr(kge, task.model)(*sizes, sparse=task.sparse).to(task.device)
-        self.set_optimizer(self.model.parameters())
-        triples = graph.triples["train"].to(task.device).T.contiguous()
-        loader = self.model.loader(*triples, batch_size=task.batch, shuffle=True, drop_last=True)
-        self.batches = itertools.chain.from_iterable(itertools.repeat(loader))
-
-    def loss(self) -> Tensor:
-        triples = next(self.batches)
-        shape = (len(triples[0]), self.task.negatives)
-        sampled = torch.randint(self.model.num_nodes, shape, device=self.task.device)
+    def loss(step: int) -> Tensor:
+        triples = next(batches)
+        if ours:
+            return emu_loss(model, *triples, num_negatives=task.negatives, **EMU)
+        shape = (len(triples[0]), task.negatives)
+        sampled = torch.randint(model.num_nodes, shape, device=task.device)
         corrupted = [ids[:, None] for ids in triples]
-        corrupted[0 if self.step % 2 else 2] = sampled
-        if self.task.model == "RotatE":  # its forward does not broadcast
+        corrupted[0 if step % 2 else 2] = sampled
+        if task.model == "RotatE":  # its forward does not broadcast
             corrupted = [ids.expand(shape).flatten() for ids in corrupted]
-        return _cross_entropy(self.model(*triples), self.model(*corrupted).view(shape))
+        return cross_entropy(model(*triples), model(*corrupted).view(shape))
+
+    return by_hand(task, model.parameters(), loss)
 
 
-class PygEmu(Pyg):
-    name, title, has_ours = "pyg-emu", "PyTorch Geometric with our EMU", True
-
-    def loss(self) -> Tensor:
-        from emu_kernels.integrations.pyg import emu_loss
-
-        count = self.task.negatives
-        return emu_loss(self.model, *next(self.batches), num_negatives=count, **EMU)
-
-
-class TorchKge(Trainer):
+def torchkge(task: Task, graph: Graph) -> Run:
     """TorchKGE's model, DataLoader and UniformNegativeSampler; its scores in cross-entropy.
 
     Entities are normalised at each look-up, as its models do; ``normalize_parameters``, due once an
     epoch, is left out.
     """
+    from torchkge import models
+    from torchkge.data_structures import KnowledgeGraph
+    from torchkge.sampling import UniformNegativeSampler
+    from torchkge.utils import DataLoader
 
-    name, title = "torchkge", "TorchKGE"
-    library, gradients = ("torchkge", "torchkge"), ("dense",)
-    models: ClassVar[dict[str, Any]] = {
-        "DistMult": {}, "ComplEx": {}, "TransE": {"dissimilarity_type": "L1"},
-    }  # fmt: skip
+    columns = graph.triples["train"].to(task.device).T.contiguous()
+    known: Any = defaultdict(set)  # only evaluation needs the known triples
+    knowledge = KnowledgeGraph(
+        kg=dict(zip(("heads", "relations", "tails"), columns, strict=True)),
+        ent2ix={i: i for i in range(graph.num_entities)},
+        rel2ix={i: i for i in range(graph.num_relations)},
+        dict_of_heads=known, dict_of_tails=known, dict_of_rels=known,
+    )  # fmt: skip
+    new_model = getattr(models, f"{task.model}Model")
+    sizes = (task.dim, graph.num_entities, graph.num_relations)
+    model = new_model(*sizes, **LIBRARIES["torchkge"][task.model]).to(task.device)
+    sampler = UniformNegativeSampler(knowledge, n_neg=task.negatives)
+    loader = DataLoader(knowledge, batch_size=task.batch)
+    every = itertools.chain.from_iterable(itertools.repeat(loader))
+    batches = (batch for batch in every if len(batch[0]) == task.batch)
 
-    def __init__(self, task: Task, graph: Graph) -> None:
-        from torchkge import models
-        from torchkge.data_structures import KnowledgeGraph
-        from torchkge.sampling import UniformNegativeSampler
-        from torchkge.utils import DataLoader
-
-        super().__init__(task, graph)
-        columns = graph.triples["train"].to(task.device).T.contiguous()
-        known: Any = defaultdict(set)  # only evaluation needs the known triples
-        knowledge = KnowledgeGraph(
-            kg=dict(zip(("heads", "relations", "tails"), columns, strict=True)),
-            ent2ix={i: i for i in range(graph.num_entities)},
-            rel2ix={i: i for i in range(graph.num_relations)},
-            dict_of_heads=known, dict_of_tails=known, dict_of_rels=known,
-        )  # fmt: skip
-        sizes = (task.dim, graph.num_entities, graph.num_relations)
-        kind = getattr(models, f"{task.model}Model")
-        self.model = kind(*sizes, **self.models[task.model]).to(task.device)
-        self.set_optimizer(self.model.parameters())
-        self.sampler = UniformNegativeSampler(knowledge, n_neg=task.negatives)
-        loader = DataLoader(knowledge, batch_size=task.batch)
-        batches = itertools.chain.from_iterable(itertools.repeat(loader))
-        self.batches = (batch for batch in batches if len(batch[0]) == task.batch)
-
-    def loss(self) -> Tensor:
-        head, tail, relation = next(self.batches)
-        corrupted = self.sampler.corrupt_batch(head, tail, relation)
-        positive, negative = self.model(head, tail, relation, *corrupted)
+    def loss(step: int) -> Tensor:
+        head, tail, relation = next(batches)
+        corrupted = sampler.corrupt_batch(head, tail, relation)
+        positive, negative = model(head, tail, relation, *corrupted)
         rows = len(head)  # both are repeated once a negative, block by block
-        return _cross_entropy(positive[:rows], negative.view(-1, rows).T)
+        return cross_entropy(positive[:rows], negative.view(-1, rows).T)
+
+    return by_hand(task, model.parameters(), loss)
 
 
-TRAINERS: tuple[type[Trainer], ...] = (
-    OurTrainer, OurSoftmax, FusedLoop, Loop, LoopEmu, Pykeen, PykeenEmu, Pyg, PygEmu, TorchKge,
+@dataclass(frozen=True)
+class Trainer:
+    name: str  # in results and on the command line
+    title: str  # in tables
+    start: Callable[[Task, Graph], Run]
+    library: str = ""  # its package, one of ``LIBRARIES``
+    can_be_sparse: Callable[[Task], bool] = lambda task: True
+    device: str | None = None  # any
+
+    def adapt(self, task: Task) -> Task:
+        """The task with dense gradients where this trainer has no sparse ones for it."""
+        possible = self.library not in DENSE and self.can_be_sparse(task)
+        return task if possible else task.replace(gradient="dense")
+
+    def warm(self, task: Task, graph: Graph) -> Run:
+        run = self.start(self.adapt(task), graph)
+        run(measure.MEMORY_STEPS)
+        return run
+
+    def columns(self, task: Task) -> dict[str, Any]:
+        """Of a row of results."""
+        version = self.library and f"{self.library} {importlib.metadata.version(self.library)}"
+        return {"gradient": self.adapt(task).gradient, "library": version}
+
+    def unavailable(self, task: Task) -> str | None:
+        """Why it cannot run the task here, or None."""
+        if MISSING is not None:
+            return MISSING
+        if self.library and find_spec(self.library.replace("-", "_")) is None:
+            return f"{self.library} is not installed (pip install {self.library})"
+        if task.model not in LIBRARIES.get(self.library, MODELS):
+            return f"has no {task.model}"
+        # Parameters, gradients, the optimiser's state and temporaries; tensors of B·K·D.
+        tables = 3 if self.adapt(task).sparse else 6
+        entities = task.entities if task.graph == ZIPF else 200_000  # more than any dataset has
+        width = MODELS[task.model].entity_width * task.dim * 4
+        rows = entities * tables + task.batch * task.negatives * 12
+        return measure.too_large(rows * width, task.device)
+
+
+_PYG = "torch-geometric"
+_SOFTMAX = partial(eager_loss, loss=eager.softmax_loss)
+_EMU = partial(eager_loss, loss=partial(eager.emu_loss, **EMU))
+TRAINERS = (
+    Trainer(
+        "trainer-emu", "**our trainer, EMU**", partial(our_trainer, loss="emu"),
+        can_be_sparse=ours_can_be_sparse,
+    ),
+    Trainer(
+        "trainer-softmax", "our trainer, sampled softmax", partial(our_trainer, loss="softmax"),
+        can_be_sparse=ours_can_be_sparse,
+    ),
+    Trainer("fused-loop-emu", "PyTorch loop with our EMU", partial(pytorch_loop, new_loss=our_emu)),
+    Trainer("loop-softmax", "PyTorch loop", partial(pytorch_loop, new_loss=_SOFTMAX)),
+    Trainer("loop-emu", "PyTorch loop with eager EMU", partial(pytorch_loop, new_loss=_EMU)),
+    Trainer("pykeen", "PyKEEN, sLCWA", partial(pykeen, ours=False), "pykeen"),
+    Trainer("pykeen-emu", "PyKEEN with our EMU", partial(pykeen, ours=True), "pykeen"),
+    Trainer("pyg", "PyTorch Geometric", partial(pyg, ours=False), _PYG),
+    Trainer("pyg-emu", "PyTorch Geometric with our EMU", partial(pyg, ours=True), _PYG),
+    Trainer("torchkge", "TorchKGE", torchkge, "torchkge"),
 )  # fmt: skip
+BASE = TRAINERS[0].name
 BY_NAME = {trainer.name: trainer for trainer in TRAINERS}
 
 
-def runnable(names: Sequence[str], task: Task) -> tuple[list[type[Trainer]], dict[str, str]]:
-    """The trainers that can run the task here, and why the others cannot."""
-    asked = [trainer for trainer in TRAINERS if trainer.name in names]
-    reasons = {t.name: reason for t in asked if (reason := t.unavailable(task)) is not None}
-    return [t for t in asked if t.name not in reasons], reasons
+def settings(options: Any) -> Iterator[Setting]:
+    """Of the command ``train``."""
+    fields = ("entities", "dim", "batch", "negatives", "optimizer")
+    shared = {field: getattr(options, field) for field in fields}
+    for graph, model in itertools.product(options.graph, options.model):
+        gradient = options.gradient or ("sparse" if graph == ZIPF else "dense")
+        task = Task(graph=graph, model=model, gradient=gradient, **shared)
+        yield Setting(task, options.rivals, family="train")
 
 
-def for_memory(name: str, task: Task) -> Callable[[], Trainer]:
+def for_memory(name: str, task: Any) -> Callable[[], Run]:
     """Model, gradients, optimiser and temporaries; not the triples."""
-    small = task.tiny()
-    _start(BY_NAME[name], small, small.load())
-    return functools.partial(_start, BY_NAME[name], task, task.load())
+    return partial(BY_NAME[name].warm, task, task.load())
 
 
-def _start(trainer: type[Trainer], task: Task, graph: Graph) -> Trainer:
-    """Warmed up."""
-    run = trainer(trainer.adapt(task), graph)
-    run(measure.MEMORY_STEPS)
-    return run
-
-
-def _turn(run: Trainer, min_seconds: float) -> measure.Turn:
-    steps = max(1, math.ceil(min_seconds / run(1)))
-    return lambda: run(steps) / steps
-
-
-def rows(trainers: Sequence[type[Trainer]], task: Task, options: Any) -> list[Row]:
+def rows(trainers: Sequence[Trainer], setting: Setting, options: Any) -> list[Row]:
     """Measure, with the options of the command line."""
+    task: Any = setting.shape
     graph = task.load()
     record = Recorder(
-        task.device, family="train", phase=PHASE, graph=task.graph, model=task.model,
-        optimizer=task.optimizer, dtype="float32", threads=options.threads,
-        B=task.batch, K=task.negatives, D=task.dim, N=graph.num_entities,
+        task.device, family=setting.family, phase=PHASE, graph=task.graph, model=task.model,
+        optimizer=task.optimizer, threads=options.threads,
+        **task.columns() | {"N": graph.num_entities},
     )  # fmt: skip
     turns, peaks = {}, {}
     for trainer in measure.progress(trainers, "trainer"):
-        start = functools.partial(_start, trainer, task, graph)
+        start = partial(trainer.warm, task, graph)
         if is_gpu(task.device):
             run, peak = measure.cuda_peak(start)
             peaks[trainer.name] = [peak]
@@ -502,32 +453,38 @@ def rows(trainers: Sequence[type[Trainer]], task: Task, options: Any) -> list[Ro
     times = measure.alternate(turns, options.rounds)
     del run, turns
     if not is_gpu(task.device):
-        peaks = measure.peaks(options, for_memory, list(times), task)
+        peaks = measure.peaks(options, for_memory, times, task)
     for trainer in trainers:
-        columns = trainer.columns(task)
-        record.add_times(trainer.name, times, OurTrainer.name, batch=task.batch, **columns)
+        here = {"rival": trainer.name, **trainer.columns(task)}
+        record.add_times(times, BASE, batch=task.batch, **here)
         if trainer.name in peaks:
-            record.add(MEMORY, peaks[trainer.name], rival=trainer.name, **columns)
+            record.add(MEMORY, peaks[trainer.name], **here)
     return record.rows
 
 
-def sampling_rows(graph: str, options: Any) -> list[Row]:
+def _turn(run: Run, min_seconds: float) -> measure.Turn:
+    steps = max(1, math.ceil(min_seconds / run(1)))
+    return lambda: run(steps) / steps
+
+
+def sampling_rows(name: str, options: Any) -> list[Row]:
     """The random walks of structure-aware negatives, from the training triples, nothing cached.
 
     K is the number of walks from each entity.
     """
-    loaded = load_graph(graph, entities=1000, relations=10, triples=5000)
-    common = {"graph": graph, "family": "sampling", "phase": f"{options.hops} hops"}
-    sizes = {"B": 0, "K": options.walks, "D": 0, "N": loaded.num_entities}
-    record = Recorder("cpu", threads=options.threads, **common, **sizes)
+    graph = Task(graph=name, entities=1000).load()
+    record = Recorder(
+        "cpu", family="sampling", graph=name, phase=f"{options.hops} hops",
+        threads=options.threads, B=0, K=options.walks, D=0, N=graph.num_entities,
+    )  # fmt: skip
 
     def seconds() -> float:
         start = time.perf_counter()
         with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
-            edges = adjacency(loaded.triples["train"], loaded.num_entities)
+            edges = adjacency(graph.triples["train"], graph.num_entities)
             random_walks(edges, options.hops, options.walks, seed=0)
         return time.perf_counter() - start
 
     times = measure.alternate({"random-walks": seconds}, options.rounds)
-    record.add_times("random-walks", times)
+    record.add_times(times, rival="random-walks")
     return record.rows

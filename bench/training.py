@@ -12,15 +12,19 @@ import itertools
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 import torch
+from tabulate import tabulate
 
 from bench import results
 from bench.results import Row
-
-if TYPE_CHECKING:
-    import pandas
+from emu_kernels.trainer import datasets
+from emu_kernels.trainer.config import Config
+from emu_kernels.trainer.errors import TrainerError
+from emu_kernels.trainer.loop import Trainer, settle
+from emu_kernels.trainer.presets import PRESETS
+from emu_kernels.trainer.run import RunFolder
 
 # commit ... mutation_rate ... alpha: settings; best_step: by validation MRR; mrr to mr: on the test
 # split, filtered, ties by the mean rank; seconds: of the steps, without evaluation.
@@ -38,68 +42,39 @@ KEY = ["dataset", "model", "steps", "loss", "seed"]
 LOSSES = ("uls", "mixup", "softmax", "selfadv", "onevsall", "emu")  # as the table orders them
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--presets", nargs="+", help="of emu-train (default: all)")
-    add("--losses", nargs="+", choices=LOSSES, default=["softmax", "uls", "emu"], help="names")
-    add("--steps", type=int, default=10_000, help="of each run")
-    add("--seed", type=int, default=0, help="of each run")
-    add("--threads", type=int, default=torch.get_num_threads(), help="of torch and of our kernels")
-    add("--results", type=Path, default=results.FOLDER / "training", help="folder of CSV files")
-    add("--report", action="store_true", help="only print the table")
-
-
-def train(config: Any, threads: int) -> Row:
+def train(config: Config, threads: int) -> Row:
     """Train, and evaluate the best checkpoint on the test split."""
-    from emu_kernels.trainer.datasets import load_dataset
-    from emu_kernels.trainer.loop import Trainer
-    from emu_kernels.trainer.run import RunFolder
-
     torch.set_num_threads(threads)
     row = {name: getattr(config, name, None) for name in COLUMNS} | results.environment()
-    graph = load_dataset(config.dataset)
+    graph = datasets.load_dataset(config.dataset or "")
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(config, graph, RunFolder.create(Path(folder), config, graph))
         if not trainer.train():
             raise KeyboardInterrupt
         metrics = trainer.finish()
-    assert metrics is not None
     assert trainer.best is not None
     row |= {name: value for name, value in vars(metrics).items() if name in COLUMNS}
     row |= {"best_step": trainer.best["step"], "valid_mrr": trainer.best["mrr"]}
     return row | {"seconds": trainer.seconds, "threads": threads}
 
 
-def read(path: Path) -> pandas.DataFrame:
+def read(path: Path) -> pd.DataFrame:
     return results.read(path, COLUMNS, NUMBERS)
 
 
-def table(runs: pandas.DataFrame) -> str:
+def table(runs: pd.DataFrame) -> str:
     """A line for each run, EMU below its baselines; of repeated runs the latest."""
-    from tabulate import tabulate
-
     shown = runs.drop_duplicates(KEY, keep="last")
-    shown = shown.assign(order=shown["loss"].map(LOSSES.index))
+    shown = shown.assign(order=shown["loss"].map(LOSSES.index), best=shown["best_step"])
     shown = shown.sort_values(["dataset", "model", "steps", "order"], kind="stable")
-    columns = {
-        "dataset": ("dataset", ""), "model": ("model", ""), "loss": ("loss", ""),
-        "steps": ("steps", ","), "best": ("best_step", ","), "MRR": ("mrr", ".4f"),
-        "Hits@1": ("hits_at_1", ".4f"), "Hits@3": ("hits_at_3", ".4f"),
-        "Hits@10": ("hits_at_10", ".4f"), "MR": ("mr", ".0f"),
-    }  # fmt: skip
-    body = [
-        [format(run[name], how) for name, how in columns.values()] for _, run in shown.iterrows()
-    ]
-    align = ["left"] * 3 + ["right"] * 7
-    return tabulate(body, list(columns), "pipe", disable_numparse=True, colalign=align)
+    names = ["dataset", "model", "loss", "steps", "best", "mrr"]
+    names += ["hits_at_1", "hits_at_3", "hits_at_10", "mr"]
+    titles = [*names[:5], "MRR", "Hits@1", "Hits@3", "Hits@10", "MR"]
+    digits = (*[""] * 5, *[".4f"] * 4, ".0f")
+    return tabulate(shown[names], titles, "pipe", digits, intfmt=",", showindex=False)
 
 
 def run(options: argparse.Namespace) -> int:
-    from emu_kernels.trainer.config import Config
-    from emu_kernels.trainer.errors import TrainerError
-    from emu_kernels.trainer.loop import settle
-    from emu_kernels.trainer.presets import PRESETS
-
     path = options.results / f"{results.slug(results.device_name())}.csv"
     chosen = [] if options.report else options.presets or list(PRESETS)
     if unknown := set(chosen) - set(PRESETS):
@@ -109,8 +84,8 @@ def run(options: argparse.Namespace) -> int:
             changes = {"loss": loss, "steps": options.steps, "seed": options.seed}
             changes["eval_every"] = max(1, options.steps // 10)
             config = settle(Config(**PRESETS[preset] | changes))
-            done = read(path)[KEY] if path.exists() else None
-            if done is not None and (done == [getattr(config, k) for k in KEY]).all(axis=1).any():
+            this = [getattr(config, name) for name in KEY]
+            if path.exists() and (read(path)[KEY] == this).all(axis=1).any():
                 continue
             print(f"{preset}, {loss}, {options.steps} steps", flush=True)
             results.append(options.results, [train(config, options.threads)], COLUMNS)

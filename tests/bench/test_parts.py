@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import sys
@@ -33,7 +32,7 @@ def test_eager_losses_are_the_fused_ones(
     similarity: str, backend: str, device: torch.device
 ) -> None:
     """Both EMU losses with the same masks."""
-    inputs = Inputs(*make(TINY).tensors).to(device)
+    inputs = Inputs(*make(TINY)).to(device)
     threshold = rate_to_threshold(EMU["mutation_rate"])
     sizes = (TINY.batch, TINY.negatives, TINY.dim)
     mask = mutation_mask(*sizes, seed=torch.tensor(5), row_offset=0, threshold=threshold)
@@ -55,13 +54,13 @@ def test_the_bare_scatter(shape: tuple[int, int, int, int], threads: None) -> No
     expected = torch.zeros_like(inputs.table).index_add(0, inputs.negative.flatten(), rows)
     for count in (1, 3):
         torch.set_num_threads(count)
-        torch.testing.assert_close(rivals.gather_scatter(*inputs.tensors), expected)
+        torch.testing.assert_close(rivals.gather_scatter(*inputs), expected)
 
 
 def test_phases_are_parts_of_the_whole() -> None:
-    inputs = make(TINY.replace(gradient="sparse"))
-    prepare = rivals.BY_NAME["eager-softmax"].prepare
-    loss, of_backward, of_whole = (prepare(inputs, phase)() for phase in rivals.PHASES)
+    shape = TINY.replace(gradient="sparse")
+    inputs, prepare = make(shape), rivals.BY_NAME["eager-softmax"].prepare
+    loss, of_backward, of_whole = (prepare(shape, inputs, phase)() for phase in rivals.PHASES)
     assert (loss.shape, of_backward[1].is_sparse) == ((), True)
     for part, whole in zip(of_backward, of_whole, strict=True):
         assert torch.equal(part.to_dense(), whole.to_dense())
@@ -81,7 +80,7 @@ def test_bytes_that_must_move() -> None:
     """Two lines a row; the touched rows are 1, 2, 3 and 9."""
     shape = Shape(batch=2, negatives=3, dim=32, entities=10, similarity="l1", gradient="sparse")
     ids: Any = {"positive": torch.tensor([1, 2]), "negative": torch.tensor([[3, 3, 1], [9, 9, 9]])}
-    found = steps.step_bytes(dataclasses.replace(make(shape), **ids))
+    found = steps.step_bytes(shape, make(shape)._replace(**ids))
     query, touched = 2 * 128, 4 * 128
     assert found["forward"] == 64 + query + 8 * 128
     assert found["backward"] == 64 + 2 * query + touched + 64 + touched
@@ -112,8 +111,8 @@ def test_the_report_of_a_gpu() -> None:
             ("2026", "eager-emu", results.TIME, 20.0),
         )
     ]
-    header, _, *lines = report.markdown(pd.DataFrame(rows)).splitlines()[:5]
-    names, *cells = ([cell.strip() for cell in line.split("|")] for line in (header, *lines))
+    lines = report.markdown(pd.DataFrame(rows)).splitlines()[:5]
+    names, _, *cells = ([cell.strip() for cell in line.split("|")] for line in lines)
     columns = [names.index(name) for name in ("rival", "whole ms", "peak MiB")]
     expected = [
         ["**EMU, fused (cuda)**", "2.00", "31.4"],
@@ -138,9 +137,8 @@ def test_stages(tmp_path: Path, capsys: Capture) -> None:
     assert [r.status for r in found] == [OK, FAILED, TIMEOUT, FAILED, SKIPPED]
     assert [r.detail for r in found[1:3]] == ["exit 4: 1", "began"]
     assert "GIVEN=value" in capsys.readouterr().out
-    assert [r["stage"] for r in json.loads((tmp_path / "summary.json").read_text())] == list(
-        "abcde"
-    )
+    record = json.loads((tmp_path / "summary.json").read_text())
+    assert [r["stage"] for r in record] == list("abcde")
     (cut,) = gpu_check.run_stages([stages[0]], tmp_path, minutes=0)
     assert cut.detail == "no time was left for it"
 
