@@ -30,9 +30,10 @@ TILE = 1024
 """Candidates whose scores, (B, TILE), exist at once."""
 KEPT = 2**22
 """Scores that are kept for the backward pass; of more it computes the tiles again."""
-MIN_ROWS = {"cpu": 32}
-"""Of a backend, how many rows must share a set of negatives for products to be faster than its
-kernels. Those that nobody measured are not in it."""
+MIN_SCORES = {"cpu": 2**17}
+"""Of a backend, how many scores a set of negatives must have, its rows times its negatives, for
+products to be faster than the kernels (at 100 components). A backend that was not measured is not
+in it."""
 
 
 class Known(NamedTuple):
@@ -201,12 +202,13 @@ def coefficients(request: LossRequest) -> tuple[float | Tensor, float | Tensor]:
 def fits(request: LossRequest, backend: str) -> bool:
     """Whether a loss is made by products: sets of negatives have many rows, no mask differs from
     row to row, and nobody asked for bits that depend on nothing."""
-    groups, rows = request.negative.shape[0], request.query.shape[0]
+    groups, count = request.negative.shape
+    scores = request.query.shape[0] * count
     return (
-        backend in MIN_ROWS
+        backend in MIN_SCORES
         and request.similarity == "dot"
         and request.mutation.draw in ("none", "moments")
-        and 0 < groups * MIN_ROWS[backend] <= rows
+        and 0 < groups * MIN_SCORES[backend] <= scores
         and not torch.are_deterministic_algorithms_enabled()
     )
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -221,6 +223,14 @@ def test_there_is_nothing_to_mutate_in_closed_form() -> None:
 # --- by matrix products ---------------------------------------------------------------------------
 
 
+@pytest.fixture
+def always() -> Iterator[None]:
+    """Products, however few the scores."""
+    with mock.patch.dict(products.MIN_SCORES, cpu=1):
+        yield
+
+
+@pytest.mark.usefixtures("always")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["softmax", "number", "components", "rows"])
 @pytest.mark.parametrize(("groups", "count"), [(1, 30), (2, 7), (1, 2500), (2, 1), (1, 0)])
@@ -256,7 +266,7 @@ def test_products_are_the_kernels(
 
 def test_products_are_taken_where_rows_share() -> None:
     def fits(groups: int, mutation: Any = None, **options: Any) -> bool:
-        inputs = make(128, 5, 20, groups=groups)
+        inputs = make(256, 2**10, 20, groups=groups)
         given: Options = {
             "similarity": "dot", "mutation_name": "", "mask_unit": "component", "scale": None,
             "similarity_weights": None, "phase_scale": 1.0, "seed": 1, "row_offset": 0,
@@ -268,11 +278,13 @@ def test_products_are_taken_where_rows_share() -> None:
 
     assert fits(1)
     assert fits(1, Expected(0.5))
-    assert not fits(128)
+    assert fits(2)
+    assert not fits(4)
     assert not fits(1, 0.5)
     assert not fits(1, similarity="l1")
 
 
+@pytest.mark.usefixtures("always")
 def test_products_have_no_second_derivative() -> None:
     query, table, *ids = make(64, 5, 20, groups=1)
     query.requires_grad_()
@@ -282,6 +294,7 @@ def test_products_have_no_second_derivative() -> None:
         grad.sum().backward()
 
 
+@pytest.mark.usefixtures("always")
 def test_products_report_what_is_not_finite() -> None:
     query, table, positive, negative = make(64, 5, 20, groups=1)
     query[3, 2] = math.inf
