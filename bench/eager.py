@@ -72,6 +72,18 @@ def softmax_loss(
     return first_class(scores(query, embedding(ids, table, sparse=sparse)))
 
 
+def shared_softmax_loss(query: Tensor, table: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+    """The same with the first row's negatives for all rows, by a matrix product."""
+    rows = embedding(torch.cat([negative[0], positive]), table)
+    others, own = rows.split([negative.shape[1], len(positive)])
+    return first_class(torch.cat([(query * own).sum(1, keepdim=True), query @ others.T], dim=1))
+
+
+def all_softmax_loss(query: Tensor, table: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+    """Cross-entropy of the positive among all entities."""
+    return cross_entropy(query @ table.T, positive)
+
+
 def emu_loss(
     query: Tensor, table: Tensor, positive: Tensor, negative: Tensor, *,
     mutation_rate: float, beta: float, alpha: float,

@@ -27,10 +27,17 @@ from torch import Tensor
 from bench import eager, measure
 from bench.inputs import Inputs, Shape, is_gpu, make
 from bench.measure import Step
-from emu_kernels import backends, fused_emu_loss, fused_softmax_loss
+from emu_kernels import (
+    Expected,
+    backends,
+    fused_emu_loss,
+    fused_softmax_loss,
+    one_vs_all_loss,
+)
 
 EMU: dict[str, Any] = {"mutation_rate": 0.94, "beta": 0.25, "alpha": 0.73}
 """The paper's setting for DistMult on FB15k-237; the times do not depend on it."""
+CLOSED = EMU | {"mutation_rate": Expected(EMU["mutation_rate"])}
 
 PHASES = ("forward", "backward", "forward + backward")
 WHOLE = PHASES[-1]
@@ -124,19 +131,30 @@ additions, in no fixed order. The passes are those over the candidates.
 
 
 def ours(loss: str, backend: str) -> str:
-    """The name of ours with that loss: "emu" or "softmax"."""
+    """The name of ours with that loss: "emu", "expected" or "softmax"."""
     return f"fused-{loss}" if backend == "cpu" else f"fused-{loss}-{backend}"
 
 
 def base_of(names: Iterable[str]) -> str | None:
-    """The rival that others are compared with: EMU by our fastest backend among ``names``."""
-    return next((n for backend in BACKENDS if (n := ours("emu", backend)) in names), None)
+    """The rival that others are compared with: EMU by our fastest backend among ``names``, else
+    the first of ours in closed form."""
+    bases = [ours(loss, backend) for loss in ("emu", "expected") for backend in BACKENDS]
+    bases += ["shared-expected", "all-expected"]
+    return next((name for name in bases if name in names), None)
 
 
 def _fused(loss: str, backend: str, plan: str | None = None) -> Rival:
-    function: Any = partial(fused_emu_loss, **EMU) if loss == "emu" else fused_softmax_loss
+    functions: dict[str, Any] = {
+        "emu": partial(fused_emu_loss, **EMU),
+        "expected": partial(fused_emu_loss, **CLOSED),
+        "softmax": fused_softmax_loss,
+    }
+    function = functions[loss]
     details = ", ".join(filter(None, ["" if backend == "cpu" else backend, plan]))
-    title = {"emu": "EMU, fused", "softmax": "sampled softmax, fused"}[loss]
+    title = {
+        "emu": "EMU, fused", "expected": "EMU in closed form, fused",
+        "softmax": "sampled softmax, fused",
+    }[loss]  # fmt: skip
     title += f" ({details})" if details else ""
     return Rival(
         ours(loss, backend) + (f"-{plan}" if plan else ""),
@@ -215,9 +233,29 @@ def _cannot_gather(shape: Shape) -> str | None:
     return None
 
 
+def _shared(options: dict[str, Any]) -> Loss:
+    return lambda q, t, positive, ids: fused_emu_loss(q, t, positive, ids[:1], **options)
+
+
+def _all(options: dict[str, Any]) -> Loss:
+    return lambda q, t, positive, _: one_vs_all_loss(q, t, positive, **options)
+
+
+def _with_others(loss: Loss, shape: Shape) -> Loss:
+    return loss
+
+
+def _dot_only(shape: Shape) -> str | None:
+    return None if (shape.similarity, shape.sparse) == ("dot", False) else "is of dense dot only"
+
+
+OTHERS = ("shared-", "all-")
+"""Rivals whose negatives are others: one set for the batch, or all entities."""
+
 RIVALS = (
     *(_fused("emu", backend) for backend in BACKENDS),
     *(_fused("softmax", backend) for backend in BACKENDS),
+    *(_fused("expected", backend) for backend in BACKENDS),
     *(_fused("emu", backend, plan) for backend, plans in PLANS.items() for plan in plans),
     Rival(
         "eager-emu", "EMU, eager PyTorch", _eager(eager.emu_loss, **EMU),
@@ -232,8 +270,17 @@ RIVALS = (
         "gather-scatter", "bare gather and scatter of the rows", lambda shape: gather_scatter,
         _cannot_gather, "cpu", phases=(WHOLE,),
     ),
+    *(
+        Rival(name, title, partial(_with_others, loss), _dot_only)
+        for name, title, loss in (
+            ("shared-expected", "EMU in closed form, one set of negatives", _shared(CLOSED)),
+            ("shared-softmax", "sampled softmax, one set of negatives", eager.shared_softmax_loss),
+            ("all-expected", "EMU in closed form, all entities", _all(CLOSED)),
+            ("all-softmax", "softmax of all entities", eager.all_softmax_loss),
+        )
+    ),
 )  # fmt: skip
 BY_NAME = {rival.name: rival for rival in RIVALS}
-DEFAULT = tuple(rival.name for rival in RIVALS if rival.plan is None)
+DEFAULT = tuple(r.name for r in RIVALS if r.plan is None and not r.name.startswith(OTHERS))
 SCALED = tuple(n for n in DEFAULT if n not in ("compiled-emu", "gather-scatter"))
 """Compiling for every size takes longer than measuring; the bare gather and scatter is dense."""

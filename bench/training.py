@@ -39,7 +39,15 @@ NUMBERS |= dict.fromkeys(
     ("dim", "negatives", "batch_size", "steps", "best_step", "seed", "threads"), "int64"
 )
 KEY = ["dataset", "model", "steps", "loss", "seed"]
-LOSSES = ("uls", "mixup", "softmax", "selfadv", "onevsall", "emu")  # as the table orders them
+LOSSES = (
+    "uls",
+    "mixup",
+    "softmax",
+    "selfadv",
+    "onevsall",
+    "emu",
+    "expected",
+)  # as the table orders them
 
 
 def train(config: Config, threads: int) -> Row:

@@ -95,8 +95,6 @@ class Config(
             raise ConfigError(f"mask_unit 'pair' needs an even dim with {self.model}")
         if self.negatives == ALL:
             self._check_all()
-        if self.masks == "expected" and self.mask_unit != "component":
-            raise ConfigError("mask_unit must be left out with expected masks: the model says it")
         if self.sparse:
             self._check_sparse()
 
@@ -105,8 +103,6 @@ class Config(
         takers = [name for name, loss in LOSSES.items() if loss.takes_all]
         if self.loss not in takers:
             raise ConfigError(f"negatives: all needs a loss among {', '.join(takers)}")
-        if self.loss == "emu" and self.masks == "drawn":
-            raise ConfigError("negatives: masks cannot be drawn for all: set masks to expected")
         if self.rows_per_set > 1 or self.sampler != "uniform":
             raise ConfigError("negatives: all leaves nothing to sampler and rows_per_set")
 

@@ -101,14 +101,9 @@ class LossOptions:
     loss: str = setting("emu", "what a step minimises", choices=LOSSES)
     mutation_rate: float = setting(
         0.61,
-        "share of components taken from the positive, in steps of 1/256",
+        "share of components taken from the positive; of masks in steps of 1/256",
         limit=SHARE,
         show=lambda rate: f"{effective_rate(rate):.4f}",
-    )
-    masks: str = setting(
-        "drawn",
-        "expected takes EMU's closed form in the place of random masks: faster, exact rates",
-        choices=("drawn", "expected"),
     )
     mask_unit: str = setting(
         "component",
@@ -142,11 +137,19 @@ def _emu(step: Step, mutation_rate: float | Mixup | Expected) -> Tensor:
     return fused_emu_loss(**step.arguments, seed=step.seed, **options)
 
 
-@loss("EMU", "mutation_rate", "masks", "mask_unit", "beta", "alpha", takes_all=True)
+@loss("EMU", "mutation_rate", "mask_unit", "beta", "alpha", takes_all=True)
 def emu(step: Step) -> Tensor:
-    """Embedding mutation under unbounded label smoothing (Takamoto et al., 2025)."""
+    """Embedding mutation under unbounded label smoothing (Takamoto et al., 2025).
+
+    No masks can be drawn for all entities: there it is the closed form.
+    """
     rate = step.config.mutation_rate
-    return _emu(step, Expected(rate) if step.config.masks == "expected" else rate)
+    return _emu(step, Expected(rate) if step.config.negatives == ALL else rate)
+
+
+@loss("EMU in closed form, without masks", "mutation_rate", "beta", "alpha", takes_all=True)
+def expected(step: Step) -> Tensor:
+    return _emu(step, Expected(step.config.mutation_rate))
 
 
 @loss("EMU without mutation", "beta", "alpha", takes_all=True)
