@@ -22,6 +22,7 @@ from emu_kernels.trainer.losses import LOSSES
 from emu_kernels.trainer.models import MODELS
 from emu_kernels.trainer.presets import PRESETS
 from emu_kernels.trainer.run import RunFolder
+from emu_kernels.trainer.sampling import ALL
 from emu_kernels.trainer.sparse import add_rows
 
 SMALL = Config(data="-", dim=16, batch_size=64, negatives=8, steps=60, eval_every=30, log_every=10)
@@ -569,6 +570,11 @@ def test_every_sampler_trains_with_every_loss(graph, tmp_path, monkeypatch, samp
         ({"walks": -1}, "walks must be a finite number of at least 0"),
         ({"rows_per_set": 7}, "must divide the batch size"),
         ({"rows_per_set": 2, "sampler": "structure-aware"}, "structure-aware negatives cannot"),
+        ({"negatives": -1}, "negatives must be a finite number of at least 0"),
+        ({"negatives": ALL, "loss": "selfadv"}, "all needs a loss among emu"),
+        ({"negatives": ALL, "rows_per_set": 2}, "all leaves nothing to sampler and rows_per_set"),
+        ({"negatives": ALL, "sampler": "structure-aware"}, "all leaves nothing to sampler"),
+        ({"negatives": ALL, "sparse": True}, "touches every entity"),
     ],
 )
 def test_settings_of_samplers_that_do_not_fit(settings, message):

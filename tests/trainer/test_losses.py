@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from emu_kernels import Mixup, emu_scores, uls_cross_entropy
+from emu_kernels import EmuScores, Expected, Mixup, emu_scores, uls_cross_entropy
 from emu_kernels.trainer.config import Config
 from emu_kernels.trainer.losses import LOSSES, Step
 from emu_kernels.trainer.models import MODELS
+from emu_kernels.trainer.sampling import ALL
 
 ENTITIES, RELATIONS, ROWS, NEGATIVES, DIM = 11, 3, 6, 5, 8
 
@@ -41,8 +42,8 @@ def step_of(
     )
 
 
-def scores_of(step: Step, mutation: float | Mixup = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    return emu_scores(**step.arguments, mutation=mutation, seed=step.seed)[:3]
+def scores_of(step: Step, mutation: float | Mixup | Expected = 0.0) -> EmuScores:
+    return emu_scores(**step.arguments, mutation=mutation, seed=step.seed)
 
 
 def expected_rows(name: str, step: Step) -> Tensor:
@@ -51,11 +52,12 @@ def expected_rows(name: str, step: Step) -> Tensor:
     if name == "onevsall":
         scores = step.model.score(step.query, step.table)
         return scores.logsumexp(1) - scores.gather(1, step.positive[:, None])[:, 0]
-    mutations: dict[str, float | Mixup] = {
+    mutations: dict[str, float | Mixup | Expected] = {
         "emu": config.mutation_rate,
+        "expected": Expected(config.mutation_rate),
         "mixup": Mixup(config.mixup_order),
     }
-    positive, negative, mutated = scores_of(step, mutations.get(name, 0.0))
+    positive, negative, mutated, cumulant = scores_of(step, mutations.get(name, 0.0))
     if name == "selfadv":
         margin = 0.0 if step.model.similarity == "dot" else step.model.margin
         rows = []
@@ -67,7 +69,9 @@ def expected_rows(name: str, step: Step) -> Tensor:
     softmax = torch.cat([positive[:, None], negative], 1).logsumexp(1) - positive
     if name == "softmax":
         return softmax
-    rows_of_emu = uls_cross_entropy(positive, mutated, beta=config.beta, reduction="none")
+    rows_of_emu = uls_cross_entropy(
+        positive, mutated, cumulant=cumulant, beta=config.beta, reduction="none"
+    )
     return rows_of_emu + config.alpha * softmax
 
 
@@ -110,13 +114,31 @@ def test_settings_reach_the_loss(changes):
 def test_only_the_positives_term_is_left_without_negatives():
     step = step_of(margin=4.0)
     alone = step._replace(negative=torch.full((ROWS, NEGATIVES), -1))
-    positive, _, _ = scores_of(alone)
+    positive = scores_of(alone).positive
     expected = -(4.0 + positive).sigmoid().log().mean()
     torch.testing.assert_close(LOSSES["selfadv"](alone), expected)
 
 
 def test_temperature_0_weights_negatives_alike():
     step = step_of(margin=4.0, adversarial_temperature=0.0, sets=1)
-    positive, negative, _ = scores_of(step)
+    positive, negative, *_ = scores_of(step)
     expected = -(4 + positive).sigmoid().log() - (-4 - negative).sigmoid().log().mean(1)
     torch.testing.assert_close(LOSSES["selfadv"](step), expected.mean())
+
+
+@pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if loss.takes_all])
+@pytest.mark.parametrize("model", ["DistMult", "TransE"])
+@pytest.mark.parametrize("filtered", [False, True])
+def test_all_entities(name, model, filtered):
+    """As with one set a row that has each entity but the answer and the known ones."""
+    drawn = {"emu": "expected", "onevsall": "softmax"}.get(name, name)
+    step = step_of(model, loss=name, negatives=ALL)
+    offsets, ids = torch.tensor([0, 2, 3, 3, 3, 4, 7]), torch.tensor([1, 4, 0, 9, 2, 3, 10])
+    negative = torch.arange(ENTITIES).repeat(ROWS, 1)
+    for row in range(ROWS):
+        negative[row, step.positive[row]] = -1
+        if filtered:
+            negative[row, ids[offsets[row] : offsets[row + 1]]] = -1
+    step = step._replace(known=(offsets, ids) if filtered else None)
+    sampled = step_of(model, loss=drawn)._replace(negative=negative)
+    torch.testing.assert_close(LOSSES[name](step), LOSSES[drawn](sampled))

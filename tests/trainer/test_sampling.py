@@ -104,6 +104,19 @@ def test_known_triples_become_padding(prefilter):
     assert negative.min() == 0  # the input is left as it was
 
 
+def test_lists_of_known_answers():
+    data = triples(600)
+    known = KnownTriples(data, num_entities=20, num_relations=3)
+    given, relation = torch.cat([triples(50)[:, :2], torch.tensor([[19, 2]])]).T
+    for direction in DIRECTIONS:
+        offsets, ids = known.lists(given, relation, direction)
+        found = known.remove(given, relation, torch.arange(20).expand(51, 20), direction)
+        assert offsets[-1] == len(ids)
+        for row, (start, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
+            wanted = (found[row] == -1).nonzero()[:, 0]
+            assert ids[start:end].unique().tolist() == wanted.tolist()
+
+
 @pytest.mark.parametrize("sets", [1, 4, 12])  # one for the batch, for each block of rows, a row
 def test_filtered_negatives_are_false_for_every_row_that_uses_them(sets):
     data = triples(600)
