@@ -463,7 +463,7 @@ def test_damaged_config(graph, tmp_path, content):
         ({"dataset": "nations"}, "either a dataset's name or a data folder"),
         ({"data": None}, "either a dataset's name or a data folder"),
         ({"model": "TransX"}, "unknown model 'TransX'; known: DistMult, ComplEx, TransE"),
-        ({"loss": "hinge"}, "unknown loss 'hinge'; known: emu, uls, mixup, softmax"),
+        ({"loss": "hinge"}, "unknown loss 'hinge'; known: emu, expected, uls, mixup, softmax"),
         ({"optimizer": "SGD"}, "unknown optimizer 'SGD'; known: Adagrad, Adam"),
         ({"dim": 0}, "dim must be at least 1, got 0"),
         ({"negatives": 0}, "negatives must be at least 1"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -112,7 +114,7 @@ def test_lists_of_known_answers():
         offsets, ids = known.lists(given, relation, direction)
         found = known.remove(given, relation, torch.arange(20).expand(51, 20), direction)
         assert offsets[-1] == len(ids)
-        for row, (start, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
+        for row, (start, end) in enumerate(itertools.pairwise(offsets)):
             wanted = (found[row] == -1).nonzero()[:, 0]
             assert ids[start:end].unique().tolist() == wanted.tolist()
 
