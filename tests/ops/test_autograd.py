@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from emu_kernels import (
+    Expected,
     Mixup,
     emu_mutate,
     emu_scores,
@@ -66,6 +67,9 @@ def recorded(backend: str, device: torch.device) -> dict[str, list[tuple[Any, An
         (6, single, {"similarity": "hake", "scale": leaf(6, 10, dtype=single),
                      "similarity_weights": leaf(2, dtype=single), "phase_scale": 2.0},
          {"mutation_rate": Mixup(3)}),
+        (6, single, {"similarity": "hake"}, {"mutation_rate": Expected(leaf(6, 20, dtype=single))}),
+        (1, single, {"similarity": "rotate"},
+         {"mutation_rate": Expected(0.4), "mask_unit": "pair"}),
     ]  # fmt: skip
     with Recorder() as recorder:
         for groups, dtype, options, more in calls:
@@ -82,13 +86,15 @@ def recorded(backend: str, device: torch.device) -> dict[str, list[tuple[Any, An
                 torch.autograd.backward(scored, [torch.ones_like(s) for s in scored])
             with torch.no_grad():
                 fused_emu_loss(**given, **mutation)
-            if not isinstance(mutation["mutation_rate"], Mixup):
+            if not isinstance(mutation["mutation_rate"], (Mixup, Expected)):
                 pair = leaf(2, 20, dtype=dtype), leaf(2, 5, 20, dtype=dtype)
                 rule["mutation_rate"] = mutation["mutation_rate"]
                 emu_mutate(*pair, **rule, backend=backend).sum().backward()
         # The operators that check the reference's arguments.
         reference: Options = {**make(device=device)._asdict(), **LOSS, **schedules}
         fused_emu_loss(**reference, backend="reference")
+        on_cpu: Options = {**make()._asdict(), **LOSS, "mutation_rate": Expected(torch.rand(20))}
+        fused_emu_loss(**on_cpu, backend="reference")
     return recorder.calls
 
 

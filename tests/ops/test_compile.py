@@ -15,6 +15,7 @@ from torch import Tensor
 
 from emu_kernels import (
     EMULoss,
+    Expected,
     emu_mutate,
     emu_scores,
     fused_emu_loss,
@@ -42,6 +43,8 @@ CALLS: list[tuple[Callable[..., Any], Options]] = [
     (fused_emu_loss, LOSS | {"reduction": "none", "row_offset": 7}),
     (fused_softmax_loss, {"reduction": "sum"}),
     (emu_scores, {"mutation": 0.5, "seed": 1, "margin": 2.0}),
+    (fused_emu_loss, RATES | {"mutation_rate": Expected(0.5)}),
+    (emu_scores, {"mutation": Expected(0.5)}),
 ]
 
 

@@ -295,6 +295,19 @@ def test_products_have_no_second_derivative() -> None:
 
 
 @pytest.mark.usefixtures("always")
+def test_products_compile() -> None:
+    inputs = make(64, 5, 20, groups=2, padding=True)
+    rate = rates(64, 20).float()
+
+    def call(*inputs: Tensor) -> Tensor:
+        return fused_emu_loss(*inputs, mutation_rate=Expected(rate), backend="cpu", **LOSS)
+
+    torch.compiler.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    assert_agree(evaluate(compiled, inputs), evaluate(call, inputs))
+
+
+@pytest.mark.usefixtures("always")
 def test_products_report_what_is_not_finite() -> None:
     query, table, positive, negative = make(64, 5, 20, groups=1)
     query[3, 2] = math.inf
