@@ -11,7 +11,7 @@ from emu_kernels import backends, prepare, validate, values
 from emu_kernels.api import emu_scores
 from emu_kernels.library import no_second_derivative
 from emu_kernels.mutation import Expected, Mutation, NoMutation
-from emu_kernels.products import Batch, Known, coefficients, loss_rows, reduced, tiles
+from emu_kernels.products import Batch, Gather, Known, coefficients, loss_rows, reduced, tiles
 from emu_kernels.request import LossRequest
 
 CHUNK = 2**16
@@ -51,7 +51,8 @@ def one_vs_all_loss(
             L_van, with ``beta`` and ``alpha`` unused. Masks cannot be drawn for all entities.
 
     The other arguments, the result and the errors are those of :func:`emu_kernels.fused_emu_loss`.
-    A gradient of the table is dense: every row is touched.
+    The table's gradient is dense, as every row is touched; for bf16 and fp16 it is the sum of some
+    parts that are rounded each. Eager only; on a GPU it waits to learn the sizes of ``known``.
     """
     if mutation_rate is not None and not isinstance(mutation_rate, Expected):
         given = type(mutation_rate).__name__
@@ -123,7 +124,7 @@ def _by_products(request: LossRequest, positive: Tensor, left_out: Known) -> tup
     assert not isinstance(rate, float)
     batch = Batch(
         query=request.query,
-        positive=request.table[positive].to(dtype),
+        positive=Gather.apply(request.table, positive, dtype, False),
         candidates=request.table,
         bias=None,
         known=left_out,
@@ -235,7 +236,7 @@ class _StatisticsGradient(torch.autograd.Function):
             for t, need in zip(given, needed, strict=True)
         )
         wanted = [t for t in inputs if t is not None and t.requires_grad]
-        found = [torch.zeros_like(t) for t in wanted]
+        found = [torch.zeros_like(t, dtype=lse.dtype) for t in wanted]
         by_plain, by_cumulant, by_mean = grads
         for start, end, without in tiles(inputs[1].shape[0], how.left_out):
             with torch.enable_grad():
@@ -252,10 +253,10 @@ class _StatisticsGradient(torch.autograd.Function):
             of_scores = torch.autograd.grad([plain, mean, cumulant], wanted, weights)
             for to, of_tile in zip(found, of_scores, strict=True):
                 if of_tile.is_sparse:
-                    to.index_add_(0, of_tile._indices()[0], of_tile._values())
+                    to.index_add_(0, of_tile._indices()[0], of_tile._values().to(to.dtype))
                 else:
                     to += of_tile
-        every = iter(found)
+        every = iter(total.to(t.dtype) for total, t in zip(found, wanted, strict=True))
         return tuple(next(every) if need else None for need in needed)
 
     @staticmethod

@@ -213,7 +213,7 @@ def fits(request: LossRequest, backend: str) -> bool:
     )
 
 
-class _Gather(torch.autograd.Function):
+class Gather(torch.autograd.Function):
     """Rows of a table, widened; contributions to a row's gradient are summed, then rounded."""
 
     @staticmethod
@@ -256,7 +256,7 @@ def loss(request: LossRequest) -> Loss:
     groups, count = negative.shape
     rows = request.query.shape[0] // max(groups, 1)
     ids = torch.cat([negative.clamp(min=0).flatten(), positive])
-    gathered = _Gather.apply(request.table, ids, request.query.dtype, request.sparse_grad)
+    gathered = Gather.apply(request.table, ids, request.query.dtype, request.sparse_grad)
     candidates, own = gathered.split([groups * count, gathered.shape[0] - groups * count])
     rates = None if request.moments is None else request.moments.rate
     terms: list[tuple[Tensor, Tensor]] = []

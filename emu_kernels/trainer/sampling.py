@@ -15,14 +15,14 @@ from .batches import AlternatingBatches, Batch, BatchSampler, generator
 from .data import DIRECTIONS, Direction, Graph, split_triples
 from .frequency import BernoulliBatches
 from .neighbourhood import StructureAwareNegatives, cached_neighbourhoods
-from .settings import AT_LEAST_0, AT_LEAST_1, Choice, setting
+from .settings import AT_LEAST_0, AT_LEAST_1, Choice, Limit, setting
 
 if TYPE_CHECKING:
     from .config import Config
 
 T = TypeVar("T")
 
-ALL = 0
+ALL = -1
 """The number of negatives that stands for every entity."""
 
 _BLOCK_IDS = 1 << 22  # negatives drawn at once: 32 MiB of ids
@@ -202,7 +202,7 @@ SAMPLERS: dict[str, Sampler[NegativeSampler]] = {
         lambda config, graph, train: UniformNegatives(
             graph.num_entities,
             config.batch_size // config.rows_per_set,
-            config.negatives,
+            max(config.negatives, 0),
             config.seed,
             train.device,
         ),
@@ -224,7 +224,7 @@ class SamplingOptions:
     negatives: int = setting(
         256,
         "negatives a triple, or all: every entity but the answer (1-vs-all)",
-        limit=AT_LEAST_0,
+        limit=Limit("at least 1, or all", lambda number: number >= 1 or number == ALL),
         words={"all": ALL},
         show=lambda number: "all" if number == ALL else f"{number}",
     )

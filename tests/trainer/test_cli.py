@@ -99,7 +99,7 @@ def test_help_shows_the_defaults(capsys):
     out = " ".join(capsys.readouterr().out.split())
     for said in ("(default 0.61)", "0.001 for RotatE; otherwise 0)", "--resume RUN"):
         assert said in out
-    for said in ("distmult-fb15k-237", "--loss {emu,uls,", "sampled softmax", "--hops X"):
+    for said in ("distmult-fb15k-237", "--loss {emu,expected,", "sampled softmax", "--hops X"):
         assert said in out
 
 
