@@ -106,6 +106,15 @@ def load_scale(scale, row, j, inside, absent, kind: tl.constexpr, REAL: tl.const
 
 
 @triton.jit
+def load_rates(rate, row, j, inside, kind: tl.constexpr, REAL: tl.constexpr):
+    """ρ of components j of each sum."""
+    return [
+        tl.load(rate + (row * kind.RATE_ROW + (s * kind.W + j)), mask=inside, other=0.0).to(REAL)
+        for s in (0, 1)[: kind.SUMS]
+    ]
+
+
+@triton.jit
 def load_query(inputs, b, own, j, inside, kind: tl.constexpr, REAL: tl.constexpr):
     """The query of row b, and row ``own`` of the table as its positive."""
     q = load_parts(inputs.query, b * kind.D, j, inside, kind, REAL)
@@ -179,6 +188,32 @@ def row_sums(t, kind: tl.constexpr):
 def add_row_sums(totals, t, kind: tl.constexpr):
     more = row_sums(t, kind)
     return [totals[s] + more[s] for s in (0, 1)[: kind.SUMS]]
+
+
+@triton.jit
+def add_moments(means, variances, own, t, rates, kind: tl.constexpr):
+    """Adds Σ ρ p + (1 − ρ) t to means, Σ ρ (1 − ρ) (t − p)² to variances: the moments of a tile's
+    sums, each term being the positive's p with probability ρ."""
+    u = minus(t, own, kind)
+    m = [tl.fma(1.0 - rates[s], u[s], own[s]) for s in (0, 1)[: kind.SUMS]]
+    v = [rates[s] * (1.0 - rates[s]) * u[s] * u[s] for s in (0, 1)[: kind.SUMS]]
+    return add_row_sums(means, m, kind), add_row_sums(variances, v, kind)
+
+
+@triton.jit
+def minus(t, own, kind: tl.constexpr):
+    """t − p of each sum's terms."""
+    return [t[s] - own[s] for s in (0, 1)[: kind.SUMS]]
+
+
+@triton.jit
+def weigh_terms(w, h, y, rates, kind: tl.constexpr):
+    """The weights of a negative's terms in each sum: w its sum's, h its mean's, y the weight of the
+    variance times t − p."""
+    return [
+        tl.fma(rates[s] * (1.0 - rates[s]), y[s], tl.fma(1.0 - rates[s], h[s], w[s]))
+        for s in (0, 1)[: kind.SUMS]
+    ]
 
 
 @triton.jit
