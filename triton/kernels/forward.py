@@ -37,7 +37,7 @@ from emu_kernels.triton.tiles import (
 
 
 @triton.jit
-def _store_scores(
+def store_scores(
     out, at, each, valid, sums, good, padding, weights, VALUES: tl.constexpr, kind: tl.constexpr
 ):
     """The values of sums, or the scores: −inf of padding. NaN where not good."""
@@ -49,7 +49,7 @@ def _store_scores(
 
 
 @triton.jit
-def _store_moments(
+def store_moments(
     mean_out, out, at, each, valid, means, variances, good, padding, weights,
     VALUES: tl.constexpr, kind: tl.constexpr,
 ):  # fmt: skip
@@ -112,18 +112,18 @@ def scores(
     each = B.to(tl.int64) * K
     if block == 0:
         own_at = b + tl.arange(0, 1)
-        _store_scores(
+        store_scores(
             positive_out, own_at, B, own_at >= 0, positive, own_good, own_at < 0,
             inputs.weights, VALUES, kind,
         )  # fmt: skip
-    _store_scores(plain_out, at, each, valid, plain, good, padding, inputs.weights, VALUES, kind)
+    store_scores(plain_out, at, each, valid, plain, good, padding, inputs.weights, VALUES, kind)
     if kind.MOMENTS:
-        _store_moments(
+        store_moments(
             mutated_out, variance_out, at, each, valid, mutated, variance, good, padding,
             inputs.weights, VALUES, kind,
         )  # fmt: skip
     elif kind.MUTATED:
-        _store_scores(
+        store_scores(
             mutated_out, at, each, valid, mutated, good, padding, inputs.weights, VALUES, kind
         )
 

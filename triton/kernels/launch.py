@@ -228,15 +228,17 @@ def _scores(
     *,
     values: bool,
 ) -> None:
-    p.run(
-        forward.scores,
-        p.rows * p.blocks,
-        positive_out=positive,
-        plain_out=plain,
-        mutated_out=mutated,
-        variance_out=variance,
-        VALUES=values,
-    )
+    out = {
+        "positive_out": positive,
+        "plain_out": plain,
+        "mutated_out": mutated,
+        "variance_out": variance,
+    }
+    if p.kind.MOMENTS and p.kind.CHUNKS == 1:
+        splits = _splits(p, p.rows)
+        p.run(rows.moments, p.rows * splits, **out, VALUES=values, SPLITS=splits)
+    else:
+        p.run(forward.scores, p.rows * p.blocks, **out, VALUES=values)
 
 
 def scores_forward(request: Request) -> Scores:
