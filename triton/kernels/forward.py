@@ -10,6 +10,7 @@ from emu_kernels.triton.kinds import SIZES
 from emu_kernels.triton.similarities import combine, cumulant, moments, values
 from emu_kernels.triton.tiles import (
     add_by_scale,
+    add_kept,
     add_moments,
     add_products,
     add_row_sums,
@@ -24,10 +25,13 @@ from emu_kernels.triton.tiles import (
     load_sums,
     minus,
     mutate,
+    no_moments,
     no_tile,
     of_parts,
     over_rows,
+    over_words,
     scale_places,
+    spread,
     spread_sums,
     store_parts,
     store_sums,
@@ -89,7 +93,11 @@ def scores(
     own_good = check_ids(own, 0, N, inputs.report, own == own)
     own = tl.where(own_good, own, 0)  # a row to read: its scores become NaN
     plain = [zeros(kind, REAL) for s in (0, 1)[: kind.SUMS]]
-    mutated, variance = plain, plain
+    mutated = plain
+    mean, variance = plain, plain
+    if kind.MOMENTS:
+        mean = no_moments(kind, REAL)
+        variance = mean
     positive = [tl.zeros((1,), REAL) for s in (0, 1)[: kind.SUMS]]
     seed = tl.load(inputs.seed)
     for first in range(0, kind.W, kind.WIDTH):
@@ -100,8 +108,11 @@ def scores(
         plain = add_row_sums(plain, tile.t, kind)
         positive = add_row_sums(positive, query.t, kind)
         if kind.MOMENTS:
-            rates = load_rates(inputs.rate, b, j, inside, kind, REAL)
-            mutated, variance = add_moments(mutated, variance, query.t, tile.t, rates, kind)
+            # A whole tile of them: of one row Triton would move the candidates' terms to its layout.
+            row = b + spread(zeros(kind, tl.int64))
+            rates = load_rates(inputs.rate, row, j, inside, kind, REAL)
+            mean = add_kept(mean, query.t, rates, kind)
+            mean, variance = add_moments(mean, variance, query.t, tile.t, rates, kind)
         elif kind.MUTATED:
             bounds = load_bounds(inputs.thresholds, threshold, first, kind)
             drawn = draw(seed, bounds, k, row_offset + b, first, kind, REAL)
@@ -119,8 +130,8 @@ def scores(
     store_scores(plain_out, at, each, valid, plain, good, padding, inputs.weights, VALUES, kind)
     if kind.MOMENTS:
         store_moments(
-            mutated_out, variance_out, at, each, valid, mutated, variance, good, padding,
-            inputs.weights, VALUES, kind,
+            mutated_out, variance_out, at, each, valid, over_words(mean), over_words(variance),
+            good, padding, inputs.weights, VALUES, kind,
         )  # fmt: skip
     elif kind.MUTATED:
         store_scores(

@@ -234,11 +234,16 @@ def _scores(
         "mutated_out": mutated,
         "variance_out": variance,
     }
-    if p.kind.MOMENTS and p.kind.CHUNKS == 1:
-        splits = _splits(p, p.rows)
-        p.run(rows.moments, p.rows * splits, **out, VALUES=values, SPLITS=splits)
-    else:
+    if not p.kind.MOMENTS:
         p.run(forward.scores, p.rows * p.blocks, **out, VALUES=values)
+        return
+    # A thread has two candidates, for which what is the query's is made once.
+    warps = max(1, p.tile.warps // 2)
+    if p.kind.CHUNKS > 1:
+        p.run(forward.scores, p.rows * p.blocks, warps, **out, VALUES=values)
+    else:
+        splits = _splits(p, p.rows)
+        p.run(rows.moments, p.rows * splits, warps, **out, VALUES=values, SPLITS=splits)
 
 
 def scores_forward(request: Request) -> Scores:

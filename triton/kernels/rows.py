@@ -17,6 +17,7 @@ from emu_kernels.triton.kinds import SIZES
 from emu_kernels.triton.similarities import combine, slopes, values
 from emu_kernels.triton.tiles import (
     add_by_scale,
+    add_kept,
     add_moments,
     add_products,
     check_ids,
@@ -29,9 +30,11 @@ from emu_kernels.triton.tiles import (
     load_query,
     load_rates,
     mutate,
+    no_moments,
     no_tile,
     of_parts,
     over_rows,
+    over_words,
     row_sums,
     spread,
     spread_sums,
@@ -187,7 +190,8 @@ def moments(
         )  # fmt: skip
     each = B.to(tl.int64) * K
     span = tl.cdiv(tl.cdiv(K, SPLITS), kind.ROWS) * kind.ROWS
-    zero = [zeros(kind, REAL) for s in (0, 1)[: kind.SUMS]]
+    none = no_moments(kind, REAL)
+    kept = add_kept(none, query.t, rates, kind)
     for start in range(split * span, tl.minimum(split * span + span, K), kind.ROWS):
         k = start + tl.arange(0, kind.ROWS)
         valid = k < K
@@ -195,14 +199,14 @@ def moments(
         good = check_ids(ids, -1, N, inputs.report + 1, valid)
         padding = ids == -1
         tile = load_candidates(inputs, query, ids, good & (ids >= 0), j, inside, kind, REAL)
-        mean, variance = add_moments(zero, zero, query.t, tile.t, rates, kind)
+        mean, variance = add_moments(kept, none, query.t, tile.t, rates, kind)
         plain = row_sums(tile.t, kind)
         good = good & own_good
         at = b * K + k
         store_scores(plain_out, at, each, valid, plain, good, padding, inputs.weights, VALUES, kind)
         store_moments(
-            mutated_out, variance_out, at, each, valid, mean, variance, good, padding,
-            inputs.weights, VALUES, kind,
+            mutated_out, variance_out, at, each, valid, over_words(mean), over_words(variance),
+            good, padding, inputs.weights, VALUES, kind,
         )  # fmt: skip
 
 

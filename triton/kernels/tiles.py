@@ -191,13 +191,53 @@ def add_row_sums(totals, t, kind: tl.constexpr):
 
 
 @triton.jit
+def no_moments(kind: tl.constexpr, REAL: tl.constexpr):
+    """Zeros for add_moments to begin with, of each sum."""
+    zero = tl.zeros((4, kind.ROWS, kind.WIDTH // 16), REAL)
+    return [zero for s in (0, 1)[: kind.SUMS]]
+
+
+@triton.jit
 def add_moments(means, variances, own, t, rates, kind: tl.constexpr):
-    """Adds Σ ρ p + (1 − ρ) t to means, Σ ρ (1 − ρ) (t − p)² to variances: the moments of a tile's
-    sums, each term being the positive's p with probability ρ."""
+    """Adds Σ (1 − ρ) t to means and Σ ρ (1 − ρ) (t − p)² to variances, each word on its own: the
+    moments of a tile's sums where a term is the positive's p with probability ρ, but for Σ ρ p."""
     u = minus(t, own, kind)
-    m = [tl.fma(1.0 - rates[s], u[s], own[s]) for s in (0, 1)[: kind.SUMS]]
-    v = [rates[s] * (1.0 - rates[s]) * u[s] * u[s] for s in (0, 1)[: kind.SUMS]]
-    return add_row_sums(means, m, kind), add_row_sums(variances, v, kind)
+    y = [rates[s] * (1.0 - rates[s]) * u[s] for s in (0, 1)[: kind.SUMS]]
+    m = [_add_dot(means[s], 1.0 - rates[s], t[s]) for s in (0, 1)[: kind.SUMS]]
+    v = [_add_dot(variances[s], y[s], u[s]) for s in (0, 1)[: kind.SUMS]]
+    return m, v
+
+
+@triton.jit
+def add_kept(total, own, rates, kind: tl.constexpr):
+    """Adds Σ ρ p to means, likewise."""
+    return [_add_dot(total[s], rates[s], own[s]) for s in (0, 1)[: kind.SUMS]]
+
+
+@triton.jit
+def _add_dot(total, x, y):
+    """total + Σ x y over the bytes of words: one instruction a component, where a product and a sum
+    are two."""
+    x = _bytes(x)
+    y = _bytes(y)
+    for i in tl.static_range(4):
+        total = tl.fma(x[i], y[i], total)
+    return total
+
+
+@triton.jit
+def _bytes(x):
+    """The components of each byte."""
+    even, odd = tl.split(tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2], 2, 2)))
+    x0, x2 = tl.split(even)
+    x1, x3 = tl.split(odd)
+    return x0, x1, x2, x3
+
+
+@triton.jit
+def over_words(parts):
+    """(ROWS,) of each sum, from what add_moments returns."""
+    return [tl.sum(tl.sum(x, 0), 1) for x in parts]
 
 
 @triton.jit
