@@ -9,9 +9,11 @@ import triton
 from emu_kernels.triton.forward import scale_parts
 from emu_kernels.triton.kinds import SIZES, Sizes
 from emu_kernels.triton.tiles import (
+    bend,
     components,
     draw,
     keep,
+    keep_terms,
     load_bounds,
     load_parts,
     load_rates,
@@ -21,10 +23,10 @@ from emu_kernels.triton.tiles import (
     mix_parts,
     no_tile,
     over_rows,
+    pull,
     spread,
     store_parts,
     terms,
-    weigh_terms,
     zeros,
 )
 
@@ -78,9 +80,8 @@ def contributions(
         rates = load_rates(inputs.rate, b, j, inside, kind, REAL)
         p, _ = terms(q, a, _load_positive(inputs, rows, sizes.N, j, valid, kind, REAL), kind)
         t, d = terms(q, a, c, kind)
-        u = minus(t, p, kind)
-        y = [v[s] * u[s] for s in (0, 1)[: kind.SUMS]]
-        x = weigh_terms(w, h, y, rates, kind)
+        y = bend(v, minus(t, p, kind), kind)
+        x = keep_terms(w, h, pull(h, y, rates, kind), rates, kind)
         g = _by_candidate([x[i % kind.SUMS] for i in (0, 1)[: kind.PARTS]], q, d, kind)
     else:
         drawn = draw(seed, bounds, k, sizes.row_offset + rows, first, kind, REAL)

@@ -14,10 +14,12 @@ from emu_kernels.triton.tiles import (
     add_moments,
     add_products,
     add_row_sums,
+    bend,
     check_ids,
     components,
     draw,
     give,
+    keep_terms,
     load_bounds,
     load_candidates,
     load_query,
@@ -30,12 +32,12 @@ from emu_kernels.triton.tiles import (
     of_parts,
     over_rows,
     over_words,
+    pull,
     scale_places,
     spread,
     spread_sums,
     store_parts,
     store_sums,
-    weigh_terms,
     zeros,
 )
 
@@ -165,12 +167,9 @@ def query_gradient(
     query = load_query(inputs, b, own, j, inside, kind, REAL)
     gq = no_tile(inputs.table, kind.STRIDE, j, K, kind, REAL)
     gz, ga = gq, gq
-    # With a rule of moments, of each sum: Σ_k of the mean's weight h, of the variance's weight times
-    # t − p, and minus the gradient by the rates.
-    given = [zeros(kind, REAL) for s in (0, 1)[: kind.SUMS]]
-    bent = [gq[s] for s in (0, 1)[: kind.SUMS]]
-    by_rate = bent
-    rates = bent
+    # With a rule of moments, of each sum: what pulls the positive's terms, and by the rates.
+    pulled = [gq[s] for s in (0, 1)[: kind.SUMS]]
+    by_rate, rates = pulled, pulled
     if kind.MOMENTS:
         rates = load_rates(inputs.rate, b, j, inside, kind, REAL)
     seed = tl.load(inputs.seed)
@@ -186,16 +185,15 @@ def query_gradient(
         at = b * K + k
         w = spread_sums(load_sums(weight, at, each, valid, kind))
         if kind.MOMENTS:
-            h = load_sums(mutated_weight, at, each, valid, kind)
-            given = [given[s] + h[s] for s in (0, 1)[: kind.SUMS]]
-            h = spread_sums(h)
+            h = spread_sums(load_sums(mutated_weight, at, each, valid, kind))
             v = spread_sums(load_sums(variance_weight, at, each, valid, kind))
             u = minus(tile.t, query.t, kind)
-            y = [v[s] * u[s] for s in (0, 1)[: kind.SUMS]]
-            bent = [bent[s] + y[s] for s in (0, 1)[: kind.SUMS]]
+            y = bend(v, u, kind)
+            g = pull(h, y, rates, kind)
+            pulled = [pulled[s] + g[s] for s in (0, 1)[: kind.SUMS]]
             if grad_rate is not None:
-                by_rate = _add_by_rate(by_rate, u, h, y, rates, kind)
-            w = weigh_terms(w, h, y, rates, kind)
+                by_rate = _add_by_rate(by_rate, u, y, g, kind)
+            w = keep_terms(w, h, g, rates, kind)
         gq = add_products(gq, 1.0, w, tile.d, kind)
         ga = add_by_scale(ga, 1.0, w, tile, kind)
         if kind.MUTATED and (not kind.MOMENTS):
@@ -208,7 +206,8 @@ def query_gradient(
     gz = over_rows(gz)
     row_out = split * B.to(tl.int64) + b
     if kind.MOMENTS:
-        gz = _of_positive([tl.sum(x, 0) for x in given], over_rows(bent), rates, kind)
+        pulled = over_rows(pulled)
+        gz = [rates[s] * pulled[s] for s in (0, 1)[: kind.SUMS]]
         if grad_rate is not None:
             _store_by_rate(grad_rate, row_out, j, inside, over_rows(by_rate), kind)
     finish_gradient(
@@ -218,28 +217,18 @@ def query_gradient(
 
 
 @triton.jit
-def _add_by_rate(total, u, h, y, rates, kind: tl.constexpr):
-    return [
-        tl.fma(u[s], tl.fma(rates[s] - 0.5, y[s], h[s]), total[s]) for s in (0, 1)[: kind.SUMS]
-    ]
+def _add_by_rate(total, u, y, g, kind: tl.constexpr):
+    """(t − p) (h + (ρ − 1/2) y): minus the gradient by the rates, with weights by sums."""
+    return [tl.fma(u[s], tl.fma(0.5, y[s], g[s]), total[s]) for s in (0, 1)[: kind.SUMS]]
 
 
 @triton.jit
-def _store_by_rate(grad_rate, row, j, inside, by_rate, kind: tl.constexpr):
+def _store_by_rate(grad_rate, row, j, inside, total, kind: tl.constexpr):
+    # Of squares weights are by minus half of them.
+    by = [total[s] * (0.5 if kind.ROOTS[s] else -1.0) for s in (0, 1)[: kind.SUMS]]
     SUMS: tl.constexpr = kind.SUMS
     for s in tl.static_range(SUMS):
-        # Of squares the weights are by −½ of them.
-        factor: tl.constexpr = 0.5 if kind.ROOTS[s] else -1.0
-        at = (row * kind.SUMS + s) * kind.W + j
-        tl.store(grad_rate + at, by_rate[s] * factor, mask=inside)
-
-
-@triton.jit
-def _of_positive(given, bent, rates, kind: tl.constexpr):
-    """The weights of the positive's terms in the moments of all negatives."""
-    return [
-        rates[s] * (given[s] - (1.0 - rates[s]) * bent[s]) for s in (0, 1)[: kind.SUMS]
-    ]
+        tl.store(grad_rate + ((row * kind.SUMS + s) * kind.W + j), by[s], mask=inside)
 
 
 @triton.jit

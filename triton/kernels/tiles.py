@@ -247,13 +247,22 @@ def minus(t, own, kind: tl.constexpr):
 
 
 @triton.jit
-def weigh_terms(w, h, y, rates, kind: tl.constexpr):
-    """The weights of a negative's terms in each sum: w its sum's, h its mean's, y the weight of the
-    variance times t − p."""
-    return [
-        tl.fma(rates[s] * (1.0 - rates[s]), y[s], tl.fma(1.0 - rates[s], h[s], w[s]))
-        for s in (0, 1)[: kind.SUMS]
-    ]
+def bend(v, u, kind: tl.constexpr):
+    """v (t − p), v being the weight of half the variance."""
+    return [v[s] * u[s] for s in (0, 1)[: kind.SUMS]]
+
+
+@triton.jit
+def pull(h, y, rates, kind: tl.constexpr):
+    """h − (1 − ρ) y, h being the weight of the mean: of a negative's moments' gradient by its terms,
+    h − ρ times it, what is the positive's terms' is ρ times it."""
+    return [tl.fma(rates[s] - 1.0, y[s], h[s]) for s in (0, 1)[: kind.SUMS]]
+
+
+@triton.jit
+def keep_terms(w, h, g, rates, kind: tl.constexpr):
+    """The weights of the negative's own terms, w being that of its plain sum."""
+    return [tl.fma(-rates[s], g[s], w[s] + h[s]) for s in (0, 1)[: kind.SUMS]]
 
 
 @triton.jit
