@@ -110,7 +110,7 @@ def scores(
         plain = add_row_sums(plain, tile.t, kind)
         positive = add_row_sums(positive, query.t, kind)
         if kind.MOMENTS:
-            # A whole tile of them: of one row Triton would move the candidates' terms to its layout.
+            # A whole tile: one row's layout Triton would give to the candidates' terms too.
             row = b + spread(zeros(kind, tl.int64))
             rates = load_rates(inputs.rate, row, j, inside, kind, REAL)
             mean = add_kept(mean, query.t, rates, kind)

@@ -9,7 +9,14 @@ import triton.language as tl
 
 import triton
 from emu_kernels.triton.kinds import SIZES
-from emu_kernels.triton.similarities import combine, cumulant, moment_slopes, moments, slopes, weighed
+from emu_kernels.triton.similarities import (
+    combine,
+    cumulant,
+    moment_slopes,
+    moments,
+    slopes,
+    weighed,
+)
 from emu_kernels.triton.tiles import load_sums, store_sums
 
 

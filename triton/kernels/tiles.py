@@ -254,8 +254,8 @@ def bend(v, u, kind: tl.constexpr):
 
 @triton.jit
 def pull(h, y, rates, kind: tl.constexpr):
-    """h − (1 − ρ) y, h being the weight of the mean: of a negative's moments' gradient by its terms,
-    h − ρ times it, what is the positive's terms' is ρ times it."""
+    """h − (1 − ρ) y, h being the weight of the mean. The gradient of a negative's moments by its
+    terms is h − ρ times it, that by the positive's ρ times it."""
     return [tl.fma(rates[s] - 1.0, y[s], h[s]) for s in (0, 1)[: kind.SUMS]]
 
 
