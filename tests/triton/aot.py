@@ -41,8 +41,8 @@ MUTATIONS: dict[str, Mutation] = {
     "pair": Pair(threshold=156),
     "mixup": Mixup(),
     "rates": Component(),  # with thresholds of the row's length
-    "expected": Expected(0.6),  # with a rate for all rows
-    "learned": Expected(0.6, learned=True),  # with rates for each
+    "expected": Expected(0.6),
+    "learned": Expected(0.6, learned=True),  # with rates of each row
 }
 
 
@@ -107,8 +107,8 @@ def request(
     if mutation == "rates":
         rule = Component(thresholds=torch.empty(dim, dtype=torch.int16))
     if isinstance(rule, Expected):
-        units = dim // 2 if takes.coupled else dim
-        rule = replace(rule, rate=torch.empty(rows if rule.learned else 1, units, dtype=real))
+        shape = (rows, dim // 2 if takes.coupled else dim) if rule.learned else (1, 1)
+        rule = replace(rule, rate=torch.empty(shape, dtype=real))
     return LossRequest(
         query=torch.empty(rows, dim, dtype=real),
         table=torch.empty(entities, dim, dtype=dtype),

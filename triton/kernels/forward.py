@@ -18,6 +18,7 @@ from emu_kernels.triton.tiles import (
     check_ids,
     components,
     draw,
+    finish_moments,
     give,
     keep_terms,
     load_bounds,
@@ -31,7 +32,6 @@ from emu_kernels.triton.tiles import (
     no_tile,
     of_parts,
     over_rows,
-    over_words,
     pull,
     scale_places,
     spread,
@@ -131,9 +131,10 @@ def scores(
         )  # fmt: skip
     store_scores(plain_out, at, each, valid, plain, good, padding, inputs.weights, VALUES, kind)
     if kind.MOMENTS:
+        mean, variance = finish_moments(mean, variance, positive, plain, inputs.rate, kind)
         store_moments(
-            mutated_out, variance_out, at, each, valid, over_words(mean), over_words(variance),
-            good, padding, inputs.weights, VALUES, kind,
+            mutated_out, variance_out, at, each, valid, mean, variance, good, padding,
+            inputs.weights, VALUES, kind,
         )  # fmt: skip
     elif kind.MUTATED:
         store_scores(

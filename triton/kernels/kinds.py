@@ -68,6 +68,7 @@ class Kind(NamedTuple):
     MUTATED: bool
     MOMENTS: bool  # it draws nothing: scores have a mean and a variance
     RATE_ROW: int  # from a row's rates to the next's: 0 where all rows have the same
+    ONE_RATE: bool  # of all components
     SHARED: bool  # it draws shares, not masks
     PAIRS: bool
     SHARE: Callable[..., Any] | None  # masks.py

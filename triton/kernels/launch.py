@@ -112,7 +112,7 @@ def _kind(
     similarity: Similarity = SIMILARITIES["dot"],
     scaled: bool = False,
     phase_scale: float = 1.0,
-    rate_row: int = 0,
+    rate: Tensor | None = None,
 ) -> Kind:
     """All but the tile."""
     parts = 2 if similarity.halves == 2 or rule.pairs else 1
@@ -138,7 +138,8 @@ def _kind(
         HALF=phase_scale / 2,
         MUTATED=rule.draw != "none",
         MOMENTS=rule.draw == "moments",
-        RATE_ROW=rate_row,
+        RATE_ROW=0 if rate is None or rate.shape[0] == 1 else rate.stride(0),
+        ONE_RATE=rate is not None and rate.numel() == 1,
         SHARED=rule.draw == "share",
         PAIRS=rule.pairs,
         SHARE=share,
@@ -176,7 +177,7 @@ class Problem:
             similarity=SIMILARITIES[request.similarity],
             scaled=request.scale is not None,
             phase_scale=request.phase_scale,
-            rate_row=0 if rate is None or rate.shape[0] == 1 else rate.shape[1],
+            rate=rate,
         )
         self.tile = tile(kind.W, self.count)
         self.kind = _with_tile(kind, self.tile)

@@ -23,6 +23,7 @@ from emu_kernels.triton.tiles import (
     check_ids,
     components,
     draw,
+    finish_moments,
     give,
     load_bounds,
     load_candidates,
@@ -34,7 +35,6 @@ from emu_kernels.triton.tiles import (
     no_tile,
     of_parts,
     over_rows,
-    over_words,
     row_sums,
     spread,
     spread_sums,
@@ -182,11 +182,12 @@ def moments(
     own = tl.where(own_good, own, 0)  # a row to read: its scores become NaN
     query = load_query(inputs, b, own, j, inside, kind, REAL)
     rates = load_rates(inputs.rate, b, j, inside, kind, REAL)
+    positive = row_sums(query.t, kind)
     if split == 0:
         own_at = b + tl.arange(0, 1)
         store_scores(
-            positive_out, own_at, B, own_at >= 0, row_sums(query.t, kind), own_good, own_at < 0,
-            inputs.weights, VALUES, kind,
+            positive_out, own_at, B, own_at >= 0, positive, own_good, own_at < 0, inputs.weights,
+            VALUES, kind,
         )  # fmt: skip
     each = B.to(tl.int64) * K
     span = tl.cdiv(tl.cdiv(K, SPLITS), kind.ROWS) * kind.ROWS
@@ -201,12 +202,13 @@ def moments(
         tile = load_candidates(inputs, query, ids, good & (ids >= 0), j, inside, kind, REAL)
         mean, variance = add_moments(kept, none, query.t, tile.t, rates, kind)
         plain = row_sums(tile.t, kind)
+        mean, variance = finish_moments(mean, variance, positive, plain, inputs.rate, kind)
         good = good & own_good
         at = b * K + k
         store_scores(plain_out, at, each, valid, plain, good, padding, inputs.weights, VALUES, kind)
         store_moments(
-            mutated_out, variance_out, at, each, valid, over_words(mean), over_words(variance),
-            good, padding, inputs.weights, VALUES, kind,
+            mutated_out, variance_out, at, each, valid, mean, variance, good, padding,
+            inputs.weights, VALUES, kind,
         )  # fmt: skip
 
 

@@ -107,11 +107,17 @@ def load_scale(scale, row, j, inside, absent, kind: tl.constexpr, REAL: tl.const
 
 @triton.jit
 def load_rates(rate, row, j, inside, kind: tl.constexpr, REAL: tl.constexpr):
-    """ρ of components j of each sum."""
-    return [
-        tl.load(rate + (row * kind.RATE_ROW + (s * kind.W + j)), mask=inside, other=0.0).to(REAL)
-        for s in (0, 1)[: kind.SUMS]
-    ]
+    """ρ of components j of each sum, or the one of all."""
+    if kind.ONE_RATE:
+        one = tl.load(rate).to(REAL)
+        return [one for s in (0, 1)[: kind.SUMS]]
+    else:
+        return [
+            tl.load(rate + (row * kind.RATE_ROW + (s * kind.W + j)), mask=inside, other=0.0).to(
+                REAL
+            )
+            for s in (0, 1)[: kind.SUMS]
+        ]
 
 
 @triton.jit
@@ -200,18 +206,36 @@ def no_moments(kind: tl.constexpr, REAL: tl.constexpr):
 @triton.jit
 def add_moments(means, variances, own, t, rates, kind: tl.constexpr):
     """Adds Σ (1 − ρ) t to means and Σ ρ (1 − ρ) (t − p)² to variances, each word on its own: the
-    moments of a tile's sums where a term is the positive's p with probability ρ, but for Σ ρ p."""
+    moments of a tile's sums where a term is the positive's p with probability ρ, but for Σ ρ p.
+    With one rate Σ (t − p)² is enough."""
     u = minus(t, own, kind)
-    y = [rates[s] * (1.0 - rates[s]) * u[s] for s in (0, 1)[: kind.SUMS]]
-    m = [_add_dot(means[s], 1.0 - rates[s], t[s]) for s in (0, 1)[: kind.SUMS]]
-    v = [_add_dot(variances[s], y[s], u[s]) for s in (0, 1)[: kind.SUMS]]
-    return m, v
+    if kind.ONE_RATE:
+        return means, [_add_dot(variances[s], u[s], u[s]) for s in (0, 1)[: kind.SUMS]]
+    else:
+        y = [rates[s] * (1.0 - rates[s]) * u[s] for s in (0, 1)[: kind.SUMS]]
+        m = [_add_dot(means[s], 1.0 - rates[s], t[s]) for s in (0, 1)[: kind.SUMS]]
+        return m, [_add_dot(variances[s], y[s], u[s]) for s in (0, 1)[: kind.SUMS]]
 
 
 @triton.jit
-def add_kept(total, own, rates, kind: tl.constexpr):
-    """Adds Σ ρ p to means, likewise."""
-    return [_add_dot(total[s], rates[s], own[s]) for s in (0, 1)[: kind.SUMS]]
+def add_kept(means, own, rates, kind: tl.constexpr):
+    """Adds Σ ρ p, likewise."""
+    if kind.ONE_RATE:
+        return means
+    else:
+        return [_add_dot(means[s], rates[s], own[s]) for s in (0, 1)[: kind.SUMS]]
+
+
+@triton.jit
+def finish_moments(means, variances, own, plain, rate, kind: tl.constexpr):
+    """(ROWS,) means and variances of each sum; own and plain are the sums that are mixed."""
+    variances = [tl.sum(tl.sum(x, 0), 1) for x in variances]
+    if kind.ONE_RATE:
+        p = tl.load(rate).to(plain[0].dtype)
+        m = [p * own[s] + (1.0 - p) * plain[s] for s in (0, 1)[: kind.SUMS]]
+        return m, [p * (1.0 - p) * x for x in variances]
+    else:
+        return [tl.sum(tl.sum(x, 0), 1) for x in means], variances
 
 
 @triton.jit
@@ -232,12 +256,6 @@ def _bytes(x):
     x0, x2 = tl.split(even)
     x1, x3 = tl.split(odd)
     return x0, x1, x2, x3
-
-
-@triton.jit
-def over_words(parts):
-    """(ROWS,) of each sum, from what add_moments returns."""
-    return [tl.sum(tl.sum(x, 0), 1) for x in parts]
 
 
 @triton.jit
