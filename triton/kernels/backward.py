@@ -9,7 +9,6 @@ import triton
 from emu_kernels.triton.forward import scale_parts
 from emu_kernels.triton.kinds import SIZES, Sizes
 from emu_kernels.triton.tiles import (
-    bend,
     components,
     draw,
     keep,
@@ -23,7 +22,6 @@ from emu_kernels.triton.tiles import (
     mix_parts,
     no_tile,
     over_rows,
-    pull,
     spread,
     store_parts,
     terms,
@@ -80,8 +78,7 @@ def contributions(
         rates = load_rates(inputs.rate, b, j, inside, kind, REAL)
         p, _ = terms(q, a, _load_positive(inputs, rows, sizes.N, j, valid, kind, REAL), kind)
         t, d = terms(q, a, c, kind)
-        y = bend(v, minus(t, p, kind), kind)
-        x = keep_terms(w, h, pull(h, y, rates, kind), rates, kind)
+        x = keep_terms(w, h, v, minus(t, p, kind), rates, kind)
         g = _by_candidate([x[i % kind.SUMS] for i in (0, 1)[: kind.PARTS]], q, d, kind)
     else:
         drawn = draw(seed, bounds, k, sizes.row_offset + rows, first, kind, REAL)

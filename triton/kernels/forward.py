@@ -14,7 +14,6 @@ from emu_kernels.triton.tiles import (
     add_moments,
     add_products,
     add_row_sums,
-    bend,
     check_ids,
     components,
     draw,
@@ -168,9 +167,10 @@ def query_gradient(
     query = load_query(inputs, b, own, j, inside, kind, REAL)
     gq = no_tile(inputs.table, kind.STRIDE, j, K, kind, REAL)
     gz, ga = gq, gq
-    # With a rule of moments, of each sum: what pulls the positive's terms, and by the rates.
-    pulled = [gq[s] for s in (0, 1)[: kind.SUMS]]
-    by_rate, rates = pulled, pulled
+    # With a rule of moments, of each sum: Σ_k h, Σ_k v (t − p) (tiles.pull), and by the rates.
+    given = spread_sums([zeros(kind, REAL) for s in (0, 1)[: kind.SUMS]])
+    bent = [gq[s] for s in (0, 1)[: kind.SUMS]]
+    by_rate, rates = bent, bent
     if kind.MOMENTS:
         rates = load_rates(inputs.rate, b, j, inside, kind, REAL)
     seed = tl.load(inputs.seed)
@@ -189,12 +189,11 @@ def query_gradient(
             h = spread_sums(load_sums(mutated_weight, at, each, valid, kind))
             v = spread_sums(load_sums(variance_weight, at, each, valid, kind))
             u = minus(tile.t, query.t, kind)
-            y = bend(v, u, kind)
-            g = pull(h, y, rates, kind)
-            pulled = [pulled[s] + g[s] for s in (0, 1)[: kind.SUMS]]
+            given = [given[s] + h[s] for s in (0, 1)[: kind.SUMS]]
+            bent = [tl.fma(v[s], u[s], bent[s]) for s in (0, 1)[: kind.SUMS]]
             if grad_rate is not None:
-                by_rate = _add_by_rate(by_rate, u, y, g, kind)
-            w = keep_terms(w, h, g, rates, kind)
+                by_rate = _add_by_rate(by_rate, h, v, u, rates, kind)
+            w = keep_terms(w, h, v, u, rates, kind)
         gq = add_products(gq, 1.0, w, tile.d, kind)
         ga = add_by_scale(ga, 1.0, w, tile, kind)
         if kind.MUTATED and (not kind.MOMENTS):
@@ -207,8 +206,7 @@ def query_gradient(
     gz = over_rows(gz)
     row_out = split * B.to(tl.int64) + b
     if kind.MOMENTS:
-        pulled = over_rows(pulled)
-        gz = [rates[s] * pulled[s] for s in (0, 1)[: kind.SUMS]]
+        gz = _of_positive(over_rows(given), over_rows(bent), rates, kind)
         if grad_rate is not None:
             _store_by_rate(grad_rate, row_out, j, inside, over_rows(by_rate), kind)
     finish_gradient(
@@ -218,9 +216,17 @@ def query_gradient(
 
 
 @triton.jit
-def _add_by_rate(total, u, y, g, kind: tl.constexpr):
-    """(t − p) (h + (ρ − 1/2) y): minus the gradient by the rates, with weights by sums."""
-    return [tl.fma(u[s], tl.fma(0.5, y[s], g[s]), total[s]) for s in (0, 1)[: kind.SUMS]]
+def _of_positive(given, bent, rates, kind: tl.constexpr):
+    """Weights of the positive's terms, from all negatives' moments."""
+    return [rates[s] * (given[s] - (1.0 - rates[s]) * bent[s]) for s in (0, 1)[: kind.SUMS]]
+
+
+@triton.jit
+def _add_by_rate(total, h, v, u, rates, kind: tl.constexpr):
+    """Adds (t − p) (h + (ρ − 1/2) v (t − p)), minus the gradient by ρ where weights are by sums."""
+    g = pull(h, v, u, rates, kind)
+    half = [tl.fma(0.5, v[s] * u[s], g[s]) for s in (0, 1)[: kind.SUMS]]
+    return [tl.fma(u[s], half[s], total[s]) for s in (0, 1)[: kind.SUMS]]
 
 
 @triton.jit

@@ -265,22 +265,24 @@ def minus(t, own, kind: tl.constexpr):
 
 
 @triton.jit
-def bend(v, u, kind: tl.constexpr):
-    """v (t − p), v being the weight of half the variance."""
-    return [v[s] * u[s] for s in (0, 1)[: kind.SUMS]]
+def pull(h, v, u, rates, kind: tl.constexpr):
+    """g = h − (1 − ρ) v (t − p), h and v being weights of the mean and of half the variance. The
+    gradient of a negative's moments by its own terms is h − ρ g, by the positive's ρ g."""
+    return [tl.fma(rates[s] - 1.0, v[s] * u[s], h[s]) for s in (0, 1)[: kind.SUMS]]
 
 
 @triton.jit
-def pull(h, y, rates, kind: tl.constexpr):
-    """h − (1 − ρ) y, h being the weight of the mean. The gradient of a negative's moments by its
-    terms is h − ρ times it, that by the positive's ρ times it."""
-    return [tl.fma(rates[s] - 1.0, y[s], h[s]) for s in (0, 1)[: kind.SUMS]]
-
-
-@triton.jit
-def keep_terms(w, h, g, rates, kind: tl.constexpr):
-    """The weights of the negative's own terms, w being that of its plain sum."""
-    return [tl.fma(-rates[s], g[s], w[s] + h[s]) for s in (0, 1)[: kind.SUMS]]
+def keep_terms(w, h, v, u, rates, kind: tl.constexpr):
+    """The weights of a negative's own terms, w being that of its plain sum."""
+    if kind.ONE_RATE:  # the same, with less to do for each component
+        p = rates[0]
+        return [
+            tl.fma(p * (1.0 - p) * v[s], u[s], tl.fma(1.0 - p, h[s], w[s]))
+            for s in (0, 1)[: kind.SUMS]
+        ]
+    else:
+        g = pull(h, v, u, rates, kind)
+        return [tl.fma(-rates[s], g[s], w[s] + h[s]) for s in (0, 1)[: kind.SUMS]]
 
 
 @triton.jit
