@@ -92,8 +92,12 @@ QUICK = [
     ),
     Quick(
         "ops/test_similarities.py::test_loss", "triton",
-        r".*-part of a vector-(rate|mixup|rates of pairs)|(dot|hake)-.*",
+        r".*-part of a vector-(rate|mixup|rates of pairs|expected)|(dot|hake)-.*",
         "every similarity with each kind of mutation; the simplest and the hardest with all",
+    ),
+    Quick(
+        "ops/test_similarities.py::test_learned_rates", "triton", "(dot|hake)-row|rotate-component",
+        "a similarity of each shape of terms; sums over rows are torch's",
     ),
     Quick(
         "ops/test_similarities.py::test_table_dtypes", "triton",
@@ -102,8 +106,8 @@ QUICK = [
     ),
     Quick(
         "ops/test_similarities.py::test_zero_distances", "triton",
-        "(l1|hake)-rate|(l2|rotate|protate)-mixup",
-        "every similarity once, both mutations",
+        "(l1|hake)-rate|(l2|rotate|protate)-mixup|(l2|hake)-expected",
+        "every similarity once, every mutation; the roots in closed form",
     ),
     Quick(
         "ops/test_similarities.py::test_scores_are_the_formulas", "triton", "dot|hake",

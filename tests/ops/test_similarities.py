@@ -10,7 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from emu_kernels import Mixup, emu_mutate, emu_scores, fused_emu_loss, fused_softmax_loss
+from emu_kernels import (
+    Expected,
+    Mixup,
+    emu_mutate,
+    emu_scores,
+    fused_emu_loss,
+    fused_softmax_loss,
+)
 from emu_kernels.mask import mixup_share, mutation_mask, rates_to_thresholds
 from emu_kernels.similarity import SIMILARITIES
 from tests.ops.support import Options, assert_near, emulated, make, random_like
@@ -28,6 +35,7 @@ MUTATIONS: dict[str, Callable[[int], Options]] = {
     "mixup": lambda dim: {"mutation_rate": Mixup()},
     "mixup 1": lambda dim: {"mutation_rate": Mixup(1)},
     "all": lambda dim: {"mutation_rate": 1.0},
+    "expected": lambda dim: {"mutation_rate": Expected(0.4)},
 }
 SHAPES: list[Options] = [
     {"batch": 1, "count": 1, "dim": 2, "rows": 4},
@@ -41,6 +49,13 @@ IDS = ["smallest", "part of a vector", "two sets", "one set", "hubs", "long rows
 INTERPRETED = [("part of a vector", mutation) for mutation in MUTATIONS]
 INTERPRETED += [("two sets", "rate"), ("long rows", "rates of pairs")]
 """The combinations that are tested in Triton's interpreter."""
+
+
+def mutation_of(mutation: str, similarity: str, dim: int) -> Options:
+    options = MUTATIONS[mutation](dim)
+    if mutation == "expected" and SIMILARITIES[similarity].coupled:
+        options["mask_unit"] = "pair"
+    return options
 
 
 def skip_if_too_slow(shape: Options, mutation: str, kernel: str, device: torch.device) -> None:
@@ -106,7 +121,7 @@ def assert_agree(function: Callable[..., Any], made: Case, kernel: str, **option
     actual, _ = run(function, made, upstream, backend=kernel, **options)
     # A score's absolute error is a softmax weight's relative error, and grows with the score.
     with torch.no_grad():
-        rest = {k: v for k, v in made.wide().leaves.items() if k not in ("query", "table")}
+        rest = {k: v for k, v in made.wide().leaves.items() if k not in ("query", "table", "rate")}
         leaves = made.wide().leaves
         scored = score(leaves["query"], leaves["table"], *made.ids, **made.options, **rest)
     largest = float(scored.positive.abs().max())
@@ -134,7 +149,7 @@ def test_loss(
 ) -> None:
     skip_if_too_slow(shape, mutation, kernel, device)
     made = case(similarity, **shape)
-    options = LOSS | MUTATIONS[mutation](shape["dim"])
+    options = LOSS | mutation_of(mutation, similarity, shape["dim"])
     assert_agree(fused_emu_loss, made, kernel, reduction="none", **options)
 
 
@@ -145,15 +160,35 @@ def test_softmax_loss(similarity: str, shape: Options, kernel: str, device: torc
     assert_agree(fused_softmax_loss, case(similarity, **shape), kernel)
 
 
-@pytest.mark.parametrize("mutation", ["rate", "mixup"])
+@pytest.mark.parametrize("mutation", ["rate", "mixup", "expected"])
 @pytest.mark.parametrize("shape", SHAPES, ids=IDS)
 @pytest.mark.parametrize("similarity", SIMILARITIES)
 def test_scores(
     similarity: str, shape: Options, mutation: str, kernel: str, device: torch.device
 ) -> None:
     skip_if_too_slow(shape, mutation, kernel, device)
-    options = MUTATIONS[mutation](shape["dim"])
+    options = mutation_of(mutation, similarity, shape["dim"])
     assert_agree(scores, case(similarity, **shape), kernel, seed=5, margin=2.0, **options)
+
+
+def of_rates(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of rates, a leaf like the others."""
+    return lambda *a, rate, **options: function(*a, mutation_rate=Expected(rate), **options)
+
+
+@pytest.mark.parametrize("of", ["all", "component", "row"])
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_learned_rates(similarity: str, of: str, kernel: str) -> None:
+    made = case(similarity, **SHAPES[1])
+    rows, dim = made.leaves["query"].shape
+    coupled = SIMILARITIES[similarity].coupled
+    units = dim // 2 if coupled else dim
+    shape = {"all": (), "component": (units,), "row": (rows, units)}[of]
+    generator = torch.Generator().manual_seed(4)
+    made.leaves["rate"] = torch.rand(shape, generator=generator)
+    options: Options = {"mask_unit": "pair"} if coupled else {}
+    assert_agree(of_rates(fused_emu_loss), made, kernel, **LOSS, **options)
+    assert_agree(of_rates(scores), made, kernel, **options)
 
 
 @pytest.mark.parametrize("similarity", SIMILARITIES)
@@ -181,8 +216,8 @@ def test_table_dtypes(
 ) -> None:
     shape = SHAPES[1 if emulated(kernel, device) else 2]
     made = case(similarity, dtype, **shape)
-    for mutation in ("rate", "mixup"):
-        options = MUTATIONS[mutation](shape["dim"])
+    for mutation in ("rate", "mixup", "expected"):
+        options = mutation_of(mutation, similarity, shape["dim"])
         assert_agree(fused_emu_loss, made, kernel, **LOSS, **options)
         assert_agree(scores, made, kernel, seed=1, **options)
 
@@ -195,11 +230,11 @@ def test_without_scale_and_weights(similarity: str, kernel: str) -> None:
 
 
 @pytest.mark.usefixtures("compiled")
-@pytest.mark.parametrize("mutation", ["rate", "rates of pairs", "mixup"])
+@pytest.mark.parametrize("mutation", ["rate", "rates of pairs", "mixup", "expected"])
 @pytest.mark.parametrize("similarity", SIMILARITIES)
 def test_gradcheck(similarity: str, mutation: str, backend: str) -> None:
     made = case(similarity, torch.float64, batch=4, count=3, dim=6, groups=2, rows=6)
-    options = made.options | LOSS | MUTATIONS[mutation](6)
+    options = made.options | LOSS | mutation_of(mutation, similarity, 6)
     names = list(made.leaves)
     loss_of: Callable[..., Tensor] = fused_emu_loss
 
@@ -213,7 +248,7 @@ def test_gradcheck(similarity: str, mutation: str, backend: str) -> None:
     assert torch.autograd.gradcheck(call, [leaf.requires_grad_() for leaf in made.leaves.values()])
 
 
-@pytest.mark.parametrize("mutation", ["rate", "mixup"])
+@pytest.mark.parametrize("mutation", ["rate", "mixup", "expected"])
 @pytest.mark.parametrize("similarity", [s for s in SIMILARITIES if s != "dot"])
 def test_zero_distances(similarity: str, mutation: str, backend: str) -> None:
     """Where q = a ⊙ c the subgradient is 0 on every backend, not NaN."""
@@ -223,7 +258,7 @@ def test_zero_distances(similarity: str, mutation: str, backend: str) -> None:
     made.ids[1][:, 0] = made.ids[0]  # the positive among the negatives
     if "scale" in made.leaves:
         made.leaves["scale"].fill_(1)
-    options = LOSS | MUTATIONS[mutation](8)
+    options = LOSS | mutation_of(mutation, similarity, 8)
     actual, upstream = run(fused_emu_loss, made, backend=backend, reduction="none", **options)
     expected, _ = run(
         fused_emu_loss, made, upstream, backend="reference", reduction="none", **options
@@ -299,7 +334,7 @@ def test_scores_are_the_formulas(similarity: str, backend: str) -> None:
 
 
 @pytest.mark.usefixtures("compiled")
-@pytest.mark.parametrize("mutation", ["rate", "rates of pairs", "mixup"])
+@pytest.mark.parametrize("mutation", ["rate", "rates of pairs", "mixup", "expected"])
 @pytest.mark.parametrize("similarity", SIMILARITIES)
 def test_same_bits_for_any_number_of_threads(
     similarity: str, mutation: str, kernel: str, device: torch.device
@@ -307,7 +342,7 @@ def test_same_bits_for_any_number_of_threads(
     if emulated(kernel, device):
         pytest.skip(f"{kernel} is emulated by one thread")
     made = case(similarity, batch=40, count=90, dim=36, rows=5)
-    options = LOSS | MUTATIONS[mutation](36)
+    options = LOSS | mutation_of(mutation, similarity, 36)
     threads = torch.get_num_threads()
     results = []
     try:
@@ -324,8 +359,8 @@ def test_same_bits_for_any_number_of_threads(
 @pytest.mark.parametrize("similarity", SIMILARITIES)
 def test_sparse_gradient_is_the_dense_one(similarity: str, kernel: str) -> None:
     made = case(similarity, batch=6, count=9, dim=20, rows=200, groups=2)
-    for mutation in ("rate", "mixup"):
-        options = LOSS | MUTATIONS[mutation](20)
+    for mutation in ("rate", "mixup", "expected"):
+        options = LOSS | mutation_of(mutation, similarity, 20)
         dense, _ = run(fused_emu_loss, made, backend=kernel, **options)
         sparse, _ = run(fused_emu_loss, made, backend=kernel, sparse_grad=True, **options)
         assert sparse["gradient of table"].layout == torch.sparse_coo

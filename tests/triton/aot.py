@@ -21,8 +21,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 import triton
-from emu_kernels.backends.base import ScoreWeights, SumWeights
-from emu_kernels.mutation import Component, Mixup, Mutation, NoMutation, Pair
+from emu_kernels.backends.base import ScoreWeights, SumWeights, new_scores
+from emu_kernels.mutation import Component, Expected, Mixup, Mutation, NoMutation, Pair
 from emu_kernels.request import LossRequest
 from emu_kernels.similarity import SIMILARITIES
 from emu_kernels.triton import launch
@@ -40,6 +40,8 @@ MUTATIONS: dict[str, Mutation] = {
     "pair": Pair(threshold=156),
     "mixup": Mixup(),
     "rates": Component(),  # with thresholds of the row's length
+    "expected": Expected(0.6),
+    "learned": Expected(0.6, learned=True),  # with rates of each row
 }
 
 
@@ -103,6 +105,9 @@ def request(
     rule = MUTATIONS[mutation]
     if mutation == "rates":
         rule = Component(thresholds=torch.empty(dim, dtype=torch.int16))
+    if isinstance(rule, Expected):
+        shape = (rows, dim // 2 if takes.coupled else dim) if rule.learned else (1, 1)
+        rule = replace(rule, rate=torch.empty(shape, dtype=real))
     return LossRequest(
         query=torch.empty(rows, dim, dtype=real),
         table=torch.empty(entities, dim, dtype=dtype),
@@ -143,16 +148,16 @@ def step(made: LossRequest, *, every: bool = False) -> list[Launch]:
     """The launches of a loss and its backward pass, or of all of the backend's functions."""
     with recording() as launches:
         state = launch.loss_forward(made, need_grad=True)
-        sums = SumWeights(state.row_scale, state.weight, state.mutated_weight, state.grad_positive)
+        sums = SumWeights(*[getattr(state, name) for name in SumWeights._fields])
         launch.table_gradient(made, sums, atomic=False)
         if every:
             launch.table_gradient(made, sums, atomic=True)
             launch.loss_forward(made, need_grad=False)
-            weights = ScoreWeights(state.row_scale, state.weight[0], state.mutated_weight[:1])
-            launch.query_gradient(made, weights)
-            negative = made.query.new_empty(*made.negative.shape, made.query.shape[1])
-            launch.mutate_forward(made.query, negative, made)
-            launch.mutate_backward(negative, made)
+            launch.query_gradient(made, ScoreWeights(*new_scores(made)))
+            if made.moments is None:
+                negative = made.query.new_empty(*made.negative.shape, made.query.shape[1])
+                launch.mutate_forward(made.query, negative, made)
+                launch.mutate_backward(negative, made)
     return launches
 
 

@@ -70,7 +70,7 @@ def compiled(request: pytest.FixtureRequest) -> list[Row]:
 
 def test_every_kernel_is_compiled(compiled: list[Row]) -> None:
     assert {row["name"] for row in compiled} == {
-        "accumulate", "merge", "scores", "query_gradient", "loss_rows", "reduce_rows",
+        "accumulate", "merge", "scores", "moments", "query_gradient", "loss_rows", "reduce_rows",
         "sum_weights", "table_gradient", "join_segments", "scatter", "mutate_forward",
         "mutate_backward",
     }  # fmt: skip

@@ -12,10 +12,13 @@ from emu_kernels.triton.tiles import (
     components,
     draw,
     keep,
+    keep_terms,
     load_bounds,
     load_parts,
+    load_rates,
     load_scale,
     load_sums,
+    minus,
     mix_parts,
     no_tile,
     over_rows,
@@ -44,6 +47,7 @@ def contributions(
     row_scale,
     weight,
     mutated_weight,
+    variance_weight,
     seed,
     bounds,
     rows,  # (ROWS,) b
@@ -69,13 +73,18 @@ def contributions(
         _, d = terms(q, a, c, kind)
         x = [w[i % kind.SUMS] for i in (0, 1)[: kind.PARTS]]
         g = _by_candidate(x, q, d, kind)
+    elif kind.MOMENTS:
+        v = _load_weights(variance_weight, rows, k, sizes, valid, factor, kind)
+        rates = load_rates(inputs.rate, b, j, inside, kind, REAL)
+        p, _ = terms(q, a, _load_positive(inputs, rows, sizes.N, j, valid, kind, REAL), kind)
+        t, d = terms(q, a, c, kind)
+        x = keep_terms(w, h, v, minus(t, p, kind), rates, kind)
+        g = _by_candidate([x[i % kind.SUMS] for i in (0, 1)[: kind.PARTS]], q, d, kind)
     else:
         drawn = draw(seed, bounds, k, sizes.row_offset + rows, first, kind, REAL)
         if (kind.COUPLED or kind.SHARED) and (not kind.BILINEAR):
             # The terms' derivatives at ẑ are others than at the candidate and the positive.
-            own = spread(tl.load(inputs.positive + rows, mask=valid, other=0))
-            own = tl.where((own >= 0) & (own < sizes.N), own, 0)
-            z = load_parts(inputs.table, own * kind.STRIDE, j, inside, kind, REAL)
+            z = _load_positive(inputs, rows, sizes.N, j, valid, kind, REAL)
             _, d = terms(q, a, c, kind)
             _, e = terms(q, a, mix_parts(z, c, drawn, kind), kind)
             g = _of_both(w, d, h, e, drawn, kind)
@@ -83,6 +92,14 @@ def contributions(
             _, d = terms(q, a, c, kind)
             g = _by_candidate(_kept(w, h, drawn, kind), q, d, kind)
     return scale_parts(a, g, kind)
+
+
+@triton.jit
+def _load_positive(inputs, rows, N, j, valid, kind: tl.constexpr, REAL: tl.constexpr):
+    own = spread(tl.load(inputs.positive + rows, mask=valid, other=0))
+    own = tl.where((own >= 0) & (own < N), own, 0)
+    inside = spread(valid) & (j < kind.W)
+    return load_parts(inputs.table, own * kind.STRIDE, j, inside, kind, REAL)
 
 
 @triton.jit
@@ -118,6 +135,7 @@ def table_gradient(
     row_scale,
     weight,
     mutated_weight,
+    variance_weight,
     grad_positive,
     keys,  # (entries,) sorted ids, N where padding or bad
     order,  # (entries,) which id each was: of negatives first, then of positives
@@ -158,8 +176,8 @@ def table_gradient(
             origin = tl.load(order + entry + pair // R, mask=valid, other=0).to(tl.int32)
             rows = (origin // K * R + pair % R).to(tl.int64)
             g = contributions(
-                inputs, sizes, row_scale, weight, mutated_weight, seed, bounds, rows, origin % K,
-                valid, c, first, kind,
+                inputs, sizes, row_scale, weight, mutated_weight, variance_weight, seed, bounds,
+                rows, origin % K, valid, c, first, kind,
             )  # fmt: skip
             total = _add_parts(total, g, kind)
         for start in range(entry + of_negatives, following, kind.ROWS):
@@ -230,6 +248,7 @@ def scatter(
     row_scale,
     weight,
     mutated_weight,
+    variance_weight,
     grad_positive,
     out,  # (N, D) real, zeros
 ):  # fmt: skip
@@ -250,8 +269,8 @@ def scatter(
     rows = b + zeros(kind, tl.int64)
     g = contributions(
         inputs, Sizes(B, K, R, N, row_offset, threshold), row_scale, weight, mutated_weight,
-        tl.load(inputs.seed), load_bounds(inputs.thresholds, threshold, first, kind), rows, k,
-        real, c, first, kind,
+        variance_weight, tl.load(inputs.seed),
+        load_bounds(inputs.thresholds, threshold, first, kind), rows, k, real, c, first, kind,
     )  # fmt: skip
     _atomic_add(out, spread(ids * kind.D), j, inside, g, kind)
     own = tl.load(inputs.positive + b)

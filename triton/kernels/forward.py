@@ -7,23 +7,33 @@ import triton.language as tl
 
 import triton
 from emu_kernels.triton.kinds import SIZES
-from emu_kernels.triton.similarities import combine, values
+from emu_kernels.triton.similarities import combine, cumulant, moments, values
 from emu_kernels.triton.tiles import (
     add_by_scale,
+    add_kept,
+    add_moments,
     add_products,
     add_row_sums,
     check_ids,
     components,
     draw,
+    finish_moments,
     give,
+    keep_terms,
     load_bounds,
     load_candidates,
     load_query,
+    load_rates,
     load_sums,
+    minus,
     mutate,
+    no_moments,
     no_tile,
+    of_parts,
     over_rows,
+    pull,
     scale_places,
+    spread,
     spread_sums,
     store_parts,
     store_sums,
@@ -32,7 +42,7 @@ from emu_kernels.triton.tiles import (
 
 
 @triton.jit
-def _store_scores(
+def store_scores(
     out, at, each, valid, sums, good, padding, weights, VALUES: tl.constexpr, kind: tl.constexpr
 ):
     """The values of sums, or the scores: −inf of padding. NaN where not good."""
@@ -43,12 +53,32 @@ def _store_scores(
         tl.store(out + at, tl.where(padding, float("-inf"), combine(v, weights, kind)), mask=valid)
 
 
+@triton.jit
+def store_moments(
+    mean_out, out, at, each, valid, means, variances, good, padding, weights,
+    VALUES: tl.constexpr, kind: tl.constexpr,
+):  # fmt: skip
+    """Means and variances of the sums, or the scores' means and cumulants, likewise."""
+    nan = float("nan")
+    means = [tl.where(good, x, nan) for x in means]
+    if VALUES:
+        store_sums(mean_out, at, each, valid, means, kind)
+        store_sums(out, at, each, valid, variances, kind)
+    else:
+        m, v = moments(means, variances, kind)
+        mean = combine(m, weights, kind)
+        both = cumulant(mean, v, weights, kind)
+        tl.store(mean_out + at, tl.where(padding, float("-inf"), mean), mask=valid)
+        tl.store(out + at, tl.where(padding, float("-inf"), both), mask=valid)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def scores(
     inputs, kind: tl.constexpr, B, K, R, N, row_offset, threshold,
     positive_out,  # (B,) score, or with VALUES (S, B) values v_s
     plain_out,  # (B, K), or (S, B, K)
-    mutated_out,
+    mutated_out,  # of a rule of moments the means, M with VALUES
+    variance_out,  # of such a rule: (B, K) cumulants, or (S, B, K) V
     VALUES: tl.constexpr,
 ):  # fmt: skip
     """One program: ROWS negatives of a row."""
@@ -65,6 +95,10 @@ def scores(
     own = tl.where(own_good, own, 0)  # a row to read: its scores become NaN
     plain = [zeros(kind, REAL) for s in (0, 1)[: kind.SUMS]]
     mutated = plain
+    mean, variance = plain, plain
+    if kind.MOMENTS:
+        mean = no_moments(kind, REAL)
+        variance = mean
     positive = [tl.zeros((1,), REAL) for s in (0, 1)[: kind.SUMS]]
     seed = tl.load(inputs.seed)
     for first in range(0, kind.W, kind.WIDTH):
@@ -74,7 +108,13 @@ def scores(
         tile = load_candidates(inputs, query, ids, good & (ids >= 0), j, inside, kind, REAL)
         plain = add_row_sums(plain, tile.t, kind)
         positive = add_row_sums(positive, query.t, kind)
-        if kind.MUTATED:
+        if kind.MOMENTS:
+            # A whole tile: one row's layout Triton would give to the candidates' terms too.
+            row = b + spread(zeros(kind, tl.int64))
+            rates = load_rates(inputs.rate, row, j, inside, kind, REAL)
+            mean = add_kept(mean, query.t, rates, kind)
+            mean, variance = add_moments(mean, variance, query.t, tile.t, rates, kind)
+        elif kind.MUTATED:
             bounds = load_bounds(inputs.thresholds, threshold, first, kind)
             drawn = draw(seed, bounds, k, row_offset + b, first, kind, REAL)
             mutated = add_row_sums(mutated, mutate(query, tile, drawn, kind).t, kind)
@@ -84,13 +124,19 @@ def scores(
     each = B.to(tl.int64) * K
     if block == 0:
         own_at = b + tl.arange(0, 1)
-        _store_scores(
+        store_scores(
             positive_out, own_at, B, own_at >= 0, positive, own_good, own_at < 0,
             inputs.weights, VALUES, kind,
         )  # fmt: skip
-    _store_scores(plain_out, at, each, valid, plain, good, padding, inputs.weights, VALUES, kind)
-    if kind.MUTATED:
-        _store_scores(
+    store_scores(plain_out, at, each, valid, plain, good, padding, inputs.weights, VALUES, kind)
+    if kind.MOMENTS:
+        mean, variance = finish_moments(mean, variance, positive, plain, inputs.rate, kind)
+        store_moments(
+            mutated_out, variance_out, at, each, valid, mean, variance, good, padding,
+            inputs.weights, VALUES, kind,
+        )  # fmt: skip
+    elif kind.MUTATED:
+        store_scores(
             mutated_out, at, each, valid, mutated, good, padding, inputs.weights, VALUES, kind
         )
 
@@ -101,9 +147,11 @@ def query_gradient(
     positive_weight,  # (S, B) of sums, as the next two
     weight,  # (S, B, K)
     mutated_weight,
+    variance_weight,
     grad_query,  # (SPLITS, B, D) each
     grad_positive,
     grad_scale,
+    grad_rate,  # (SPLITS, B, U), or None
     SPLITS: tl.constexpr,
 ):  # fmt: skip
     """One program: a chunk of components of a row, over one of SPLITS spans of its negatives."""
@@ -119,6 +167,12 @@ def query_gradient(
     query = load_query(inputs, b, own, j, inside, kind, REAL)
     gq = no_tile(inputs.table, kind.STRIDE, j, K, kind, REAL)
     gz, ga = gq, gq
+    # With a rule of moments, of each sum: Σ_k h, Σ_k v (t − p) (tiles.pull), and by the rates.
+    given = spread_sums([zeros(kind, REAL) for s in (0, 1)[: kind.SUMS]])
+    bent = [gq[s] for s in (0, 1)[: kind.SUMS]]
+    by_rate, rates = bent, bent
+    if kind.MOMENTS:
+        rates = load_rates(inputs.rate, b, j, inside, kind, REAL)
     seed = tl.load(inputs.seed)
     each = B.to(tl.int64) * K
     bounds = load_bounds(inputs.thresholds, threshold, first, kind)
@@ -131,19 +185,57 @@ def query_gradient(
         tile = load_candidates(inputs, query, ids, real, j, inside, kind, REAL)
         at = b * K + k
         w = spread_sums(load_sums(weight, at, each, valid, kind))
+        if kind.MOMENTS:
+            h = spread_sums(load_sums(mutated_weight, at, each, valid, kind))
+            v = spread_sums(load_sums(variance_weight, at, each, valid, kind))
+            u = minus(tile.t, query.t, kind)
+            given = [given[s] + h[s] for s in (0, 1)[: kind.SUMS]]
+            bent = [tl.fma(v[s], u[s], bent[s]) for s in (0, 1)[: kind.SUMS]]
+            if grad_rate is not None:
+                by_rate = _add_by_rate(by_rate, h, v, u, rates, kind)
+            w = keep_terms(w, h, v, u, rates, kind)
         gq = add_products(gq, 1.0, w, tile.d, kind)
         ga = add_by_scale(ga, 1.0, w, tile, kind)
-        if kind.MUTATED:
+        if kind.MUTATED and (not kind.MOMENTS):
             drawn = draw(seed, bounds, k, row_offset + b, first, kind, REAL)
             mutant = mutate(query, tile, drawn, kind)
             w = spread_sums(load_sums(mutated_weight, at, each, valid, kind))
             gq = add_products(gq, 1.0, w, mutant.d, kind)
             gz = _add_given(gz, w, drawn, mutant.d, kind)
             ga = add_by_scale(ga, 1.0, w, mutant, kind)
+    gz = over_rows(gz)
+    row_out = split * B.to(tl.int64) + b
+    if kind.MOMENTS:
+        gz = _of_positive(over_rows(given), over_rows(bent), rates, kind)
+        if grad_rate is not None:
+            _store_by_rate(grad_rate, row_out, j, inside, over_rows(by_rate), kind)
     finish_gradient(
-        query, over_rows(gq), over_rows(gz), over_rows(ga), positive_weight, split == 0, b,
-        split * B.to(tl.int64) + b, B, j, inside, grad_query, grad_positive, grad_scale, kind,
+        query, over_rows(gq), gz, over_rows(ga), positive_weight, split == 0, b,
+        row_out, B, j, inside, grad_query, grad_positive, grad_scale, kind,
     )  # fmt: skip
+
+
+@triton.jit
+def _of_positive(given, bent, rates, kind: tl.constexpr):
+    """Weights of the positive's terms, from all negatives' moments."""
+    return [rates[s] * (given[s] - (1.0 - rates[s]) * bent[s]) for s in (0, 1)[: kind.SUMS]]
+
+
+@triton.jit
+def _add_by_rate(total, h, v, u, rates, kind: tl.constexpr):
+    """Adds (t − p) (h + (ρ − 1/2) v (t − p)), minus the gradient by ρ where weights are by sums."""
+    g = pull(h, v, u, rates, kind)
+    half = [tl.fma(0.5, v[s] * u[s], g[s]) for s in (0, 1)[: kind.SUMS]]
+    return [tl.fma(u[s], half[s], total[s]) for s in (0, 1)[: kind.SUMS]]
+
+
+@triton.jit
+def _store_by_rate(grad_rate, row, j, inside, total, kind: tl.constexpr):
+    # Of squares weights are by minus half of them.
+    by = [total[s] * (0.5 if kind.ROOTS[s] else -1.0) for s in (0, 1)[: kind.SUMS]]
+    SUMS: tl.constexpr = kind.SUMS
+    for s in tl.static_range(SUMS):
+        tl.store(grad_rate + ((row * kind.SUMS + s) * kind.W + j), by[s], mask=inside)
 
 
 @triton.jit
@@ -161,7 +253,7 @@ def _add_given(total, w, drawn, d, kind: tl.constexpr):
 def finish_gradient(
     query,
     gq,  # (1, WIDTH) of each part, of all negatives, as the next
-    gz,  # by the positive, but for a factor that all share
+    gz,  # by the positive, but for a factor that all share; of moments the weights of its terms
     ga,
     positive_weight,
     own,  # whether to add the positive's own part
@@ -176,6 +268,9 @@ def finish_gradient(
     kind: tl.constexpr,
 ):
     w = [tl.where(own, tl.load(positive_weight + (s * B + b)), 0.0) for s in (0, 1)[: kind.SUMS]]
+    if kind.MOMENTS:
+        w = [w[s] + gz[s] for s in (0, 1)[: kind.SUMS]]
+        gz = of_parts(0.0, kind)
     gq = [gq[i] + w[i % kind.SUMS] * query.d[i] for i in (0, 1)[: kind.PARTS]]
     if kind.BILINEAR:
         gz = [(gz[i] + w[i % kind.SUMS]) * query.q[i] for i in (0, 1)[: kind.PARTS]]

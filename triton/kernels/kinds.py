@@ -25,6 +25,7 @@ class Inputs(NamedTuple):
     negative: Any = None
     seed: Any = None
     thresholds: Any = None
+    rate: Any = None
     report: Any = None  # where ids out of range are reported (emu_kernels/backends/ids.py)
 
 
@@ -65,6 +66,9 @@ class Kind(NamedTuple):
 
     # emu_kernels.mutation.Mutation
     MUTATED: bool
+    MOMENTS: bool  # it draws nothing: scores have a mean and a variance
+    RATE_ROW: int  # from a row's rates to the next's: 0 where all rows have the same
+    ONE_RATE: bool  # of all components
     SHARED: bool  # it draws shares, not masks
     PAIRS: bool
     SHARE: Callable[..., Any] | None  # masks.py

@@ -112,6 +112,7 @@ def _kind(
     similarity: Similarity = SIMILARITIES["dot"],
     scaled: bool = False,
     phase_scale: float = 1.0,
+    rate: Tensor | None = None,
 ) -> Kind:
     """All but the tile."""
     parts = 2 if similarity.halves == 2 or rule.pairs else 1
@@ -136,6 +137,9 @@ def _kind(
         SCALE_D=dim // similarity.halves * similarity.scaled_halves if scaled else 0,
         HALF=phase_scale / 2,
         MUTATED=rule.draw != "none",
+        MOMENTS=rule.draw == "moments",
+        RATE_ROW=0 if rate is None or rate.shape[0] == 1 else rate.stride(0),
+        ONE_RATE=rate is not None and rate.numel() == 1,
         SHARED=rule.draw == "share",
         PAIRS=rule.pairs,
         SHARE=share,
@@ -164,6 +168,8 @@ class Problem:
         self.rows, self.dim = request.query.shape
         groups, self.count = request.negative.shape
         thresholds, threshold = _thresholds(request.mutation)
+        rate = None if request.moments is None else request.moments.rate
+        assert rate is None or isinstance(rate, Tensor)
         kind = _kind(
             self.dim,
             request.mutation,
@@ -171,6 +177,7 @@ class Problem:
             similarity=SIMILARITIES[request.similarity],
             scaled=request.scale is not None,
             phase_scale=request.phase_scale,
+            rate=rate,
         )
         self.tile = tile(kind.W, self.count)
         self.kind = _with_tile(kind, self.tile)
@@ -183,6 +190,7 @@ class Problem:
             negative=request.negative,
             seed=request.seed,
             thresholds=thresholds,
+            rate=rate,
             report=ids.report(table.device),
         )
         self.sizes = Sizes(
@@ -212,21 +220,37 @@ def _optional(tensor: Tensor) -> Tensor | None:
     return tensor if tensor.numel() else None
 
 
-def _scores(p: Problem, positive: Tensor, plain: Tensor, mutated: Tensor, *, values: bool) -> None:
-    p.run(
-        forward.scores,
-        p.rows * p.blocks,
-        positive_out=positive,
-        plain_out=plain,
-        mutated_out=mutated,
-        VALUES=values,
-    )
+def _scores(
+    p: Problem,
+    positive: Tensor,
+    plain: Tensor,
+    mutated: Tensor,
+    variance: Tensor,
+    *,
+    values: bool,
+) -> None:
+    out = {
+        "positive_out": positive,
+        "plain_out": plain,
+        "mutated_out": mutated,
+        "variance_out": variance,
+    }
+    if not p.kind.MOMENTS:
+        p.run(forward.scores, p.rows * p.blocks, **out, VALUES=values)
+        return
+    # A thread has two candidates, for which what is the query's is made once.
+    warps = max(1, p.tile.warps // 2)
+    if p.kind.CHUNKS > 1:
+        p.run(forward.scores, p.rows * p.blocks, warps, **out, VALUES=values)
+    else:
+        splits = _splits(p, p.rows)
+        p.run(rows.moments, p.rows * splits, warps, **out, VALUES=values, SPLITS=splits)
 
 
 def scores_forward(request: Request) -> Scores:
     with _on(request.table):
         out = new_scores(request)
-        _scores(Problem(request), out.positive, out.negative, out.mutated, values=False)
+        _scores(Problem(request), *out, values=False)
         return out
 
 
@@ -238,18 +262,20 @@ def _splits(p: Problem, programs: int) -> int:
 
 def _query_gradient(p: Problem, positive_weight: Tensor, state: LossState | ScoresGradient) -> None:
     splits = _splits(p, p.rows * p.kind.CHUNKS)
-    out = [state.grad_query, state.grad_positive, state.grad_scale]
+    out = [state.grad_query, state.grad_positive, state.grad_scale, state.grad_rate]
     partial = out if splits == 1 else [t.new_empty((splits, *t.shape)) for t in out]
-    grad_query, grad_positive, grad_scale = partial
+    grad_query, grad_positive, grad_scale, grad_rate = partial
     p.run(
         forward.query_gradient,
         p.rows * p.kind.CHUNKS * splits,
         positive_weight=positive_weight,
         weight=state.weight,
         mutated_weight=state.mutated_weight,
+        variance_weight=state.variance_weight,
         grad_query=grad_query,
         grad_positive=grad_positive,
         grad_scale=_optional(grad_scale),
+        grad_rate=_optional(grad_rate),
         SPLITS=splits,
     )
     if splits > 1:
@@ -266,7 +292,7 @@ def _one_pass(p: Problem) -> bool:
     """Whether a row and its sums fit in registers: five sums of sixteen components a thread do,
     with the tile itself; more, a scale's or a second part's, would be spilled (see the
     ahead-of-time tests). Where they do not fit, candidates are read twice."""
-    if p.kind.CHUNKS > 1:
+    if p.kind.CHUNKS > 1 or p.kind.MOMENTS:
         return False
     fits = not p.kind.MUTATED or (p.kind.PARTS == 1 and p.request.scale is None)
     return fits if passes is None else passes == 1
@@ -331,13 +357,18 @@ def loss_forward(request: LossRequest, *, need_grad: bool) -> LossState:
         spans = statistics = positive_weight = None
         if need_grad:
             positive, positive_weight = p.new(2, p.kind.SUMS, p.rows)
-            plain, mutated = state.weight, state.mutated_weight
+            sums = state.weight, state.mutated_weight, state.variance_weight
+        elif p.kind.MOMENTS:
+            positive = p.new(p.kind.SUMS, p.rows)
+            sums = tuple(p.new(3, p.kind.SUMS, p.rows, p.count))
         else:
-            positive, plain, mutated, _ = new_scores(request)
+            positive, *sums = new_scores(request)
+        plain, mutated, variance = sums
+        values = need_grad or p.kind.MOMENTS
         if need_grad and _one_pass(p):
             spans, statistics = _accumulate(p, positive, state), p.new(5, p.rows)
         else:
-            _scores(p, positive, plain, mutated, values=need_grad)
+            _scores(p, positive, plain, mutated, variance, values=values)
         p.run(
             losses.loss_rows,
             p.rows,
@@ -346,6 +377,7 @@ def loss_forward(request: LossRequest, *, need_grad: bool) -> LossState:
             positive_value=positive,
             plain=plain,
             mutated=mutated,
+            variance=variance,
             uls_out=uls,
             vanilla_out=vanilla,
             positive_weight=positive_weight,
@@ -354,7 +386,7 @@ def loss_forward(request: LossRequest, *, need_grad: bool) -> LossState:
             beta=request.beta,
             alpha=request.alpha,
             BLOCK=block(p.count),
-            **_of_sums(p, scored=not need_grad),
+            **_of_sums(p, scored=not values),
         )
         if positive_weight is not None and statistics is not None and spans is not None:
             _merge(p, positive_weight, state, statistics, spans)
@@ -386,7 +418,7 @@ NO_ROWS = _kind(0, NoMutation())._replace(TERMS=(), SOURCE="")
 def _of_sums(p: Problem, *, scored: bool = False) -> dict[str, Any]:
     """Common arguments of the kernels from sums to weights: with nothing of rows and of how they
     are mutated, so that one compilation serves them all. ``scored``: each score is its one sum."""
-    kind = NO_ROWS._replace(MUTATED=p.kind.MUTATED)
+    kind = NO_ROWS._replace(MUTATED=p.kind.MUTATED, MOMENTS=p.kind.MOMENTS)
     inputs = Inputs(positive=p.inputs.positive, negative=p.inputs.negative)
     if not scored:
         kind = kind._replace(SUMS=p.kind.SUMS, ROOTS=p.kind.ROOTS, DIRECT=p.kind.DIRECT)
@@ -400,7 +432,8 @@ def query_gradient(request: Request, upstream: ScoreWeights) -> ScoresGradient:
         state = new_scores_gradient(request)
         values, of_sums = p.new(p.kind.SUMS, p.rows), p.new(p.kind.SUMS, p.rows)
         if not p.kind.DIRECT:
-            _scores(p, values, state.weight, state.mutated_weight, values=True)
+            sums = state.weight, state.mutated_weight, state.variance_weight
+            _scores(p, values, *sums, values=True)
         p.run(
             losses.sum_weights,
             p.rows,
@@ -408,9 +441,11 @@ def query_gradient(request: Request, upstream: ScoreWeights) -> ScoresGradient:
             positive_value=values,
             plain=state.weight,
             mutated=state.mutated_weight,
+            variance=state.variance_weight,
             positive_score_weight=upstream.positive_weight,
             plain_score_weight=upstream.weight,
             mutated_score_weight=upstream.mutated_weight,
+            cumulant_score_weight=upstream.cumulant_weight,
             positive_weight=of_sums,
             grad_weights=_optional(state.grad_weights),
             BLOCK=block(p.count),

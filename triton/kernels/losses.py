@@ -9,7 +9,14 @@ import triton.language as tl
 
 import triton
 from emu_kernels.triton.kinds import SIZES
-from emu_kernels.triton.similarities import combine, slopes
+from emu_kernels.triton.similarities import (
+    combine,
+    cumulant,
+    moment_slopes,
+    moments,
+    slopes,
+    weighed,
+)
 from emu_kernels.triton.tiles import load_sums, store_sums
 
 
@@ -24,6 +31,36 @@ def _store_weights(pointer, at, each, valid, w, v, weights, kind: tl.constexpr):
     """Weights of the sums from the weights w of scores."""
     of_sums = [w * x for x in slopes(v, weights, kind)]
     store_sums(pointer, at, each, valid, of_sums, kind)
+
+
+@triton.jit
+def _mutated_scores(mutated, variance, at, each, valid, weights, kind: tl.constexpr):
+    """A mutated score, twice; with a rule of moments its mean and its cumulant."""
+    x = load_sums(mutated, at, each, valid, kind)
+    if kind.MOMENTS:
+        m, v = moments(x, load_sums(variance, at, each, valid, kind), kind)
+        mean = combine(m, weights, kind)
+        return mean, cumulant(mean, v, weights, kind)
+    else:
+        s = combine(x, weights, kind)
+        return s, s
+
+
+@triton.jit
+def _store_moment_weights(
+    mutated, variance, at, each, valid, a, b, m, v, weights, kind: tl.constexpr
+):
+    """Weights of the sums' means and variances from a and b, those of the score's."""
+    by_mean, by_variance = moment_slopes(a, b, m, v, weights, kind)
+    store_sums(mutated, at, each, valid, by_mean, kind)
+    store_sums(variance, at, each, valid, by_variance, kind)
+
+
+@triton.jit
+def _add_moments_by_weights(by, real, a, b, means, variances, weights, kind: tl.constexpr):
+    m, v = moments(means, variances, kind)
+    x = [a * m[s] + weighed(b * v[s], weights, s) for s in (0, 1)[: kind.SUMS]]
+    return [by[s] + tl.where(real, x[s], 0) for s in (0, 1)[: kind.SUMS]]
 
 
 @triton.jit
@@ -46,7 +83,8 @@ def loss_rows(
     coefficients,  # (2,) β and α, or None: the arguments
     positive_value,  # (S, B) values v_s of z⁺
     plain,  # (S, B, K), of the negatives; replaced by weights
-    mutated,
+    mutated,  # with a rule of moments M, and V next
+    variance,
     uls_out,  # (B,)
     vanilla_out,
     positive_weight,  # (S, B), or None: no gradients
@@ -85,7 +123,7 @@ def loss_rows(
         zero += tl.where(real, s * 0, 0)
         count += tl.where(real, 1.0, 0.0)
         if kind.MUTATED:
-            s = combine(load_sums(mutated, b * K + k, each, valid, kind), weights, kind)
+            _, s = _mutated_scores(mutated, variance, b * K + k, each, valid, weights, kind)
             s = tl.where(real, s, minus_inf)
             mutated_top = tl.maximum(mutated_top, s)
             zero += tl.where(real, s * 0, 0)
@@ -104,10 +142,9 @@ def loss_rows(
         s = combine(load_sums(plain, b * K + k, each, valid, kind), weights, kind)
         total += tl.where(real, tl.exp(s - m), 0)
         if kind.MUTATED:
-            s = combine(load_sums(mutated, b * K + k, each, valid, kind), weights, kind)
-            gap = tl.where(real, mutated_m - s, 0)
-            mutated_total += tl.where(real, tl.exp(-gap), 0)
-            gaps += gap
+            s, c = _mutated_scores(mutated, variance, b * K + k, each, valid, weights, kind)
+            mutated_total += tl.where(real, tl.exp(c - mutated_m), 0)
+            gaps += tl.where(real, mutated_m - s, 0)
     power = tl.exp(own - m)
     mass = tl.sum(total, 0) + power
     nan = float("nan")
@@ -146,7 +183,16 @@ def loss_rows(
             x = tl.where(real, tl.exp(combine(p, weights, kind) - m), 0.0) * factor
             _store_weights(plain, at, each, valid, x, p, weights, kind)
             by = _add_by_weights(by, real, x, p, kind)
-            if kind.MUTATED:
+            if kind.MOMENTS:
+                p = load_sums(mutated, at, each, valid, kind)
+                q = load_sums(variance, at, each, valid, kind)
+                _, x = _mutated_scores(mutated, variance, at, each, valid, weights, kind)
+                x = tl.exp(x - mutated_m) * mutated_factor
+                x = tl.where(real, x, label * 0)  # NaN where the row is
+                y = tl.where(real, x - label, label * 0)
+                _store_moment_weights(mutated, variance, at, each, valid, y, x, p, q, weights, kind)
+                by = _add_moments_by_weights(by, real, y, x, p, q, weights, kind)
+            elif kind.MUTATED:
                 p = load_sums(mutated, at, each, valid, kind)
                 x = tl.exp(combine(p, weights, kind) - mutated_m) * mutated_factor - label
                 x = tl.where(real, x, label * 0)  # NaN where the row is
@@ -238,9 +284,11 @@ def sum_weights(
     positive_value,  # (S, B) values, as the next two; not read where DIRECT
     plain,  # (S, B, K); replaced by weights of sums
     mutated,
+    variance,  # (S, B, K), of a rule of moments
     positive_score_weight,  # (B,)
     plain_score_weight,  # (B, K)
     mutated_score_weight,
+    cumulant_score_weight,
     positive_weight,  # (S, B)
     grad_weights,
     BLOCK: tl.constexpr,
@@ -270,7 +318,16 @@ def sum_weights(
         p = _load_values(plain, at, each, valid, x, kind)
         _store_weights(plain, at, each, valid, x, p, weights, kind)
         by = _add_by_weights(by, real, x, p, kind)
-        if kind.MUTATED:
+        if kind.MOMENTS:
+            x = tl.load(cumulant_score_weight + at, mask=valid, other=0.0)
+            y = tl.load(mutated_score_weight + at, mask=valid, other=0.0) + x
+            x = tl.where(good, tl.where(real, x, 0.0), float("nan"))
+            y = tl.where(good, tl.where(real, y, 0.0), float("nan"))
+            p = _load_values(mutated, at, each, valid, x, kind)
+            q = _load_values(variance, at, each, valid, x, kind)
+            _store_moment_weights(mutated, variance, at, each, valid, y, x, p, q, weights, kind)
+            by = _add_moments_by_weights(by, real, y, x, p, q, weights, kind)
+        elif kind.MUTATED:
             x = tl.load(mutated_score_weight + at, mask=valid, other=0.0)
             x = tl.where(good, tl.where(real, x, 0.0), float("nan"))
             p = _load_values(mutated, at, each, valid, x, kind)

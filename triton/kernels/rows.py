@@ -12,21 +12,26 @@ from __future__ import annotations
 import triton.language as tl
 
 import triton
-from emu_kernels.triton.forward import finish_gradient
+from emu_kernels.triton.forward import finish_gradient, store_moments, store_scores
 from emu_kernels.triton.kinds import SIZES
 from emu_kernels.triton.similarities import combine, slopes, values
 from emu_kernels.triton.tiles import (
     add_by_scale,
+    add_kept,
+    add_moments,
     add_products,
     check_ids,
     components,
     draw,
+    finish_moments,
     give,
     load_bounds,
     load_candidates,
     load_parts,
     load_query,
+    load_rates,
     mutate,
+    no_moments,
     no_tile,
     of_parts,
     over_rows,
@@ -153,6 +158,58 @@ def accumulate(
         if kind.SCALE_D > 0:
             _store_vectors(sums, at + each * 6, j, shrink, ae, kind)
             _store_vectors(sums, at + each * 7, j, 1.0, au, kind)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def moments(
+    inputs, kind: tl.constexpr, B, K, R, N, row_offset, threshold,
+    positive_out,  # as in forward.scores
+    plain_out,
+    mutated_out,
+    variance_out,
+    VALUES: tl.constexpr,
+    SPLITS: tl.constexpr,
+):  # fmt: skip
+    """One program: a row over one of SPLITS spans of its negatives. The scores alone, of a rule of
+    moments: what it needs of the row is made once."""
+    REAL: tl.constexpr = inputs.query.dtype.element_ty
+    split = tl.program_id(0) % SPLITS
+    b = (tl.program_id(0) // SPLITS).to(tl.int64)
+    j = components(0, kind.WIDTH)
+    inside = j < kind.W
+    own = tl.load(inputs.positive + b)
+    own_good = check_ids(own, 0, N, inputs.report, own == own)
+    own = tl.where(own_good, own, 0)  # a row to read: its scores become NaN
+    query = load_query(inputs, b, own, j, inside, kind, REAL)
+    rates = load_rates(inputs.rate, b, j, inside, kind, REAL)
+    positive = row_sums(query.t, kind)
+    if split == 0:
+        own_at = b + tl.arange(0, 1)
+        store_scores(
+            positive_out, own_at, B, own_at >= 0, positive, own_good, own_at < 0, inputs.weights,
+            VALUES, kind,
+        )  # fmt: skip
+    each = B.to(tl.int64) * K
+    span = tl.cdiv(tl.cdiv(K, SPLITS), kind.ROWS) * kind.ROWS
+    none = no_moments(kind, REAL)
+    kept = add_kept(none, query.t, rates, kind)
+    for start in range(split * span, tl.minimum(split * span + span, K), kind.ROWS):
+        k = start + tl.arange(0, kind.ROWS)
+        valid = k < K
+        ids = tl.load(inputs.negative + (b // R) * K + k, mask=valid, other=-1)
+        good = check_ids(ids, -1, N, inputs.report + 1, valid)
+        padding = ids == -1
+        tile = load_candidates(inputs, query, ids, good & (ids >= 0), j, inside, kind, REAL)
+        mean, variance = add_moments(kept, none, query.t, tile.t, rates, kind)
+        plain = row_sums(tile.t, kind)
+        mean, variance = finish_moments(mean, variance, positive, plain, inputs.rate, kind)
+        good = good & own_good
+        at = b * K + k
+        store_scores(plain_out, at, each, valid, plain, good, padding, inputs.weights, VALUES, kind)
+        store_moments(
+            mutated_out, variance_out, at, each, valid, mean, variance, good, padding,
+            inputs.weights, VALUES, kind,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -144,6 +144,62 @@ def combine(v, weights, kind: tl.constexpr):
 
 
 @triton.jit
+def moments(means, variances, kind: tl.constexpr):
+    """Mean and variance of v(S) of each sum from those of S; of a root by the delta method."""
+    both = [_moments(means[s], variances[s], kind.ROOTS[s]) for s in (0, 1)[: kind.SUMS]]
+    return [x[0] for x in both], [x[1] for x in both]
+
+
+@triton.jit
+def _inverse_root(x):
+    """0 of 0."""
+    return tl.where(x == 0, 0.0, 1.0 / tl.sqrt(tl.where(x == 0, 1.0, x)))
+
+
+@triton.jit
+def _moments(mean, variance, ROOT: tl.constexpr):
+    if ROOT:
+        r = _inverse_root(mean)
+        v = variance * r * r * 0.25
+        return 0.5 * v * r - tl.sqrt(mean), v
+    else:
+        return mean, variance
+
+
+@triton.jit
+def cumulant(mean, v, weights, kind: tl.constexpr):
+    """The score's mean and half its variance, Σ_s w_s² v_s / 2."""
+    half = weighed(weighed(0.5 * v[0], weights, 0), weights, 0)
+    if kind.SUMS == 2:
+        half += weighed(weighed(0.5 * v[1], weights, 1), weights, 1)
+    return mean + half
+
+
+@triton.jit
+def moment_slopes(by_mean, by_half, means, variances, weights, kind: tl.constexpr):
+    """Weights of each sum's mean and variance from those of the score's mean and half variance: by
+    the mean and half the variance of the sum (of squares: both times −2, as in value_slope)."""
+    both = [
+        _moment_slopes(
+            weighed(by_mean, weights, s), weighed(weighed(by_half, weights, s), weights, s),
+            means[s], variances[s], kind.ROOTS[s],
+        )
+        for s in (0, 1)[: kind.SUMS]
+    ]  # fmt: skip
+    return [x[0] for x in both], [x[1] for x in both]
+
+
+@triton.jit
+def _moment_slopes(a, b, mean, variance, ROOT: tl.constexpr):
+    if ROOT:
+        r = _inverse_root(mean)
+        z = variance * r * r * 0.25 * r * r
+        return a * r * (1.0 + 1.5 * z) + b * z, -0.5 * r * r * (a * r + b)
+    else:
+        return a, b
+
+
+@triton.jit
 def slopes(v, weights, kind: tl.constexpr):
     """∂score/∂S of each sum."""
     return [weighed(value_slope(v[s], kind.ROOTS[s]), weights, s) for s in (0, 1)[: kind.SUMS]]

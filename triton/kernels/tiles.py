@@ -106,6 +106,21 @@ def load_scale(scale, row, j, inside, absent, kind: tl.constexpr, REAL: tl.const
 
 
 @triton.jit
+def load_rates(rate, row, j, inside, kind: tl.constexpr, REAL: tl.constexpr):
+    """ρ of components j of each sum, or the one of all."""
+    if kind.ONE_RATE:
+        one = tl.load(rate).to(REAL)
+        return [one for s in (0, 1)[: kind.SUMS]]
+    else:
+        return [
+            tl.load(rate + (row * kind.RATE_ROW + (s * kind.W + j)), mask=inside, other=0.0).to(
+                REAL
+            )
+            for s in (0, 1)[: kind.SUMS]
+        ]
+
+
+@triton.jit
 def load_query(inputs, b, own, j, inside, kind: tl.constexpr, REAL: tl.constexpr):
     """The query of row b, and row ``own`` of the table as its positive."""
     q = load_parts(inputs.query, b * kind.D, j, inside, kind, REAL)
@@ -179,6 +194,95 @@ def row_sums(t, kind: tl.constexpr):
 def add_row_sums(totals, t, kind: tl.constexpr):
     more = row_sums(t, kind)
     return [totals[s] + more[s] for s in (0, 1)[: kind.SUMS]]
+
+
+@triton.jit
+def no_moments(kind: tl.constexpr, REAL: tl.constexpr):
+    """Zeros for add_moments to begin with, of each sum."""
+    zero = tl.zeros((4, kind.ROWS, kind.WIDTH // 16), REAL)
+    return [zero for s in (0, 1)[: kind.SUMS]]
+
+
+@triton.jit
+def add_moments(means, variances, own, t, rates, kind: tl.constexpr):
+    """Adds Σ (1 − ρ) t to means and Σ ρ (1 − ρ) (t − p)² to variances, each word on its own: the
+    moments of a tile's sums where a term is the positive's p with probability ρ, but for Σ ρ p.
+    With one rate Σ (t − p)² is enough."""
+    u = minus(t, own, kind)
+    if kind.ONE_RATE:
+        return means, [_add_dot(variances[s], u[s], u[s]) for s in (0, 1)[: kind.SUMS]]
+    else:
+        y = [rates[s] * (1.0 - rates[s]) * u[s] for s in (0, 1)[: kind.SUMS]]
+        m = [_add_dot(means[s], 1.0 - rates[s], t[s]) for s in (0, 1)[: kind.SUMS]]
+        return m, [_add_dot(variances[s], y[s], u[s]) for s in (0, 1)[: kind.SUMS]]
+
+
+@triton.jit
+def add_kept(means, own, rates, kind: tl.constexpr):
+    """Adds Σ ρ p, likewise."""
+    if kind.ONE_RATE:
+        return means
+    else:
+        return [_add_dot(means[s], rates[s], own[s]) for s in (0, 1)[: kind.SUMS]]
+
+
+@triton.jit
+def finish_moments(means, variances, own, plain, rate, kind: tl.constexpr):
+    """(ROWS,) means and variances of each sum; own and plain are the sums that are mixed."""
+    variances = [tl.sum(tl.sum(x, 0), 1) for x in variances]
+    if kind.ONE_RATE:
+        p = tl.load(rate).to(plain[0].dtype)
+        m = [p * own[s] + (1.0 - p) * plain[s] for s in (0, 1)[: kind.SUMS]]
+        return m, [p * (1.0 - p) * x for x in variances]
+    else:
+        return [tl.sum(tl.sum(x, 0), 1) for x in means], variances
+
+
+@triton.jit
+def _add_dot(total, x, y):
+    """total + Σ x y over the bytes of words: one instruction a component, where a product and a sum
+    are two."""
+    x = _bytes(x)
+    y = _bytes(y)
+    for i in tl.static_range(4):
+        total = tl.fma(x[i], y[i], total)
+    return total
+
+
+@triton.jit
+def _bytes(x):
+    """The components of each byte."""
+    even, odd = tl.split(tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2], 2, 2)))
+    x0, x2 = tl.split(even)
+    x1, x3 = tl.split(odd)
+    return x0, x1, x2, x3
+
+
+@triton.jit
+def minus(t, own, kind: tl.constexpr):
+    """t − p of each sum's terms."""
+    return [t[s] - own[s] for s in (0, 1)[: kind.SUMS]]
+
+
+@triton.jit
+def pull(h, v, u, rates, kind: tl.constexpr):
+    """g = h − (1 − ρ) v (t − p), h and v being weights of the mean and of half the variance. The
+    gradient of a negative's moments by its own terms is h − ρ g, by the positive's ρ g."""
+    return [tl.fma(rates[s] - 1.0, v[s] * u[s], h[s]) for s in (0, 1)[: kind.SUMS]]
+
+
+@triton.jit
+def keep_terms(w, h, v, u, rates, kind: tl.constexpr):
+    """The weights of a negative's own terms, w being that of its plain sum."""
+    if kind.ONE_RATE:  # the same, with less to do for each component
+        p = rates[0]
+        return [
+            tl.fma(p * (1.0 - p) * v[s], u[s], tl.fma(1.0 - p, h[s], w[s]))
+            for s in (0, 1)[: kind.SUMS]
+        ]
+    else:
+        g = pull(h, v, u, rates, kind)
+        return [tl.fma(-rates[s], g[s], w[s] + h[s]) for s in (0, 1)[: kind.SUMS]]
 
 
 @triton.jit
