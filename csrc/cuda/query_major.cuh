@@ -304,7 +304,7 @@ struct QueryMajor {
   };
 
   // What takes the place of the weights of the mutated negative's term and of its label, with moments. Adds to the
-  // positive's share, and to the gradient of the rates.
+  // positive's share.
   template <int s>
   EMU_DEVICE void spread_weights(int i, const Weights& w, Real term, Real& mutated, Real& label) {
     const Real gap = term - rates.own_term[s][i], keep = rates.keep[s][i], spread = rates.spread[s][i];
@@ -317,8 +317,21 @@ struct QueryMajor {
       label += spread * label_pull;
       acc[A::kShare + 1][s][i] += label_pull;
     }
-    if constexpr (A::kRates) {
-      if (p.draws.learned) acc[A::kRate][s][i] += gap * ((keep - static_cast<Real>(0.5)) * pull - w.mutated[s]);
+  }
+  // Adds to the gradient of the rates of sum s: ŵ (p − t) + v (1/2 − ρ) (t − p)².
+  template <int s>
+  EMU_DEVICE void add_rates(int r, const Weights& w) {
+    constexpr int kLast = H - 1;
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      Real term;
+      if constexpr (Sim::kCoupled) {
+        term = coupled_term(i, rows[r][0].at(i), rows[r][kLast].at(i));
+      } else {
+        term = Sim::template term<s, M>(difference<Sim, s>(at.query[s][i], at.factor[s][i], rows[r][s].at(i)));
+      }
+      const Real gap = term - rates.own_term[s][i], by_square = rates.keep[s][i] - static_cast<Real>(0.5);
+      acc[A::kRate][s][i] += gap * (by_square * (w.variance[s] * gap) - w.mutated[s]);
     }
   }
 
@@ -628,6 +641,11 @@ struct QueryMajor {
     } else {
       accumulate<0>(r, w);
       if constexpr (H > 1) accumulate<H - 1>(r, w);
+    }
+    if constexpr (A::kRates) {
+      if (!p.draws.learned) return;
+      add_rates<0>(r, w);
+      if constexpr (kSums > 1) add_rates<kSums - 1>(r, w);
     }
   }
 
