@@ -252,15 +252,18 @@ def test_large_table(cuda: emulation.EmulatedCudaBackend) -> None:
     assert_agree(Result((loss.detach(),), query.grad, grad), expected)
 
 
-def test_ids_out_of_range_are_reported(cuda: emulation.EmulatedCudaBackend) -> None:
+@pytest.mark.parametrize("rule", [0.5, Expected(0.4)], ids=["masks", "moments"])
+def test_ids_out_of_range_are_reported(
+    rule: float | Expected, cuda: emulation.EmulatedCudaBackend
+) -> None:
     """Their rows' losses are NaN, the others' right, and the next call raises."""
     inputs = make(6, 5, 20)
-    expected = fused_emu_loss(*inputs, reduction="none", backend="cuda", **LOSS)
+    options = LOSS | {"mutation_rate": rule, "backend": "cuda"}
+    expected = fused_emu_loss(*inputs, reduction="none", **options)
     for name, row, value in (("negative", 2, 9), ("negative", 3, -2), ("positive", 4, 10**12)):
         bad = inputs._replace(**{name: getattr(inputs, name).clone()})
         getattr(bad, name)[row] = value
         query, table = bad.query.clone().requires_grad_(), bad.table.clone().requires_grad_()
-        options = LOSS | {"backend": "cuda"}
         loss = fused_emu_loss(query, table, *bad[2:], reduction="none", **options)
         others = [b for b in range(6) if b != row]
         assert loss[row].isnan()
