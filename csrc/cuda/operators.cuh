@@ -145,8 +145,8 @@ struct Operators {
       RowLossArgs rows{p,      memory.positive_value,  args.value, args.mutated_value, args.variance,
                        a.beta, a.alpha,                a.coefficients,
                        memory.uls, memory.vanilla, memory.state, a.gradient.grad_weights, kMutated, a.need_grad};
-      EMU_LAUNCH((row_loss<Sim, Real, kMoments>), "row_loss", grid(p.B), kRowThreads, kRowThreads / kWarp * sizeof(Real),
-                 p.place.stream, rows);
+      EMU_LAUNCH((row_loss<Sim, Real, kMoments>), "row_loss", grid(p.B), kRowThreads,
+                 kRowThreads / kWarp * sizeof(Real), p.place.stream, rows);
       if (a.need_grad) {
         if (in_one) {
           if constexpr (kCanBeOnline) {
@@ -242,8 +242,8 @@ struct Operators {
                               memory.state,
                               a.gradient.grad_weights,
                               kMutated};
-    EMU_LAUNCH((row_weights<Sim, Real, kMoments>), "row_weights", grid(p.B), kRowThreads, kRowThreads / kWarp * sizeof(Real),
-               p.place.stream, rows);
+    EMU_LAUNCH((row_weights<Sim, Real, kMoments>), "row_weights", grid(p.B), kRowThreads,
+               kRowThreads / kWarp * sizeof(Real), p.place.stream, rows);
     weigh(p, memory.plan, memory.sums, memory.state, a.gradient);
   }
 

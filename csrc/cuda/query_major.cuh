@@ -321,12 +321,11 @@ struct QueryMajor {
   // Adds to the gradient of the rates of sum s: ŵ (p − t) + v (1/2 − ρ) (t − p)².
   template <int s>
   EMU_DEVICE void add_rates(int r, const Weights& w) {
-    constexpr int kLast = H - 1;
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       Real term;
       if constexpr (Sim::kCoupled) {
-        term = coupled_term(i, rows[r][0].at(i), rows[r][kLast].at(i));
+        term = coupled_term(i, rows[r][0].at(i), rows[r][H - 1].at(i));
       } else {
         term = Sim::template term<s, M>(difference<Sim, s>(at.query[s][i], at.factor[s][i], rows[r][s].at(i)));
       }

@@ -88,7 +88,8 @@ struct RowValues {
 struct RowLossArgs {
   Problem p;
   const void* positive_value;     // (S, B)
-  void *value, *mutated_value, *variance;  // (S, B, K); with need_grad they become the weights of the sums
+  void *value, *mutated_value, *variance;  // (S, B, K); with need_grad they become the weights of the sums;
+                                  // mutated_value is M with moments, and variance V
   double beta, alpha;
   const void* coefficients;       // (2,) or null
   void *uls, *vanilla;            // (B,) of L_emu and L_van
@@ -275,9 +276,13 @@ __global__ void __launch_bounds__(kRowThreads) row_weights(const __grid_constant
     weigh(a.weight, a.value);
     if constexpr (kMoments) {
       const int64_t of = row.b * a.p.K + k;
-      const Real of_cumulant = real ? static_cast<const Real*>(a.cumulant_weight)[of] : Real{0};
-      const Real of_mean = real ? static_cast<const Real*>(a.mutated_weight)[of] + of_cumulant : Real{0};
-      row.weigh_moments(a.mutated_value, a.variance, k, of_mean, of_cumulant, of_weights, taken);
+      const Real of_cumulant = static_cast<const Real*>(a.cumulant_weight)[of];
+      const Real of_mean = static_cast<const Real*>(a.mutated_weight)[of] + of_cumulant;
+      if (real) row.weigh_moments(a.mutated_value, a.variance, k, of_mean, of_cumulant, of_weights, taken);
+#pragma unroll
+      for (int s = 0; s < kSums && !real; ++s) {
+        static_cast<Real*>(a.mutated_value)[row.at(s, k)] = static_cast<Real*>(a.variance)[row.at(s, k)] = 0;
+      }
       continue;
     }
     if (a.mutated) weigh(a.mutated_weight, a.mutated_value);

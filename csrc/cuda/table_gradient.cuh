@@ -369,7 +369,9 @@ struct TableGradient {
         if constexpr (kMutated) {
           const Real z = positive[h].at(i);
           if (kMode == Mode::kMask) mutated[h] = tile.limit.mutated(words[h][i / 4], i % 4);
-          const Real candidate_mixed = kMoments ? z : kMode == Mode::kShare ? z + multiply(share, subtract(c, z)) : mutated[h] ? z : c;
+          const bool taken = kMoments || mutated[h];
+          const Real candidate_mixed =
+              kMode == Mode::kShare ? z + multiply(share, subtract(c, z)) : taken ? z : c;
           mixed[h] = difference<Sim, 0>(query[h][i], Real{1}, candidate_mixed);
         }
       }
