@@ -31,7 +31,8 @@ Plan make_plan(const Problem& p) {
   };
   plan.width = loadable(kChunk) ? Width::kWhole
                : kChunk == 16 && sizeof(T) < 8 && loadable(8) ? Width::kHalves : Width::kElements;
-  plan.whole_reals = plan.half % kReals == 0 && aligned(p.query, 16) && aligned(p.scale, 16);
+  plan.whole_reals =
+      plan.half % kReals == 0 && aligned(p.query, 16) && aligned(p.scale, 16) && aligned(p.draws.rate, 16);
   return plan;
 }
 
@@ -70,16 +71,17 @@ template <class Sim, class T, Mode kMode>
 struct Operators {
   using Real = typename Sum<T>::Real;
   static constexpr int kSums = Sums<Sim>::kCount;
-  static constexpr bool kMutated = kMode != Mode::kPlain;
+  static constexpr bool kMutated = kMode != Mode::kPlain, kMoments = kMode == Mode::kMoments;
 
   // Whether scores and gradients can be made in one pass over the negatives. Doubles (for checking gradients), shares
-  // (for comparison with masks) and long rows take two.
+  // (for comparison with masks), long rows and learned rates take two.
   static constexpr bool kCanBeOnline = sizeof(T) < 8 && kMode != Mode::kShare;
 
   static bool online(const Problem& p) {
     if constexpr (!kCanBeOnline) return false;
     const bool own_scale = Sums<Sim>::kScaled && Sim::kHalves == 1 && p.scale != nullptr;
-    return make_plan<Sim, T, kMode>(p).tiles() == 1 && !own_scale;
+    const bool learned = kMoments && p.draws.learned;
+    return make_plan<Sim, T, kMode>(p).tiles() == 1 && !own_scale && !learned;
   }
 
   template <Pass kPass>
@@ -92,7 +94,7 @@ struct Operators {
   }
 
   struct LossMemory {
-    Real *positive_value, *uls, *vanilla, *value, *mutated_value, *highest, *sums;
+    Real *positive_value, *uls, *vanilla, *value, *mutated_value, *variance, *highest, *sums;
     RowState<Real>* state;
     Plan scores, weighted;
     int64_t bytes;
@@ -109,6 +111,7 @@ struct Operators {
       const int64_t values = need_grad ? 0 : kSums * p.B * p.K;
       value = carver.take<Real>(values);
       mutated_value = carver.take<Real>(kMutated ? values : 0);
+      variance = carver.take<Real>(kMoments ? values : 0);
       highest = carver.take<Real>(in_one ? p.B * scores.splits * 2 : 0);
       const int64_t arrays = in_one ? p.B * scores.splits * Arrays<Sim, kMode, Pass::kOnline>::kCount
                                     : p.B * weighted.splits * Arrays<Sim, kMode, Pass::kWeighted>::kCount;
@@ -130,6 +133,7 @@ struct Operators {
       args.positive_value = memory.positive_value;
       args.value = a.need_grad ? a.gradient.weight : memory.value;
       args.mutated_value = a.need_grad ? a.gradient.mutated_weight : memory.mutated_value;
+      args.variance = a.need_grad ? a.gradient.variance_weight : memory.variance;
       args.highest = memory.highest;
       args.sums = memory.sums;
       const bool in_one = a.need_grad && online(p);
@@ -138,11 +142,11 @@ struct Operators {
       }
       if (!in_one) run_pass<Pass::kScores>(args, "query_major (scores)");
 
-      RowLossArgs rows{p,      memory.positive_value,  args.value, args.mutated_value,
+      RowLossArgs rows{p,      memory.positive_value,  args.value, args.mutated_value, args.variance,
                        a.beta, a.alpha,                a.coefficients,
                        memory.uls, memory.vanilla, memory.state, a.gradient.grad_weights, kMutated, a.need_grad};
-      EMU_LAUNCH((row_loss<Sim, Real>), "row_loss", grid(p.B), kRowThreads, kRowThreads / kWarp * sizeof(Real),
-                 p.place.stream, rows);
+      EMU_LAUNCH((row_loss<Sim, Real, kMoments>), "row_loss", grid(p.B), kRowThreads,
+                 kRowThreads / kWarp * sizeof(Real), p.place.stream, rows);
       if (a.need_grad) {
         if (in_one) {
           if constexpr (kCanBeOnline) {
@@ -167,6 +171,7 @@ struct Operators {
     args.plan = plan;
     args.weight = gradient.weight;
     args.mutated_weight = gradient.mutated_weight;
+    args.variance_weight = gradient.variance_weight;
     args.sums = sums;
     run_pass<Pass::kWeighted>(args, "query_major (weighted)");
     finish_gradient<Pass::kWeighted>(p, plan, sums, nullptr, state, gradient);
@@ -176,7 +181,7 @@ struct Operators {
   static void finish_gradient(const Problem& p, const Plan& plan, const Real* sums, const Real* highest,
                               const RowState<Real>* state, const GradientArgs& gradient) {
     const RowGradientArgs args{p,     plan, sums, highest, state, gradient.grad_query, gradient.grad_positive,
-                               gradient.grad_scale};
+                               gradient.grad_scale, gradient.grad_rate};
     EMU_LAUNCH((row_gradient<Sim, T, kMode, kPass>), "row_gradient", grid(p.B), kRowThreads, 0, p.place.stream, args);
   }
 
@@ -188,6 +193,7 @@ struct Operators {
     args.positive_score = a.positive;
     args.score = a.negative;
     args.mutated_score = a.mutated;
+    args.cumulant = a.cumulant;
     run_pass<Pass::kScores>(args, "query_major (scores)");
   }
 
@@ -221,6 +227,7 @@ struct Operators {
       args.positive_value = memory.positive_value;
       args.value = a.gradient.weight;
       args.mutated_value = a.gradient.mutated_weight;
+      args.variance = a.gradient.variance_weight;
       run_pass<Pass::kScores>(args, "query_major (scores)");
     }
     const RowWeightsArgs rows{p,
@@ -228,13 +235,15 @@ struct Operators {
                               a.positive_weight,
                               a.weight,
                               a.mutated_weight,
+                              a.cumulant_weight,
                               a.gradient.weight,
                               a.gradient.mutated_weight,
+                              a.gradient.variance_weight,
                               memory.state,
                               a.gradient.grad_weights,
                               kMutated};
-    EMU_LAUNCH((row_weights<Sim, Real>), "row_weights", grid(p.B), kRowThreads, kRowThreads / kWarp * sizeof(Real),
-               p.place.stream, rows);
+    EMU_LAUNCH((row_weights<Sim, Real, kMoments>), "row_weights", grid(p.B), kRowThreads,
+               kRowThreads / kWarp * sizeof(Real), p.place.stream, rows);
     weigh(p, memory.plan, memory.sums, memory.state, a.gradient);
   }
 
@@ -249,6 +258,7 @@ struct Operators {
     args.row_scale = a.row_scale;
     args.weight = a.weight;
     args.mutated_weight = a.mutated_weight;
+    args.variance_weight = a.variance_weight;
     args.grad_positive = a.grad_positive;
     args.ids = a.ids;
     args.out = a.out;

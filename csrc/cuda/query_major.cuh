@@ -15,25 +15,32 @@ enum class Pass {
 struct QueryMajorArgs {
   Problem p;
   Plan plan;
-  // kScores, kOnline: outputs for each sum (or minus its root): (S, B) and (S, B, K), or null.
-  void *positive_value, *value, *mutated_value;
-  void *positive_score, *score, *mutated_score;  // (B,), (B, K), (B, K) or null
-  const void *weight, *mutated_weight;           // kWeighted: (S, B, K), of the sums
+  // kScores, kOnline: outputs for each sum (or minus its root): (S, B) and (S, B, K), or null. With moments
+  // mutated_value is M, and variance V.
+  void *positive_value, *value, *mutated_value, *variance;
+  void *positive_score, *score, *mutated_score, *cumulant;        // (B,), (B, K), .. or null
+  const void *weight, *mutated_weight, *variance_weight;          // kWeighted: (S, B, K), of the sums
   void* highest;  // kOnline: (B, splits, 2), what the weights of a split are relative to
   void* sums;     // kOnline, kWeighted: (B, splits, arrays, D)
 };
 
 // The arrays of sums over a row's negatives. In an online pass there are three of each kind: weighted by e^(s − max),
-// by e^(ŝ − max), and not weighted. For the positive there are the last two.
+// by e^(ŝ − max), and not weighted. For the positive there are the last two. With moments its arrays are of (t − p)
+// under V's weight, which without a root has no part that is not weighted; and there is one of the rates' gradient,
+// for which learned rates take two passes.
 template <class Sim, Mode kMode, Pass kPass>
 struct Arrays {
   static constexpr bool kMutated = kMode != Mode::kPlain;
   static constexpr int kWays = kPass == Pass::kOnline && kMutated ? 3 : 1;
-  static constexpr int kShareWays = !kMutated ? 0 : kPass == Pass::kOnline ? 2 : 1;
+  static constexpr bool kRoots = Sim::root(0) || Sim::root(Sums<Sim>::kCount - 1);
+  static constexpr bool kTwoShares = kPass == Pass::kOnline && (kMode != Mode::kMoments || kRoots);
+  static constexpr int kShareWays = !kMutated ? 0 : kTwoShares ? 2 : 1;
   static constexpr int kQuery = 0, kShare = kWays, kFactor = kWays + kShareWays;
   // The gradient of a scale takes arrays of its own. An online pass has registers for them with two halves only.
   static constexpr bool kFactors = Sums<Sim>::kScaled && (kPass != Pass::kOnline || Sim::kHalves > 1);
-  static constexpr int kCount = kFactor + (kFactors ? kWays : 0);
+  static constexpr bool kRates = kMode == Mode::kMoments && kPass == Pass::kWeighted;
+  static constexpr int kRate = kFactor + (kFactors ? kWays : 0);
+  static constexpr int kCount = kRate + (kRates ? 1 : 0);
 };
 
 template <class Sim, class T, Mode kMode, Pass kPass>
@@ -44,7 +51,8 @@ struct QueryMajor {
   using A = Arrays<Sim, kMode, kPass>;
   static constexpr int H = S::H, V = S::V, R = S::R, kSums = Sums<Sim>::kCount;
   static constexpr bool kMutated = kMode != Mode::kPlain, kDirect = Sums<Sim>::kDirect;
-  static constexpr int kKinds = kMutated ? 2 : 1;
+  static constexpr bool kMoments = kMode == Mode::kMoments, kDrawn = kMutated && !kMoments;
+  static constexpr int kKinds = kMoments ? 4 : kMutated ? 2 : 1;  // moments: plain, M, V and one that is 0
   static constexpr int kValues = kSums * kKinds * R;  // of R rows; value (s, kind, r) at (s·kinds + kind)·R + r
   static constexpr int kLanes = kWarp / kValues;      // lanes that hold the same value
 
@@ -80,6 +88,8 @@ struct QueryMajor {
   bool positive_bad;
   Real positive[H][V];       // z⁺, where candidates are mixed with it
   Real positive_term[H][V];  // its terms, where those are selected
+  Rates<Sim, T, V> rates;    // of moments
+  Real from_positive[kSums];  // Σ_j ρ_j p_j, of moments
   Chunk<T, V> rows[R][H];
   uint32_t words[R][H][S::kWords];
   Real acc[A::kCount][H][V];
@@ -108,17 +118,30 @@ struct QueryMajor {
       }
     }
     if constexpr (kMode == Mode::kSelect) {
-      select_terms<0>();
-      if constexpr (H > 1) select_terms<H - 1>();
+      select_terms<0>(positive_term[0]);
+      if constexpr (H > 1) select_terms<H - 1>(positive_term[H - 1]);
+    }
+    if constexpr (kMoments) {
+      rates.load(p, plan, b, at.j, plan.whole_reals);
+      if constexpr (Sim::kCoupled) {
+#pragma unroll
+        for (int i = 0; i < V; ++i) rates.own_term[0][i] = coupled_term(i, positive[0][i], positive[1][i]);
+      } else {
+        select_terms<0>(rates.own_term[0]);
+        if constexpr (H > 1) select_terms<H - 1>(rates.own_term[H - 1]);
+      }
     }
   }
   template <int h>
-  EMU_DEVICE void select_terms() {
+  EMU_DEVICE void select_terms(Real (&to)[V]) const {
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      positive_term[h][i] =
-          Sim::template term<h, M>(difference<Sim, h>(at.query[h][i], at.factor[h][i], positive[h][i]));
+      to[i] = Sim::template term<h, M>(difference<Sim, h>(at.query[h][i], at.factor[h][i], positive[h][i]));
     }
+  }
+  EMU_DEVICE Real coupled_term(int i, Real c0, Real c1) const {
+    return Sim::template term<M>(difference<Sim, 0>(at.query[0][i], at.factor[0][i], c0),
+                                 difference<Sim, 0>(at.query[1][i], at.factor[1][i], c1));
   }
 
   EMU_DEVICE Real mix(int r, int h, int i, Real c) const {
@@ -139,29 +162,41 @@ struct QueryMajor {
         const Real q = at.query[h][i], f = at.factor[h][i], c = rows[r][h].at(i);
         const Real term = Sim::template term<h, M>(difference<Sim, h>(q, f, c));
         plain += term;
+        if constexpr (kMoments) add_moments(part, r, h, i, term);
         if constexpr (kMode == Mode::kSelect) mutated += is_mutated(r, h, i) ? positive_term[h][i] : term;
         if constexpr (kMode == Mode::kShare) {
           mutated += Sim::template term<h, M>(difference<Sim, h>(q, f, mix(r, h, i, c)));
         }
       }
       part[h * kKinds * R + r] += plain;
-      if (kMutated) part[(h * kKinds + 1) * R % kValues + r] += mutated;
+      if (kDrawn) part[(h * kKinds + 1) * R % kValues + r] += mutated;
     }
+  }
+  EMU_DEVICE void add_moments(Real (&part)[kValues], int r, int s, int i, Real term) const {
+    const Real gap = term - rates.own_term[s][i];
+    part[(s * kKinds + 1) * R % kValues + r] += rates.keep[s][i] * term;
+    part[(s * kKinds + 2) * R % kValues + r] += rates.spread[s][i] * gap * gap;
   }
   EMU_DEVICE void add_coupled_terms(Real (&part)[kValues]) {
 #pragma unroll
     for (int r = 0; r < R; ++r) {
 #pragma unroll
       for (int i = 0; i < V; ++i) {
+        if constexpr (kMoments) {
+          const Real term = coupled_term(i, rows[r][0].at(i), rows[r][1].at(i));
+          part[r] += term;
+          add_moments(part, r, 0, i, term);
+          continue;
+        }
         Real u[2], mixed[2];
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const Real q = at.query[h][i], f = at.factor[h][i], c = rows[r][h].at(i);
           u[h] = difference<Sim, 0>(q, f, c);
-          if (kMutated) mixed[h] = difference<Sim, 0>(q, f, mix(r, h, i, c));
+          if (kDrawn) mixed[h] = difference<Sim, 0>(q, f, mix(r, h, i, c));
         }
         part[r] += Sim::template term<M>(u[0], u[1]);
-        if (kMutated) part[R % kValues + r] += Sim::template term<M>(mixed[0], mixed[1]);
+        if (kDrawn) part[R % kValues + r] += Sim::template term<M>(mixed[0], mixed[1]);
       }
     }
   }
@@ -179,9 +214,39 @@ struct QueryMajor {
     return Sim::kWeights > 0 && p.weights != nullptr ? static_cast<const Real*>(p.weights)[s] : Real{1};
   }
 
+  // The same of a lane's kind with moments. Lanes of M and of V have the cumulant as their score, with its derivatives,
+  // and keep those of the mean too.
+  struct LaneMoments {
+    Real value[kSums], derivative[kSums], of_mean[kSums], score, mean;
+  };
+  EMU_DEVICE LaneMoments finish_moments(Real sum, int kind, int r, bool bad) const {
+    LaneMoments lane{};
+    Real plain_score = 0;
+#pragma unroll
+    for (int s = 0; s < kSums; ++s) {
+      Real plain = from_lane(sum, (s * kKinds * R + r) * kLanes);
+      Real m = from_lane(sum, ((s * kKinds + 1) * R + r) * kLanes) + from_positive[s];
+      const Real v = from_lane(sum, ((s * kKinds + 2) * R + r) * kLanes), w = weight_of(s);
+      finish_value(s, plain, lane.derivative[s]);
+      if (bad) plain = m = static_cast<Real>(NAN);
+      plain_score += w * plain;
+      const Moments<Real> of = moments_of<Sim>(s, m, v);
+      const Real half = w * w * static_cast<Real>(0.5);
+      lane.mean += w * of.mean;
+      lane.score += w * of.mean + half * of.variance;
+      lane.value[s] = kind == 0 ? plain : kind == 1 ? m : v;
+      if (kind == 0) continue;
+      lane.of_mean[s] = w * (kind == 1 ? of.mean_by_m : of.mean_by_v);
+      lane.derivative[s] = lane.of_mean[s] + half * (kind == 1 ? of.variance_by_m : of.variance_by_v);
+    }
+    if (kind == 0) lane.score = plain_score;
+    return lane;
+  }
+
   // s⁺, from all components. Tiles are taken in reverse, so that the first one's columns stay loaded.
   EMU_DEVICE Real score_positive() {
-    Real sums[2] = {};  // the second is of hake alone
+    constexpr int kOf = kMoments ? 4 : 2;
+    Real sums[kOf] = {};  // the second is of hake alone; then, with moments, what each gives to M
     for (int tile_at = plan.tiles() - 1; tile_at >= 0; --tile_at) {
       load_columns(tile_at * plan.tile);
       Real z[H][V];
@@ -202,13 +267,21 @@ struct QueryMajor {
             sums[1] += Sim::template term<1, M>(difference<Sim, 1>(at.query[1][i], at.factor[1][i], z[1][i]));
           }
         }
+        if constexpr (kMoments) {
+#pragma unroll
+          for (int s = 0; s < kSums; ++s) sums[2 + s] += (1 - rates.keep[s][i]) * rates.own_term[s][i];
+        }
       }
     }
-    const Real sum = team_sums(team, sums, scratch);  // the first in the lower half of a warp
+    const Real sum = team_sums(team, sums, scratch);  // the first in the lower half of a warp, or its lowest quarter
+    if constexpr (kMoments) {
+#pragma unroll
+      for (int s = 0; s < kSums; ++s) from_positive[s] = from_lane(sum, (2 + s) * kWarp / kOf);
+    }
     Real score = 0;
 #pragma unroll
     for (int s = 0; s < kSums; ++s) {
-      Real value = from_lane(sum, s * kWarp / 2), derivative;
+      Real value = from_lane(sum, s * kWarp / kOf), derivative;
       finish_value(s, value, derivative);
       if (positive_bad) value = static_cast<Real>(NAN);
       score += weight_of(s) * value;
@@ -224,10 +297,42 @@ struct QueryMajor {
 
   // --- gradients -------------------------------------------------------------------------------------------
 
-  // The weights of a term: the negative's, the mutated negative's, and that of the label of the mutated one.
+  // The weights of a term: the negative's, the mutated negative's, and that of the label of the mutated one. With
+  // moments the last two are M's, and there are V's.
   struct Weights {
-    Real plain[kSums], mutated[kSums], label[kSums];
+    Real plain[kSums], mutated[kSums], label[kSums], variance[kSums], variance_label[kSums];
   };
+
+  // What takes the place of the weights of the mutated negative's term and of its label, with moments. Adds to the
+  // positive's share.
+  template <int s>
+  EMU_DEVICE void spread_weights(int i, const Weights& w, Real term, Real& mutated, Real& label) {
+    const Real gap = term - rates.own_term[s][i], keep = rates.keep[s][i], spread = rates.spread[s][i];
+    const Real pull = w.variance[s] * gap;
+    mutated = spread * pull + keep * w.mutated[s];
+    label = keep * w.label[s];
+    acc[A::kShare][s][i] += pull;
+    if constexpr (A::kShareWays > 1 && Sim::root(s)) {
+      const Real label_pull = w.variance_label[s] * gap;
+      label += spread * label_pull;
+      acc[A::kShare + 1][s][i] += label_pull;
+    }
+  }
+  // Adds to the gradient of the rates of sum s: ŵ (p − t) + v (1/2 − ρ) (t − p)².
+  template <int s>
+  EMU_DEVICE void add_rates(int r, const Weights& w) {
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      Real term;
+      if constexpr (Sim::kCoupled) {
+        term = coupled_term(i, rows[r][0].at(i), rows[r][H - 1].at(i));
+      } else {
+        term = Sim::template term<s, M>(difference<Sim, s>(at.query[s][i], at.factor[s][i], rows[r][s].at(i)));
+      }
+      const Real gap = term - rates.own_term[s][i], by_square = rates.keep[s][i] - static_cast<Real>(0.5);
+      acc[A::kRate][s][i] += gap * (by_square * (w.variance[s] * gap) - w.mutated[s]);
+    }
+  }
 
   template <int h>
   EMU_DEVICE void accumulate(int r, const Weights& w) {
@@ -238,6 +343,12 @@ struct QueryMajor {
       const Real q = at.query[h][i], f = at.factor[h][i], c = rows[r][h].at(i);
       Real slope = c;
       if constexpr (!Sim::kBilinear) slope = Sim::template slope<h, M>(difference<Sim, h>(q, f, c));
+      if constexpr (kMoments) {
+        Real mutated, label;
+        spread_weights<s>(i, w, Sim::template term<h, M>(difference<Sim, h>(q, f, c)), mutated, label);
+        add_spread<h, kScaledHalf>(i, w.plain[s], mutated, label, slope, c);
+        continue;
+      }
       add_gradient<h, kScaledHalf>(i, w.plain[s], slope, c);
       if constexpr (kMode == Mode::kSelect) {
         if (is_mutated(r, h, i)) {
@@ -263,7 +374,15 @@ struct QueryMajor {
       for (int h = 0; h < 2; ++h) {
         const Real q = at.query[h][i], f = at.factor[h][i], c = rows[r][h].at(i);
         u[h] = difference<Sim, 0>(q, f, c);
-        if (kMutated) mixed[h] = difference<Sim, 0>(q, f, mix(r, h, i, c));
+        if (kDrawn) mixed[h] = difference<Sim, 0>(q, f, mix(r, h, i, c));
+      }
+      if constexpr (kMoments) {
+        const Real square = u[0] * u[0] + u[1] * u[1], inverse = Sim::template inverse<M>(square);
+        Real mutated, label;
+        spread_weights<0>(i, w, Sim::value(square, inverse), mutated, label);
+        add_spread<0, false>(i, w.plain[0], mutated, label, u[0] * inverse, Real{0});
+        add_spread<1, false>(i, w.plain[0], mutated, label, u[1] * inverse, Real{0});
+        continue;
       }
       Sim::template slopes<M>(u[0], u[1], slope[0], slope[1]);
       if (kMutated) Sim::template slopes<M>(mixed[0], mixed[1], mixed_slope[0], mixed_slope[1]);
@@ -299,6 +418,15 @@ struct QueryMajor {
     if constexpr (A::kWays > 1) {
       acc[A::kQuery + 2][h][i] += label * slope;
       if constexpr (kScaledHalf) acc[A::kFactor + 2][h][i] += label * (slope * c);
+    }
+  }
+  template <int h, bool kScaledHalf>
+  EMU_DEVICE void add_spread(int i, Real w, Real mutated, Real label, Real slope, Real c) {
+    if constexpr (A::kWays > 1) {
+      add_gradient<h, kScaledHalf>(i, w, slope, c);
+      add_mutated<h, kScaledHalf>(i, mutated, label, slope, c);
+    } else {
+      add_gradient<h, kScaledHalf>(i, w + mutated, slope, c);
     }
   }
   template <int h>
@@ -363,7 +491,7 @@ struct QueryMajor {
         bad |= static_cast<unsigned>(out_of_range) << r;
         real |= static_cast<unsigned>(from[r] != nullptr) << r;
       }
-      if (!kMutated && !team.one_warp()) team.sync();  // before the next sums are made
+      if (!kDrawn && !team.one_warp()) team.sync();  // before the next sums are made
       Real part[kValues] = {};
       for (int tile_at = first_tile; tile_at < last_tile; ++tile_at) {
         if (!one_tile) load_columns(tile_at * plan.tile);
@@ -374,7 +502,7 @@ struct QueryMajor {
             rows[r][h] = load_row<T, V>(from[r], h * plan.half, at.j, at.end, plan.width);
           }
         }
-        if constexpr (kMutated) {
+        if constexpr (kDrawn) {
           // All of the team must have read the last masks before new ones are drawn. Where nothing has synchronised it
           // since, this does.
           if (kPass == Pass::kWeighted || kMode == Mode::kShare || !one_tile || team.one_warp()) team.sync();
@@ -417,6 +545,7 @@ struct QueryMajor {
               const int64_t of = (s * p.B + b) * p.K + k0 + r;
               w.plain[s] = static_cast<const Real*>(a.weight)[of];
               if (kMutated) w.mutated[s] = static_cast<const Real*>(a.mutated_weight)[of];
+              if (kMoments) w.variance[s] = static_cast<const Real*>(a.variance_weight)[of];
             }
           }
           accumulate_row(r, w);
@@ -425,14 +554,24 @@ struct QueryMajor {
         const Real sum = team_sums(team, part, scratch);
         const bool lane_real = real >> lane_r & 1;
         Real value[kSums], derivative[kSums], score = 0;
+        LaneMoments lane{};
+        if constexpr (kMoments) {
+          lane = finish_moments(sum, lane_kind, lane_r, bad >> lane_r & 1);
+          score = lane.score;
+        }
 #pragma unroll
         for (int s = 0; s < kSums; ++s) {
+          if constexpr (kMoments) {
+            value[s] = lane.value[s], derivative[s] = lane.derivative[s];
+            continue;
+          }
           value[s] = kSums == 1 ? sum : from_lane(sum, ((s * kKinds + lane_kind) * R + lane_r) * kLanes);
           finish_value(s, value[s], derivative[s]);
           if (bad >> lane_r & 1) value[s] = static_cast<Real>(NAN);
           score += weight_of(s) * value[s];
         }
-        keep_values(k0 + lane_r, lane_kind, lane_sum, lane_real || (bad >> lane_r & 1), value, score);
+        keep_values(k0 + lane_r, lane_kind, lane_sum, lane_real || (bad >> lane_r & 1), value,
+                    kMoments && lane_kind == 1 ? lane.mean : score);
         if constexpr (kPass == Pass::kOnline) {
           Real most = lane_real && score > highest ? score : highest;
 #pragma unroll
@@ -445,7 +584,13 @@ struct QueryMajor {
           Real own = derivative[0];
 #pragma unroll
           for (int s = 1; s < kSums; ++s) own = lane_sum == s ? derivative[s] : own;
-          const Real label = lane_real ? own : Real{0};
+          Real of_label = own;
+          if constexpr (kMoments) {
+            of_label = lane.of_mean[0];
+#pragma unroll
+            for (int s = 1; s < kSums; ++s) of_label = lane_sum == s ? lane.of_mean[s] : of_label;
+          }
+          const Real label = lane_real ? of_label : Real{0};
           const Real power = lane_real ? own * M::exp(score - most) : Real{0};
           rescale(from_lane(fall, 0), kMutated ? from_lane(fall, R * kLanes % kWarp) : Real{1});
 #pragma unroll
@@ -458,7 +603,7 @@ struct QueryMajor {
                 for (uint32_t& word : words[r][h]) forget(word);
               }
             }
-            Weights w;
+            Weights w{};
 #pragma unroll
             for (int s = 0; s < kSums; ++s) {
               w.plain[s] = from_lane(power, (s * kKinds * R + r) * kLanes);
@@ -466,6 +611,11 @@ struct QueryMajor {
                 const int lane = ((s * kKinds + 1) * R + r) * kLanes;
                 w.mutated[s] = from_lane(power, lane);
                 w.label[s] = kDirect ? static_cast<Real>(real >> r & 1) : from_lane(label, lane);
+              }
+              if constexpr (kMoments) {
+                const int lane = ((s * kKinds + 2) * R + r) * kLanes;
+                w.variance[s] = kDirect ? w.mutated[s] : from_lane(power, lane);
+                if (A::kShareWays > 1) w.variance_label[s] = from_lane(label, lane);
               }
             }
             accumulate_row(r, w);
@@ -491,6 +641,11 @@ struct QueryMajor {
       accumulate<0>(r, w);
       if constexpr (H > 1) accumulate<H - 1>(r, w);
     }
+    if constexpr (A::kRates) {
+      if (!p.draws.learned) return;
+      add_rates<0>(r, w);
+      if constexpr (kSums > 1) add_rates<kSums - 1>(r, w);
+    }
   }
 
   // Writes this lane's value (of one row, kind and sum) and its row's score.
@@ -499,9 +654,10 @@ struct QueryMajor {
     Real own = value[0];
 #pragma unroll
     for (int s = 1; s < kSums; ++s) own = sum == s ? value[s] : own;
-    Real* values = static_cast<Real*>(kind == 0 ? a.value : a.mutated_value);
+    if (kMoments && kind == 3) return;
+    Real* values = static_cast<Real*>(kind == 0 ? a.value : kMoments && kind == 2 ? a.variance : a.mutated_value);
     if (values != nullptr) values[(sum * p.B + b) * p.K + k] = counts ? own : Real{0};
-    Real* scores = static_cast<Real*>(kind == 0 ? a.score : a.mutated_score);
+    Real* scores = static_cast<Real*>(kind == 0 ? a.score : kMoments && kind == 2 ? a.cumulant : a.mutated_score);
     if (scores != nullptr && sum == 0) scores[b * p.K + k] = counts ? score : -static_cast<Real>(INFINITY);
   }
 

@@ -12,6 +12,7 @@ constexpr int kRowThreads = 128;
 template <class Real>
 struct RowState {
   Real plain, mutated, label, highest, mutated_highest, positive_weight[2];
+  Real taken[2];  // with moments: Σ_k of the weights of each sum's M
 };
 
 template <class Sim, class Real>
@@ -42,6 +43,37 @@ struct RowValues {
     for (int s = 0; s < kSums; ++s) sum += weight(s) * static_cast<const Real*>(values)[at(s, k)];
     return sum;
   }
+  // Its mean and its cumulant, from its sums' M and V.
+  struct Expectation {
+    Real mean, cumulant;
+  };
+  EMU_DEVICE Expectation expectation(const void* means, const void* variances, int64_t k) const {
+    Expectation e{};
+#pragma unroll
+    for (int s = 0; s < kSums; ++s) {
+      const Real w = weight(s);
+      const Moments<Real> of = moments_of<Sim>(s, static_cast<const Real*>(means)[at(s, k)],
+                                               static_cast<const Real*>(variances)[at(s, k)]);
+      e.mean += w * of.mean;
+      e.cumulant += w * of.mean + w * w * of.variance * static_cast<Real>(0.5);
+    }
+    return e;
+  }
+  // Puts in the place of M and V the weights of M and of half V, from the derivatives by the mean, where the cumulant
+  // is a function of it, and by the cumulant. Adds to the gradient of w and to Σ_k of M's weights.
+  EMU_DEVICE void weigh_moments(void* means, void* variances, int64_t k, Real of_mean, Real of_cumulant,
+                                Real (&of_weights)[2], Real (&taken)[2]) const {
+#pragma unroll
+    for (int s = 0; s < kSums; ++s) {
+      Real &m = static_cast<Real*>(means)[at(s, k)], &v = static_cast<Real*>(variances)[at(s, k)];
+      const Moments<Real> of = Sums<Sim>::kDirect ? Moments<Real>{0, 0, 1, 0, 0, 2} : moments_of<Sim>(s, m, v);
+      const Real w = weight(s), half = w * of_cumulant * static_cast<Real>(0.5);
+      of_weights[s] += of_mean * of.mean + w * of_cumulant * of.variance;
+      m = w * (of_mean * of.mean_by_m + half * of.variance_by_m);
+      v = w * (of_mean * of.mean_by_v + half * of.variance_by_v);
+      taken[s] += m;
+    }
+  }
   EMU_DEVICE Real positive_value(const void* values, int s) const {
     return static_cast<const Real*>(values)[s * p.B + b];
   }
@@ -56,7 +88,8 @@ struct RowValues {
 struct RowLossArgs {
   Problem p;
   const void* positive_value;     // (S, B)
-  void *value, *mutated_value;    // (S, B, K); with need_grad they become the weights of the sums
+  void *value, *mutated_value, *variance;  // (S, B, K); with need_grad they become the weights of the sums;
+                                  // mutated_value is M with moments, and variance V
   double beta, alpha;
   const void* coefficients;       // (2,) or null
   void *uls, *vanilla;            // (B,) of L_emu and L_van
@@ -78,7 +111,17 @@ EMU_DEVICE void keep_weights_gradient(const RowValues<Sim, Real>& row, Real (&su
   }
 }
 
+// Keeps Σ_k of the weights of M, for the positive's gradient.
 template <class Sim, class Real>
+EMU_DEVICE void keep_taken(const RowValues<Sim, Real>& row, Real (&taken)[2], Real* scratch, void* states) {
+#pragma unroll
+  for (int s = 0; s < Sums<Sim>::kCount; ++s) {
+    const Real sum = block_sum(taken[s], scratch);
+    if (threadIdx.x == 0) static_cast<RowState<Real>*>(states)[row.b].taken[s] = sum;
+  }
+}
+
+template <class Sim, class Real, bool kMoments>
 __global__ void __launch_bounds__(kRowThreads) row_loss(const __grid_constant__ RowLossArgs a) {
   using M = Maths<Real>;
   constexpr int kSums = Sums<Sim>::kCount;
@@ -94,6 +137,14 @@ __global__ void __launch_bounds__(kRowThreads) row_loss(const __grid_constant__ 
   }
   const bool bad_coefficient = !(beta >= 0 && beta - beta == 0 && alpha >= 0 && alpha - alpha == 0);
 
+  const auto in_softmax = [&](int64_t k) {
+    if constexpr (kMoments) {
+      return row.expectation(a.mutated_value, a.variance, k).cumulant;
+    } else {
+      return row.score(a.mutated_value, k);
+    }
+  };
+
   Real most = positive, mutated_most = positive, zero = positive * 0, real = 0;
   for (int64_t k = threadIdx.x; k < K; k += kRowThreads) {
     if (!row.counts(k)) continue;
@@ -102,7 +153,7 @@ __global__ void __launch_bounds__(kRowThreads) row_loss(const __grid_constant__ 
     zero += score * 0;
     most = score > most ? score : most;
     if (!a.mutated) continue;
-    const Real mutated = row.score(a.mutated_value, k);
+    const Real mutated = in_softmax(k);
     zero += mutated * 0;
     mutated_most = mutated > mutated_most ? mutated : mutated_most;
   }
@@ -116,6 +167,12 @@ __global__ void __launch_bounds__(kRowThreads) row_loss(const __grid_constant__ 
     if (!row.counts(k)) continue;
     sum += M::exp(row.score(a.value, k) - most);
     if (!a.mutated) continue;
+    if constexpr (kMoments) {
+      const auto e = row.expectation(a.mutated_value, a.variance, k);
+      mutated_sum += M::exp(e.cumulant - mutated_most);
+      gaps += mutated_most - e.mean;
+      continue;
+    }
     const Real gap = mutated_most - row.score(a.mutated_value, k);
     mutated_sum += M::exp(-gap);
     gaps += gap;
@@ -142,9 +199,9 @@ __global__ void __launch_bounds__(kRowThreads) row_loss(const __grid_constant__ 
   if (mutates) positive_weight += mass * (mutated_own / mutated_sum) - inverse;
   if (!finite) positive_weight = nan;
 
-  Real of_weights[2] = {};
+  Real of_weights[2] = {}, taken[2] = {};
   if (threadIdx.x == 0) {
-    RowState<Real> state{plain_factor, mutated_factor, label, most, mutated_most, {}};
+    RowState<Real> state{plain_factor, mutated_factor, label, most, mutated_most, {}, {}};
 #pragma unroll
     for (int s = 0; s < kSums; ++s) {
       const Real value = row.positive_value(a.positive_value, s);
@@ -156,10 +213,12 @@ __global__ void __launch_bounds__(kRowThreads) row_loss(const __grid_constant__ 
   for (int64_t k = threadIdx.x; k < K; k += kRowThreads) {
     const bool counts = row.counts(k);
     const Real plain = counts ? plain_factor * M::exp(row.score(a.value, k) - most) : Real{0};
-    const Real mutated =
-        counts && a.mutated
-            ? mutated_factor * M::exp(row.score(a.mutated_value, k) - mutated_most) - label
-            : Real{0};
+    const bool mutated_counts = counts && a.mutated;
+    const Real in_mutated = mutated_counts ? mutated_factor * M::exp(in_softmax(k) - mutated_most) : Real{0};
+    const Real mutated = mutated_counts ? in_mutated - label : Real{0};
+    if constexpr (kMoments) {
+      row.weigh_moments(a.mutated_value, a.variance, k, finite ? mutated : nan, in_mutated, of_weights, taken);
+    }
 #pragma unroll
     for (int s = 0; s < kSums; ++s) {
       const auto weigh = [&](void* values, Real of_score) {
@@ -168,30 +227,31 @@ __global__ void __launch_bounds__(kRowThreads) row_loss(const __grid_constant__ 
         value = finite ? of_score * row.derivative(s, value) : nan;
       };
       weigh(a.value, plain);
-      if (a.mutated) weigh(a.mutated_value, mutated);
+      if (!kMoments && a.mutated) weigh(a.mutated_value, mutated);
     }
   }
+  if constexpr (kMoments) keep_taken(row, taken, scratch, a.state);
   keep_weights_gradient<Sim>(row, of_weights, scratch, a.grad_weights);
 }
 
 struct RowWeightsArgs {
   Problem p;
   const void* positive_value;                                  // (S, B), or null where scores are sums
-  const void *positive_weight, *weight, *mutated_weight;       // of scores: (B,), (B, K), (B, K)
-  void *value, *mutated_value;                                 // (S, B, K); become the weights of the sums
+  const void *positive_weight, *weight, *mutated_weight, *cumulant_weight;  // of scores: (B,), (B, K), ..
+  void *value, *mutated_value, *variance;                      // (S, B, K); become the weights of the sums
   void* state;                                                 // (B,) RowState
   void* grad_weights;                                          // (B, W) or null
   bool mutated;
 };
 
 // From weights of scores to weights of sums. Padding has no gradient, whatever its upstream weight.
-template <class Sim, class Real>
+template <class Sim, class Real, bool kMoments>
 __global__ void __launch_bounds__(kRowThreads) row_weights(const __grid_constant__ RowWeightsArgs a) {
   constexpr int kSums = Sums<Sim>::kCount;
   EMU_SHARED_MEMORY(shared);
   const RowValues<Sim, Real> row(a.p, blockIdx.x);
   const Real positive_weight = static_cast<const Real*>(a.positive_weight)[row.b];
-  Real of_weights[2] = {};
+  Real of_weights[2] = {}, taken[2] = {};
   if (threadIdx.x == 0) {
     RowState<Real> state{};
 #pragma unroll
@@ -214,8 +274,20 @@ __global__ void __launch_bounds__(kRowThreads) row_weights(const __grid_constant
       }
     };
     weigh(a.weight, a.value);
+    if constexpr (kMoments) {
+      const int64_t of = row.b * a.p.K + k;
+      const Real of_cumulant = static_cast<const Real*>(a.cumulant_weight)[of];
+      const Real of_mean = static_cast<const Real*>(a.mutated_weight)[of] + of_cumulant;
+      if (real) row.weigh_moments(a.mutated_value, a.variance, k, of_mean, of_cumulant, of_weights, taken);
+#pragma unroll
+      for (int s = 0; s < kSums && !real; ++s) {
+        static_cast<Real*>(a.mutated_value)[row.at(s, k)] = static_cast<Real*>(a.variance)[row.at(s, k)] = 0;
+      }
+      continue;
+    }
     if (a.mutated) weigh(a.mutated_weight, a.mutated_value);
   }
+  if constexpr (kMoments) keep_taken(row, taken, reinterpret_cast<Real*>(shared), a.state);
   keep_weights_gradient<Sim>(row, of_weights, reinterpret_cast<Real*>(shared), a.grad_weights);
 }
 
@@ -223,11 +295,11 @@ struct RowGradientArgs {
   Problem p;
   Plan plan;
   const void *sums, *highest, *state;  // see QueryMajorArgs and RowLossArgs
-  void *grad_query, *grad_positive, *grad_scale;
+  void *grad_query, *grad_positive, *grad_scale, *grad_rate;
 };
 
-// Adds up the splits' sums in order, and the positive's own part; for kSelect also the components that mutated
-// negatives took from it.
+// Adds up the splits' sums in order, and the positive's own part; for kSelect and kMoments also what mutated negatives
+// took from it.
 template <class Sim, class T, Mode kMode, Pass kPass>
 __global__ void __launch_bounds__(kRowThreads) row_gradient(const __grid_constant__ RowGradientArgs a) {
   using Real = typename Sum<T>::Real;
@@ -242,7 +314,7 @@ __global__ void __launch_bounds__(kRowThreads) row_gradient(const __grid_constan
   const Real nan = static_cast<Real>(NAN);
 
   for (int j = threadIdx.x; j < a.plan.half; j += kRowThreads) {
-    Real query[H] = {}, share[H] = {}, factor[H] = {};
+    Real query[H] = {}, share[H] = {}, factor[H] = {}, rate[H] = {};
     for (int split = 0; split < a.plan.splits; ++split) {
       Real ways[3] = {1, 0, 0};
       if constexpr (kPass == Pass::kOnline) {
@@ -262,12 +334,15 @@ __global__ void __launch_bounds__(kRowThreads) row_gradient(const __grid_constan
         }
 #pragma unroll
         for (int way = 0; way < A::kShareWays; ++way) {
-          share[h] += ways[A::kShareWays > 1 ? way + 1 : 0] * of_half[(A::kShare + way) % A::kCount * p.D];
+          share[h] += ways[kPass == Pass::kOnline ? way + 1 : 0] * of_half[(A::kShare + way) % A::kCount * p.D];
         }
+        if (A::kRates && a.grad_rate != nullptr) rate[h] += of_half[A::kRate % A::kCount * p.D];
       }
     }
     Columns<Sim, T, 1> at;
     at.load(p, a.plan, b, j, false);
+    Rates<Sim, T, 1> rates;
+    if constexpr (kMode == Mode::kMoments) rates.load(p, a.plan, b, j, false);
     Real c[H], slopes[2];
 #pragma unroll
     for (int h = 0; h < H; ++h) c[h] = positive_row != nullptr ? widen(positive_row[h * a.plan.half + j]) : Real{0};
@@ -283,13 +358,22 @@ __global__ void __launch_bounds__(kRowThreads) row_gradient(const __grid_constan
 #pragma unroll
     for (int h = 0; h < H; ++h) {
       const Real q = at.query[h][0], f = at.factor[h][0], own = state.positive_weight[Sim::kCoupled ? 0 : h];
-      const Real x = kMode == Mode::kSelect ? share[h] + own : own;
+      Real x = kMode == Mode::kSelect ? share[h] + own : own;
+      if constexpr (kMode == Mode::kMoments) {
+        constexpr int kLast = Sums<Sim>::kCount - 1;
+        const int s = h < kLast ? h : kLast;
+        x += (1 - rates.keep[s][0]) * state.taken[s] - rates.spread[s][0] * share[s];
+        if (A::kRates && a.grad_rate != nullptr && h == s) {
+          const Real sign = Sim::root(s) ? static_cast<Real>(-0.5) : Real{1};  // weights of a root's sums are −2 times
+          static_cast<Real*>(a.grad_rate)[(b * (kLast + 1) + s) * a.plan.half + j] = bad ? nan : sign * rate[s];
+        }
+      }
       const Real slope = Sim::kBilinear ? c[h] : slopes[h];
       Real of_query = query[h] + x * slope, of_positive = Sim::kBilinear ? x * q : x * (f * slope);
       const Real of_factor = factor[h] + x * (slope * c[h]);
       if (!Sim::kBilinear) of_query = -of_query;
       if (Sim::factor(h) == Factor::kPhase) of_query *= f;
-      if (kMode != Mode::kSelect) of_positive += share[h];
+      if (kMode != Mode::kSelect && kMode != Mode::kMoments) of_positive += share[h];
       const int64_t to = b * p.D + h * a.plan.half + j;
       static_cast<Real*>(a.grad_query)[to] = bad ? nan : of_query;
       static_cast<Real*>(a.grad_positive)[to] = bad ? nan : of_positive;

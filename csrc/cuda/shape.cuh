@@ -75,6 +75,41 @@ struct Columns {
   }
 };
 
+// What moments need of a row's components: 1 − ρ, ρ (1 − ρ), and the terms p of the positive. Coupled halves share
+// theirs.
+template <class Sim, class T, int V>
+struct Rates {
+  using Real = typename Sum<T>::Real;
+  static constexpr int kSums = Sums<Sim>::kCount;
+  Real keep[kSums][V], spread[kSums][V], own_term[kSums][V];
+
+  EMU_DEVICE void load(const Problem& p, const Plan& plan, int64_t b, int j, bool whole) {
+    const Real* from = static_cast<const Real*>(p.draws.rate);
+    if (p.draws.rate_rows > 1) from += b * kSums * plan.half;
+#pragma unroll
+    for (int s = 0; s < kSums; ++s) {
+      Real rate[V];
+      if (p.draws.rate_units == 1) {
+        for (int i = 0; i < V; ++i) rate[i] = *from;  // of all components
+      } else {
+        load_reals<V>(from + s * plan.half, j, plan.half, whole, rate);
+      }
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        keep[s][i] = 1 - rate[i];
+        spread[s][i] = rate[i] * (1 - rate[i]);
+      }
+    }
+  }
+};
+
+// Mean and variance of a sum's value, and their derivatives, from M and V.
+template <class Sim, class Real>
+EMU_DEVICE Moments<Real> moments_of(int s, Real m, Real v) {
+  if (Sim::root(Sim::kCoupled ? 0 : s)) return moments_of_root(m, v, Maths<Real>::inverse_root(m));
+  return {m, v, 1, 0, 0, 2};
+}
+
 // Reads row `row` of the table, or zeros for a null one.
 template <class T, int V>
 EMU_DEVICE Chunk<T, V> load_row(const T* row, int offset, int j, int end, Width width) {

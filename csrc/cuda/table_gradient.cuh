@@ -40,7 +40,7 @@ struct TableGradientKernelArgs {
   Plan plan;
   Pieces pieces;
   SortedIds sorted;
-  const void *row_scale, *weight, *mutated_weight, *grad_positive;
+  const void *row_scale, *weight, *mutated_weight, *variance_weight, *grad_positive;
   const int64_t* ordinals;  // (pieces without chunks,), in the sparse form: which touched row each begins in
   int64_t* ids;             // the sparse form, or null
   void* out;
@@ -78,7 +78,8 @@ struct TableGradient {
   static constexpr int H = S::H, V = S::V, kSums = Sums<Sim>::kCount;
   static constexpr bool kMutated = kMode != Mode::kPlain;
   static constexpr bool kMixed = kMode == Mode::kShare || kMode == Mode::kMask;
-  static constexpr bool kNeedsPositive = kMixed && !Sim::kBilinear;
+  static constexpr bool kMoments = kMode == Mode::kMoments;
+  static constexpr bool kNeedsPositive = (kMixed && !Sim::kBilinear) || kMoments;
   static constexpr int R = S::R > 4 ? 4 : S::R;  // rows of queries loaded at a time
 
   // Contributions to rows of the table: of negative k of row b; of row b's positive; or nothing.
@@ -86,7 +87,7 @@ struct TableGradient {
   struct Pairs {
     Real plain[kSums][kBatch];    // g_b w_bk
     Real mutated[kSums][kBatch];  // g_b ŵ_bk; for kSelect g_b (w_bk + ŵ_bk)
-    Real share[kBatch];           // of kShare
+    Real share[kMoments ? kSums : 1][kBatch];  // of kShare; for kMoments g_b v_bk
     uint32_t key[kBatch], row[kBatch], k[kBatch];
   };
 
@@ -104,6 +105,7 @@ struct TableGradient {
   int j;
   Real sum[H][V];
   Chunk<T, V> candidate[H];
+  Rates<Sim, T, V> rates;  // of moments, but for the positive's terms
 
   EMU_DEVICE TableGradient(const TableGradientKernelArgs& args, unsigned char* shared)
       : a(args),
@@ -122,7 +124,7 @@ struct TableGradient {
     }
   }
   EMU_DEVICE void load_candidate(uint32_t key) {
-    if constexpr (!Sim::kBilinear) {
+    if constexpr (!Sim::kBilinear || kMoments) {
       const T* row = static_cast<const T*>(p.table) + static_cast<int64_t>(key) * p.table_stride;
 #pragma unroll
       for (int h = 0; h < H; ++h) {
@@ -142,6 +144,7 @@ struct TableGradient {
     bool at_first = true;
     clear();
     if constexpr (!kAtomic) load_candidate(key);
+    if constexpr (kMoments) rates.load(p, plan, 0, j, plan.whole_reals);
     // Pair n: row n % rows of entry n / rows.
     int64_t pairs_in_piece = (piece.last - piece.first) * piece.rows;
     if (a.pieces.chunks > 1 && a.sorted.entry[piece.first] >= p.G * p.K) pairs_in_piece = piece.opens ? 1 : 0;
@@ -160,8 +163,12 @@ struct TableGradient {
           team.sync();
         }
         Real query[R][H][V];
+        Chunk<T, V> positive[R][H];  // of moments; else they are loaded where they are used
 #pragma unroll
-        for (int r = 0; r < R; ++r) load_query(r0 + r, query[r]);
+        for (int r = 0; r < R; ++r) {
+          load_query(r0 + r, query[r]);
+          if constexpr (kMoments) load_positive(r0 + r, positive[r]);
+        }
 #pragma unroll
         for (int r = 0; r < R; ++r) {
           const int at = r0 + r;
@@ -169,7 +176,7 @@ struct TableGradient {
             if (pairs.k[at] == kNothing) continue;
             clear();
             load_candidate(pairs.key[at]);
-            add_pair(r, at, query[r]);
+            add_pair(r, at, query[r], positive[r]);
             add_to_row(pairs.key[at]);
             continue;
           }
@@ -182,7 +189,7 @@ struct TableGradient {
             clear();
             load_candidate(key);
           }
-          add_pair(r, at, query[r]);
+          add_pair(r, at, query[r], positive[r]);
         }
       }
     }
@@ -238,9 +245,12 @@ struct TableGradient {
         const Real mutated = static_cast<const Real*>(a.mutated_weight)[of];
         pairs.mutated[s][at] = scale[row] * (kMode == Mode::kSelect ? w + mutated : mutated);
       }
+      if constexpr (kMoments) {
+        pairs.share[s][at] = scale[row] * static_cast<const Real*>(a.variance_weight)[of];
+      }
     }
     if constexpr (kMode == Mode::kShare) {
-      pairs.share[at] = draw_share<Real>(p.draws, k, p.draws.row_offset + static_cast<uint32_t>(row));
+      pairs.share[0][at] = draw_share<Real>(p.draws, k, p.draws.row_offset + static_cast<uint32_t>(row));
     }
   }
 
@@ -271,7 +281,14 @@ struct TableGradient {
     }
   }
 
-  EMU_DEVICE void add_pair(int r, int at, const Real (&query)[H][V]) {
+  EMU_DEVICE void load_positive(int at, Chunk<T, V> (&to)[H]) const {
+    bool bad;
+    const T* row = find_row<T>(p, p.positive[pairs.row[at]], 0, bad);
+#pragma unroll
+    for (int h = 0; h < H; ++h) to[h] = load_row<T, V>(row, h * plan.half, j, plan.half, plan.width);
+  }
+
+  EMU_DEVICE void add_pair(int r, int at, const Real (&query)[H][V], Chunk<T, V> (&positive)[H]) {
     if (pairs.k[at] == kNothing) return;
     if (pairs.k[at] == kPositive) {
       const Real scale = pairs.plain[0][at];
@@ -282,12 +299,9 @@ struct TableGradient {
       }
       return;
     }
-    Chunk<T, V> positive[H];
-    if constexpr (kNeedsPositive) {
-      bool bad;
-      const T* row = find_row<T>(p, p.positive[pairs.row[at]], 0, bad);
-#pragma unroll
-      for (int h = 0; h < H; ++h) positive[h] = load_row<T, V>(row, h * plan.half, j, plan.half, plan.width);
+    if constexpr (kNeedsPositive && !kMoments) load_positive(at, positive);
+    if constexpr (kMoments) {
+      if (p.draws.rate_rows > 1) rates.load(p, plan, pairs.row[at], j, plan.whole_reals);
     }
     if constexpr (Sim::kCoupled) {
       add_coupled(r, at, query, positive);
@@ -301,7 +315,7 @@ struct TableGradient {
   EMU_DEVICE void add_half(int r, int at, const Real (&query)[V], const Chunk<T, V>& positive) {
     Real w = pairs.plain[h][at];
     const Real hat = kMutated ? pairs.mutated[h][at] : Real{0};
-    const Real share = kMode == Mode::kShare ? pairs.share[at] : Real{0};
+    const Real share = kMode == Mode::kShare ? pairs.share[0][at] : Real{0};
     if (Sim::kBilinear && kMode == Mode::kShare) w += hat * share;
     uint32_t words[S::kWords];
     if constexpr (kMode == Mode::kSelect) tile.template load<V>(r, h, j, words);
@@ -316,6 +330,9 @@ struct TableGradient {
       }
       if constexpr (kMode == Mode::kSelect) {
         sum[h][i] += (tile.limit.mutated(words[i / 4], i % 4) ? w : hat) * d;
+      } else if constexpr (kMoments) {
+        const auto term = [&](Real c) { return Sim::template term<h, M>(difference<Sim, h>(q, f, c)); };
+        sum[h][i] += spread_weight(h, at, i, term(candidate[h].at(i)) - term(positive.at(i))) * d;
       } else {
         sum[h][i] += w * d;
       }
@@ -327,9 +344,15 @@ struct TableGradient {
     }
   }
 
+  // What takes the place of the plain weight with moments, from t − p.
+  EMU_DEVICE Real spread_weight(int s, int at, int i, Real gap) const {
+    return pairs.plain[s][at] + rates.keep[s][i] * pairs.mutated[s][at] +
+           rates.spread[s][i] * (pairs.share[kMoments ? s : 0][at] * gap);
+  }
+
   EMU_DEVICE void add_coupled(int r, int at, const Real (&query)[H][V], const Chunk<T, V> (&positive)[H]) {
     const Real w = pairs.plain[0][at], hat = kMutated ? pairs.mutated[0][at] : Real{0};
-    const Real share = kMode == Mode::kShare ? pairs.share[at] : Real{0};
+    const Real share = kMode == Mode::kShare ? pairs.share[0][at] : Real{0};
     uint32_t words[2][S::kWords];
     if constexpr (kMode == Mode::kMask) {
       tile.template load<V>(r, 0, j, words[0]);
@@ -346,9 +369,19 @@ struct TableGradient {
         if constexpr (kMutated) {
           const Real z = positive[h].at(i);
           if (kMode == Mode::kMask) mutated[h] = tile.limit.mutated(words[h][i / 4], i % 4);
-          const Real candidate_mixed = kMode == Mode::kShare ? z + multiply(share, subtract(c, z)) : mutated[h] ? z : c;
+          const bool taken = kMoments || mutated[h];
+          const Real candidate_mixed =
+              kMode == Mode::kShare ? z + multiply(share, subtract(c, z)) : taken ? z : c;
           mixed[h] = difference<Sim, 0>(query[h][i], Real{1}, candidate_mixed);
         }
+      }
+      if constexpr (kMoments) {  // `mixed` is the positive's
+        const Real square = u[0] * u[0] + u[1] * u[1], inverse = Sim::template inverse<M>(square);
+        const Real gap = Sim::value(square, inverse) - Sim::template term<M>(mixed[0], mixed[1]);
+        const Real x = spread_weight(0, at, i, gap);
+        sum[0][i] += x * (u[0] * inverse);
+        sum[1][i] += x * (u[1] * inverse);
+        continue;
       }
       Sim::template slopes<M>(u[0], u[1], slope[0], slope[1]);
       if (kMutated) Sim::template slopes<M>(mixed[0], mixed[1], mixed_slope[0], mixed_slope[1]);

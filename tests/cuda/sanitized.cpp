@@ -34,13 +34,15 @@ void run(int64_t D, bool pairs, bool each) {
   using Real = typename Sum<T>::Real;
   using Of = Operators<Sim, T, kMode>;
   constexpr int64_t B = 6, K = 11, G = 3, N = 5, S = Sums<Sim>::kCount, W = Sim::kWeights;
-  Array<Real> query(B * D), scale(B * D / Sim::kHalves), weights(W > 0 ? W : 1), row_scale(B), grad(B * D);
+  const int64_t units = S * D / Sim::kHalves;
+  Array<Real> query(B * D), scale(B * D / Sim::kHalves), weights(W > 0 ? W : 1), row_scale(B), rate(B * units);
   Array<T> table(N * D);
   Array<int64_t> positive(B), negative(G * K), seed(1);
   Array<int16_t> thresholds(D);
   for (int64_t i = 0; i < B * D; ++i) query.get()[i] = number<Real>(i);
   for (int64_t i = 0; i < B * D / Sim::kHalves; ++i) scale.get()[i] = number<Real>(i + 3);
   for (int64_t i = 0; i < N * D; ++i) table.get()[i] = number<T>(i + 5);
+  for (int64_t i = 0; i < B * units; ++i) rate.get()[i] = static_cast<Real>(i % 17) / 16;
   for (int64_t i = 0; i < D; ++i) thresholds.get()[i] = static_cast<int16_t>(i * 8 % 257);
   for (int64_t i = 0; i < B; ++i) positive.get()[i] = i % N;
   for (int64_t i = 0; i < G * K; ++i) negative.get()[i] = i * 3 % (N + 1) - 1;
@@ -57,11 +59,16 @@ void run(int64_t D, bool pairs, bool each) {
   p.draws.pairs = pairs, p.draws.seed = seed.get(), p.draws.row_offset = 3;
   p.draws.threshold = 100, p.draws.thresholds = each ? thresholds.get() : nullptr;
   p.draws.rule = 3, p.draws.order = 2;  // Mixup's, for kernels that draw shares
+  p.draws.rate = kMode == Mode::kMoments ? rate.get() : nullptr;
+  p.draws.rate_rows = each ? B : 1, p.draws.rate_units = units, p.draws.learned = kMode == Mode::kMoments && each;
   p.place.processors = 1;
 
-  Array<Real> weight(S * B * K), mutated_weight(S * B * K), grad_query(B * D), grad_positive(B * D);
+  Array<Real> weight(S * B * K), mutated_weight(S * B * K), variance_weight(S * B * K), grad_rate(B * units);
+  Array<Real> grad_query(B * D), grad_positive(B * D);
   Array<Real> grad_scale(B * D), grad_weights(B * 2), loss(B), terms(2), ones(B);
   const GradientArgs gradient{weight.get(),        mutated_weight.get(),
+                              variance_weight.get(),
+                              p.draws.learned ? grad_rate.get() : nullptr,
                               grad_query.get(),    grad_positive.get(),
                               p.scale != nullptr ? grad_scale.get() : nullptr,
                               W > 0 ? grad_weights.get() : nullptr};
@@ -77,6 +84,7 @@ void run(int64_t D, bool pairs, bool each) {
   TableGradientArgs table_args{};
   table_args.row_scale = row_scale.get(), table_args.grad_positive = grad_positive.get();
   table_args.weight = weight.get(), table_args.mutated_weight = mutated_weight.get();
+  table_args.variance_weight = variance_weight.get();
   table_args.sorted = sorted.get(), table_args.partials = partials.get();
   Array<T> dense(N * D);
   table_args.out = dense.get();
@@ -101,12 +109,12 @@ void run(int64_t D, bool pairs, bool each) {
     Of::table_gradient_atomic(p, table_args);
   }
 
-  Array<Real> plain(B * K), mutated(B * K);
-  Of::scores_forward(p, {loss.get(), plain.get(), mutated.get()});
-  for (int64_t i = 0; i < B * K; ++i) plain.get()[i] = mutated.get()[i] = number<Real>(i);
+  Array<Real> plain(B * K), mutated(B * K), cumulant(B * K);
+  Of::scores_forward(p, {loss.get(), plain.get(), mutated.get(), cumulant.get()});
+  for (int64_t i = 0; i < B * K; ++i) plain.get()[i] = mutated.get()[i] = cumulant.get()[i] = number<Real>(i);
   for (int64_t i = 0; i < B; ++i) ones.get()[i] = 1;
   const Array<char> workspace(Of::query_gradient_workspace(p));
-  Of::query_gradient(p, {ones.get(), plain.get(), mutated.get(), gradient, workspace.get()});
+  Of::query_gradient(p, {ones.get(), plain.get(), mutated.get(), cumulant.get(), gradient, workspace.get()});
 }
 
 template <class T>
@@ -135,6 +143,10 @@ int main() {
   run<Rotate, float, Mode::kMask>(36, false, false);
   run<Hake, float, Mode::kSelect>(136, false, true);
   run<Dot, double, Mode::kPlain>(1, false, false);
+  run<Dot, BFloat16, Mode::kMoments>(38, false, false);
+  run<Rotate, float, Mode::kMoments>(36, false, true);
+  run<Hake, float, Mode::kMoments>(1030, false, true);
+  run<L2, float, Mode::kMoments>(7, false, false);
   mutate<float>(DType::kFloat, false);
   mutate<BFloat16>(DType::kBFloat16, true);
 }

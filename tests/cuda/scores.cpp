@@ -26,7 +26,7 @@ int main(int, char** arguments) {
   p.phase_scale = 1;
   p.draws.seed = &seed, p.draws.threshold = 128;
   p.place.processors = 1;
-  Operators<Dot, float, Mode::kSelect>::scores_forward(p, {scores.data(), negatives.data(), mutated.data()});
+  Operators<Dot, float, Mode::kSelect>::scores_forward(p, {scores.data(), negatives.data(), mutated.data(), nullptr});
   for (float x : scores) std::printf("%a\n", static_cast<double>(x));
   for (float x : negatives) std::printf("%a\n", static_cast<double>(x));
   for (float x : mutated) std::printf("%a\n", static_cast<double>(x));

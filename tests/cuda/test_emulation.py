@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 
 from emu_kernels import (
+    Expected,
     Mixup,
     backends,
     emu_mutate,
     emu_scores,
     fused_emu_loss,
     fused_softmax_loss,
+    prepare,
 )
 from emu_kernels.backends import ids
 from emu_kernels.similarity import SIMILARITIES
@@ -105,6 +107,61 @@ def test_same_bits_in_any_order(
         for other in results[1:]:
             pairs = zip(results[0], other, strict=True)
             assert all(same_bits(left, right) for left, right in pairs)
+
+
+def expected_options(similarity: str, batch: int, dim: int) -> tuple[Options, Tensor]:
+    """Options but for the rule, and rates for each row."""
+    coupled = SIMILARITIES[similarity].coupled
+    generator = torch.Generator().manual_seed(4)
+    rates = torch.rand(batch, dim // 2 if coupled else dim, generator=generator)
+    options = options_of(similarity, batch, dim)
+    return options | ({"mask_unit": "pair"} if coupled else {}), rates.requires_grad_()
+
+
+@pytest.mark.parametrize("dim", [100, 1300])
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_moments_in_any_order(
+    similarity: str, dim: int, cuda: emulation.EmulatedCudaBackend
+) -> None:
+    """Also of learned rates, which take passes of their own."""
+    inputs = make(4, 18, dim, rows=3, groups=2, padding=True)
+    options, rates = expected_options(similarity, 4, dim)
+    learned = options | LOSS | {"mutation_rate": Expected(rates), "backend": "cuda"}
+    results, gradients = [], []
+    for order, seed in ORDERS:
+        cuda.set_order(order, seed)
+        results.append(all_of(inputs, options | {"mutation": Expected(0.4)}))
+        gradients.append(torch.autograd.grad(fused_emu_loss(*inputs, **learned), rates)[0])
+    for other in results[1:]:
+        assert all(same_bits(a, b) for a, b in zip(results[0], other, strict=True))
+    assert all(torch.equal(gradients[0], other) for other in gradients[1:])
+
+
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_moments_in_one_pass(similarity: str, cuda: emulation.EmulatedCudaBackend) -> None:
+    """Rates that are not learned may take one pass over the negatives, and learned ones take two:
+    the results are the same."""
+    inputs = make(6, 21, 136, groups=3, padding=True)
+    options, rates = expected_options(similarity, 6, 136)
+    for rate in (rates, rates.detach()):
+        all_options = options | LOSS | {"mutation_rate": Expected(rate)}
+        wide = {k: v.double() if isinstance(v, Tensor) else v for k, v in all_options.items()}
+        wide["mutation_rate"] = Expected(rates.detach().double())
+        actual = evaluate(fused_emu_loss, inputs, backend="cuda", **all_options)
+        assert_agree(actual, exact(fused_emu_loss, inputs, **wide))
+
+
+def test_a_rate_out_of_range_gives_nan(
+    cuda: emulation.EmulatedCudaBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As which it arrives where values cannot be looked at without waiting."""
+    monkeypatch.setattr(prepare, "usable_rates", lambda _name, rate: rate)
+    rates = torch.full((6, 20), 0.5)
+    rates[2, 7] = math.nan
+    for learned in (False, True):
+        options = LOSS | {"mutation_rate": Expected(rates.requires_grad_(learned))}
+        loss = fused_emu_loss(*make(6, 5, 20), reduction="none", backend="cuda", **options)
+        assert loss.isnan().nonzero().flatten().tolist() == [2]
 
 
 def test_mutate_in_any_order(cuda: emulation.EmulatedCudaBackend) -> None:
@@ -195,15 +252,18 @@ def test_large_table(cuda: emulation.EmulatedCudaBackend) -> None:
     assert_agree(Result((loss.detach(),), query.grad, grad), expected)
 
 
-def test_ids_out_of_range_are_reported(cuda: emulation.EmulatedCudaBackend) -> None:
+@pytest.mark.parametrize("rule", [0.5, Expected(0.4)], ids=["masks", "moments"])
+def test_ids_out_of_range_are_reported(
+    rule: float | Expected, cuda: emulation.EmulatedCudaBackend
+) -> None:
     """Their rows' losses are NaN, other rows' losses are right, and the next call raises."""
     inputs = make(6, 5, 20)
-    expected = fused_emu_loss(*inputs, reduction="none", backend="cuda", **LOSS)
+    options = LOSS | {"mutation_rate": rule, "backend": "cuda"}
+    expected = fused_emu_loss(*inputs, reduction="none", **options)
     for name, row, value in (("negative", 2, 9), ("negative", 3, -2), ("positive", 4, 10**12)):
         bad = inputs._replace(**{name: getattr(inputs, name).clone()})
         getattr(bad, name)[row] = value
         query, table = bad.query.clone().requires_grad_(), bad.table.clone().requires_grad_()
-        options = LOSS | {"backend": "cuda"}
         loss = fused_emu_loss(query, table, *bad[2:], reduction="none", **options)
         others = [b for b in range(6) if b != row]
         assert loss[row].isnan()
@@ -226,21 +286,23 @@ def test_bad_coefficient_gives_nan(
     assert fused_emu_loss(*inputs, **options | {name: torch.tensor(bad)}).isnan().all()
 
 
-@pytest.mark.parametrize("mutates", [True, False])
+@pytest.mark.parametrize("rule", ["masks", "none", "moments"])
 @pytest.mark.parametrize("similarity", SIMILARITIES)
 def test_atomic_gradient(
     similarity: str,
-    mutates: bool,
+    rule: str,
     cuda: emulation.EmulatedCudaBackend,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The table's gradient by atomic adds instead of sorted segments; whole and partial vectors."""
     monkeypatch.setattr(cuda, "atomic_gradient", True)
     monkeypatch.setattr(cuda._native, "table_gradient", None)  # would fail if called
-    function, rates = (fused_emu_loss, LOSS) if mutates else (fused_softmax_loss, {})
+    function, rates = (fused_softmax_loss, {}) if rule == "none" else (fused_emu_loss, LOSS)
     for dim in (38, 136):
         inputs = make(6, 9, dim, groups=3, padding=True)
         options = rates | options_of(similarity, 6, dim)
+        if rule == "moments":
+            options |= {"mutation_rate": Expected(0.4)} | expected_options(similarity, 6, dim)[0]
         actual = evaluate(function, inputs, backend="cuda", **options)
         wide = {k: v.double() if isinstance(v, Tensor) else v for k, v in options.items()}
         assert_agree(actual, exact(function, inputs, **wide))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from emu_kernels import fused_emu_loss
+from emu_kernels import Expected, fused_emu_loss
 from emu_kernels.backends import ids
 from tests.ops.support import LOSS, Inputs, Options, evaluate, make, same_bits
 
@@ -67,13 +67,24 @@ def test_current_stream(inputs: Inputs) -> None:
 
 def test_nothing_waits_for_the_device(inputs: Inputs) -> None:
     evaluate(fused_emu_loss, inputs, backend="cuda", **LOSS)
+    rates = torch.full((100,), 0.4, device="cuda", requires_grad=True)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         seed = torch.zeros((), dtype=torch.int64, device="cuda")
         evaluate(fused_emu_loss, inputs, seed=seed, **RATES)
+        for rule in (Expected(0.4), Expected(rates)):
+            evaluate(fused_emu_loss, inputs, **RATES | {"mutation_rate": rule})
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_rate_out_of_range_gives_nan(inputs: Inputs) -> None:
+    """Nothing waits to see it."""
+    rates = torch.full((32, 100), 0.5, device="cuda")
+    rates[3, 7] = 1.5
+    options = RATES | {"mutation_rate": Expected(rates), "reduction": "none"}
+    assert fused_emu_loss(*inputs, **options).isnan().nonzero().flatten().tolist() == [3]
 
 
 def test_ids_are_reported_by_the_next_call(inputs: Inputs) -> None:
@@ -98,7 +109,9 @@ def test_torch_compile(compiler: str, inputs: Inputs) -> None:
     assert same_bits(evaluate(fused, inputs), evaluate(call, inputs))
 
 
-def test_same_bits_every_time(inputs: Inputs) -> None:
-    first = evaluate(fused_emu_loss, inputs, backend="cuda", **LOSS)
+@pytest.mark.parametrize("rule", [0.5, Expected(0.4)], ids=["masks", "moments"])
+def test_same_bits_every_time(rule: float | Expected, inputs: Inputs) -> None:
+    options = LOSS | {"mutation_rate": rule, "backend": "cuda"}
+    first = evaluate(fused_emu_loss, inputs, **options)
     for _ in range(5):
-        assert same_bits(evaluate(fused_emu_loss, inputs, backend="cuda", **LOSS), first)
+        assert same_bits(evaluate(fused_emu_loss, inputs, **options), first)
