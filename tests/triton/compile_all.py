@@ -46,6 +46,9 @@ FEW = (
     Case("sm_90", "hake", "component", torch.float32, 100),
     # Another compiler; a term with both halves; shares instead of masks.
     Case("gfx942", "rotate", "mixup", torch.float32, 100),
+    # No masks but moments: with one rate, and with all that a kind can have.
+    Case("sm_90", "dot", "expected", torch.float32, 100),
+    Case("sm_90", "hake", "learned", torch.float32, 100),
 )
 """Every kernel is compiled for each of these cases."""
 
@@ -58,11 +61,15 @@ def most() -> Iterator[Case]:
         yield Case("sm_90", similarity, mutation, fp32, 100)
     for mutation in ("pair", "rates"):
         yield Case("sm_90", "dot", mutation, fp32, 100)
+    for similarity, mutation in itertools.product(SIMILARITIES, ("expected", "learned")):
+        yield Case("sm_90", similarity, mutation, fp32, 100)
+    yield Case("sm_90", "dot", "learned", torch.bfloat16, 1000)
     yield Case("sm_90", "dot", "component", torch.bfloat16, 1000)
     yield Case("sm_90", "l2", "component", torch.float16, 512)
     for target in aot.TARGETS:
         yield Case(target, "dot", "component", fp32, 100)
         yield Case(target, "hake", "component", fp32, 100)
+        yield Case(target, "hake", "learned", fp32, 100)
 
 
 def everything() -> Iterator[Case]:

@@ -238,8 +238,8 @@ def _scores(
     if not p.kind.MOMENTS:
         p.run(forward.scores, p.rows * p.blocks, **out, VALUES=values)
         return
-    # A thread has two candidates, for which what is the query's is made once.
-    warps = max(1, p.tile.warps // 2)
+    # A thread has 32 components, of two candidates, for which what is the query's is made once.
+    warps = max(1, p.tile.warps * p.kind.PARTS // 2)
     if p.kind.CHUNKS > 1:
         p.run(forward.scores, p.rows * p.blocks, warps, **out, VALUES=values)
     else:
@@ -268,6 +268,8 @@ def _query_gradient(p: Problem, positive_weight: Tensor, state: LossState | Scor
     p.run(
         forward.query_gradient,
         p.rows * p.kind.CHUNKS * splits,
+        # A second part's moments would be spilled.
+        p.tile.warps * p.kind.PARTS if p.kind.MOMENTS else None,
         positive_weight=positive_weight,
         weight=state.weight,
         mutated_weight=state.mutated_weight,
