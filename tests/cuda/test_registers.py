@@ -25,7 +25,7 @@ ENTRY = re.compile(
 MOST_REGISTERS = {
     "query_majorI.*PassE0E": 208,  # scores
     "query_majorI.*PassE1E": 248,  # sums, and gradients on the fly
-    "query_majorI.*PassE2E": 224,  # gradients under given weights
+    "query_majorI.*PassE2E": 240,  # gradients under given weights
     "add_segmentsI": 168,
     "row_gradientI": 112,
     "row_lossI": 64,
