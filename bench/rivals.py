@@ -136,10 +136,9 @@ def ours(loss: str, backend: str) -> str:
 
 
 def base_of(names: Iterable[str]) -> str | None:
-    """The rival that others are compared with: EMU by our fastest backend among ``names``, else
-    the first of ours in closed form."""
-    bases = [ours(loss, backend) for loss in ("emu", "expected") for backend in BACKENDS]
-    bases += ["shared-expected", "all-expected"]
+    """The rival that others are compared with: EMU by our fastest backend among ``names``, or in
+    closed form over one set of negatives."""
+    bases = [SHARED[0], *(ours("emu", backend) for backend in BACKENDS)]
     return next((name for name in bases if name in names), None)
 
 
@@ -249,8 +248,11 @@ def _dot_only(shape: Shape) -> str | None:
     return None if (shape.similarity, shape.sparse) == ("dot", False) else "is of dense dot only"
 
 
-OTHERS = ("shared-", "all-")
-"""Rivals whose negatives are others: one set for the batch, or all entities."""
+SHARED = (
+    "shared-expected", "shared-softmax", "all-expected", "all-softmax", "fused-expected",
+    "fused-softmax", "fused-emu",
+)  # fmt: skip
+"""Of the command ``shared``: one set of negatives for the batch, all entities, a set a row."""
 
 RIVALS = (
     *(_fused("emu", backend) for backend in BACKENDS),
@@ -281,6 +283,6 @@ RIVALS = (
     ),
 )  # fmt: skip
 BY_NAME = {rival.name: rival for rival in RIVALS}
-DEFAULT = tuple(r.name for r in RIVALS if r.plan is None and not r.name.startswith(OTHERS))
+DEFAULT = tuple(r.name for r in RIVALS if r.plan is None and r.name not in SHARED[:4])
 SCALED = tuple(n for n in DEFAULT if n not in ("compiled-emu", "gather-scatter"))
 """Compiling for every size takes longer than measuring; the bare gather and scatter is dense."""

@@ -27,7 +27,17 @@ from bench import measure
 from bench.inputs import CHOICES, GRADIENTS, SIMILARITIES, SIZES, Inputs, Shape, is_gpu, make
 from bench.measure import Step
 from bench.results import BANDWIDTH, MEMORY, SHARE, Recorder, Row
-from bench.rivals import BY_NAME, DEFAULT, PHASES, RIVALS, WHOLE, Rival, base_of, instruction_set
+from bench.rivals import (
+    BY_NAME,
+    DEFAULT,
+    PHASES,
+    RIVALS,
+    SHARED,
+    WHOLE,
+    Rival,
+    base_of,
+    instruction_set,
+)
 
 COPY = "copy"  # the rival of rows of the copy bandwidth; it takes its turns like the others
 GPU_TABLES = ("main", "similarities", "plans")
@@ -66,6 +76,11 @@ def settings(options: Any) -> Iterator[Setting]:
     fields = (*SIZES.values(), *CHOICES)
     for shape in product(**{field: getattr(options, field) for field in fields}):
         yield Setting(shape, options.rivals, options.phases)
+
+
+def shared_settings(options: Any) -> Iterator[Setting]:
+    """Of the command ``shared``."""
+    yield Setting(Shape(negatives=1024), SHARED, (WHOLE,), "shared")
 
 
 def scale_settings(options: Any) -> Iterator[Setting]:
