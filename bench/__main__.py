@@ -37,7 +37,7 @@ class Part(NamedTuple):
 
 PARTS = {
     "steps": Part(steps.settings, rivals.RIVALS, steps.rows),
-    "shared": Part(steps.shared_settings, rivals.RIVALS, steps.rows),
+    "closed": Part(steps.closed_settings, rivals.RIVALS, steps.rows),
     "scale": Part(steps.scale_settings, rivals.RIVALS, steps.rows),
     "gpu": Part(steps.gpu_settings, rivals.RIVALS, steps.rows),
     "captured": Part(captured.settings, rivals.RIVALS, captured.rows),
@@ -50,7 +50,7 @@ DEFAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("steps", "--similarity", *[s for s in SIMILARITIES if s != "dot"], *_QUICK),
         ("steps", "--gradient", "sparse", *_QUICK),
         ("steps", "--dtype", "bfloat16", *_QUICK),
-        ("shared",),
+        ("closed",),
         ("train", "--graph", "FB15k-237", "WN18RR"),
         ("train", "--graph", "zipf", "--rounds", "5"),
         ("scale", "--axes", "N", "--rounds", "3"),
@@ -241,7 +241,7 @@ def _parser() -> argparse.ArgumentParser:
     part.add("--hops", 3, "of a walk")
     part.add("--walks", 1000, "from each entity")
 
-    command("shared", "one set of negatives for all rows, and all entities, by products", 20)
+    command("closed", "EMU in closed form; one set of negatives for all rows, all entities", 20)
 
     command("captured", "a whole training step, on a GPU as a CUDA graph", 20)
 

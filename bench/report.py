@@ -194,7 +194,7 @@ def sampling_table(rows: Rows) -> str:
 # A family's table, and whether each setting has one of its own.
 TABLES = {
     "steps": (steps_table, False),
-    "shared": (step_table, True),
+    "closed": (step_table, True),
     "plans": (gpu_table, False),
     "captured": (trainers_table, True),
     "train": (trainers_table, True),

@@ -136,10 +136,8 @@ def ours(loss: str, backend: str) -> str:
 
 
 def base_of(names: Iterable[str]) -> str | None:
-    """The rival that others are compared with: EMU by our fastest backend among ``names``, or in
-    closed form over one set of negatives."""
-    bases = [SHARED[0], *(ours("emu", backend) for backend in BACKENDS)]
-    return next((name for name in bases if name in names), None)
+    """The rival that others are compared with: EMU by our fastest backend among ``names``."""
+    return next((n for backend in BACKENDS if (n := ours("emu", backend)) in names), None)
 
 
 def _fused(loss: str, backend: str, plan: str | None = None) -> Rival:
@@ -252,7 +250,7 @@ SHARED = (
     "shared-expected", "shared-softmax", "all-expected", "all-softmax", "fused-expected",
     "fused-softmax", "fused-emu",
 )  # fmt: skip
-"""Of the command ``shared``: one set of negatives for the batch, all entities, a set a row."""
+"""Of the command ``closed``: one set of negatives for the batch, all entities, a set a row."""
 
 RIVALS = (
     *(_fused("emu", backend) for backend in BACKENDS),

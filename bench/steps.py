@@ -32,11 +32,13 @@ from bench.rivals import (
     DEFAULT,
     PHASES,
     RIVALS,
+    SCALED,
     SHARED,
     WHOLE,
     Rival,
     base_of,
     instruction_set,
+    ours,
 )
 
 COPY = "copy"  # the rival of rows of the copy bandwidth; it takes its turns like the others
@@ -58,6 +60,7 @@ class Setting(NamedTuple):
     rivals: Sequence[str]
     phases: Sequence[str] = PHASES
     family: str = "steps"
+    base: str | None = None  # whom the others are compared with, if not with EMU
 
     def tiny(self) -> Setting:
         """With the other sizes tiny where one is an axis."""
@@ -78,9 +81,10 @@ def settings(options: Any) -> Iterator[Setting]:
         yield Setting(shape, options.rivals, options.phases)
 
 
-def shared_settings(options: Any) -> Iterator[Setting]:
-    """Of the command ``shared``."""
-    yield Setting(Shape(negatives=1024), SHARED, (WHOLE,), "shared")
+def closed_settings(options: Any) -> Iterator[Setting]:
+    """Of the command ``closed``: a set of negatives a row; one for the batch, and all entities."""
+    yield Setting(Shape(), SCALED, (WHOLE,), "closed", ours("expected", "cpu"))
+    yield Setting(Shape(negatives=1024), SHARED, (WHOLE,), "closed", SHARED[0])
 
 
 def scale_settings(options: Any) -> Iterator[Setting]:
@@ -197,7 +201,7 @@ def _add_times(record: Recorder, rivals: Sequence[Rival], setting: Setting, opti
         times = measure.alternate(turns, options.rounds)
         for rival in compared:
             here = {"rival": rival.name, "phase": phase, **rival.columns(shape)}
-            record.add_times(times, base_of(steps), **here)
+            record.add_times(times, setting.base or base_of(steps), **here)
             pairs = zip(times[rival.name], times[COPY], strict=True)
             share = must_move[phase] / copied
             record.add(SHARE, [share * copying / t for t, copying in pairs], **here)
