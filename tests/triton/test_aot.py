@@ -49,6 +49,22 @@ PER_COMPONENT = {
     ("table_gradient", "hake", "component"): 46,
     ("table_gradient", "protate", "component"): 52,
     ("scatter", "dot", "component"): 30,
+    # In closed form: with one rate of all components, and with learned rates of each row.
+    ("moments", "dot", "expected"): 11,
+    ("query_gradient", "dot", "expected"): 10,
+    ("table_gradient", "dot", "expected"): 15,
+    ("moments", "dot", "learned"): 15,
+    ("query_gradient", "dot", "learned"): 15,
+    ("table_gradient", "dot", "learned"): 20,
+    ("moments", "l2", "expected"): 13,
+    ("query_gradient", "l2", "expected"): 15,
+    ("table_gradient", "l2", "expected"): 23,
+    ("moments", "rotate", "learned"): 14,
+    ("query_gradient", "rotate", "learned"): 17,
+    ("table_gradient", "rotate", "learned"): 27,
+    ("moments", "hake", "learned"): 26,
+    ("query_gradient", "hake", "learned"): 40,
+    ("table_gradient", "hake", "learned"): 58,
 }
 SHARED = 16 * 1024
 """Bytes for each program. With this much, registers limit the programs on a multiprocessor before

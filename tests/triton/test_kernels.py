@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from emu_kernels import backends, emu_scores, fused_emu_loss
+from emu_kernels import Expected, backends, emu_scores, fused_emu_loss
 from emu_kernels.backends import ids
 from emu_kernels.backends import triton as backend
 from emu_kernels.mutation import Component
@@ -53,6 +53,39 @@ def test_any_tile(dim: int, mutation: str) -> None:
     options = LOSS if mutation == "mask" else LOSS | {"mutation_rate": 0.0}
     expected = exact(fused_emu_loss, inputs, **options)
     assert_agree(evaluate(fused_emu_loss, inputs.to(DEVICE), backend="triton", **options), expected)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("units", [1, 37])
+def test_expected_rates_in_any_tile(units: int) -> None:
+    """A rate of all, and those of each row, with their gradients."""
+    inputs = make(3, 11, 37, rows=4, padding=True)
+    given = torch.rand(3, units, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    given = given[0, 0] if units == 1 else given
+    found = []
+    for name, dtype in (("reference", torch.float64), ("triton", torch.float32)):
+        leaves = [x.to(DEVICE, dtype).requires_grad_() for x in (*inputs[:2], given)]
+        query, table, rate = leaves
+        options = LOSS | {"mutation_rate": Expected(rate), "backend": name}
+        ids_ = [x.to(DEVICE) for x in inputs[2:]]
+        loss = fused_emu_loss(query, table, *ids_, **options)
+        found.append((loss, *torch.autograd.grad(loss, leaves)))
+    for expected, actual in zip(*found, strict=True):
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [[[float("nan")]], [[0.5] * 19 + [float("nan")]]])
+@pytest.mark.parametrize("similarity", ["dot", "hake"])
+def test_a_bad_rate_on_the_device_gives_nan(similarity: str, bad: list[list[float]]) -> None:
+    inputs = make(2, 3, 20, device=DEVICE)
+    rule = Expected(torch.tensor(bad, device=DEVICE), learned=True)
+    request = LossRequest(
+        **inputs._asdict(), scale=None, weights=None, similarity=similarity, phase_scale=1.0,
+        mutation=rule, seed=torch.tensor(1, device=DEVICE), row_offset=0, sparse_grad=False,
+        beta=0.1, alpha=0.1, sample_weight=None, reduction="mean", coefficients=None,
+    )  # fmt: skip
+    assert launch.loss_forward(request, need_grad=True).loss.isnan()
+    assert launch.loss_forward(request, need_grad=False).loss.isnan()
 
 
 @pytest.mark.parametrize("table_gradients", ["sorted", "atomic"])

@@ -229,7 +229,7 @@ def _scores(
     *,
     values: bool,
 ) -> None:
-    out = {
+    out: dict[str, Any] = {
         "positive_out": positive,
         "plain_out": plain,
         "mutated_out": mutated,
@@ -359,13 +359,12 @@ def loss_forward(request: LossRequest, *, need_grad: bool) -> LossState:
         spans = statistics = positive_weight = None
         if need_grad:
             positive, positive_weight = p.new(2, p.kind.SUMS, p.rows)
-            sums = state.weight, state.mutated_weight, state.variance_weight
+            plain, mutated, variance = state.weight, state.mutated_weight, state.variance_weight
         elif p.kind.MOMENTS:
             positive = p.new(p.kind.SUMS, p.rows)
-            sums = tuple(p.new(3, p.kind.SUMS, p.rows, p.count))
+            plain, mutated, variance = p.new(3, p.kind.SUMS, p.rows, p.count)
         else:
-            positive, *sums = new_scores(request)
-        plain, mutated, variance = sums
+            positive, plain, mutated, variance = new_scores(request)
         values = need_grad or p.kind.MOMENTS
         if need_grad and _one_pass(p):
             spans, statistics = _accumulate(p, positive, state), p.new(5, p.rows)
