@@ -186,17 +186,17 @@ struct QueryMajor {
           const Real term = coupled_term(i, rows[r][0].at(i), rows[r][1].at(i));
           part[r] += term;
           add_moments(part, r, 0, i, term);
-          continue;
-        }
-        Real u[2], mixed[2];
+        } else {
+          Real u[2], mixed[2];
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const Real q = at.query[h][i], f = at.factor[h][i], c = rows[r][h].at(i);
-          u[h] = difference<Sim, 0>(q, f, c);
-          if (kDrawn) mixed[h] = difference<Sim, 0>(q, f, mix(r, h, i, c));
+          for (int h = 0; h < 2; ++h) {
+            const Real q = at.query[h][i], f = at.factor[h][i], c = rows[r][h].at(i);
+            u[h] = difference<Sim, 0>(q, f, c);
+            if (kMutated) mixed[h] = difference<Sim, 0>(q, f, mix(r, h, i, c));
+          }
+          part[r] += Sim::template term<M>(u[0], u[1]);
+          if (kMutated) part[R % kValues + r] += Sim::template term<M>(mixed[0], mixed[1]);
         }
-        part[r] += Sim::template term<M>(u[0], u[1]);
-        if (kDrawn) part[R % kValues + r] += Sim::template term<M>(mixed[0], mixed[1]);
       }
     }
   }
