@@ -34,6 +34,7 @@ from emu_kernels import (
     fused_softmax_loss,
     one_vs_all_loss,
 )
+from emu_kernels.similarity import SIMILARITIES
 
 EMU: dict[str, Any] = {"mutation_rate": 0.94, "beta": 0.25, "alpha": 0.73}
 """The paper's setting for DistMult on FB15k-237; the times do not depend on it."""
@@ -153,10 +154,17 @@ def _fused(loss: str, backend: str, plan: str | None = None) -> Rival:
         "softmax": "sampled softmax, fused",
     }[loss]  # fmt: skip
     title += f" ({details})" if details else ""
+
+    def options(shape: Shape) -> dict[str, Any]:
+        pairs = loss == "expected" and SIMILARITIES[shape.similarity].coupled
+        unit = {"mask_unit": "pair"} if pairs else {}
+        given = {"similarity": shape.similarity, "sparse_grad": shape.sparse, "backend": backend}
+        return given | unit
+
     return Rival(
         ours(loss, backend) + (f"-{plan}" if plan else ""),
         f"**{title}**" if loss == "emu" and plan is None else title,
-        lambda s: partial(function, similarity=s.similarity, sparse_grad=s.sparse, backend=backend),
+        lambda shape: partial(function, **options(shape)),
         lambda shape: backends.get(backend).unavailable(),
         BACKENDS[backend], backend, plan,
     )  # fmt: skip

@@ -130,7 +130,7 @@ def test_all_parts(tmp_path: Path, capsys: Capture, monkeypatch: Patch) -> None:
     )
     monkeypatch.setitem(command_line.DEFAULTS, "cpu", (*parts, ("captured",)))
     rows = bench("", folder=tmp_path)
-    assert set(rows["family"]) == {"steps", "scale-N", "sampling", "captured"}
+    assert set(rows["family"]) == {"steps", "closed", "scale-N", "sampling", "captured"}
     out = capsys.readouterr().out
     assert "fused-emu                  can run" in out
     assert "walks of 3 hops" in out.partition("== all")[2]
