@@ -28,7 +28,8 @@ MOST_REGISTERS = {
     "query_majorI.*ModeE[0-3]E.*PassE2E": 224,  # gradients under given weights
     "query_majorI.*ModeE4E.*PassE2E": 255,  # the same with moments, and of rates
     "add_segmentsI": 168,
-    "row_gradientI": 112,
+    "row_gradientI.*ModeE[0-3]E": 112,
+    "row_gradientI.*ModeE4E": 168,
     "row_lossI": 64,
     "row_weightsI": 64,
 }
