@@ -105,7 +105,9 @@ similarity of two halves, with masks (Triton 3.9: 8 for hake on sm_80; 3.6: 24 f
 def test_nothing_is_spilled(compiled: list[Row]) -> None:
     def allowed(row: Row) -> int:
         two_halves = row["similarity"] in ("rotate", "hake")
-        return FULL if row["name"] == "query_gradient" and two_halves else 0
+        if row["name"] == "query_gradient" and two_halves:
+            return FULL
+        return 8 if (row["name"], row["similarity"]) == ("table_gradient", "l2") else 0
 
     low = [row for row in compiled if row["dtype"] != "torch.float64"]
     assert [row for row in low if row["spilled"] > allowed(row)] == []
