@@ -91,6 +91,10 @@ QUICK = [
         "one set and several, with padding and without",
     ),
     Quick(
+        "ops/test_similarities.py::test_rates_are_the_shares_that_mutate", "triton", NONE,
+        "a share of many draws; other tests compare the masks bit for bit",
+    ),
+    Quick(
         "ops/test_similarities.py::test_loss", "triton",
         r".*-part of a vector-(rate|mixup|rates of pairs|expected)|(dot|hake)-.*",
         "every similarity with each kind of mutation; the simplest and the hardest with all",
