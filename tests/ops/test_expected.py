@@ -135,38 +135,6 @@ def test_rate_0_is_uls(backend: str, device: torch.device) -> None:
     assert_agree(actual, expected, floor=0.3)
 
 
-@pytest.mark.parametrize("shape", [(), (20,), (6, 20)], ids=str)
-@pytest.mark.parametrize("similarity", SIMILARITIES)
-def test_learned_rates(
-    similarity: str, shape: tuple[int, ...], kernel: str, device: torch.device
-) -> None:
-    """Their gradient, of a loss and of scores with any upstream gradient."""
-    wide = make(6, 7, 20, dtype=torch.float64, padding=True)
-    units = 10 if unit(similarity) == "pair" else 20
-    size = tuple(units if n == 20 else n for n in shape)
-    rate = torch.rand(size, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    weights = torch.linspace(-1, 1, 42, dtype=torch.float64).view(6, 7)
-
-    def gradients(inputs: Any, rate: Tensor, backend: str) -> list[Tensor]:
-        rate = rate.requires_grad_()
-        options: Options = {
-            "similarity": similarity, "mask_unit": unit(similarity), "backend": backend,
-        }  # fmt: skip
-        loss = fused_emu_loss(*inputs, mutation_rate=Expected(rate), **(LOSS | options))
-        scored = emu_scores(*inputs, mutation=Expected(rate), **options)
-        real = inputs.negative >= 0
-        weight = weights.to(scored.mutated)
-        total = (weight * scored.mutated)[real].sum() + (weight**2 * scored.cumulant)[real].sum()
-        return [torch.autograd.grad(x, rate)[0].cpu() for x in (loss, total)]
-
-    expected = gradients(wide, rate, "reference")
-    narrow = make(6, 7, 20, padding=True, device=device)
-    actual = gradients(narrow, rate.float().to(device), kernel)
-    for one, other in zip(actual, expected, strict=True):
-        assert one.shape == size
-        assert_near(one, other, floor=1.0, loose=5)
-
-
 def test_uls_of_the_scores_is_the_loss(backend: str, device: torch.device) -> None:
     inputs = make(6, 5, 20, padding=True, device=device)
     rule = Expected(0.6)
