@@ -97,7 +97,7 @@ def fused_emu_loss(
         mutation_rate: in [0, 1], effective in steps of 1/256
             (:func:`emu_kernels.mask.effective_rate`); a tensor holds one rate a component (D,), or
             a pair (D/2,), and gets no gradient; a :class:`Mixup` mixes instead;
-            :class:`Expected` takes the expectation over all masks, at less cost.
+            :class:`Expected` takes the expectation over all masks, and draws none.
         beta: the label β ≥ 0 of a mutated negative under unbounded label smoothing; a number, or a
             one-element tensor (for schedules), which gets no gradient.
         alpha: the weight α ≥ 0 of the vanilla term; likewise.

@@ -100,8 +100,7 @@ class Expected(Mutation):
 
     and the loss takes L̄_emu = (1/K) [(l̄ − s⁺) + β Σ_k (l̄ − m_k)] with l̄ = logsumexp(s⁺, c_1..c_K),
     which bounds the mean of L_emu over masks from above, but for the terms beyond second order.
-    No mask is drawn: it costs about what the vanilla term alone does. Where a score is a sum over
-    components, with u_kj = φ_j(q, z⁺) − φ_j(q, z⁻_k):
+    Where a score is a sum over components, with u_kj = φ_j(q, z⁺) − φ_j(q, z⁻_k):
 
         m_k = s⁺ − Σ_j (1 − ρ_j) u_kj     v_k = Σ_j ρ_j (1 − ρ_j) u_kj²
 
