@@ -35,6 +35,9 @@ MIN_SCORES = {"cpu": 2**17}
 products to be faster than the kernels (at 100 components). A backend that was not measured is not
 in it."""
 
+MIN_ROWS = 32
+"""Rows a set must have too: its candidates are copied, (G·K, D)."""
+
 
 class Known(NamedTuple):
     """Candidates that are no negatives of a row, sorted by candidate."""
@@ -203,12 +206,15 @@ def fits(request: LossRequest, backend: str) -> bool:
     """Whether a loss is made by products: sets of negatives have many rows, no mask differs from
     row to row, and nobody asked for bits that depend on nothing."""
     groups, count = request.negative.shape
-    scores = request.query.shape[0] * count
+    rows = request.query.shape[0]
+    scores = rows * count
     return (
         backend in MIN_SCORES
         and request.similarity == "dot"
         and request.mutation.draw in ("none", "moments")
         and 0 < groups * MIN_SCORES[backend] <= scores
+        and rows >= MIN_ROWS * groups
+        and not torch.is_autocast_enabled(request.query.device.type)
         and not torch.are_deterministic_algorithms_enabled()
     )
 
@@ -255,7 +261,8 @@ def loss(request: LossRequest) -> Loss:
     )
     groups, count = negative.shape
     rows = request.query.shape[0] // max(groups, 1)
-    ids = torch.cat([negative.clamp(min=0).flatten(), positive])
+    negative_or_own = torch.where(negative >= 0, negative, positive[:1])  # padding touches no row
+    ids = torch.cat([negative_or_own.flatten(), positive])
     gathered = Gather.apply(request.table, ids, request.query.dtype, request.sparse_grad)
     candidates, own = gathered.split([groups * count, gathered.shape[0] - groups * count])
     rates = None if request.moments is None else request.moments.rate
