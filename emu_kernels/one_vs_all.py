@@ -11,11 +11,13 @@ from emu_kernels import backends, prepare, validate, values
 from emu_kernels.api import emu_scores
 from emu_kernels.library import no_second_derivative
 from emu_kernels.mutation import Expected, Mutation, NoMutation
-from emu_kernels.products import Batch, Gather, Known, coefficients, loss_rows, reduced, tiles
+from emu_kernels.products import Batch, Gather, Known, combined, loss_rows, tiles
 from emu_kernels.request import LossRequest
 
 CHUNK = 2**16
 """Known answers whose rows are gathered at once."""
+MEANS = 2
+"""The place of the means among a tile's scores, of which alone no logsumexp is taken."""
 
 
 def one_vs_all_loss(
@@ -25,7 +27,7 @@ def one_vs_all_loss(
     *,
     known: tuple[Tensor, Tensor] | None = None,  # (B + 1,), (M,)
     similarity: str = "dot",
-    mutation_rate: Mutation | None = None,
+    mutation_rate: Expected | None = None,
     beta: float | Tensor = 0.0,
     alpha: float | Tensor = 0.0,
     scale: Tensor | None = None,  # (B, D), or (B, D/2)
@@ -47,14 +49,16 @@ def one_vs_all_loss(
         known: answers that are known to be true, and so no negatives: offsets (B + 1,) and entity
             ids (M,), integers; those of row b are ``ids[offsets[b]:offsets[b + 1]]``. The positive
             may be among them.
-        mutation_rate: :class:`Expected`, whose rate 0 is ULS alone; or None for the softmax alone,
-            L_van, with ``beta`` and ``alpha`` unused. Masks cannot be drawn for all entities.
+        mutation_rate: :class:`Expected`, whose rate 0 is ULS alone, with ``beta`` and ``alpha`` to
+            be given; or None for the softmax alone, L_van, which does not use them. Masks cannot be
+            drawn for all entities.
 
     The other arguments, the result and the errors are those of :func:`emu_kernels.fused_emu_loss`.
     The table's gradient is dense, as every row is touched; for bf16 and fp16 it is the sum of some
     parts that are rounded each. Eager only; on a GPU it waits to learn the sizes of ``known``.
     """
-    if mutation_rate is not None and not isinstance(mutation_rate, Expected):
+    rule: Mutation = mutation_rate or NoMutation()
+    if not isinstance(rule, (Expected, NoMutation)):
         given = type(mutation_rate).__name__
         raise TypeError(
             f"mutation_rate: expected an Expected or None over all entities, got {given}"
@@ -67,7 +71,7 @@ def one_vs_all_loss(
             positive,
             positive.new_empty((0,)),
             similarity=similarity,
-            mutation=mutation_rate or NoMutation(),
+            mutation=rule,
             mutation_name="mutation_rate",
             mask_unit=mask_unit,
             scale=scale,
@@ -88,11 +92,11 @@ def one_vs_all_loss(
         request.positive, request.negative, rows=request.table.shape[0]
     )
     left_out = _left_out(known, own, table.shape[0])
-    if similarity == "dot":
+    if similarity == "dot" and not torch.are_deterministic_algorithms_enabled():
         uls, vanilla = _by_products(request, own, left_out)
     else:
         uls, vanilla = _by_kernels(request, own, left_out, mask_unit, name)
-    return reduced(request, uls, vanilla, poison).loss
+    return combined(request, uls, vanilla, poison).loss
 
 
 def _left_out(known: tuple[Tensor, Tensor] | None, positive: Tensor, entities: int) -> Known:
@@ -168,7 +172,7 @@ class _How(NamedTuple):
     options: dict[str, Any]
 
     def scores(self, start: int, end: int, given: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
-        """(B, end − start) scores, means and cumulants of a tile's entities."""
+        """(B, end − start) of a tile's entities: scores, and with a rule cumulants and means."""
         query, table, scale, weights, rate = given
         assert query is not None
         assert table is not None
@@ -185,7 +189,7 @@ class _How(NamedTuple):
             sparse_grad=True,
             **self.options,
         )
-        return found.negative, found.mutated, found.cumulant
+        return found[1:2] if rate is None else (found.negative, found.cumulant, found.mutated)
 
 
 def _filled(scores: Tensor, places: Tensor, value: float) -> Tensor:
@@ -194,30 +198,34 @@ def _filled(scores: Tensor, places: Tensor, value: float) -> Tensor:
 
 
 class _Statistics(torch.autograd.Function):
-    """Of all negatives of a row the logsumexp of scores, that of cumulants, and the sum of means.
+    """Of all negatives of a row, (B,) each: the logsumexp of scores and, with a rule, that of
+    cumulants and the sum of means. NaN where a score is not finite.
 
     The backward pass computes each tile's scores again.
     """
 
     @staticmethod
-    def forward(ctx: Any, how: _How, *given: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        query, table, *_ = given
+    def forward(ctx: Any, how: _How, *given: Tensor | None) -> tuple[Tensor, ...]:
+        query, table, *_, rate = given
         assert query is not None
         assert table is not None
-        new = query.new_full
-        rows = query.shape[0]
-        lse = mutated_lse = new((rows,), float("-inf"))
-        means = new((rows,), 0.0)
+        rows = (query.shape[0],)
+        starts = (-torch.inf,) if rate is None else (-torch.inf, -torch.inf, 0.0)
+        totals = [query.new_full(rows, start) for start in starts]
+        finite = torch.ones(rows, dtype=torch.bool, device=query.device)
         for start, end, without in tiles(table.shape[0], how.left_out):
-            plain, mean, cumulant = how.scores(start, end, given)
             assert without is not None
-            lse = torch.logaddexp(lse, _filled(plain, without, float("-inf")).logsumexp(dim=1))
-            of_tile = _filled(cumulant, without, float("-inf")).logsumexp(dim=1)
-            mutated_lse = torch.logaddexp(mutated_lse, of_tile)
-            means += _filled(mean, without, 0.0).sum(dim=1)
+            for i, scores in enumerate(how.scores(start, end, given)):
+                finite &= _filled(scores, without, 0.0).isfinite().all(dim=1)
+                left = _filled(scores, without, starts[i])
+                if i < MEANS:
+                    totals[i] = torch.logaddexp(totals[i], left.logsumexp(dim=1))
+                else:
+                    totals[i] = totals[i] + left.sum(dim=1)
+        totals = [torch.where(finite, total, torch.nan) for total in totals]
         ctx.how = how
-        ctx.save_for_backward(*given, lse, mutated_lse)
-        return lse, mutated_lse, means
+        ctx.save_for_backward(*given, *totals)
+        return tuple(totals)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -230,34 +238,30 @@ class _StatisticsGradient(torch.autograd.Function):
     def forward(
         ctx: Any, how: _How, needed: tuple[bool, ...], grads: tuple[Tensor, ...], *saved: Tensor
     ) -> tuple[Tensor | None, ...]:
-        *given, lse, mutated_lse = saved
+        given, totals = saved[: len(needed)], saved[len(needed) :]
         inputs = tuple(
             t if t is None else t.detach().requires_grad_(need)
             for t, need in zip(given, needed, strict=True)
         )
         wanted = [t for t in inputs if t is not None and t.requires_grad]
-        found = [torch.zeros_like(t, dtype=lse.dtype) for t in wanted]
-        by_plain, by_cumulant, by_mean = grads
+        found = [torch.zeros_like(t, dtype=totals[0].dtype) for t in wanted]
         for start, end, without in tiles(inputs[1].shape[0], how.left_out):
-            with torch.enable_grad():
-                plain, mean, cumulant = how.scores(start, end, inputs)
             assert without is not None
-            weights = [
-                _filled((plain.detach() - lse[:, None]).exp_() * by_plain[:, None], without, 0.0),
-                _filled(by_mean[:, None].expand_as(mean), without, 0.0),
-                _filled(
-                    (cumulant.detach() - mutated_lse[:, None]).exp_() * by_cumulant[:, None],
-                    without, 0.0,
-                ),
-            ]  # fmt: skip
-            of_scores = torch.autograd.grad([plain, mean, cumulant], wanted, weights)
+            with torch.enable_grad():
+                every = how.scores(start, end, inputs)
+            weights = []
+            for i, (scores, total, grad) in enumerate(zip(every, totals, grads, strict=True)):
+                share = (scores.detach() - total[:, None]).exp_() if i < MEANS else 1.0
+                weight = (share * grad[:, None]).expand_as(scores)
+                weights.append(_filled(weight, without, 0.0))
+            of_scores = torch.autograd.grad(every, wanted, weights)
             for to, of_tile in zip(found, of_scores, strict=True):
                 if of_tile.is_sparse:
                     to.index_add_(0, of_tile._indices()[0], of_tile._values().to(to.dtype))
                 else:
                     to += of_tile
-        every = iter(total.to(t.dtype) for total, t in zip(found, wanted, strict=True))
-        return tuple(next(every) if need else None for need in needed)
+        grown = iter(total.to(t.dtype) for total, t in zip(found, wanted, strict=True))
+        return tuple(next(grown) if need else None for need in needed)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -275,7 +279,7 @@ def _by_kernels(
         "mask_unit": mask_unit,
         "backend": backend,
     }
-    lse, mutated_lse, means = _Statistics.apply(_How(positive, left_out, options), *given)
+    lse, *of_rule = _Statistics.apply(_How(positive, left_out, options), *given)
     score = emu_scores(
         request.query,
         request.table,
@@ -289,7 +293,8 @@ def _by_kernels(
     vanilla = torch.logaddexp(score, lse) - score
     if rate is None:
         return torch.zeros_like(vanilla), vanilla
-    beta, _ = coefficients(request)
+    mutated_lse, means = of_rule
+    beta, _ = values.usable_coefficients(request)
     count = _count(left_out, request)
     lse = torch.logaddexp(score, mutated_lse)
     uls = (lse - score) + beta * (count * lse - means)

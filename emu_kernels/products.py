@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from emu_kernels import reference
 from emu_kernels.backends.base import Loss
+from emu_kernels.backends.reference import reduced
 from emu_kernels.library import no_second_derivative
 from emu_kernels.request import LossRequest
-from emu_kernels.values import usable_coefficient, usable_ids
+from emu_kernels.values import usable_coefficients, usable_ids
 
 TILE = 1024
 """Candidates whose scores, (B, TILE), exist at once."""
@@ -34,7 +34,6 @@ MIN_SCORES = {"cpu": 2**17}
 """Of a backend, how many scores a set of negatives must have, its rows times its negatives, for
 products to be faster than the kernels (at 100 components). A backend that was not measured is not
 in it."""
-
 MIN_ROWS = 32
 """Rows a set must have too: its candidates are copied, (G·K, D)."""
 
@@ -78,6 +77,11 @@ def _factor(x: Tensor, column: Tensor) -> Tensor:
     return torch.cat([x, column[:, None], torch.ones_like(column)[:, None]], dim=1)
 
 
+def _as_they_are(x: Tensor) -> Any:
+    """Products in the tensors' own dtype, whatever autocast says."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 class _LogSumExp(torch.autograd.Function):
     """(B,) log (e^own + Σ_k e^(x · y_k + bias_k)) of own (B,), x (B, E) and the features y of rows
     (K, D).
@@ -96,7 +100,8 @@ class _LogSumExp(torch.autograd.Function):
             features = _features(rows[start:end], None if bias is None else bias[start:end], x)
             first = torch.zeros_like(features[:1])
             first[:, -2] = 1
-            scores = _factor(x, lse) @ torch.cat([first, features]).T
+            with _as_they_are(x):
+                scores = _factor(x, lse) @ torch.cat([first, features]).T
             if without is not None:
                 row = without.div(end - start, rounding_mode="floor")
                 scores.view(-1).index_fill_(0, without + row + 1, float("-inf"))
@@ -133,13 +138,15 @@ class _LogSumExpGradient(torch.autograd.Function):
             features = _features(rows[start:end], None if bias is None else bias[start:end], x)
             if shares is None:
                 features[:, -2] = 1
-                share = (_factor(x, -lse) @ features.T).exp_()
+                with _as_they_are(x):
+                    share = (_factor(x, -lse) @ features.T).exp_()
                 if without is not None:
                     share.view(-1).index_fill_(0, without, 0.0)
             else:
                 share = shares[:, 1:].exp()
-            by_x.addmm_(share, features[:, :width])
-            by_features = share.T @ weighed
+            with _as_they_are(x):
+                by_x.addmm_(share, features[:, :width])
+                by_features = share.T @ weighed
             of_rows = by_features[:, :dim]
             if width > dim:
                 of_rows = torch.addcmul(of_rows, features[:, :dim], by_features[:, dim:], value=2)
@@ -156,23 +163,28 @@ class Batch(NamedTuple):
 
     query: Tensor  # (B, D)
     positive: Tensor  # (B, D), z⁺
-    candidates: Tensor  # (K, D)
-    bias: Tensor | None  # (K,), −inf for a candidate that is no negative of any row, else 0
-    known: Known | None  # more that are none, of some rows
-    real: Tensor  # (B,) or (), how many are left, as the next
-    total: Tensor  # (B, D) or (D,), their sum
+    candidates: Tensor  # (K, D), zeros where padding
+    bias: Tensor | None  # (K,), −inf where padding, else 0
+    known: Known | None  # candidates that are no negatives of some rows
+    real: Tensor  # (B,), or () for all rows: how many negatives there are
+    total: Tensor  # (B, D), or (D,) for all rows: their sum
 
 
 def loss_rows(batch: Batch, request: LossRequest, rate: Tensor | None) -> tuple[Tensor, Tensor]:
     """L_emu and L_van of each row, (B,) both, as :func:`emu_kernels.reference.loss_rows`; ``rate``
     (1 or B, D) is of a rule of moments."""
     q, z = batch.query, batch.positive
-    beta, _ = coefficients(request)
+    beta, _ = usable_coefficients(request)
     given = (batch.candidates, batch.bias, batch.known)
     score = (q * z).sum(dim=1)
     zero = torch.zeros_like(score)
-    largest = batch.candidates.detach().abs().amax() if batch.candidates.numel() else zero[:1]
-    bound = (q.detach().abs().sum(dim=1) + q.detach().square().sum(dim=1) * largest) * largest
+    largest = torch.zeros_like(zero[:1])
+    if batch.candidates.numel():
+        low, high = torch.aminmax(batch.candidates.detach())
+        largest = torch.maximum(-low, high)
+    bound = q.detach().abs().sum(dim=1) * largest  # of all scores
+    if rate is not None:
+        bound = bound + q.detach().square().sum(dim=1) * largest * largest
     finite = torch.where((bound + score.detach()).isfinite(), 1.0, float("nan"))
 
     vanilla = _LogSumExp.apply(score, q, *given) - score
@@ -191,14 +203,6 @@ def loss_rows(batch: Batch, request: LossRequest, rate: Tensor | None) -> tuple[
     return uls * finite, vanilla * finite
 
 
-def coefficients(request: LossRequest) -> tuple[float | Tensor, float | Tensor]:
-    """β and α, checked."""
-    if request.coefficients is None:
-        return request.beta, request.alpha
-    beta, alpha = request.coefficients.unbind()
-    return usable_coefficient("beta", beta), usable_coefficient("alpha", alpha)
-
-
 # --- sampled negatives in sets --------------------------------------------------------------------
 
 
@@ -214,7 +218,6 @@ def fits(request: LossRequest, backend: str) -> bool:
         and request.mutation.draw in ("none", "moments")
         and 0 < groups * MIN_SCORES[backend] <= scores
         and rows >= MIN_ROWS * groups
-        and not torch.is_autocast_enabled(request.query.device.type)
         and not torch.are_deterministic_algorithms_enabled()
     )
 
@@ -270,7 +273,7 @@ def loss(request: LossRequest) -> Loss:
     for g in range(groups):
         here = slice(g * rows, (g + 1) * rows)
         real = negative[g] >= 0
-        of_set = candidates[g * count : (g + 1) * count]
+        of_set = torch.where(real[:, None], candidates[g * count : (g + 1) * count], 0)
         batch = Batch(
             query=request.query[here],
             positive=own[here],
@@ -278,21 +281,17 @@ def loss(request: LossRequest) -> Loss:
             bias=torch.where(real, 0.0, float("-inf")).to(own.dtype),
             known=None,
             real=real.sum(),
-            total=(of_set * real[:, None]).sum(dim=0),
+            total=of_set.sum(dim=0),
         )
         rate = rates[here] if isinstance(rates, Tensor) and rates.shape[0] > 1 else rates
         assert not isinstance(rate, float)
         terms.append(loss_rows(batch, request, rate))
     uls, vanilla = (torch.cat(of_sets) for of_sets in zip(*terms, strict=True))
-    return reduced(request, uls, vanilla, poison)
+    return combined(request, uls, vanilla, poison)
 
 
-def reduced(request: LossRequest, uls: Tensor, vanilla: Tensor, poison: Tensor | None) -> Loss:
-    """From the terms of each row to the loss."""
-    _, alpha = coefficients(request)
+def combined(request: LossRequest, uls: Tensor, vanilla: Tensor, poison: Tensor | None) -> Loss:
+    """The loss from L_emu and L_van of each row."""
+    _, alpha = usable_coefficients(request)
     rows = uls + alpha * vanilla if request.mutated else vanilla
-    if poison is not None:
-        rows = rows * poison
-    weight = request.sample_weight
-    means = [reference.reduce(term, weight, "mean") for term in (uls.detach(), vanilla.detach())]
-    return Loss(reference.reduce(rows, weight, request.reduction), torch.stack(means))
+    return reduced(request, torch.stack([uls, vanilla]), rows, poison)

@@ -270,6 +270,7 @@ def known(value: object, positive: Tensor, device: torch.device) -> None:
         if part.device != device:
             raise ValueError(f"known: expected to be on {device} like table, got {part.device}")
     rows = positive.shape[0]
+    offsets = offsets.to(torch.int64)  # unsigned ones have no negative differences
     if offsets.shape[0] != rows + 1:
         raise ValueError(f"known: expected {rows + 1} offsets, got {offsets.shape[0]}")
     if offsets[0] != 0 or offsets[-1] != ids.shape[0] or bool((offsets.diff() < 0).any()):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from emu_kernels.library import Values, define
 from emu_kernels.mask import rates_to_thresholds
+from emu_kernels.request import LossRequest
 from emu_kernels.validate import coefficient
 
 
@@ -142,6 +143,14 @@ def usable_ids(
     bad = bad_positive | bad_negative.any(dim=1).repeat_interleave(group_rows, dim=0)
     poison = torch.where(bad, float("nan"), 1.0)
     return positive.masked_fill(bad_positive, 0), negative.masked_fill(bad_negative, 0), poison
+
+
+def usable_coefficients(request: LossRequest) -> tuple[float | Tensor, float | Tensor]:
+    """β and α of a request, checked."""
+    if request.coefficients is None:
+        return request.beta, request.alpha
+    beta, alpha = request.coefficients.unbind()
+    return usable_coefficient("beta", beta), usable_coefficient("alpha", alpha)
 
 
 def usable_coefficient(name: str, value: Tensor) -> Tensor:

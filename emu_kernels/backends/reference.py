@@ -11,7 +11,7 @@ from torch import Tensor
 from emu_kernels import reference
 from emu_kernels.backends.base import Loss, Scores
 from emu_kernels.request import Draws, LossRequest, Request
-from emu_kernels.values import usable_coefficient, usable_ids
+from emu_kernels.values import usable_coefficients, usable_ids
 
 
 class ReferenceBackend:
@@ -25,17 +25,9 @@ class ReferenceBackend:
 
     def loss(self, request: LossRequest) -> Loss:
         scored, poison = _scores(request)
-        beta: float | Tensor = request.beta
-        alpha: float | Tensor = request.alpha
-        if request.coefficients is not None:
-            beta, alpha = request.coefficients.unbind()
-            beta, alpha = usable_coefficient("beta", beta), usable_coefficient("alpha", alpha)
+        beta, alpha = usable_coefficients(request)
         terms, rows = reference.loss_rows(scored, request.negative, beta=beta, alpha=alpha)
-        if poison is not None:
-            rows = rows * poison
-        weight = request.sample_weight
-        means = [reference.reduce(term, weight, "mean") for term in terms.detach()]
-        return Loss(reference.reduce(rows, weight, request.reduction), torch.stack(means))
+        return reduced(request, terms, rows, poison)
 
     def scores(self, request: Request) -> Scores:
         scored, poison = _scores(request)
@@ -50,6 +42,16 @@ class ReferenceBackend:
 
     def mutate(self, positive: Tensor, negative: Tensor, draws: Draws) -> Tensor:
         return reference.mutate(positive, negative, draws)
+
+
+def reduced(request: LossRequest, terms: Tensor, rows: Tensor, poison: Tensor | None) -> Loss:
+    """The loss from the terms (2, B) and the totals (B,) of rows; ``poison`` is of
+    :func:`emu_kernels.values.usable_ids`."""
+    if poison is not None:
+        rows = rows * poison
+    weight = request.sample_weight
+    means = [reference.reduce(term, weight, "mean") for term in terms.detach()]
+    return Loss(reference.reduce(rows, weight, request.reduction), torch.stack(means))
 
 
 def _scores(request: Request) -> tuple[reference.Scores, Tensor | None]:

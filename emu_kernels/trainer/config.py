@@ -98,6 +98,11 @@ class Config(
         if self.sparse:
             self._check_sparse()
 
+    @property
+    def over_all(self) -> bool:
+        """Whether the negatives are all entities."""
+        return self.negatives == ALL or LOSSES[self.loss].all_entities
+
     def _check_all(self) -> None:
         """Whether the negatives of this run's loss can be all entities."""
         takers = [name for name, loss in LOSSES.items() if loss.takes_all]
@@ -112,7 +117,7 @@ class Config(
             raise ConfigError(
                 f"sparse needs Adagrad: {self.optimizer} moves every entity each step"
             )
-        if LOSSES[self.loss].all_entities or self.negatives == ALL:
+        if self.over_all:
             raise ConfigError(f"sparse: the loss {self.loss} touches every entity at each step")
         if self.regularization:
             raise ConfigError(

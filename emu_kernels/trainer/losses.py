@@ -24,7 +24,6 @@ from emu_kernels.reference import reduce
 from emu_kernels.similarity import SIMILARITIES
 
 from .models import Model, Query
-from .sampling import ALL
 from .settings import AT_LEAST_0, SHARE, Choice, setting
 
 if TYPE_CHECKING:
@@ -123,16 +122,17 @@ class LossOptions:
 
 
 def _emu(step: Step, mutation_rate: float | Mixup | Expected) -> Tensor:
-    expected = isinstance(mutation_rate, Expected)
-    pairs = expected and SIMILARITIES[step.model.similarity].coupled
+    unit = step.config.mask_unit
+    if isinstance(mutation_rate, Expected):  # where the model says what a unit is
+        unit = "pair" if SIMILARITIES[step.model.similarity].coupled else "component"
     options: dict[str, Any] = {
         "mutation_rate": mutation_rate,
         "beta": step.config.beta,
         "alpha": step.config.alpha,
-        "mask_unit": "pair" if pairs else step.config.mask_unit,
+        "mask_unit": unit,
         "sample_weight": step.sample_weight,
     }
-    if step.config.negatives == ALL:
+    if step.config.over_all:
         return one_vs_all_loss(**step.of_all_entities, known=step.known, **options)
     return fused_emu_loss(**step.arguments, seed=step.seed, **options)
 
@@ -144,7 +144,7 @@ def emu(step: Step) -> Tensor:
     No masks can be drawn for all entities: there it is the closed form.
     """
     rate = step.config.mutation_rate
-    return _emu(step, Expected(rate) if step.config.negatives == ALL else rate)
+    return _emu(step, Expected(rate) if step.config.over_all else rate)
 
 
 @loss("EMU in closed form, without masks", "mutation_rate", "beta", "alpha", takes_all=True)
@@ -154,7 +154,7 @@ def expected(step: Step) -> Tensor:
 
 @loss("EMU without mutation", "beta", "alpha", takes_all=True)
 def uls(step: Step) -> Tensor:
-    return _emu(step, Expected(0.0) if step.config.negatives == ALL else 0.0)
+    return _emu(step, Expected(0.0) if step.config.over_all else 0.0)
 
 
 @loss("EMU with Mixup in place of mutation", "mixup_order", "beta", "alpha")
@@ -165,7 +165,7 @@ def mixup(step: Step) -> Tensor:
 @loss("sampled softmax", regularized=True, takes_all=True)
 def softmax(step: Step) -> Tensor:
     """Cross-entropy of the positive among the sampled negatives: the baseline of EMU's paper."""
-    if step.config.negatives == ALL:
+    if step.config.over_all:
         return onevsall(step)
     return fused_softmax_loss(**step.arguments, sample_weight=step.sample_weight)
 

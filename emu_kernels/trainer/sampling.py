@@ -202,7 +202,7 @@ SAMPLERS: dict[str, Sampler[NegativeSampler]] = {
         lambda config, graph, train: UniformNegatives(
             graph.num_entities,
             config.batch_size // config.rows_per_set,
-            max(config.negatives, 0),
+            config.negatives,
             config.seed,
             train.device,
         ),
@@ -245,8 +245,10 @@ class SamplingOptions:
 
 def new_negatives(config: Config, graph: Graph, train: Tensor) -> NegativeSampler:
     """The sampler that the config names, filtered if it says so."""
+    if config.negatives == ALL:
+        return lambda step, batch: batch.positive.new_empty((1, 0))
     negatives = SAMPLERS[config.sampler].make(config, graph, train)
-    if not config.filter_negatives or config.negatives == ALL:
+    if not config.filter_negatives:
         return negatives
     known = KnownTriples(train, graph.num_entities, graph.num_relations)
     return FilteredNegatives(negatives, known)
@@ -254,6 +256,6 @@ def new_negatives(config: Config, graph: Graph, train: Tensor) -> NegativeSample
 
 def known_answers(config: Config, graph: Graph, train: Tensor) -> KnownTriples | None:
     """What makes the lists of a batch's known answers, where they are no negatives of all."""
-    if not config.filter_negatives or config.negatives != ALL:
+    if not (config.filter_negatives and config.over_all):
         return None
     return KnownTriples(train, graph.num_entities, graph.num_relations)

@@ -8,7 +8,6 @@ help text of each.
 from __future__ import annotations
 
 import argparse
-import functools
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields
@@ -108,10 +107,16 @@ def add_options(parser: argparse._ActionsContainer, settings: type[DataclassInst
             help += ": " + ", ".join(f"{name} ({choice.help})" for name, choice in choices.items())
         if f.default is not None:
             help += f" (default {f.default})"
-        if words := f.metadata["words"]:
-            kind = functools.partial(_read, kind=kind, words=words)
-        parser.add_argument(flag(f.name), type=kind, help=help, **keywords)
+        parser.add_argument(
+            flag(f.name), type=_reader(kind, f.metadata["words"] or {}), help=help, **keywords
+        )
 
 
-def _read(text: str, kind: Callable[[str], T], words: Mapping[str, T]) -> T:
-    return words[text] if text in words else kind(text)
+def _reader(kind: type[T], words: Mapping[str, T]) -> Callable[[str], T]:
+    """Reads a word's value, or else a text as ``kind``, which argparse names in its errors."""
+
+    def read(text: str) -> T:
+        return words[text] if text in words else kind(text)  # type: ignore[call-arg]
+
+    read.__name__ = kind.__name__
+    return read

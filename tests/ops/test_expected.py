@@ -29,7 +29,7 @@ from emu_kernels import (
 )
 from emu_kernels.mutation import NoMutation
 from emu_kernels.similarity import SIMILARITIES
-from tests.ops.support import Options, assert_agree, assert_near, evaluate, make
+from tests.ops.support import Inputs, Options, assert_agree, assert_near, evaluate, make
 
 LOSS: Options = {"beta": 0.53, "alpha": 0.11}
 
@@ -232,24 +232,25 @@ def test_products_are_the_kernels(
     assert_agree(actual, expected, floor=0.05, loose=3)
 
 
-def test_products_are_taken_where_rows_share() -> None:
-    def fits(groups: int, mutation: Any = None, **options: Any) -> bool:
-        inputs = make(256, 2**10, 20, groups=groups)
-        given: Options = {
-            "similarity": "dot", "mutation_name": "", "mask_unit": "component", "scale": None,
-            "similarity_weights": None, "phase_scale": 1.0, "seed": 1, "row_offset": 0,
-            "sparse_grad": False,
-        }  # fmt: skip
-        request = prepare.scores(*inputs, mutation=mutation or NoMutation(), **given | options)
-        made = prepare.loss(request, beta=0.5, alpha=0.1, sample_weight=None, reduction="mean")
-        return products.fits(made, "cpu")
+def fits(inputs: Inputs, mutation: Any = None, similarity: str = "dot") -> bool:
+    request = prepare.scores(
+        *inputs, similarity=similarity, mutation=mutation or NoMutation(), mutation_name="",
+        mask_unit="component", scale=None, similarity_weights=None, phase_scale=1.0, seed=1,
+        row_offset=0, sparse_grad=False,
+    )  # fmt: skip
+    made = prepare.loss(request, beta=0.5, alpha=0.1, sample_weight=None, reduction="mean")
+    return products.fits(made, "cpu")
 
-    assert fits(1)
-    assert fits(1, Expected(0.5))
-    assert fits(2)
-    assert not fits(4)
-    assert not fits(1, 0.5)
-    assert not fits(1, similarity="l1")
+
+def test_products_are_taken_where_rows_share() -> None:
+    one, two, four = (make(256, 2**10, 20, groups=groups) for groups in (1, 2, 4))
+    assert fits(one)
+    assert fits(one, Expected(0.5))
+    assert fits(two)
+    assert not fits(four)
+    assert not fits(one, 0.5)
+    assert not fits(one, similarity="l1")
+    assert not fits(make(2, 2**17, 4))  # many negatives of few rows
 
 
 @pytest.mark.usefixtures("always")
@@ -284,6 +285,46 @@ def test_products_report_what_is_not_finite() -> None:
         backend="cpu", **LOSS,
     )  # fmt: skip
     assert rows.isnan().tolist() == [row == 3 for row in range(64)]
+
+
+@pytest.mark.usefixtures("always")
+def test_products_leave_padding_alone() -> None:
+    """An entity that only padding could stand for is not touched, and may be anything."""
+    query, table, positive, negative = make(64, 5, 20, groups=1, padding=True)
+    negative[0, 0] = -1
+    positive, negative = positive.clamp(min=1), torch.where(negative == 0, 1, negative)
+    table[0] = math.nan
+    table.requires_grad_()
+    loss = fused_emu_loss(
+        query, table, positive, negative, mutation_rate=Expected(0.5), sparse_grad=True,
+        backend="cpu", **LOSS,
+    )  # fmt: skip
+    assert loss.isfinite()
+    (grad,) = torch.autograd.grad(loss, table)
+    touched = torch.cat([positive, negative.flatten()]).unique()
+    assert torch.equal(grad.indices()[0], touched[touched >= 0])
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("over_all", [False, True])
+def test_autocast_changes_no_product(over_all: bool) -> None:
+    query, table, positive, negative = make(64, 5, 20, groups=1, rows=1500)
+    leaves = [query.requires_grad_(), table.requires_grad_()]
+
+    def gradients() -> tuple[Tensor, ...]:
+        rule: Options = {"mutation_rate": Expected(0.5), "backend": "cpu", **LOSS}
+        if over_all:
+            loss = one_vs_all_loss(query, table, positive, **rule)
+        else:
+            loss = fused_emu_loss(query, table, positive, negative, **rule)
+        return (loss, *torch.autograd.grad(loss, leaves))
+
+    expected = gradients()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = gradients()
+    for one, other in zip(actual, expected, strict=True):
+        assert one.dtype == torch.float32
+        assert torch.equal(one, other)
 
 
 # --- over all entities ----------------------------------------------------------------------------
@@ -347,6 +388,33 @@ def test_one_vs_all_is_cross_entropy() -> None:
     assert_near(loss, torch.nn.functional.cross_entropy(query @ table.T, positive))
 
 
+def test_one_vs_all_can_be_deterministic() -> None:
+    """By the kernels, then."""
+    query, table, positive, _ = make(6, 1, 20, rows=1500)
+    expected = one_vs_all_loss(query, table, positive, mutation_rate=Expected(0.5), **LOSS)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with mock.patch.object(products._LogSumExp, "forward", None):
+            actual = one_vs_all_loss(query, table, positive, mutation_rate=Expected(0.5), **LOSS)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_near(actual, expected)
+
+
+@pytest.mark.parametrize("similarity", ["dot", "l1"])
+@pytest.mark.parametrize("rule", [None, Expected(0.5)])
+def test_one_vs_all_reports_what_is_not_finite(similarity: str, rule: Expected | None) -> None:
+    query, table, positive, _ = make(6, 1, 20, rows=50)
+    table[7] = math.inf
+    known = torch.tensor([0, 1, 1, 1, 1, 1, 1]), torch.tensor([7])
+    rows = one_vs_all_loss(
+        query, table, positive.clamp(max=5), known=known, similarity=similarity,
+        mutation_rate=rule, reduction="none", **(LOSS if rule else {}),
+    )  # fmt: skip
+    assert rows[1:].isnan().all()
+    assert rows[0].isfinite() or similarity == "dot"
+
+
 @pytest.mark.parametrize(
     ("known", "error", "message"),
     [
@@ -354,6 +422,11 @@ def test_one_vs_all_is_cross_entropy() -> None:
         ((torch.zeros(3, dtype=torch.int64), torch.zeros(0)), TypeError, "integer dtype"),
         ((torch.zeros(3, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)), ValueError, "7"),
         ((torch.tensor([0, 1, 0, 1, 1, 1, 1]), torch.tensor([0])), ValueError, "rise from 0 to 1"),
+        (
+            (torch.tensor([0, 1, 0, 1, 1, 1, 1], dtype=torch.uint8), torch.tensor([0])),
+            ValueError,
+            "rise from 0 to 1",
+        ),
         ((torch.tensor([0, 1, 1, 1, 1, 1, 1]), torch.tensor([9])), IndexError, "known: .* got 9"),
         ((torch.tensor([0, 1, 1, 1, 1, 1, 1]), torch.tensor([-1])), IndexError, "got -1"),
     ],

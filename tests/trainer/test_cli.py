@@ -103,6 +103,15 @@ def test_help_shows_the_defaults(capsys):
         assert said in out
 
 
+def test_a_word_in_the_place_of_a_number(graph_folder, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train("--negatives", "some")
+    assert "argument --negatives: invalid int value: 'some'" in capsys.readouterr().err
+    chosen = ("--negatives", "all", "--loss", "expected")
+    assert train("--data", graph_folder, "--run-dir", tmp_path / "run", *QUICK, *chosen) == 0
+    assert "all entities as negatives" in capsys.readouterr().out
+
+
 def test_a_loss_from_outside(graph_folder, tmp_path, monkeypatch, capsys):
     """An entry that is added to the registry is on the command line."""
     monkeypatch.setitem(LOSSES, "mine", dataclasses.replace(LOSSES["uls"], help="my own"))

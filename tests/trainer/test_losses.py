@@ -142,3 +142,9 @@ def test_all_entities(name, model, filtered):
     step = step._replace(known=(offsets, ids) if filtered else None)
     sampled = step_of(model, loss=drawn)._replace(negative=negative)
     torch.testing.assert_close(LOSSES[name](step), LOSSES[drawn](sampled))
+
+
+@pytest.mark.parametrize("settings", [{"loss": "expected"}, {"loss": "emu", "negatives": ALL}])
+def test_the_closed_form_takes_the_models_unit(settings):
+    step, other = (step_of("ComplEx", mask_unit=unit, **settings) for unit in ("pair", "component"))
+    assert LOSSES[settings["loss"]](step) == LOSSES[settings["loss"]](other)

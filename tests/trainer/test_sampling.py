@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
 from emu_kernels.trainer import sampling
 from emu_kernels.trainer.batches import AlternatingBatches, Batch, derive_seed
-from emu_kernels.trainer.data import DIRECTIONS
-from emu_kernels.trainer.sampling import FilteredNegatives, KnownTriples, UniformNegatives
+from emu_kernels.trainer.config import Config
+from emu_kernels.trainer.data import DIRECTIONS, Graph
+from emu_kernels.trainer.sampling import (
+    ALL,
+    FilteredNegatives,
+    KnownTriples,
+    UniformNegatives,
+)
 
 CPU = torch.device("cpu")
 
@@ -117,6 +124,17 @@ def test_lists_of_known_answers():
         for row, (start, end) in enumerate(itertools.pairwise(offsets)):
             wanted = (found[row] == -1).nonzero()[:, 0]
             assert ids[start:end].unique().tolist() == wanted.tolist()
+
+
+@pytest.mark.parametrize("settings", [{"loss": "onevsall"}, {"loss": "uls", "negatives": ALL}])
+def test_known_answers_are_left_out_of_all(settings):
+    config = Config(data="-", filter_negatives=True, **settings)
+    data = triples(600)
+    graph = Graph(
+        [*"abcdefghijklmnopqrst"], [*"abc"], {"train": data, "valid": data[:0], "test": data[:0]}
+    )
+    assert sampling.known_answers(config, graph, data) is not None
+    assert sampling.known_answers(replace(config, filter_negatives=False), graph, data) is None
 
 
 @pytest.mark.parametrize("sets", [1, 4, 12])  # one for the batch, for each block of rows, a row
