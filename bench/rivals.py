@@ -132,7 +132,7 @@ additions, in no fixed order. The passes are those over the candidates.
 
 
 def ours(loss: str, backend: str) -> str:
-    """The name of ours with that loss: "emu", "expected" or "softmax"."""
+    """The name of ours with that loss of ``FUSED``."""
     return f"fused-{loss}" if backend == "cpu" else f"fused-{loss}-{backend}"
 
 
@@ -141,18 +141,17 @@ def base_of(names: Iterable[str]) -> str | None:
     return next((n for backend in BACKENDS if (n := ours("emu", backend)) in names), None)
 
 
+FUSED: dict[str, tuple[str, Callable[..., Tensor]]] = {
+    "emu": ("EMU, fused", partial(fused_emu_loss, **EMU)),
+    "expected": ("EMU in closed form, fused", partial(fused_emu_loss, **CLOSED)),
+    "softmax": ("sampled softmax, fused", fused_softmax_loss),
+}
+"""Titles and functions of our losses."""
+
+
 def _fused(loss: str, backend: str, plan: str | None = None) -> Rival:
-    functions: dict[str, Any] = {
-        "emu": partial(fused_emu_loss, **EMU),
-        "expected": partial(fused_emu_loss, **CLOSED),
-        "softmax": fused_softmax_loss,
-    }
-    function = functions[loss]
+    title, function = FUSED[loss]
     details = ", ".join(filter(None, ["" if backend == "cpu" else backend, plan]))
-    title = {
-        "emu": "EMU, fused", "expected": "EMU in closed form, fused",
-        "softmax": "sampled softmax, fused",
-    }[loss]  # fmt: skip
     title += f" ({details})" if details else ""
 
     def options(shape: Shape) -> dict[str, Any]:
@@ -238,27 +237,29 @@ def _cannot_gather(shape: Shape) -> str | None:
     return None
 
 
-def _shared(options: dict[str, Any]) -> Loss:
-    return lambda q, t, positive, ids: fused_emu_loss(q, t, positive, ids[:1], **options)
+def _shared_expected(query: Tensor, table: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+    return fused_emu_loss(query, table, positive, negative[:1], **CLOSED)
 
 
-def _all(options: dict[str, Any]) -> Loss:
-    return lambda q, t, positive, _: one_vs_all_loss(q, t, positive, **options)
+def _all_expected(query: Tensor, table: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+    return one_vs_all_loss(query, table, positive, **CLOSED)
 
 
-def _with_others(loss: Loss, shape: Shape) -> Loss:
-    return loss
+def _product(name: str, title: str, loss: Loss) -> Rival:
+    def cannot(shape: Shape) -> str | None:
+        dense_dot = (shape.similarity, shape.gradient) == ("dot", "dense")
+        return None if dense_dot else "supports only dot and dense gradients"
+
+    return Rival(name, title, lambda shape: loss, cannot)
 
 
-def _dot_only(shape: Shape) -> str | None:
-    return None if (shape.similarity, shape.sparse) == ("dot", False) else "is of dense dot only"
-
-
-SHARED = (
-    "shared-expected", "shared-softmax", "all-expected", "all-softmax", "fused-expected",
-    "fused-softmax", "fused-emu",
-)  # fmt: skip
-"""Of the command ``closed``: one set of negatives for the batch, all entities, a set a row."""
+PRODUCTS = (
+    _product("shared-expected", "EMU in closed form, one set of negatives", _shared_expected),
+    _product("shared-softmax", "sampled softmax, one set of negatives", eager.shared_softmax_loss),
+    _product("all-expected", "EMU in closed form, all entities", _all_expected),
+    _product("all-softmax", "softmax of all entities", eager.all_softmax_loss),
+)
+"""One set of negatives for the batch, or all entities: of the command ``closed`` alone."""
 
 RIVALS = (
     *(_fused("emu", backend) for backend in BACKENDS),
@@ -278,17 +279,9 @@ RIVALS = (
         "gather-scatter", "bare gather and scatter of the rows", lambda shape: gather_scatter,
         _cannot_gather, "cpu", phases=(WHOLE,),
     ),
-    *(
-        Rival(name, title, partial(_with_others, loss), _dot_only)
-        for name, title, loss in (
-            ("shared-expected", "EMU in closed form, one set of negatives", _shared(CLOSED)),
-            ("shared-softmax", "sampled softmax, one set of negatives", eager.shared_softmax_loss),
-            ("all-expected", "EMU in closed form, all entities", _all(CLOSED)),
-            ("all-softmax", "softmax of all entities", eager.all_softmax_loss),
-        )
-    ),
+    *PRODUCTS,
 )  # fmt: skip
 BY_NAME = {rival.name: rival for rival in RIVALS}
-DEFAULT = tuple(r.name for r in RIVALS if r.plan is None and r.name not in SHARED[:4])
+DEFAULT = tuple(r.name for r in RIVALS if r.plan is None and r not in PRODUCTS)
 SCALED = tuple(n for n in DEFAULT if n not in ("compiled-emu", "gather-scatter"))
 """Compiling for every size takes longer than measuring; the bare gather and scatter is dense."""

@@ -30,10 +30,11 @@ from bench.results import BANDWIDTH, MEMORY, SHARE, Recorder, Row
 from bench.rivals import (
     BY_NAME,
     DEFAULT,
+    FUSED,
     PHASES,
+    PRODUCTS,
     RIVALS,
     SCALED,
-    SHARED,
     WHOLE,
     Rival,
     base_of,
@@ -84,7 +85,9 @@ def settings(options: Any) -> Iterator[Setting]:
 def closed_settings(options: Any) -> Iterator[Setting]:
     """Of the command ``closed``: a set of negatives a row; one for the batch, and all entities."""
     yield Setting(Shape(), SCALED, (WHOLE,), "closed", ours("expected", "cpu"))
-    yield Setting(Shape(negatives=1024), SHARED, (WHOLE,), "closed", SHARED[0])
+    a_row = [ours(loss, "cpu") for loss in FUSED]
+    names = [*(rival.name for rival in PRODUCTS), *a_row]
+    yield Setting(Shape(negatives=1024), names, (WHOLE,), "closed", names[0])
 
 
 def scale_settings(options: Any) -> Iterator[Setting]:
