@@ -104,7 +104,8 @@ class Expected(Mutation):
 
         m_k = s⁺ − Σ_j (1 − ρ_j) u_kj     v_k = Σ_j ρ_j (1 − ρ_j) u_kj²
 
-    For "rotate" a component is a pair, so ``mask_unit="pair"`` is needed. A sum S of squares under
+    For "rotate" a component is a pair, so ``mask_unit="pair"`` is needed; all others, "dot" of
+    complex numbers too, need "component". A sum S of squares under
     a root ("l2", "hake") has an exact mean M and variance V; the root follows by the delta method:
     E −√S ≈ −√M + V / (8 M^{3/2}), Var √S ≈ V / (4 M).
 
@@ -112,7 +113,8 @@ class Expected(Mutation):
         rate: ρ in [0, 1]: a number; or a tensor of one for all, (), one a component, (D,), or a
             pair, (D/2,), or a row of them for each query, (B, D) or (B, D/2). Not rounded. A tensor
             gets a gradient if it requires one, so that rates can be learned. Rates out of range
-            raise: learn ``torch.sigmoid(logits)``, or clamp after each step.
+            raise: learn ``torch.sigmoid(logits)``, or clamp after each step. Make the rule anew at
+            each step: it holds the rates' graph.
         learned: set by the functions that take the rule: whether ``rate`` gets a gradient.
 
     Raises:
