@@ -320,42 +320,39 @@ EMU_INLINE void score_rows(const RowScratch<F, Sim, kMode>& s, const Layout<Sim>
   score_rows<F, Sim, kMode, R, false>(s, at, k, to);
 }
 
-// The terms of one padded candidate.
-template <class F, class Sim>
-static void own_terms(const Layout<Sim>& at, const typename F::Real* query, const typename F::Real* factor,
-                      const typename F::Real* candidate, typename F::Real* terms) {
-  using V = typename F::V;
-  for (int64_t j = 0; j < at.half_padded; j += F::kLanes) {
-    V u[2] = {};
-    for (int h = 0; h < at.H; ++h) {
-      const int64_t i = h * at.half_padded + j;
-      const V q = load<V>(query + i), a = Sim::kBilinear ? V{} : load<V>(factor + i), c = load<V>(candidate + i);
-      if constexpr (Sim::kHalves > 1 && !Sim::kCoupled) {
-        u[h] = h == 0 ? difference<Sim, 0>(q, a, c) : difference<Sim, 1>(q, a, c);
-      } else {
-        u[h] = difference<Sim, 0>(q, a, c);
-      }
-    }
-    if constexpr (Sim::kCoupled) {
-      store(terms + j, Sim::template term<F>(u[0], u[1]));
-    } else {
-      store(terms + j, Sim::template term<0, F>(u[0]));
-      if constexpr (Sim::kHalves > 1) store(terms + at.half_padded + j, Sim::template term<1, F>(u[1]));
-    }
-  }
-}
-
-// The positive's terms of half h, and their sum.
-template <class F, class Sim, Mode kMode, int h>
-EMU_INLINE typename F::Real positive_half(RowScratch<F, Sim, kMode>& s, const Layout<Sim>& at) {
+// The terms of half h of one padded candidate, and their sum.
+template <class F, class Sim, int h>
+EMU_INLINE typename F::Real half_terms(const Layout<Sim>& at, const typename F::Real* query,
+                                       const typename F::Real* factor, const typename F::Real* candidate,
+                                       typename F::Real* terms) {
   using V = typename F::V;
   V sum = {};
   for (int64_t j = h * at.half_padded; j < (h + 1) * at.half_padded; j += F::kLanes) {
-    const V a = Sim::kBilinear ? V{} : load<V>(s.factor + j);
-    const V u = difference<Sim, h>(load<V>(s.query + j), a, load<V>(s.positive + j));
-    const V term = Sim::template term<h, F>(u);
-    store(s.positive_term + j, term);
+    const V a = Sim::kBilinear ? V{} : load<V>(factor + j);
+    const V term = Sim::template term<h, F>(difference<Sim, h>(load<V>(query + j), a, load<V>(candidate + j)));
+    store(terms + j, term);
     sum += term;
+  }
+  return horizontal_sum<F>(sum);
+}
+
+// The same where a term is a function of both halves. The differences that it is of, and the terms, unless null.
+template <class F, class Sim>
+EMU_INLINE typename F::Real coupled_terms(const Layout<Sim>& at, const typename F::Real* query,
+                                          const typename F::Real* factor, const typename F::Real* candidate,
+                                          typename F::Real* differences, typename F::Real* terms) {
+  using V = typename F::V;
+  V sum = {};
+  for (int64_t j = 0; j < at.half_padded; j += F::kLanes) {
+    V u[2];
+    for (int h = 0; h < 2; ++h) {
+      const int64_t i = h * at.half_padded + j;
+      u[h] = difference<Sim, 0>(load<V>(query + i), load<V>(factor + i), load<V>(candidate + i));
+      if (differences != nullptr) store(differences + i, u[h]);
+    }
+    const V term = Sim::template term<F>(u[0], u[1]);
+    sum += term;
+    if (terms != nullptr) store(terms + j, term);
   }
   return horizontal_sum<F>(sum);
 }
@@ -364,22 +361,13 @@ template <class F, class Sim, Mode kMode>
 EMU_INLINE void score_positive(RowScratch<F, Sim, kMode>& s, const Layout<Sim>& at) {
   using V = typename F::V;
   if constexpr (Sim::kCoupled) {
-    V sum = {};
-    for (int64_t j = 0; j < at.half_padded; j += F::kLanes) {
-      V u[2];
-      for (int h = 0; h < 2; ++h) {
-        const int64_t i = h * at.half_padded + j;
-        u[h] = difference<Sim, 0>(load<V>(s.query + i), load<V>(s.factor + i), load<V>(s.positive + i));
-        store(s.positive_term + i, u[h]);
-      }
-      const V term = Sim::template term<F>(u[0], u[1]);
-      sum += term;
-      if (kMode == kMoments) store(s.own_term + j, term);
-    }
-    s.positive_value[0] = horizontal_sum<F>(sum);
+    s.positive_value[0] = coupled_terms<F>(at, s.query, s.factor, s.positive, s.positive_term,
+                                           kMode == kMoments ? s.own_term : static_cast<typename F::Real*>(nullptr));
   } else {
-    s.positive_value[0] = positive_half<F, Sim, kMode, 0>(s, at);
-    if constexpr (Sim::kHalves > 1) s.positive_value[1] = positive_half<F, Sim, kMode, 1>(s, at);
+    s.positive_value[0] = half_terms<F, Sim, 0>(at, s.query, s.factor, s.positive, s.positive_term);
+    if constexpr (Sim::kHalves > 1) {
+      s.positive_value[1] = half_terms<F, Sim, 1>(at, s.query, s.factor, s.positive, s.positive_term);
+    }
   }
   if constexpr (kMode == kMoments) {
     for (int i = 0; i < at.kSums; ++i) {

@@ -219,10 +219,15 @@ struct TableGradient {
 
   // What moments need of row b. `own` is a padded row of zeros, for the positive.
   void load_moments(int64_t b, Real* own) {
-    const int64_t factor = b * rows.factor_stride;
     gather<F, Sim>(p, at, p.positive[b], own);
+    const Real *query = rows.queries + b * at.row, *factor = rows.factors + b * rows.factor_stride;
     Real* terms = rows.own_terms + b * at.row;
-    own_terms<F, Sim>(at, rows.queries + b * at.row, rows.factors + factor, own, terms);
+    if constexpr (Sim::kCoupled) {
+      coupled_terms<F>(at, query, factor, own, static_cast<Real*>(nullptr), terms);
+    } else {
+      half_terms<F, Sim, 0>(at, query, factor, own, terms);
+      if constexpr (Sim::kHalves > 1) half_terms<F, Sim, 1>(at, query, factor, own, terms);
+    }
     if (b > 0 && rows.rate_stride == 0) return;
     load_rates(p, at, b, rows.keep + b * rows.rate_stride, rows.spread + b * rows.rate_stride);
   }

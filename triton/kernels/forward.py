@@ -14,7 +14,6 @@ from emu_kernels.triton.tiles import (
     add_moments,
     add_products,
     add_row_sums,
-    check_ids,
     components,
     draw,
     finish_moments,
@@ -27,10 +26,12 @@ from emu_kernels.triton.tiles import (
     load_sums,
     minus,
     mutate,
+    negative_ids,
     no_moments,
     no_tile,
     of_parts,
     over_rows,
+    positive_id,
     pull,
     scale_places,
     spread,
@@ -87,12 +88,8 @@ def scores(
     b = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
     k = block * kind.ROWS + tl.arange(0, kind.ROWS)
-    valid = k < K
-    ids = tl.load(inputs.negative + (b // R) * K + k, mask=valid, other=-1)
-    good = check_ids(ids, -1, N, inputs.report + 1, valid)
-    own = tl.load(inputs.positive + b)
-    own_good = check_ids(own, 0, N, inputs.report, own == own)
-    own = tl.where(own_good, own, 0)  # a row to read: its scores become NaN
+    ids, valid, good = negative_ids(inputs, b, k, K, R, N)
+    own, own_good = positive_id(inputs, b, N)
     plain = [zeros(kind, REAL) for s in (0, 1)[: kind.SUMS]]
     mutated = plain
     mean, variance = plain, plain

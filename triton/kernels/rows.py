@@ -20,7 +20,6 @@ from emu_kernels.triton.tiles import (
     add_kept,
     add_moments,
     add_products,
-    check_ids,
     components,
     draw,
     finish_moments,
@@ -31,10 +30,12 @@ from emu_kernels.triton.tiles import (
     load_query,
     load_rates,
     mutate,
+    negative_ids,
     no_moments,
     no_tile,
     of_parts,
     over_rows,
+    positive_id,
     row_sums,
     spread,
     spread_sums,
@@ -96,9 +97,7 @@ def accumulate(
     b = (tl.program_id(0) // SPLITS).to(tl.int64)
     j = components(0, kind.WIDTH)
     inside = j < kind.W
-    own = tl.load(inputs.positive + b)
-    own_good = check_ids(own, 0, N, inputs.report, own == own)
-    own = tl.where(own_good, own, 0)  # a row to read: its scores become NaN
+    own, own_good = positive_id(inputs, b, N)
     query = load_query(inputs, b, own, j, inside, kind, REAL)
     v = values(row_sums(query.t, kind), own_good, kind)
     if split == 0:
@@ -115,9 +114,7 @@ def accumulate(
     span = tl.cdiv(tl.cdiv(K, SPLITS), kind.ROWS) * kind.ROWS
     for start in range(split * span, tl.minimum(split * span + span, K), kind.ROWS):
         k = start + tl.arange(0, kind.ROWS)
-        valid = k < K
-        ids = tl.load(inputs.negative + (b // R) * K + k, mask=valid, other=-1)
-        good = check_ids(ids, -1, N, inputs.report + 1, valid)
+        ids, valid, good = negative_ids(inputs, b, k, K, R, N)
         padding = ids == -1
         tile = load_candidates(inputs, query, ids, good & (ids >= 0), j, inside, kind, REAL)
         at = b * K + k
@@ -177,9 +174,7 @@ def moments(
     b = (tl.program_id(0) // SPLITS).to(tl.int64)
     j = components(0, kind.WIDTH)
     inside = j < kind.W
-    own = tl.load(inputs.positive + b)
-    own_good = check_ids(own, 0, N, inputs.report, own == own)
-    own = tl.where(own_good, own, 0)  # a row to read: its scores become NaN
+    own, own_good = positive_id(inputs, b, N)
     query = load_query(inputs, b, own, j, inside, kind, REAL)
     rates = load_rates(inputs.rate, b, j, inside, kind, REAL)
     positive = row_sums(query.t, kind)
@@ -195,9 +190,7 @@ def moments(
     kept = add_kept(none, query.t, rates, kind)
     for start in range(split * span, tl.minimum(split * span + span, K), kind.ROWS):
         k = start + tl.arange(0, kind.ROWS)
-        valid = k < K
-        ids = tl.load(inputs.negative + (b // R) * K + k, mask=valid, other=-1)
-        good = check_ids(ids, -1, N, inputs.report + 1, valid)
+        ids, valid, good = negative_ids(inputs, b, k, K, R, N)
         padding = ids == -1
         tile = load_candidates(inputs, query, ids, good & (ids >= 0), j, inside, kind, REAL)
         mean, variance = add_moments(kept, none, query.t, tile.t, rates, kind)

@@ -165,6 +165,22 @@ def check_ids(ids, lowest, N, report, valid):
     return good
 
 
+@triton.jit
+def positive_id(inputs, b, N):
+    """Row b's positive and whether it is in range; where not, a row to read: scores become NaN."""
+    own = tl.load(inputs.positive + b)
+    good = check_ids(own, 0, N, inputs.report, own == own)
+    return tl.where(good, own, 0), good
+
+
+@triton.jit
+def negative_ids(inputs, b, k, K, R, N):
+    """(ROWS,) row b's negatives k, whether k is one, and whether the id is in range or padding."""
+    valid = k < K
+    ids = tl.load(inputs.negative + (b // R) * K + k, mask=valid, other=-1)
+    return ids, valid, check_ids(ids, -1, N, inputs.report + 1, valid)
+
+
 # --- terms and sums -------------------------------------------------------------------------------
 
 
