@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from .datasets import DATASETS, FOLDER_VARIABLE
 from .errors import ConfigError
+from .evaluation import METRICS
 from .losses import LOSSES, LossOptions
 from .models import MODELS, Model, ModelOptions
 from .sampling import ALL, SAMPLERS, SamplingOptions
+from .schedule import SCHEDULES
 from .settings import ABOVE_0, AT_LEAST_0, AT_LEAST_1, check, setting
 
 
@@ -25,12 +28,26 @@ class SourceOptions:
     data: str | None = setting(None, "a folder (or tar archive) with train/valid/test.txt")
 
 
+OPTIMIZERS = ("Adagrad", "Adam")
+
+
 @dataclass(frozen=True)
 class OptimisationOptions:
     """optimisation"""
 
-    optimizer: str = setting("Adagrad", "the optimizer", choices=("Adagrad", "Adam"))
+    optimizer: str = setting("Adagrad", "the optimizer", choices=OPTIMIZERS)
     lr: float = setting(0.1, "learning rate", limit=ABOVE_0)
+    schedule: str = setting("constant", "the rate over the steps", choices=SCHEDULES)
+    decay_steps: int | None = setting(
+        None, "of the schedule (default all steps, a third of them for step)", limit=AT_LEAST_1
+    )
+    warmup: int = setting(0, "steps in which the rate rises to its value", limit=AT_LEAST_0)
+    switch_to: str | None = setting(
+        None, "go on with this optimizer, at a tenth of the rate", choices=OPTIMIZERS
+    )
+    switch_at: int | None = setting(
+        None, "the step that does so (default after half of all steps)", limit=AT_LEAST_1
+    )
     sparse: bool = setting(
         False,
         "read and write only the entities of the batch: for tables much larger than batch times "
@@ -45,6 +62,7 @@ class OptimisationOptions:
         + "; otherwise 0)",
         limit=AT_LEAST_0,
     )
+    metric: str = setting("mrr", "of the validation, decides which model is best", choices=METRICS)
     seed: int = setting(0, "repeats a run exactly, on the same device and versions")
 
 
@@ -54,6 +72,11 @@ class RunningOptions:
 
     steps: int = setting(20_000, "training steps", limit=AT_LEAST_1)
     eval_every: int = setting(1000, "steps between validations and checkpoints", limit=AT_LEAST_1)
+    patience: int | None = setting(
+        None,
+        "stop after this many validations in a row without a better one (default never)",
+        limit=AT_LEAST_1,
+    )
     log_every: int = setting(100, "steps between lines in metrics.jsonl", limit=AT_LEAST_1)
     device: str = setting("cpu", "cpu, cuda, cuda:1, ...; emu-train looks for cuda first")
     backend: str | None = setting(None, "kernels to use (default the fastest that can run)")
@@ -93,6 +116,7 @@ class Config(
             raise ConfigError(f"norm must be left out: {self.model} has no choice")
         if self.mask_unit == "pair" and model.entity_width * self.dim % 2:
             raise ConfigError(f"mask_unit 'pair' needs an even dim with {self.model}")
+        self._settle_schedule()
         if self.negatives == ALL:
             self._check_all()
         if self.sparse:
@@ -102,6 +126,18 @@ class Config(
     def over_all(self) -> bool:
         """Whether the negatives are all entities."""
         return self.negatives == ALL or LOSSES[self.loss].all_entities
+
+    def _settle_schedule(self) -> None:
+        """Store what the schedule takes from the steps, which --resume may change later."""
+        if self.decay_steps is None and self.schedule != "constant":
+            steps = self.steps if self.schedule == "cosine" else math.ceil(self.steps / 3)
+            object.__setattr__(self, "decay_steps", steps)
+        if self.switch_at is None and self.switch_to is not None:
+            object.__setattr__(self, "switch_at", max(1, self.steps // 2))
+        if self.decay_steps is not None and self.schedule == "constant":
+            raise ConfigError("decay_steps needs a schedule other than constant")
+        if self.switch_at is not None and self.switch_to is None:
+            raise ConfigError("switch_at needs switch_to, the optimizer to go on with")
 
     def _check_all(self) -> None:
         """Whether the negatives of this run's loss can be all entities."""
@@ -113,10 +149,9 @@ class Config(
 
     def _check_sparse(self) -> None:
         """Whether a step of this run touches few entities, and in a way that can be sparse."""
-        if self.optimizer != "Adagrad":
-            raise ConfigError(
-                f"sparse needs Adagrad: {self.optimizer} moves every entity each step"
-            )
+        for name in (self.optimizer, self.switch_to):
+            if name not in ("Adagrad", None):
+                raise ConfigError(f"sparse needs Adagrad: {name} moves every entity each step")
         if self.over_all:
             raise ConfigError(f"sparse: the loss {self.loss} touches every entity at each step")
         if self.regularization:

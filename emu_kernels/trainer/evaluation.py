@@ -7,7 +7,7 @@ the mean of the optimistic and the pessimistic rank, so a model that scores all 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -39,6 +39,14 @@ class Metrics:
         return cls(
             float(ranks.reciprocal().mean()), hits(1), hits(3), hits(10), float(ranks.mean())
         )
+
+
+# Names of the metrics; the mean rank alone is better when smaller.
+METRICS = tuple(field.name for field in fields(Metrics))
+
+
+def is_better(metric: str, value: float, than: float) -> bool:
+    return value < than if metric == "mr" else value > than
 
 
 class _Truth:

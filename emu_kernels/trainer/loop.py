@@ -26,13 +26,14 @@ from .batches import derive_seed
 from .config import Config
 from .data import Graph
 from .errors import ConfigError, RunError, TrainingError
-from .evaluation import Evaluator, Metrics
+from .evaluation import Evaluator, Metrics, is_better
 from .frequency import SubsamplingWeights
 from .losses import LOSSES, Step
 from .models import Model
 from .report import plot_metrics
 from .run import RunFolder, new_model, restore_model
 from .sampling import CORRUPTIONS, known_answers, new_negatives
+from .schedule import has_switched, learning_rate, new_optimizer
 from .sparse import adagrad_step
 
 
@@ -54,11 +55,7 @@ class Trainer:
         self.run = run
         self.device = torch.device(config.device)
         self.model: Model = new_model(config, graph).to(self.device)
-        # On a CPU the fused step is one pass over parameter, gradient and state, not several.
-        fused = True if self.device.type == "cpu" else None
-        self.optimizer: torch.optim.Optimizer = getattr(torch.optim, config.optimizer)(
-            self.model.parameters(), lr=config.lr, fused=fused
-        )
+        self.optimizer = new_optimizer(config, self.model, 0)
         self.evaluator = Evaluator(graph, self.device)
 
         train = graph.triples["train"].to(self.device)
@@ -72,6 +69,7 @@ class Trainer:
         self.step = 0  # steps done
         self.seconds = 0.0  # spent on them, without evaluation
         self.best: dict[str, Any] | None = None  # the best validation: step and metrics
+        self.waited = 0  # validations since then
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self._loss_count = 0  # steps since the last log line
 
@@ -89,9 +87,10 @@ class Trainer:
         """Train until step `until` (default: the config's steps), evaluating and saving on the way.
 
         Ctrl-C or SIGTERM stops it after the current step and a checkpoint, a second one at once.
+        Validations that bring nothing better end it early if the config has a patience.
 
         Returns:
-            Whether it reached `until`; False after Ctrl-C.
+            Whether it reached `until` or lost patience; False after Ctrl-C.
 
         Raises:
             TrainingError: the loss is not finite.
@@ -109,7 +108,7 @@ class Trainer:
         )
         with stop_signals() as stop, bar:
             started = time.perf_counter()
-            while self.step < until and not stop.is_set():
+            while self.step < until and not (stop.is_set() or self.out_of_patience):
                 self._train_step()
                 bar.update(config.batch_size)
                 log = self.step % config.log_every == 0
@@ -127,10 +126,19 @@ class Trainer:
             self.seconds += time.perf_counter() - started
         if stop.is_set():
             self.save()
-        return self.step >= until
+        return self.step >= until or self.out_of_patience
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether as many validations as the config's patience brought nothing better."""
+        return self.config.patience is not None and self.waited >= self.config.patience
 
     def _train_step(self) -> None:
         config, model = self.config, self.model
+        if self.step == config.switch_at:
+            self.optimizer = new_optimizer(config, model, self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(config, self.step)
         batch = self._batches(self.step)
         negative = self._negatives(self.step, batch)
         known = self._known
@@ -199,7 +207,9 @@ class Trainer:
             return
         metrics = self.evaluator.evaluate(self.model, "valid")
         record = {"step": self.step, "split": "valid", **vars(metrics)}
-        is_best = self.best is None or metrics.mrr > self.best["mrr"]
+        metric = self.config.metric
+        is_best = self.best is None or is_better(metric, record[metric], self.best[metric])
+        self.waited = 0 if is_best else self.waited + 1
         if is_best:
             self.best = record
         if self.run:
@@ -225,6 +235,7 @@ class Trainer:
             "step": self.step,
             "seconds": self.seconds,
             "best": self.best,
+            "waited": self.waited,
             "loss_sum": float(self._loss_sum),
             "loss_count": self._loss_count,
         }
@@ -242,10 +253,13 @@ class Trainer:
             if key.startswith("optimizer."):
                 _, index, name = key.split(".")
                 optimizer.setdefault(int(index), {})[name] = tensor
-        groups = self.optimizer.state_dict()["param_groups"]
         try:
-            self.optimizer.load_state_dict({"state": optimizer, "param_groups": groups})
             self.step = int(state["step"])
+            if self.step > 0 and has_switched(self.config, self.step - 1):
+                self.optimizer = new_optimizer(self.config, self.model, self.step - 1)
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({"state": optimizer, "param_groups": groups})
+            self.waited = int(state.get("waited", 0))  # runs of before have none
             self.seconds = float(state["seconds"])
             self.best = state["best"]
             self._loss_sum.fill_(state["loss_sum"])
