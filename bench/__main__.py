@@ -258,6 +258,16 @@ def _parser() -> argparse.ArgumentParser:
     part.add_argument("--results", type=Path, default=results.FOLDER / "training", help="of files")
     part.add("--report", False, "only print the table")
 
+    part = command("study", "the study: named lists of training runs, resumed where they stopped")
+    part.add_argument("experiments", nargs="*", metavar="NAME", help="default: all")
+    for name in ("dataset", "model", "loss", "seed"):
+        part.add_argument(f"--{name}", nargs="+", help="only the runs with one of these")
+    part.add("--jobs", 1, "runs at a time, of one thread each")
+    part.add("--tiny", False, "runs of seconds: does it work?")
+    part.add("--report", False, "only print the tables")
+    part.add_argument("--results", type=Path, default=results.FOLDER / "study", help="of files")
+    part.add_argument("--folder", type=Path, default=Path("build/study"), help="of unfinished runs")
+
     part = command("report", "Markdown tables and plots of the results")
     part.add_argument("--results", type=Path, default=results.FOLDER, help="a file or a folder")
     part.add_argument("--into", type=Path, metavar="FILE", help="write between FILE's markers")
@@ -279,7 +289,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             results.device_name("cuda")  # raises where there is none
         if options.command == "list":
             return _list(options)
-        if options.command in ("report", "training"):  # need what a GPU's machine may lack
+        if options.command in ("report", "study", "training"):  # need what a GPU's machine may lack
             return importlib.import_module(f"bench.{options.command}").run(options)
         return 0 if (_all if options.command == "all" else _run)(options) else 1
     except (ImportError, OSError, ValueError, RuntimeError, AssertionError) as error:

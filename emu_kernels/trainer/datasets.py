@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pooch
 
-from .data import Graph, load_graph
+from .data import SPLITS, Graph, load_graph
 from .errors import DataError
 
 FOLDER_VARIABLE = "EMU_KERNELS_DATA"
@@ -56,6 +56,17 @@ def _conve(name: str, checksum: str) -> Dataset:
     return Dataset((RemoteFile(f"{name}.tar.gz", url, checksum),))
 
 
+def _codex(name: str, *blobs: str) -> Dataset:
+    """Three files in the repository of CoDEx (Safavi and Koutra, 2020)."""
+    commit = "e805ea2f512d7f0f8e44f213bc4db51dac0de118"
+    url = f"https://raw.githubusercontent.com/tsafavi/codex/{commit}/data/triples/{name.lower()}"
+    files = (
+        RemoteFile(f"{name}/{split}.txt", f"{url}/{split}.txt", f"git-blob:{blob}")
+        for split, blob in zip(SPLITS, blobs, strict=True)
+    )
+    return Dataset(tuple(files), lambda train, *_: load_graph(train.parent))
+
+
 DATASETS = {
     name: _conve(name, checksum)
     for name, checksum in {
@@ -67,6 +78,12 @@ DATASETS = {
         "umls": "sha256:26223aa91f0ec8db2324e0f489b9a4425e04d1d0df72ce5cfd62af4b91aee6fd",
     }.items()
 }
+DATASETS["CoDEx-S"] = _codex(
+    "CoDEx-S",
+    "56aa40d8fb0229a150372cb40096e2f1b5601cef",
+    "d5acbd01f35758bda56d1713cc6ed18c358ce746",
+    "e3ac6c3c5e56010b1d6d1bc8c3aad742ac453639",
+)
 
 
 def load_dataset(name: str) -> Graph:
