@@ -97,7 +97,23 @@ def _dimensions() -> Iterable[Run]:
         yield preset | LOSSES[name] | {"dim": dim}, {"trained with": name, "d": str(dim)}
 
 
+def _schedules() -> Iterable[Run]:
+    base = PRESETS["distmult-fb15k-237"] | {"steps": 10_000, "eval_every": 1000}
+    schedules: dict[str, Settings] = {
+        "constant": {},
+        "Adam from half on": {"switch_to": "Adam"},
+        "cosine": {"schedule": "cosine"},
+        "cosine, lr 0.2": {"schedule": "cosine", "lr": 0.2},
+    }
+    for schedule, name in product(schedules, ("softmax", "EMU, closed form")):
+        yield (
+            base | LOSSES[name] | schedules[schedule],
+            {"trained with": name, "learning rate": schedule},
+        )
+
+
 EXPERIMENTS = {
+    "schedules": Experiment("Which schedule lets 10,000 steps converge?", _schedules, (0,)),
     "losses": Experiment("Which loss is best, model by model? (the paper's table 8)", _losses),
     "1-vs-all": Experiment("The same over all entities, not a sample.", _over_all),
     "graphs": Experiment("Beyond the two benchmarks.", _graphs),
