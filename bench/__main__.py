@@ -1,8 +1,8 @@
 """Compare with the alternatives that a user has, on this machine.
 
-``python -m bench`` lists what can run here, measures it, prints tables and appends rows to the
-results of this device. With a command it does one of the parts; ``report`` makes tables and plots
-from the rows. Sizes, rivals and rounds are options: ``python -m bench steps --help``.
+``python -m bench`` measures what can run here, prints tables and appends rows to the
+results of this device. With a command it does one of the parts; ``report`` makes tables from
+the rows. Sizes, rivals and rounds are options: ``python -m bench steps --help``.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ import argparse
 import importlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from bench import captured, measure, results, rivals, steps, trainers
+from bench import captured, results, rivals, steps, trainers
 from bench.inputs import CHOICES, GRADIENTS, SIMILARITIES, SIZES, Shape, is_gpu
 from bench.results import Row
 from bench.rivals import PHASES, WHOLE
@@ -46,7 +45,7 @@ PARTS = {
 _QUICK = ("--rounds", "10", "--rivals", *rivals.SCALED)
 DEFAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
     "cpu": (
-        ("steps", "--phases", "all"),
+        ("steps", "--phases", *PHASES),
         ("steps", "--similarity", *[s for s in SIMILARITIES if s != "dot"], *_QUICK),
         ("steps", "--gradient", "sparse", *_QUICK),
         ("steps", "--dtype", "bfloat16", *_QUICK),
@@ -54,7 +53,6 @@ DEFAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("train", "--graph", "FB15k-237", "WN18RR"),
         ("train", "--graph", "zipf", "--rounds", "5"),
         ("scale", "--axes", "N", "--rounds", "3"),
-        ("sampling",),
     ),
     "cuda": (("gpu",), ("captured",), ("train",), ("scale", "--axes", "N")),
 }
@@ -68,11 +66,6 @@ def _skip(reasons: Mapping[str, object]) -> None:
 
 def _measure(options: Options) -> Iterator[list[Row]]:
     """The rows of one setting after the other, so that each is saved once it is measured."""
-    if options.command == "sampling":
-        graph = trainers.ZIPF if options.tiny else options.graph
-        print(f"\n{options.walks} walks of {options.hops} hops on {graph}", flush=True)
-        yield trainers.sampling_rows(graph, options)
-        return
     part, seen = PARTS[options.command], set[tuple[str, str]]()
     kinds = (None, torch.device(options.device).type)
     for setting in part.settings(options):
@@ -96,11 +89,8 @@ def _run(options: Options) -> list[Row]:
     """Measure a part and save its rows."""
     save = not options.no_save
     if options.tiny:
-        options.rounds, options.memory_runs = 2, min(options.memory_runs, 1)
+        options.rounds = 2
         save = save and options.results != results.FOLDER
-    if options.memory_runs and options.device == "cpu" and (reason := measure.memory_unavailable()):
-        _skip({"memory": reason})
-        options.memory_runs = 0
     torch.set_num_threads(options.threads)
     print(f"{options.command}: {options.threads} threads; {results.device_name(options.device)}")
     measured: list[Row] = []
@@ -113,25 +103,19 @@ def _run(options: Options) -> list[Row]:
 
 
 def _print(rows: list[Row]) -> None:
-    """Tables, or plain lines where what makes tables is not installed."""
-    if not rows:
-        print("nothing was measured")
-    elif all(find_spec(name) for name in ("matplotlib", "pandas", "tabulate")):
+    try:
         import pandas as pd
 
         from bench import report
-
-        print(f"\n{report.markdown(pd.DataFrame(rows))}\n")
+    except ModuleNotFoundError as error:  # on a GPU's machine
+        print(f"no tables of {len(rows)} rows: {error}")
     else:
-        for row in rows:
-            spread = f"{row['median']:.4g} ({row['q20']:.4g}–{row['q80']:.4g}) {row['unit']}"
-            print(f"{row['rival']}, {row['phase']}, {row['what']}: {spread}")
+        print(f"\n{report.markdown(pd.DataFrame(rows))}\n" if rows else "nothing was measured")
 
 
 def _all(options: Options) -> list[Row]:
-    """What can run here, then each part with its defaults."""
-    _list(options)
-    names = ("device", "threads", "results", "memory_runs", "no_save", "tiny")
+    """Each part with its defaults."""
+    names = ("device", "threads", "results", "memory", "no_save", "tiny")
     shared = {name: getattr(options, name) for name in names}
     measured: list[Row] = []
     for part in DEFAULTS[torch.device(options.device).type]:
@@ -143,24 +127,6 @@ def _all(options: Options) -> list[Row]:
     print("\n== all")
     _print(measured)
     return measured
-
-
-def _list(options: Options) -> int:
-    print(f"on {results.device_name(options.device)}:")
-    shape = Task(entities=Shape.entities, device=options.device)
-    for title, part in (("one step (steps, scale, gpu)", "steps"), ("trainers (train)", "train")):
-        print(f" {title}")
-        for rival in PARTS[part].rivals:
-            print(f"  {rival.name:<26} {rival.unavailable(shape) or 'can run'}")
-    return 0
-
-
-class _Some(argparse.Action):
-    """Stores the values, or all choices for "all"."""
-
-    def __call__(self, parser: Any, options: Options, values: Any, flag: Any = None) -> None:
-        every = [choice for choice in self.choices or () if choice != "all"]
-        setattr(options, self.dest, every if "all" in values else values)
 
 
 def _positive(text: str) -> int:
@@ -180,11 +146,9 @@ class _Parser(argparse.ArgumentParser):
         self.add_argument(flag, default=default, help=help, **more)
 
     def some(self, flag: str, choices: Iterable[str], default: Iterable[str]) -> None:
-        names = list(choices)
-        self.add_argument(
-            flag, nargs="+", action=_Some, choices=[*names, "all"], default=list(default),
-            metavar="NAME", help=f"all, or some of {', '.join(names)}",
-        )  # fmt: skip
+        named: dict[str, Any] = {"choices": list(choices), "metavar": "NAME"}
+        text = f"some of {', '.join(choices)}"
+        self.add_argument(flag, nargs="+", default=list(default), help=text, **named)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -201,16 +165,13 @@ def _parser() -> argparse.ArgumentParser:
             part.add("--device", device, "cpu or cuda")
             part.add("--rounds", rounds, "turns of each rival")
             part.add("--threads", torch.get_num_threads(), "of torch and of our kernels")
-            part.add_argument("--memory-runs", type=int, default=1, help="processes a rival, or 0")
+            part.add_argument("--no-memory", action="store_false", dest="memory", help="only time")
             part.add_argument("--results", type=Path, default=results.FOLDER, help="of CSV files")
             part.add("--no-save", False, "do not append to the results")
             part.add("--tiny", False, "tiny sizes, 2 rounds, not saved: does it work?")
         return part
 
     command("all", "the default: each part with its defaults", 10)
-    part = command("list", "what can run here, and why the rest cannot")
-    part.add("--device", "cpu", "cpu or cuda")
-
     part = command("steps", "one training step of the operator, rival against rival", 20)
     for name, field in SIZES.items():
         part.add(f"--{field}", [getattr(Shape, field)], name)
@@ -232,21 +193,14 @@ def _parser() -> argparse.ArgumentParser:
 
     part = command("scale", "time and memory as one size grows", 5)
     part.some("--axes", SCALES, ["N"])
-    part.add_argument("--values", type=_positive, nargs="+", help="of a single axis")
     part.some("--gradient", GRADIENTS, GRADIENTS)
     part.some("--rivals", rivals.BY_NAME, rivals.SCALED)
-
-    part = command("sampling", "the random walks of structure-aware negatives", 3)
-    part.add("--graph", Task.graph, "a dataset, or zipf: synthetic")
-    part.add("--hops", 3, "of a walk")
-    part.add("--walks", 1000, "from each entity")
 
     command("closed", "EMU in closed form; one set of negatives for all rows, all entities", 20)
 
     command("captured", "a whole training step, on a GPU as a CUDA graph", 20)
 
     part = command("gpu", "the operator on a GPU, in our target settings", 10, "cuda")
-    part.some("--tables", steps.GPU_TABLES, steps.GPU_TABLES)
     part.add("--quick", False, "fewer settings")
 
     part = command("training", "models with and without EMU for equal steps: test metrics")
@@ -268,13 +222,11 @@ def _parser() -> argparse.ArgumentParser:
     part.add_argument("--results", type=Path, default=results.FOLDER / "study", help="of files")
     part.add_argument("--folder", type=Path, default=Path("build/study"), help="of unfinished runs")
 
-    part = command("report", "Markdown tables and plots of the results")
+    part = command("report", "Markdown tables of the results")
     part.add_argument("--results", type=Path, default=results.FOLDER, help="a file or a folder")
     part.add_argument("--into", type=Path, metavar="FILE", help="write between FILE's markers")
     only = "only these: steps, train, train:WN18RR, scale-N, ..."
     part.add_argument("--parts", nargs="+", metavar="NAME", help=only)
-    part.add_argument("--plots", type=Path, help="folder (default: plots beside the results)")
-    part.add("--no-plots", False, "tables only")
     return parser
 
 
@@ -287,8 +239,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if is_gpu(getattr(options, "device", "cpu")):
             results.device_name("cuda")  # raises where there is none
-        if options.command == "list":
-            return _list(options)
         if options.command in ("report", "study", "training"):  # need what a GPU's machine may lack
             return importlib.import_module(f"bench.{options.command}").run(options)
         return 0 if (_all if options.command == "all" else _run)(options) else 1

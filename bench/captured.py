@@ -51,20 +51,6 @@ def training_step(
     return step
 
 
-def capture(step: Callable[[], None]) -> Callable[[], None]:
-    """The same as a CUDA graph."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
-
-
 def settings(options: Any) -> list[Setting]:
     return [Setting(Shape(), SCALED, family="captured")]
 
@@ -85,7 +71,7 @@ def rows(rivals: Sequence[Rival], setting: Setting, options: Any) -> list[Row]:
         turns[rival.name] = turn_of(step)
         if is_gpu(device):
             try:
-                turns[f"{rival.name}, captured"] = turn_of(capture(step))
+                turns[f"{rival.name}, captured"] = turn_of(measure.Captured(step))
             except RuntimeError as error:
                 print(f"skipped: {rival.name}, captured: {str(error).splitlines()[0]}")
     of_several = measure.alternate(turns, options.rounds)

@@ -20,9 +20,18 @@ from torch import Tensor
 
 from bench.inputs import DTYPES, SIMILARITIES, Shape, is_gpu, make
 from bench.measure import synchronize
-from bench.rivals import BACKENDS, BY_NAME, EMU, PLANS, WHOLE, ours
+from bench.rivals import BACKENDS, BY_NAME, EMU, WHOLE, ours
 from emu_kernels import emu_mutate, emu_scores, fused_emu_loss, fused_softmax_loss
 
+_ATOMIC = "emu_kernels.backends.cuda.CudaBackend.atomic_gradient"
+_TABLE = "emu_kernels.backends.triton.table_gradients"
+_PASSES = "emu_kernels.triton.launch.passes"
+PLANS: dict[str, list[tuple[str, Any]]] = {
+    "cuda": [(_ATOMIC, False), (_ATOMIC, True)],
+    "triton": [(_TABLE, "sorted"), (_TABLE, "atomic"), (_PASSES, 1), (_PASSES, 2)],
+}
+"""Switches of a GPU's backend: a dense gradient summed by sorted ids or by atomic additions, and
+passes over the candidates."""
 ODD = Shape(batch=9, negatives=7, dim=38, entities=13)
 """No size is a multiple of a block's; 16-bit rows are not aligned to 16 bytes."""
 WIDE = Shape(batch=4, negatives=70, dim=260, entities=2000, gradient="sparse")
@@ -61,7 +70,7 @@ def run(shape: Shape, backend: str, *, shared: bool) -> None:
 
     emu = functools.partial(call, fused_emu_loss, seed=1, **EMU)
     backward(emu())
-    for plan in PLANS.get(backend, {}).values():
+    for plan in PLANS.get(backend, []):
         with mock.patch(*plan):
             backward(emu())
     backward(call(fused_softmax_loss))

@@ -121,7 +121,7 @@ def stages(folder: Path, capability: str, *, quick: bool) -> list[Stage]:
     memcheck = f"PYTORCH_NO_CUDA_MEMORY_CACHING=1 {sanitizer} memcheck {cases_of}"
     racecheck = f"{sanitizer} racecheck {cases_of}"
     captured = f"{bench} captured --device cuda --results {out}/results"
-    report = f"{bench} report --no-plots --results {out}/results"
+    report = f"{bench} report --results {out}/results"
 
     def limit(short: float, long: float) -> float:
         return short if quick else long
@@ -135,10 +135,8 @@ def stages(folder: Path, capability: str, *, quick: bool) -> list[Stage]:
         Stage("racecheck", racecheck, limit(90, 900), "compute-sanitizer"),
         Stage("ncu", f"{ncu} {cases} --hot", limit(60, 300), "ncu"),
         Stage("captured", captured, limit(40, 120)),
-        Stage("main table", f"{bench} gpu --tables main {rows}", limit(180, 1800)),
-        Stage("similarities", f"{bench} gpu --tables similarities {rows}", limit(60, 600)),
-        Stage("plans", f"{bench} gpu --tables plans {rows}", limit(40, 600)),
-        Stage("summary", report, 60, "pandas tabulate matplotlib", shown=True),
+        Stage("tables", f"{bench} gpu {rows}", limit(240, 2400)),
+        Stage("summary", report, 60, "pandas tabulate", shown=True),
     ]
 
 

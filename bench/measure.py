@@ -8,10 +8,9 @@ import multiprocessing
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -34,15 +33,6 @@ class Step(NamedTuple):
 
     def __call__(self) -> Any:
         return self.run(self.before())
-
-
-def progress(values: Iterable[T], unit: str) -> Iterable[T]:
-    """With a progress bar, where tqdm is installed."""
-    if find_spec("tqdm") is None:
-        return values
-    from tqdm import tqdm
-
-    return tqdm(values, unit=unit, leave=False)
 
 
 def synchronize(device: str) -> None:
@@ -108,24 +98,11 @@ def alternate(turns: Mapping[str, Turn], rounds: int) -> dict[str, list[float]]:
     """Seconds of each in each round. The order rotates by one each round."""
     names = list(turns)
     times: dict[str, list[float]] = {name: [] for name in names}
-    for i in progress(range(rounds), "round"):
+    for i in range(rounds):
         first = i % len(names)
         for name in names[first:] + names[:first]:
             times[name].append(turns[name]())
     return times
-
-
-def _reset_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")  # proc(5): sets VmHWM to VmRSS
-
-
-def memory_unavailable() -> str | None:
-    """Why peak memory of a process cannot be measured here, or None."""
-    try:
-        _reset_peak()
-    except OSError as error:
-        return f"needs Linux's /proc/self/clear_refs ({error})"
-    return None
 
 
 def _field(file: str, name: str) -> int:
@@ -150,37 +127,26 @@ def too_large(needed: float, device: str) -> str | None:
     return None if needed < free else reason
 
 
-def _peak_here(threads: int, prepare: Prepare, name: str, shape: Shape) -> int:
+def _peak_here(prepare: Prepare, name: str, shape: Shape, threads: int) -> float:
     torch.set_num_threads(threads)
     prepare(name, shape.tiny())()
     run = prepare(name, shape)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    _reset_peak()
+    Path("/proc/self/clear_refs").write_text("5")  # proc(5): sets VmHWM to VmRSS
     before = _field("/proc/self/status", "VmRSS")
     run()
-    return max(_field("/proc/self/status", "VmHWM") - before, 0)
+    return max(_field("/proc/self/status", "VmHWM") - before, 0) / MIB
 
 
-def peak(threads: int, prepare: Prepare, name: str, shape: Shape) -> int:
-    """Bytes by which ``prepare(name, shape)()`` raises the peak memory of a fresh process.
+def peak(prepare: Prepare, name: str, shape: Shape, threads: int) -> float:
+    """MiB by which ``prepare(name, shape)()`` raises the peak memory of a fresh process.
 
     The process warms up on a tiny shape, and returns to the system what it has freed. The kernel
-    counts pages in batches: below about 1 MiB the result is noise.
+    counts pages in batches: below about 1 MiB the result is noise. Needs Linux.
     """
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_peak_here, threads, prepare, name, shape).result()
-
-
-def peaks(
-    options: Any, prepare: Prepare, names: Iterable[str], shape: Shape
-) -> dict[str, list[float]]:
-    """MiB of each name in ``options.memory_runs`` processes; of none without runs."""
-    found: dict[str, list[float]] = {}
-    for name in progress([*names] * options.memory_runs, "process"):
-        rise = peak(options.threads, prepare, name, shape) / MIB
-        found.setdefault(name, []).append(rise)
-    return found
+        return pool.submit(_peak_here, prepare, name, shape, threads).result()
 
 
 def cuda_peak(run: Callable[[], T]) -> tuple[T, float]:
@@ -191,3 +157,26 @@ def cuda_peak(run: Callable[[], T]) -> tuple[T, float]:
     result = run()
     torch.cuda.synchronize()
     return result, (torch.cuda.max_memory_allocated() - before) / MIB
+
+
+class Captured:
+    """A step as a CUDA graph; a call replays it and returns the step's result.
+
+    A replay reads and writes the memory of the step's own tensors, so the step lives as long.
+    """
+
+    def __init__(self, step: Callable[[], Any]) -> None:
+        self.step = step
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.result = step()
+
+    def __call__(self) -> Any:
+        self.graph.replay()
+        return self.result

@@ -1,21 +1,19 @@
-"""Markdown tables and plots of results, from the rows alone. Of repeated runs the latest counts."""
+"""Markdown tables of results, from the rows alone. Of repeated runs the latest counts."""
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import pandas as pd
-from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from bench import results
 from bench.inputs import SIZES, Shape
-from bench.results import MEMORY, QUANTILES, RATIO, SHARE, SPEED, TIME, slug
+from bench.results import MEMORY, QUANTILES, RATIO, SPEED, TIME
 from bench.rivals import PHASES, RIVALS, WHOLE
 from bench.trainers import PHASE as STEP
 from bench.trainers import TRAINERS
@@ -25,8 +23,8 @@ SETTING = ["similarity", "dtype", "gradient", "B", "K", "D", "N"]
 SPREAD = "20–80 %"
 _NAMED: list[Any] = [*RIVALS, *TRAINERS]
 TITLES: dict[str, str] = {rival.name: rival.title for rival in _NAMED}
+TITLES["torchkge"] = "TorchKGE"  # of older rows
 TITLES |= {f"{name}, captured": f"{title}, captured" for name, title in TITLES.items()}
-PLAIN = {name: title.replace("*", "") for name, title in TITLES.items()}
 Rows: TypeAlias = pd.DataFrame
 Columns: TypeAlias = list[tuple[str, ...]]
 """A header and the keys of its cells: rival, what and phase, but for those that name a line."""
@@ -42,10 +40,8 @@ def latest(rows: Rows) -> Rows:
     return rows[newest].sort_values("setting", kind="stable")
 
 
-def number(value: float, what: str = TIME) -> str:
-    """Three significant digits, no exponent; shares in percent."""
-    if what == SHARE:
-        return f"{100 * value:.0f} %"
+def number(value: float) -> str:
+    """Three significant digits, no exponent."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}".rstrip(".")
 
 
@@ -59,8 +55,8 @@ def table(rows: Rows, index: dict[str, str], columns: Columns, left: int = 1) ->
 
     ``index`` has the headers of its columns, of which those after the first ``left`` come last.
     """
-    values = {q: [number(*v) for v in zip(rows[q], rows["what"], strict=True)] for q in QUANTILES}
-    between = [f"{low}–{high}" for low, high in zip(values["q20"], values["q80"], strict=True)]
+    values = rows[list(QUANTILES)].map(number)
+    between = values["q20"] + "–" + values["q80"]
     line = rows.groupby(["setting", *index], sort=False).ngroup()
     rows = rows.assign(text=values["median"], spread=between, line=line)
     keys = [key for key in ("rival", "what", "phase") if key not in index]
@@ -105,13 +101,11 @@ def caption(rows: Rows, *what: str) -> str:
 
 
 def step_table(rows: Rows) -> str:
-    """One setting, a line for each rival. Phases and shares have columns where measured."""
+    """One setting, a line for each rival. Phases have columns where measured."""
     row = rows.iloc[0]
     columns = spread("median ms", TIME, WHOLE)
     columns += [(f"{p} ms", TIME, p) for p in PHASES[:-1] if (rows["phase"] == p).any()]
-    columns += spread("× ours", RATIO, WHOLE)
-    columns += [("of copy bandwidth", SHARE, WHOLE)] * int((rows["what"] == SHARE).any())
-    columns.append(("peak MiB", MEMORY, WHOLE))
+    columns += [*spread("× ours", RATIO, WHOLE), ("peak MiB", MEMORY, WHOLE)]
     sparse = "sparse gradient" if row["gradient"] == "sparse" else ""
     what = caption(rows, row["similarity"], sizes(row), row["dtype"], sparse)
     return table(titled(rows), {"rival": WHOLE}, columns) + what
@@ -138,7 +132,6 @@ def variations(rows: Rows) -> str:
 def gpu_table(rows: Rows) -> str:
     """A line for each setting and rival."""
     columns = [(f"{p} ms", TIME, p) for p in PHASES[:-1]] + spread("whole ms", TIME, WHOLE)
-    columns += [("forward, of copy bandwidth", SHARE, "forward"), ("whole", SHARE, WHOLE)]
     columns += [*spread("× ours", RATIO, WHOLE), ("peak MiB", MEMORY, WHOLE)]
     index = {name: name for name in (*SETTING, "rival")}
     return table(titled(rows), index, columns, len(index)) + caption(rows)
@@ -181,95 +174,25 @@ def scale_table(rows: Rows) -> str:
     return table(shown, {axis: axis, "gradient": "gradient"}, columns, 2) + what
 
 
-def sampling_table(rows: Rows) -> str:
-    """A line for each graph."""
-    names = [
-        f"random walks on {r.graph}: {r.K} walks of {r.phase} from each of {r.N:,} entities"
-        for r in rows.itertuples()
-    ]
-    shown = rows.assign(rival=names, phase="", **{q: rows[q] / 1000 for q in QUANTILES})
-    return table(shown, {"rival": "what"}, spread("seconds", TIME, "")) + caption(rows)
-
-
 # A family's table, and whether each setting has one of its own.
 TABLES = {
     "steps": (steps_table, False),
     "closed": (step_table, True),
-    "plans": (gpu_table, False),
     "captured": (trainers_table, True),
     "train": (trainers_table, True),
     "scale-": (scale_table, False),
-    "sampling": (sampling_table, False),
 }
 
 
-def markdown(rows: Rows, plots: Sequence[str] = ()) -> str:
-    """All tables, device by device, then links to the plots."""
+def markdown(rows: Rows) -> str:
+    """All tables, device by device."""
     parts: list[str] = []
     for _, on_device in latest(rows).groupby(["device", "threads"], sort=False):
         for name, (make, alone) in TABLES.items():
             chosen = on_device[on_device["family"].str.startswith(name)]
             tables = chosen.groupby("setting" if alone else "family", sort=False)
             parts += [make(of_table) for _, of_table in tables]
-    parts += [f"![{Path(plot).stem}]({plot})" for plot in plots]
     return "\n\n".join(parts)
-
-
-def draw(rows: Rows, folder: Path) -> list[Path]:
-    """A PNG for each comparison of trainers, and one for each device and axis of scale."""
-    figures: dict[str, Figure] = {}
-    rows = latest(rows)
-    for _, run in rows[rows["family"] == "train"].groupby("setting", sort=False):
-        names = ["device", "family", "graph", "N", "model", "D"]
-        figures[slug(" ".join(map(str, run.iloc[0][names])))] = _speeds(run)
-    scales = rows[rows["family"].str.startswith("scale-")]
-    for (device, family), run in scales.groupby(["device", "family"], sort=False):
-        figures[slug(f"{device} {family}")] = _curves(run)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, figure in figures.items():
-        figure.savefig(folder / f"{name}.png", dpi=120, metadata={"Software": None})
-    return [folder / f"{name}.png" for name in figures]
-
-
-def _curves(rows: Rows) -> Figure:
-    """Time and memory along an axis; solid where gradients are dense, dashed where sparse."""
-    row = rows.iloc[0]
-    axis = row["family"].removeprefix("scale-")
-    colours = {rival: f"C{i}" for i, rival in enumerate(rows["rival"].unique())}
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    panels = figure.subplots(1, 2)
-    labels = {TIME: "ms a step", MEMORY: "peak MiB of a step"}
-    for panel, (what, label) in zip(panels, labels.items(), strict=True):
-        shown = rows[(rows["what"] == what) & (rows["phase"] == WHOLE)].sort_values(axis)
-        for (rival, gradient), line in shown.groupby(["rival", "gradient"]):
-            look = {"color": colours[rival], "label": f"{PLAIN.get(rival, rival)}, {gradient}"}
-            style = "o-" if gradient == "dense" else "o--"
-            panel.plot(line[axis], line["median"], style, markersize=4, **look)
-            between = (line[axis], line["q20"], line["q80"])
-            panel.fill_between(*between, color=colours[rival], alpha=0.2, linewidth=0)
-        panel.set(xscale="log", yscale="log", xlabel=axis, ylabel=label)
-        panel.grid(alpha=0.3)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
-    title = f"{row['similarity']}, {sizes(row, [axis])}, {row['dtype']}; {row['device']}"
-    figure.suptitle(title, fontsize=10)
-    return figure
-
-
-def _speeds(rows: Rows) -> Figure:
-    """Triples a second of each trainer."""
-    row, speeds = rows.iloc[0], rows[rows["what"] == SPEED].iloc[::-1]
-    figure = Figure(figsize=(7, 0.4 * len(speeds) + 1.2), layout="constrained")
-    panel = figure.subplots()
-    names, medians = speeds["rival"].map(PLAIN), speeds["median"]
-    errors = [medians - speeds["q20"], speeds["q80"] - medians]
-    panel.errorbar(medians, names, xerr=errors, fmt="none", ecolor="0.6")
-    colours = ["C0" if "our " in name else "C7" for name in names]
-    panel.scatter(medians, names, color=colours, zorder=3)
-    panel.set(xscale="log", xlabel="triples a second")
-    panel.grid(alpha=0.3)
-    what = f"{row['model']} on {row['graph']} ({row['N']:,} entities), d={row['D']}"
-    panel.set_title(f"{what}, B={row['B']}, K={row['K']}\n{row['device']}", fontsize=9)
-    return figure
 
 
 def insert(text: str, block: str) -> str:
@@ -290,13 +213,7 @@ def run(options: argparse.Namespace) -> int:
         what = f"no results of {', '.join(options.parts)}" if options.parts else "no results"
         print(f"{what} in {path}: run python -m bench first", file=sys.stderr)
         return 1
-    links: list[str] = []
-    if not options.no_plots:
-        folder = options.plots or (path if path.is_dir() else path.parent) / "plots"
-        start = Path.cwd() if options.into is None else options.into.resolve().parent
-        drawn = draw(rows, folder)
-        links = [Path(os.path.relpath(plot.resolve(), start)).as_posix() for plot in drawn]
-    tables = markdown(rows, links)
+    tables = markdown(rows)
     if options.into is None:
         print(tables)
     else:

@@ -25,9 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = Path(__file__).with_name("results")
 
 TIME, RATIO, MEMORY = "time", "time ratio", "peak memory"
-SHARE, BANDWIDTH = "share of the copy bandwidth", "copy bandwidth"
 SPEED = "triples a second"
-UNITS = {TIME: "ms", RATIO: "x", MEMORY: "MiB", SHARE: "share", BANDWIDTH: "GB/s", SPEED: "1/s"}
+UNITS = {TIME: "ms", RATIO: "x", MEMORY: "MiB", SPEED: "1/s"}
 
 # date: when the run began, UTC, the same in all its rows; commit: "-dirty" where files differ;
 # family: of comparisons, as on the command line; what: a key of UNITS; base: the rival whose time a

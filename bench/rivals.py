@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -53,7 +52,6 @@ class Rival:
     cannot: Callable[[Shape], str | None] = lambda shape: None  # why it cannot run such a step
     device: str | None = None  # the only type of device on which it is measured
     backend: str | None = None  # of ours
-    plan: str | None = None  # of ours, one of its ``PLANS``
     phases: tuple[str, ...] = PHASES
     dense_gradients: int = 1  # (N, D) buffers needed at once
     tiles: int = 0  # (B, K, D) buffers needed at once
@@ -62,11 +60,7 @@ class Rival:
         loss = self.loss(shape)
         if self.phases == (WHOLE,):
             return Step(lambda _: loss(*inputs))
-        step = _step(loss, inputs, phase)
-        if self.plan is None:
-            return step
-        switch = mock.patch(*PLANS[self.backend or ""][self.plan])
-        return Step(switch(step.run), switch(step.before))
+        return _step(loss, inputs, phase)
 
     def unavailable(self, shape: Shape) -> str | None:
         """Why it cannot run such a step here, or None."""
@@ -114,22 +108,6 @@ def _step(loss: Loss, inputs: Inputs, phase: str) -> Step:
 BACKENDS = {"cuda": "cuda", "triton": "cuda", "cpu": "cpu"}
 """The device type on which each backend is measured: never a GPU's kernels emulated on a CPU."""
 
-_ATOMIC = "emu_kernels.backends.cuda.CudaBackend.atomic_gradient"
-_TABLE = "emu_kernels.backends.triton.table_gradients"
-_PASSES = "emu_kernels.triton.launch.passes"
-PLANS: dict[str, dict[str, tuple[str, Any]]] = {
-    "cuda": {"segments": (_ATOMIC, False), "atomics": (_ATOMIC, True)},
-    "triton": {
-        "segments": (_TABLE, "sorted"), "atomics": (_TABLE, "atomic"),
-        "one-pass": (_PASSES, 1), "two-passes": (_PASSES, 2),
-    },
-}  # fmt: skip
-"""Switches of a GPU's backend, and their values.
-
-"segments": a dense gradient of the table is summed row by row, by sorted ids; "atomics": by atomic
-additions, in no fixed order. The passes are those over the candidates.
-"""
-
 
 def ours(loss: str, backend: str) -> str:
     """The name of ours with that loss of ``FUSED``."""
@@ -143,16 +121,15 @@ def base_of(names: Iterable[str]) -> str | None:
 
 FUSED: dict[str, tuple[str, Callable[..., Tensor]]] = {
     "emu": ("EMU, fused", partial(fused_emu_loss, **EMU)),
-    "expected": ("EMU in closed form, fused", partial(fused_emu_loss, **CLOSED)),
     "softmax": ("sampled softmax, fused", fused_softmax_loss),
+    "expected": ("EMU in closed form, fused", partial(fused_emu_loss, **CLOSED)),
 }
 """Titles and functions of our losses."""
 
 
-def _fused(loss: str, backend: str, plan: str | None = None) -> Rival:
+def _fused(loss: str, backend: str) -> Rival:
     title, function = FUSED[loss]
-    details = ", ".join(filter(None, ["" if backend == "cpu" else backend, plan]))
-    title += f" ({details})" if details else ""
+    title += "" if backend == "cpu" else f" ({backend})"
 
     def options(shape: Shape) -> dict[str, Any]:
         pairs = loss == "expected" and SIMILARITIES[shape.similarity].coupled
@@ -161,11 +138,11 @@ def _fused(loss: str, backend: str, plan: str | None = None) -> Rival:
         return given | unit
 
     return Rival(
-        ours(loss, backend) + (f"-{plan}" if plan else ""),
-        f"**{title}**" if loss == "emu" and plan is None else title,
+        ours(loss, backend),
+        f"**{title}**" if loss == "emu" else title,
         lambda shape: partial(function, **options(shape)),
         lambda shape: backends.get(backend).unavailable(),
-        BACKENDS[backend], backend, plan,
+        BACKENDS[backend], backend,
     )  # fmt: skip
 
 
@@ -262,10 +239,7 @@ PRODUCTS = (
 """One set of negatives for the batch, or all entities: of the command ``closed`` alone."""
 
 RIVALS = (
-    *(_fused("emu", backend) for backend in BACKENDS),
-    *(_fused("softmax", backend) for backend in BACKENDS),
-    *(_fused("expected", backend) for backend in BACKENDS),
-    *(_fused("emu", backend, plan) for backend, plans in PLANS.items() for plan in plans),
+    *(_fused(loss, backend) for loss in FUSED for backend in BACKENDS),
     Rival(
         "eager-emu", "EMU, eager PyTorch", _eager(eager.emu_loss, **EMU),
         dense_gradients=2, tiles=8,
@@ -282,6 +256,6 @@ RIVALS = (
     *PRODUCTS,
 )  # fmt: skip
 BY_NAME = {rival.name: rival for rival in RIVALS}
-DEFAULT = tuple(r.name for r in RIVALS if r.plan is None and r not in PRODUCTS)
+DEFAULT = tuple(r.name for r in RIVALS if r not in PRODUCTS)
 SCALED = tuple(n for n in DEFAULT if n not in ("compiled-emu", "gather-scatter"))
 """Compiling for every size takes longer than measuring; the bare gather and scatter is dense."""

@@ -17,7 +17,6 @@ import itertools
 import logging
 import math
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +31,7 @@ from bench import eager, measure
 from bench.inputs import Shape, is_gpu
 from bench.measure import synchronize
 from bench.results import MEMORY, Recorder, Row
+from bench.rivals import BY_NAME as STEPS
 from bench.rivals import EMU, Loss
 from bench.steps import Setting
 from emu_kernels import fused_emu_loss
@@ -43,7 +43,6 @@ try:
     from emu_kernels.trainer.datasets import load_dataset
     from emu_kernels.trainer.errors import ConfigError, DataError
     from emu_kernels.trainer.models import MODELS
-    from emu_kernels.trainer.neighbourhood import adjacency, random_walks
 except ModuleNotFoundError as error:
     MISSING = str(error)
 if TYPE_CHECKING:
@@ -202,11 +201,6 @@ def pytorch_loop(task: Task, graph: Graph, new_loss: Callable[[Shape], Loss]) ->
     return by_hand(task, model.parameters(), loss)
 
 
-def eager_loss(shape: Shape, loss: Loss) -> Loss:
-    scores = eager.SPELLINGS[shape.similarity][-1 if is_gpu(shape.device) else 0]
-    return partial(loss, scores=scores, sparse=shape.sparse)
-
-
 def our_emu(shape: Shape) -> Loss:
     return partial(fused_emu_loss, similarity=shape.similarity, sparse_grad=shape.sparse, **EMU)
 
@@ -224,10 +218,8 @@ LIBRARIES: dict[str, dict[str, dict[str, Any]]] = {
         "RotatE": {},  # relations are constrained to the unit circle: part of the model
     },
     "torch-geometric": {"DistMult": {}, "ComplEx": {}, "TransE": {}, "RotatE": {}},
-    "torchkge": {"DistMult": {}, "ComplEx": {}, "TransE": {"dissimilarity_type": "L1"}},
 }
 """By package its models, with their options."""
-DENSE = ("pykeen", "torchkge")  # those without sparse gradients
 
 
 def pykeen(task: Task, graph: Graph, *, ours: bool) -> Run:
@@ -315,43 +307,6 @@ def pyg(task: Task, graph: Graph, *, ours: bool) -> Run:
     return by_hand(task, model.parameters(), loss)
 
 
-def torchkge(task: Task, graph: Graph) -> Run:
-    """TorchKGE's model, DataLoader and UniformNegativeSampler; its scores in cross-entropy.
-
-    Entities are normalised at each look-up, as its models do; ``normalize_parameters``, due once an
-    epoch, is left out.
-    """
-    from torchkge import models
-    from torchkge.data_structures import KnowledgeGraph
-    from torchkge.sampling import UniformNegativeSampler
-    from torchkge.utils import DataLoader
-
-    columns = graph.triples["train"].to(task.device).T.contiguous()
-    known: Any = defaultdict(set)  # only evaluation needs the known triples
-    knowledge = KnowledgeGraph(
-        kg=dict(zip(("heads", "relations", "tails"), columns, strict=True)),
-        ent2ix={i: i for i in range(graph.num_entities)},
-        rel2ix={i: i for i in range(graph.num_relations)},
-        dict_of_heads=known, dict_of_tails=known, dict_of_rels=known,
-    )  # fmt: skip
-    new_model = getattr(models, f"{task.model}Model")
-    sizes = (task.dim, graph.num_entities, graph.num_relations)
-    model = new_model(*sizes, **LIBRARIES["torchkge"][task.model]).to(task.device)
-    sampler = UniformNegativeSampler(knowledge, n_neg=task.negatives)
-    loader = DataLoader(knowledge, batch_size=task.batch)
-    every = itertools.chain.from_iterable(itertools.repeat(loader))
-    batches = (batch for batch in every if len(batch[0]) == task.batch)
-
-    def loss(step: int) -> Tensor:
-        head, tail, relation = next(batches)
-        corrupted = sampler.corrupt_batch(head, tail, relation)
-        positive, negative = model(head, tail, relation, *corrupted)
-        rows = len(head)  # both are repeated once a negative, block by block
-        return cross_entropy(positive[:rows], negative.view(-1, rows).T)
-
-    return by_hand(task, model.parameters(), loss)
-
-
 @dataclass(frozen=True)
 class Trainer:
     name: str  # in results and on the command line
@@ -363,7 +318,7 @@ class Trainer:
 
     def adapt(self, task: Task) -> Task:
         """The task with dense gradients where this trainer has no sparse ones for it."""
-        possible = self.library not in DENSE and self.can_be_sparse(task)
+        possible = self.library != "pykeen" and self.can_be_sparse(task)
         return task if possible else task.replace(gradient="dense")
 
     def warm(self, task: Task, graph: Graph) -> Run:
@@ -392,9 +347,8 @@ class Trainer:
         return measure.too_large(rows * width, task.device)
 
 
+_SOFTMAX, _EMU = STEPS["eager-softmax"].loss, STEPS["eager-emu"].loss
 _PYG = "torch-geometric"
-_SOFTMAX = partial(eager_loss, loss=eager.softmax_loss)
-_EMU = partial(eager_loss, loss=partial(eager.emu_loss, **EMU))
 TRAINERS = (
     Trainer(
         "trainer-emu", "**our trainer, EMU**", partial(our_trainer, loss="emu"),
@@ -411,7 +365,6 @@ TRAINERS = (
     Trainer("pykeen-emu", "PyKEEN with our EMU", partial(pykeen, ours=True), "pykeen"),
     Trainer("pyg", "PyTorch Geometric", partial(pyg, ours=False), _PYG),
     Trainer("pyg-emu", "PyTorch Geometric with our EMU", partial(pyg, ours=True), _PYG),
-    Trainer("torchkge", "TorchKGE", torchkge, "torchkge"),
 )  # fmt: skip
 BASE = TRAINERS[0].name
 BY_NAME = {trainer.name: trainer for trainer in TRAINERS}
@@ -442,49 +395,26 @@ def rows(trainers: Sequence[Trainer], setting: Setting, options: Any) -> list[Ro
         **task.columns() | {"N": graph.num_entities},
     )  # fmt: skip
     turns, peaks = {}, {}
-    for trainer in measure.progress(trainers, "trainer"):
+    for trainer in trainers:
         start = partial(trainer.warm, task, graph)
         if is_gpu(task.device):
             run, peak = measure.cuda_peak(start)
-            peaks[trainer.name] = [peak]
+            peaks[trainer.name] = peak
         else:
             run = start()
         turns[trainer.name] = _turn(run, 0.0 if options.tiny else 0.25)
     times = measure.alternate(turns, options.rounds)
     del run, turns
-    if not is_gpu(task.device):
-        peaks = measure.peaks(options, for_memory, times, task)
+    if options.memory and not is_gpu(task.device):
+        peaks = {name: measure.peak(for_memory, name, task, options.threads) for name in times}
     for trainer in trainers:
         here = {"rival": trainer.name, **trainer.columns(task)}
         record.add_times(times, BASE, batch=task.batch, **here)
         if trainer.name in peaks:
-            record.add(MEMORY, peaks[trainer.name], **here)
+            record.add(MEMORY, [peaks[trainer.name]], **here)
     return record.rows
 
 
 def _turn(run: Run, min_seconds: float) -> measure.Turn:
     steps = max(1, math.ceil(min_seconds / run(1)))
     return lambda: run(steps) / steps
-
-
-def sampling_rows(name: str, options: Any) -> list[Row]:
-    """The random walks of structure-aware negatives, from the training triples, nothing cached.
-
-    K is the number of walks from each entity.
-    """
-    graph = Task(graph=name, entities=1000).load()
-    record = Recorder(
-        "cpu", family="sampling", graph=name, phase=f"{options.hops} hops",
-        threads=options.threads, B=0, K=options.walks, D=0, N=graph.num_entities,
-    )  # fmt: skip
-
-    def seconds() -> float:
-        start = time.perf_counter()
-        with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
-            edges = adjacency(graph.triples["train"], graph.num_entities)
-            random_walks(edges, options.hops, options.walks, seed=0)
-        return time.perf_counter() - start
-
-    times = measure.alternate({"random-walks": seconds}, options.rounds)
-    record.add_times(times, rival="random-walks")
-    return record.rows

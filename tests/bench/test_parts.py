@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 
-from bench import eager, gpu_cases, gpu_check, measure, report, results, rivals, steps
+from bench import eager, gpu_cases, gpu_check, measure, report, results, rivals
 from bench.__main__ import _parser
 from bench.gpu_check import FAILED, OK, SKIPPED, TIMEOUT, Stage
 from bench.inputs import SIMILARITIES, Shape, make
@@ -76,22 +76,11 @@ def test_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert times == {"a": [0, 5, 7], "b": [1, 3, 8], "c": [2, 4, 6]}
 
 
-def test_bytes_that_must_move() -> None:
-    """Two lines a row; the touched rows are 1, 2, 3 and 9."""
-    shape = Shape(batch=2, negatives=3, dim=32, entities=10, similarity="l1", gradient="sparse")
-    ids: Any = {"positive": torch.tensor([1, 2]), "negative": torch.tensor([[3, 3, 1], [9, 9, 9]])}
-    found = steps.step_bytes(shape, make(shape)._replace(**ids))
-    query, touched = 2 * 128, 4 * 128
-    assert found["forward"] == 64 + query + 8 * 128
-    assert found["backward"] == 64 + 2 * query + touched + 64 + touched
-    assert steps.row_bytes(torch.tensor([0, 1, 1]), 100, 64) == (2 + 3 + 3) * 64  # rows cross lines
-
-
 def test_the_report_is_of_the_committed_rows() -> None:
     folder = Path(report.__file__).with_name("results")
     text = (folder / "README.md").read_text(encoding="utf-8")
     tables = report.markdown(results.read(folder))
-    between = text.partition(report.MARKERS[0] + "\n")[2].partition("\n\n![")[0]
+    between = text.partition(report.MARKERS[0] + "\n")[2].partition("\n" + report.MARKERS[1])[0]
     assert tables == between
     with pytest.raises(ValueError, match="expected one line"):
         report.insert("no markers", tables)

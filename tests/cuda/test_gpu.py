@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.measure import Captured
 from emu_kernels import Expected, fused_emu_loss
 from emu_kernels.backends import ids
 from tests.ops.support import LOSS, Inputs, Options, evaluate, make, same_bits
@@ -32,20 +33,11 @@ def test_captured_graph_draws_fresh_masks(inputs: Inputs) -> None:
         loss = fused_emu_loss(query, table, *inputs[2:], seed=seed, **RATES)
         return (loss, *torch.autograd.grad(loss, (query, table)))
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    captured = Captured(step)
     losses = set()
     for value in (3, 4, 2**40 + 5):
         seed.fill_(value)
-        graph.replay()
-        replayed = [t.clone() for t in captured]
+        replayed = [t.clone() for t in captured()]
         assert all(torch.equal(a, b) for a, b in zip(replayed, step(), strict=True))
         losses.add(replayed[0].item())
     assert len(losses) == 3
