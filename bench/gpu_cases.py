@@ -74,7 +74,7 @@ def run(shape: Shape, backend: str, *, shared: bool) -> None:
         with mock.patch(*plan):
             backward(emu())
     backward(call(fused_softmax_loss))
-    backward(*call(emu_scores, mutation=0.5, seed=1))
+    backward(*call(emu_scores, mutation_rate=0.5, seed=1))
     with torch.no_grad():
         emu()
     first = rows.detach()[:, 0].clone().requires_grad_()

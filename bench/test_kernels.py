@@ -19,7 +19,7 @@ from emu_kernels import backends, emu_mutate, emu_scores, fused_emu_loss, fused_
 CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
     "emu": (fused_emu_loss, EMU),
     "softmax": (fused_softmax_loss, {}),
-    "scores": (emu_scores, {"mutation": 0.94}),
+    "scores": (emu_scores, {"mutation_rate": 0.94}),
 }
 CASES = [(call, s) for call in CALLS for s in SIMILARITIES] + [("mutate", "")]
 

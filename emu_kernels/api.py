@@ -6,7 +6,10 @@ What they compute is specified by :mod:`emu_kernels.reference`, which masks they
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple, ParamSpec, TypeVar
 
 from torch import Tensor
 
@@ -22,6 +25,29 @@ __all__ = [
     "fused_softmax_loss",
     "uls_cross_entropy",
 ]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _renamed(old: str, new: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Lets a function take its keyword ``new`` by the name ``old`` too, with a warning."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def call(*args: P.args, **keywords: P.kwargs) -> R:
+            if old in keywords:
+                if new in keywords:
+                    raise TypeError(f"{new}: got it by its former name, {old}, too")
+                warnings.warn(
+                    f"{old}: this argument is now named {new}", DeprecationWarning, stacklevel=2
+                )
+                keywords[new] = keywords.pop(old)
+            return function(*args, **keywords)
+
+        return call
+
+    return decorate
 
 
 class EmuScores(NamedTuple):
@@ -197,6 +223,7 @@ def fused_softmax_loss(
     return backends.resolve(backend, table.device).loss(request).loss
 
 
+@_renamed("mutation", "mutation_rate")
 def emu_scores(
     query: Tensor,  # (B, D)
     table: Tensor,  # (N, D)
@@ -204,7 +231,7 @@ def emu_scores(
     negative: Tensor,  # (G, K) or (K,)
     *,
     similarity: str = "dot",
-    mutation: float | Tensor | Mixup | Expected | None,
+    mutation_rate: float | Tensor | Mixup | Expected | None,
     margin: float = 0.0,
     scale: Tensor | None = None,  # (B, D), or (B, D/2)
     similarity_weights: Tensor | None = None,
@@ -220,9 +247,9 @@ def emu_scores(
     The backward pass is fused for any upstream gradients and allocates nothing of size B·K·D.
 
     Args:
-        mutation: the mutation rate in [0, 1], rates, a :class:`Mixup` or an :class:`Expected`, as
-            ``mutation_rate``; None mutates nothing, so that ``mutated`` and ``cumulant`` are
-            ``negative`` itself, at no cost.
+        mutation_rate: as there, or None, which mutates nothing, so that ``mutated`` and
+            ``cumulant`` are ``negative`` itself, at no cost. Its former name, ``mutation``, is
+            deprecated.
         margin: γ, added to every score.
 
     The other arguments and the errors are those of :func:`fused_emu_loss`.
@@ -237,8 +264,8 @@ def emu_scores(
         positive,
         negative,
         similarity=similarity,
-        mutation=NoMutation() if mutation is None else mutation,
-        mutation_name="mutation",
+        mutation=NoMutation() if mutation_rate is None else mutation_rate,
+        mutation_name="mutation_rate",
         mask_unit=mask_unit,
         scale=scale,
         similarity_weights=similarity_weights,

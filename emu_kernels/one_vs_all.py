@@ -185,7 +185,7 @@ class _How(NamedTuple):
             torch.arange(start, end, device=table.device),
             scale=scale,
             similarity_weights=weights,
-            mutation=None if rate is None else Expected(rate),
+            mutation_rate=None if rate is None else Expected(rate),
             sparse_grad=True,
             **self.options,
         )
@@ -285,7 +285,7 @@ def _by_kernels(
         request.table,
         positive,
         positive.new_empty((0,)),
-        mutation=None,
+        mutation_rate=None,
         scale=request.scale,
         similarity_weights=request.weights,
         **options,

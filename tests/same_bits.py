@@ -76,7 +76,7 @@ def record(call: int) -> list[Tensor]:
         ),
         lambda: emu.fused_softmax_loss(query, table, positive, negative, **options, **loss),
         lambda: emu.emu_scores(
-            query, table, positive, negative, mutation=choose.choice([None, rate]), margin=0.5,
+            query, table, positive, negative, mutation_rate=choose.choice([None, rate]), margin=0.5,
             **options, **mutation,
         ),
     ]  # fmt: skip

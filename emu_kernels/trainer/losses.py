@@ -178,7 +178,7 @@ def selfadv(step: Step) -> Tensor:
     product has no γ, which belongs to a distance. A row without negatives keeps its first term.
     """
     margin = 0.0 if step.model.similarity == "dot" else step.model.margin
-    scores = emu_scores(**step.arguments, mutation=None, margin=margin)
+    scores = emu_scores(**step.arguments, mutation_rate=None, margin=margin)
     real = scores.negative != float("-inf")
     negative = scores.negative.masked_fill(~real, 0.0)
     logits = step.config.adversarial_temperature * negative.detach()

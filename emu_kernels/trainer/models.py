@@ -118,7 +118,8 @@ class Model(nn.Module):
         ids = torch.arange(len(candidates), device=candidates.device).split(_CANDIDATES)
         arguments = self.phi(query)
         scores = [
-            emu_scores(query.vector, candidates, first, i, mutation=None, **arguments) for i in ids
+            emu_scores(query.vector, candidates, first, i, mutation_rate=None, **arguments)
+            for i in ids
         ]
         return torch.cat([s.negative for s in scores], dim=1)
 

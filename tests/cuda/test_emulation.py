@@ -80,11 +80,11 @@ def all_of(inputs: Inputs, options: Options) -> list[Result]:
     def scored(*tensors: Tensor, **more: Any) -> tuple[Tensor, ...]:
         return tuple(s.nan_to_num(neginf=0) for s in emu_scores(*tensors, **more))
 
-    mutation = options.pop("mutation")
+    mutation = options.pop("mutation_rate")
     calls: list[tuple[Any, Options]] = [
         (fused_emu_loss, LOSS | {"mutation_rate": mutation}),
         (fused_emu_loss, LOSS | {"mutation_rate": mutation, "sparse_grad": True}),
-        (scored, {"mutation": mutation, "seed": 5}),
+        (scored, {"mutation_rate": mutation, "seed": 5}),
     ]
     return [evaluate(function, inputs, backend="cuda", **own, **options) for function, own in calls]
 
@@ -102,7 +102,7 @@ def test_same_bits_in_any_order(
         results = []
         for order, seed in ORDERS:
             cuda.set_order(order, seed)
-            options = options_of(similarity, 4, dim) | {"mutation": mutation}
+            options = options_of(similarity, 4, dim) | {"mutation_rate": mutation}
             results.append(all_of(inputs, options))
         for other in results[1:]:
             pairs = zip(results[0], other, strict=True)
@@ -130,7 +130,7 @@ def test_moments_in_any_order(
     results, gradients = [], []
     for order, seed in ORDERS:
         cuda.set_order(order, seed)
-        results.append(all_of(inputs, options | {"mutation": Expected(0.4)}))
+        results.append(all_of(inputs, options | {"mutation_rate": Expected(0.4)}))
         gradients.append(torch.autograd.grad(fused_emu_loss(*inputs, **learned), rates)[0])
     for other in results[1:]:
         assert all(same_bits(a, b) for a, b in zip(results[0], other, strict=True))

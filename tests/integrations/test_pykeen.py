@@ -152,7 +152,7 @@ def test_scores_are_pykeens_own(nations, name, side):
         everyone,
         similarity=mapping.similarity,
         scale=None if query.scale is None else flat(query.scale),
-        mutation=None,
+        mutation_rate=None,
     )
     expected = model.score_t(triples[:, :2]) if side == "tail" else model.score_h(triples[:, 1:])
     torch.testing.assert_close(scores.negative, expected)

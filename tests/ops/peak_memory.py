@@ -50,7 +50,7 @@ def softmax(inputs: Inputs, backend: str) -> object:
 
 
 def scores(inputs: Inputs, backend: str) -> object:
-    scored = emu_scores(*inputs, mutation=0.5, seed=1, backend=backend)
+    scored = emu_scores(*inputs, mutation_rate=0.5, seed=1, backend=backend)
     total = scored.positive.sum() + scored.negative.sum() + scored.mutated.square().sum()
     return torch.autograd.grad(total, inputs[:2])
 

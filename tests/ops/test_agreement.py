@@ -101,7 +101,7 @@ def finite_sums(*inputs: Tensor, **options: Any) -> tuple[Tensor, ...]:
 def test_scores(shape: Shape, kernel: str, device: torch.device) -> None:
     shape.skip_if_too_slow(kernel, device)
     inputs = shape.make(padding=True)
-    options: Options = {"mutation": 0.61, "seed": 5, "row_offset": 17, "margin": 2.0}
+    options: Options = {"mutation_rate": 0.61, "seed": 5, "row_offset": 17, "margin": 2.0}
     with torch.no_grad():
         upstream = random_like(finite_sums(*inputs, backend="reference", **options))
     expected = exact(finite_sums, inputs, upstream=upstream, **options)
@@ -116,7 +116,7 @@ def test_table_dtypes(shape: Shape, dtype: torch.dtype, kernel: str, device: tor
     inputs = shape.make(dtype=dtype, padding=True)
     calls: list[tuple[Callable[..., Any], Options]] = [
         (fused_emu_loss, LOSS),
-        (finite_sums, {"mutation": 0.61, "seed": 5}),
+        (finite_sums, {"mutation_rate": 0.61, "seed": 5}),
     ]
     for function, options in calls:
         actual = evaluate(function, inputs.to(device), backend=kernel, **options)
@@ -239,7 +239,7 @@ def test_every_element_is_written(kernel: str, device: torch.device) -> None:
     calls: list[tuple[Callable[..., Any], Options]] = [
         (fused_emu_loss, LOSS | {"reduction": "none"}),
         (fused_softmax_loss, {}),
-        (finite_sums, {"mutation": 0.61, "seed": 5}),
+        (finite_sums, {"mutation_rate": 0.61, "seed": 5}),
     ]
     torch.use_deterministic_algorithms(True)
     try:

@@ -82,7 +82,7 @@ def recorded(backend: str, device: torch.device) -> dict[str, list[tuple[Any, An
             fused_softmax_loss(**given).backward()
             rule: Options = {k: mutation[k] for k in ("mask_unit", "seed") if k in mutation}
             for rate in (None, mutation["mutation_rate"]):
-                scored = emu_scores(**given, **rule, mutation=rate)
+                scored = emu_scores(**given, **rule, mutation_rate=rate)
                 torch.autograd.backward(scored, [torch.ones_like(s) for s in scored])
             with torch.no_grad():
                 fused_emu_loss(**given, **mutation)
@@ -131,7 +131,7 @@ def test_gradcheck_of_scores(backend: str, device: torch.device) -> None:
     inputs = make(4, 3, 5, groups=2, rows=6, dtype=torch.float64, padding=True, device=device)
 
     def scores(query: Tensor, table: Tensor) -> tuple[Tensor, ...]:
-        out = emu_scores(query, table, *inputs[2:], mutation=0.5, seed=1, backend=backend)
+        out = emu_scores(query, table, *inputs[2:], mutation_rate=0.5, seed=1, backend=backend)
         return tuple(s.masked_fill(s == float("-inf"), 0) for s in out)
 
     assert torch.autograd.gradcheck(scores, [t.requires_grad_() for t in inputs[:2]])
@@ -171,7 +171,7 @@ def test_gradcheck_of_uls() -> None:
 CALLS: list[tuple[Callable[..., Any], Options]] = [
     (fused_emu_loss, LOSS),
     (fused_softmax_loss, {"reduction": "none"}),
-    (emu_scores, {"mutation": 0.5, "seed": 1}),
+    (emu_scores, {"mutation_rate": 0.5, "seed": 1}),
 ]
 
 
@@ -238,7 +238,7 @@ def test_without_gradients(mode: Callable[[], Any], backend: str, device: torch.
     expected = fused_emu_loss(*inputs, backend=backend, **LOSS)
     with mode():
         loss = fused_emu_loss(*inputs, backend=backend, **LOSS)
-        scores = emu_scores(*inputs, mutation=0.5, seed=1, backend=backend)
+        scores = emu_scores(*inputs, mutation_rate=0.5, seed=1, backend=backend)
     assert not loss.requires_grad
     assert not any(s.requires_grad for s in scores)
     torch.testing.assert_close(loss, expected.detach())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -39,7 +41,7 @@ def test_backend_that_cannot_run_says_why(kernel: str, monkeypatch: pytest.Monke
     with pytest.raises(RuntimeError, match=f"'{kernel}'.*out for lunch"):
         fused_emu_loss(*inputs, backend=kernel, **LOSS)
     with pytest.raises(RuntimeError, match=f"'{kernel}'.*out for lunch"):
-        emu_scores(*inputs, mutation=0.5, backend=kernel)
+        emu_scores(*inputs, mutation_rate=0.5, backend=kernel)
     with pytest.raises(RuntimeError, match=f"'{kernel}'.*out for lunch"):
         emu_mutate(torch.ones(1, 2), torch.ones(1, 1, 2), mutation_rate=0.5, backend=kernel)
 
@@ -75,3 +77,15 @@ def test_backends_are_told_apart(kernel: str, device: torch.device) -> None:
             loss: Tensor = fused_emu_loss(*inputs, backend=name, **LOSS)
         assert loss.isfinite()
         assert any("loss_forward" in call for call in calls) == (name == kernel)
+
+
+def test_mutation_rate_by_its_former_name() -> None:
+    inputs = make()
+    expected = emu_scores(*inputs, mutation_rate=0.5, seed=1)
+    old: dict[str, Any] = {"mutation": 0.5}
+    with pytest.warns(DeprecationWarning, match=r"mutation: .* now named mutation_rate") as caught:
+        scores = emu_scores(*inputs, seed=1, **old)
+    assert caught[0].filename == __file__  # of the caller
+    assert all(torch.equal(x, y) for x, y in zip(scores, expected, strict=True))
+    with pytest.raises(TypeError, match=r"mutation_rate: .* mutation, too"):
+        emu_scores(*inputs, mutation_rate=0.5, seed=1, **old)

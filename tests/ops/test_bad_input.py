@@ -92,7 +92,7 @@ TENSORS: list[Case] = [
 ]
 
 
-def rate(name: str) -> list[Case]:
+def rate(name: str, *, optional: bool = False) -> list[Case]:
     return [
         (name, always(-0.01), ValueError, "-0.01"),
         (name, always(1.01), ValueError, "1.01"),
@@ -100,7 +100,7 @@ def rate(name: str) -> list[Case]:
         (name, always(math.inf), ValueError, "inf"),
         (name, always("0.5"), TypeError, "str"),
         (name, always(True), TypeError, "bool"),
-        *([(name, always(None), TypeError, "NoneType")] if name == "mutation_rate" else []),
+        *([] if optional else [(name, always(None), TypeError, "NoneType")]),
         # Users pass rates, not the rules that are made of them.
         (name, always(Component(thresholds=torch.zeros(3))), TypeError, "Component"),
         (name, lambda a: torch.tensor(0.5), ValueError, r"got shape \(\)"),
@@ -245,12 +245,12 @@ def test_softmax_loss(case: Case, backend: str, device: torch.device) -> None:
     check(fused_softmax_loss, batch(device) | {"backend": backend}, case)
 
 
-SCORES_CASES = [*TENSORS, *rate("mutation"), *SEED, *MARGIN, *BACKEND]
+SCORES_CASES = [*TENSORS, *rate("mutation_rate", optional=True), *SEED, *MARGIN, *BACKEND]
 
 
 @pytest.mark.parametrize("case", SCORES_CASES, ids=ids(SCORES_CASES))
 def test_scores(case: Case, backend: str, device: torch.device) -> None:
-    check(emu_scores, batch(device) | {"mutation": 0.5, "seed": 1, "backend": backend}, case)
+    check(emu_scores, batch(device) | {"mutation_rate": 0.5, "seed": 1, "backend": backend}, case)
 
 
 MUTATE_CASES = [*MUTATE, *rate("mutation_rate"), *SEED, *BACKEND]
@@ -317,4 +317,4 @@ def test_ids_are_checked_before_gradients_are_asked_for(backend: str, device: to
         with pytest.raises(IndexError, match="negative"):
             fused_softmax_loss(**bad, backend=backend, sparse_grad=sparse)
         with pytest.raises(IndexError, match="negative"):
-            emu_scores(**bad, mutation=0.5, backend=backend, sparse_grad=sparse)
+            emu_scores(**bad, mutation_rate=0.5, backend=backend, sparse_grad=sparse)

@@ -42,9 +42,9 @@ CALLS: list[tuple[Callable[..., Any], Options]] = [
     (fused_emu_loss, LOSS),
     (fused_emu_loss, LOSS | {"reduction": "none", "row_offset": 7}),
     (fused_softmax_loss, {"reduction": "sum"}),
-    (emu_scores, {"mutation": 0.5, "seed": 1, "margin": 2.0}),
+    (emu_scores, {"mutation_rate": 0.5, "seed": 1, "margin": 2.0}),
     (fused_emu_loss, RATES | {"mutation_rate": Expected(0.5)}),
-    (emu_scores, {"mutation": Expected(0.5)}),
+    (emu_scores, {"mutation_rate": Expected(0.5)}),
 ]
 
 
@@ -143,7 +143,7 @@ def test_no_seed_draws_anew_at_each_call(kernel: str, device: torch.device) -> N
     calls: list[Callable[[], Tensor]] = [
         lambda: fused_emu_loss(*inputs, backend=kernel, **RATES),
         lambda: module(*inputs),
-        lambda: emu_scores(*inputs, mutation=0.5, backend=kernel).mutated.sum(),
+        lambda: emu_scores(*inputs, mutation_rate=0.5, backend=kernel).mutated.sum(),
     ]
     for call in calls:
         fused = torch.compile(call, fullgraph=True, backend="aot_eager")

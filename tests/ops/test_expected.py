@@ -56,7 +56,7 @@ def moments(similarity: str, rate: Tensor) -> Moments:
     inputs = make(4, 5, 6, dtype=torch.float64)
     query, table, positive, negative = inputs
     scored = emu_scores(
-        *inputs, similarity=similarity, mutation=Expected(rate), mask_unit=unit(similarity),
+        *inputs, similarity=similarity, mutation_rate=Expected(rate), mask_unit=unit(similarity),
         backend="reference",
     )  # fmt: skip
     scores, chances = [], []
@@ -117,8 +117,8 @@ def test_limits_of_the_rate(similarity: str, backend: str, device: torch.device)
 
     def scores(rate: float) -> EmuScores:
         return emu_scores(
-            *inputs, similarity=similarity, mutation=Expected(rate), mask_unit=unit(similarity),
-            backend=backend,
+            *inputs, similarity=similarity, mutation_rate=Expected(rate),
+            mask_unit=unit(similarity), backend=backend,
         )  # fmt: skip
 
     none, every = scores(0.0), scores(1.0)
@@ -138,7 +138,7 @@ def test_rate_0_is_uls(backend: str, device: torch.device) -> None:
 def test_uls_of_the_scores_is_the_loss(backend: str, device: torch.device) -> None:
     inputs = make(6, 5, 20, padding=True, device=device)
     rule = Expected(0.6)
-    scored = emu_scores(*inputs, mutation=rule, backend=backend)
+    scored = emu_scores(*inputs, mutation_rate=rule, backend=backend)
     loss = uls_cross_entropy(scored.positive, scored.mutated, cumulant=scored.cumulant, beta=0.53)
     expected = fused_emu_loss(*inputs, mutation_rate=rule, beta=0.53, alpha=0.0, backend=backend)
     assert_near(loss, expected)
@@ -150,7 +150,7 @@ def test_module_and_sampled_cumulant() -> None:
     assert torch.equal(
         module(*inputs), fused_emu_loss(*inputs, mutation_rate=Expected(0.6), **LOSS)
     )
-    drawn = emu_scores(*inputs, mutation=0.5, seed=1)
+    drawn = emu_scores(*inputs, mutation_rate=0.5, seed=1)
     assert torch.equal(drawn.cumulant, drawn.mutated)
 
 
@@ -368,7 +368,7 @@ def test_one_vs_all(similarity: str, kind: str) -> None:
     )
     if rule is None:
         scored = emu_scores(
-            query, table, positive, negative, mutation=None, backend="reference", **options
+            query, table, positive, negative, mutation_rate=None, backend="reference", **options
         )
         expected = reference.softmax_rows(scored.positive, scored.negative).mean()
     else:

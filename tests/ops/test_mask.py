@@ -123,7 +123,7 @@ def by_scores(draw: Draw, backend: str, device: torch.device) -> Tensor:
             table,
             positive,
             negative,
-            mutation=draw.threshold / 256,
+            mutation_rate=draw.threshold / 256,
             seed=draw.seed,
             row_offset=draw.row_offset,
             backend=backend,
@@ -142,7 +142,7 @@ def by_query_gradient(draw: Draw, backend: str, device: torch.device) -> Tensor:
         table,
         positive,
         negative,
-        mutation=draw.threshold / 256,
+        mutation_rate=draw.threshold / 256,
         seed=draw.seed,
         row_offset=draw.row_offset,
         backend=backend,
@@ -164,7 +164,7 @@ def by_table_gradient(draw: Draw, backend: str, device: torch.device) -> Tensor:
         table,
         torch.zeros(draw.batch, dtype=torch.int64, device=device),
         negative,
-        mutation=draw.threshold / 256,
+        mutation_rate=draw.threshold / 256,
         seed=draw.seed,
         row_offset=draw.row_offset,
         backend=backend,
@@ -314,7 +314,14 @@ def test_shared_negatives_are_mutated_apart(backend: str, device: torch.device) 
     table, positive, negative = ones_against_zeros(draw, device)
     query = torch.zeros(draw.batch, draw.dim, device=device).requires_grad_()
     scores = emu_scores(
-        query, table, positive, negative[:1], mutation=0.5, seed=11, row_offset=3, backend=backend
+        query,
+        table,
+        positive,
+        negative[:1],
+        mutation_rate=0.5,
+        seed=11,
+        row_offset=3,
+        backend=backend,
     )
     (grad,) = torch.autograd.grad(scores.mutated[:, 2].sum(), query)
     assert torch.equal(grad.cpu() == 1, expected(draw)[:, 2])

@@ -80,7 +80,7 @@ def test_saved_for_backward(kernel: str, device: torch.device) -> None:
     emu = saved_bytes(fused_emu_loss, inputs, **LOSS, **options)
     assert 0 < vanilla <= 2 * scores + 2 * vectors + 1024
     assert emu - vanilla <= 2 * scores
-    built = saved_bytes(emu_scores, inputs, mutation=0.5, seed=1, **options)
+    built = saved_bytes(emu_scores, inputs, mutation_rate=0.5, seed=1, **options)
     assert built <= 2 * scores + 2 * vectors + 1024
 
 

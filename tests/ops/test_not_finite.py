@@ -126,7 +126,7 @@ def test_scores(place: str, value: float, kernel: str, device: torch.device) -> 
         inputs = spoil(inputs, place, value, row=row, component=component)
 
     def run(backend: str) -> list[Tensor]:
-        options: Options = {"mutation": 0.5, "seed": 2, "backend": backend}
+        options: Options = {"mutation_rate": 0.5, "seed": 2, "backend": backend}
         result = evaluate(emu_scores, inputs.to(device), **options)
         return [*result.outputs, result.query, result.table]
 

@@ -36,7 +36,7 @@ def test_every_number_is_read_exactly(
         query = torch.zeros(1, table.shape[1], device=device).requires_grad_()
         positive = torch.tensor([0], device=device)
         scores = emu_scores(
-            query, table, positive, positive[:0], mutation=0.5, seed=1, backend=backend
+            query, table, positive, positive[:0], mutation_rate=0.5, seed=1, backend=backend
         )
         (grad,) = torch.autograd.grad(scores.positive.sum(), query)
         torch.testing.assert_close(grad, table.float(), rtol=0, atol=0, equal_nan=True)
@@ -71,7 +71,7 @@ def test_gradient_is_rounded_as_torch_rounds(
         table,
         positive,
         positive[:0],
-        mutation=0.5,
+        mutation_rate=0.5,
         seed=1,
         sparse_grad=sparse,
         backend=backend,
@@ -109,7 +109,7 @@ def test_contributions_are_summed_in_fp32(
     inputs = Inputs(query, table, positive, negative)
     upstream = [own.float(), (~own).float()[:, None], *[torch.zeros(batch, 1)] * 2]
     result = evaluate(
-        emu_scores, inputs.to(device), upstream=upstream, mutation=0.5, seed=1, backend=backend
+        emu_scores, inputs.to(device), upstream=upstream, mutation_rate=0.5, seed=1, backend=backend
     )
     expected = values.double().sum().to(dtype)
     assert result.table.dtype == dtype

@@ -81,7 +81,7 @@ def test_scores_of_padding(backend: str, device: torch.device) -> None:
         torch.ones(4),
         *(torch.where(real.cpu(), 1.0, bad) for bad in (torch.inf, torch.nan, -torch.inf)),
     ]
-    options: Options = {"mutation": 0.5, "seed": 1, "backend": backend}
+    options: Options = {"mutation_rate": 0.5, "seed": 1, "backend": backend}
     result = evaluate(emu_scores, inputs, upstream=upstream, **options)
     for scores in result.outputs[1:]:
         assert ((scores == -torch.inf) == ~real).all()
@@ -169,7 +169,7 @@ def test_retain_graph(sparse: bool, backend: str, device: torch.device) -> None:
         query, table, *inputs[2:], backend=backend, sparse_grad=sparse, reduction="none", **LOSS
     )
     scores = emu_scores(
-        query, table, *inputs[2:], mutation=0.5, seed=1, backend=backend, sparse_grad=sparse
+        query, table, *inputs[2:], mutation_rate=0.5, seed=1, backend=backend, sparse_grad=sparse
     )
     outputs = (loss, scores.positive)
 
@@ -306,7 +306,7 @@ def test_huge_stride(backend: str, device: torch.device, tmp_path: Path) -> None
     )
     table = storage.as_strided((3, 21), (stride, 1))
     table.copy_(inputs.table)
-    calls: list[Call] = [(fused_emu_loss, LOSS), (emu_scores, {"mutation": 0.5, "seed": 1})]
+    calls: list[Call] = [(fused_emu_loss, LOSS), (emu_scores, {"mutation_rate": 0.5, "seed": 1})]
     for function, options in calls:
         assert_agree(
             evaluate(function, inputs._replace(table=table), backend=backend, **options),
@@ -339,13 +339,13 @@ def test_inputs_are_not_changed(backend: str, device: torch.device) -> None:
     inputs = make(6, 7, 21, padding=True, device=device)
     before = [t.clone() for t in inputs]
     evaluate(fused_emu_loss, inputs, backend=backend, **LOSS)
-    evaluate(emu_scores, inputs, backend=backend, mutation=0.5, seed=1)
+    evaluate(emu_scores, inputs, backend=backend, mutation_rate=0.5, seed=1)
     assert all(torch.equal(a, b) for a, b in zip(before, inputs, strict=True))
 
 
 def test_default_dtype_does_not_matter(backend: str, device: torch.device) -> None:
     inputs = make(6, 7, 21, padding=True, device=device)
-    calls: list[Call] = [(fused_emu_loss, LOSS), (emu_scores, {"mutation": 0.5, "seed": 1})]
+    calls: list[Call] = [(fused_emu_loss, LOSS), (emu_scores, {"mutation_rate": 0.5, "seed": 1})]
     for function, options in calls:
         expected = evaluate(function, inputs, backend=backend, **options)
         torch.set_default_dtype(torch.float64)
@@ -393,7 +393,9 @@ def test_empty(
         assert result.table.shape == inputs.table.shape
         for tensor in (*result.outputs, *result[1:]):
             assert (tensor == 0).all()
-    scores = evaluate(emu_scores, inputs, mutation=0.5, seed=1, backend=backend, sparse_grad=sparse)
+    scores = evaluate(
+        emu_scores, inputs, mutation_rate=0.5, seed=1, backend=backend, sparse_grad=sparse
+    )
     count = shape[-1]
     assert [tuple(s.shape) for s in scores.outputs] == [(batch,), *[(batch, count)] * 3]
     assert_near(scores.query, inputs.table[inputs.positive])

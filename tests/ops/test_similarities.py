@@ -134,11 +134,11 @@ def assert_agree(function: Callable[..., Any], made: Case, kernel: str, **option
 
 
 def score(*arguments: Any, **options: Any) -> Any:
-    return emu_scores(*arguments, mutation=0.0, seed=0, backend="reference", **options)
+    return emu_scores(*arguments, mutation_rate=0.0, seed=0, backend="reference", **options)
 
 
 def scores(*arguments: Any, mutation_rate: Any, **options: Any) -> Any:
-    return emu_scores(*arguments, mutation=mutation_rate, **options)
+    return emu_scores(*arguments, mutation_rate=mutation_rate, **options)
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
@@ -197,14 +197,18 @@ def test_scores_without_mutation(similarity: str, backend: str) -> None:
     made = case(similarity, **SHAPES[1])
     state = torch.get_rng_state()
     options = Options(backend=backend, margin=1.5)
-    actual, _ = run(lambda *a, **o: emu_scores(*a, mutation=None, **o)[:2], made, **options)
+    actual, _ = run(lambda *a, **o: emu_scores(*a, mutation_rate=None, **o)[:2], made, **options)
     assert torch.equal(torch.get_rng_state(), state)
-    expected, _ = run(lambda *a, **o: emu_scores(*a, mutation=0.5, **o)[:2], made, **options)
+    expected, _ = run(lambda *a, **o: emu_scores(*a, mutation_rate=0.5, **o)[:2], made, **options)
     for name, value in expected.items():
         torch.testing.assert_close(actual[name], value)
     with torch.no_grad():
         out = emu_scores(
-            made.leaves["query"], made.leaves["table"], *made.ids, mutation=None, backend=backend
+            made.leaves["query"],
+            made.leaves["table"],
+            *made.ids,
+            mutation_rate=None,
+            backend=backend,
         )
     assert out.mutated is out.negative
 
@@ -394,7 +398,9 @@ def test_large_phases(kernel: str) -> None:
     table[:, 10:] = 0
     query = torch.zeros(2, 20)
     ids = torch.tensor([0, 1]), torch.tensor([[2, 3], [4, 5]])
-    out = emu_scores(query, table, *ids, similarity="hake", mutation=0.0, seed=1, backend=kernel)
+    out = emu_scores(
+        query, table, *ids, similarity="hake", mutation_rate=0.0, seed=1, backend=kernel
+    )
     expected = -(table[2:, :10].double() * 0.5).sin().abs().sum(dim=1)
     torch.testing.assert_close(out.negative.flatten().double(), expected, rtol=1e-4, atol=1e-2)
 
@@ -497,7 +503,7 @@ def test_odd_rows(similarity: str, backend: str) -> None:
     with pytest.raises(ValueError, match="even number of components, got 7"):
         fused_softmax_loss(*make(dim=7), similarity=similarity, backend=backend)
     with pytest.raises(ValueError, match="'pair' needs an even number"):
-        emu_scores(*make(dim=7), mutation=0.5, mask_unit="pair", backend=backend)
+        emu_scores(*make(dim=7), mutation_rate=0.5, mask_unit="pair", backend=backend)
 
 
 def test_bad_mixup() -> None:

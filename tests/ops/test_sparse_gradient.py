@@ -16,10 +16,10 @@ from tests.ops.support import LOSS, Options, make
 CALLS: list[tuple[Callable[..., Any], Options]] = [
     (fused_emu_loss, LOSS),
     (fused_softmax_loss, {}),
-    (lambda *a, **o: emu_scores(*a, **o).positive, {"mutation": 0.5, "seed": 1}),
+    (lambda *a, **o: emu_scores(*a, **o).positive, {"mutation_rate": 0.5, "seed": 1}),
     (
         lambda *a, **o: emu_scores(*a, **o).mutated.clamp(min=-9).sum(1),
-        {"mutation": 0.5, "seed": 1},
+        {"mutation_rate": 0.5, "seed": 1},
     ),
 ]
 

@@ -169,7 +169,7 @@ def test_loss_is_built_of_the_scores(padding: bool, backend: str, device: torch.
     inputs = make(6, 9, 21, dtype=torch.float64, padding=padding).to(device)
 
     def built(*inputs: Tensor) -> Tensor:
-        scores = emu_scores(*inputs, mutation=0.5, seed=3, margin=24, backend=backend)
+        scores = emu_scores(*inputs, mutation_rate=0.5, seed=3, margin=24, backend=backend)
         both = torch.cat([scores.positive[:, None], scores.negative], dim=1)
         vanilla = torch.logsumexp(both, dim=1) - scores.positive
         return uls_cross_entropy(scores.positive, scores.mutated, beta=0.3) + 0.2 * vanilla.mean()
@@ -190,7 +190,12 @@ def test_scores(backend: str, device: torch.device) -> None:
     z_mut = torch.where(drawn, z_pos[:, None], z_neg)
     for margin in (0.0, 24, -1.5):
         scores = emu_scores(
-            *inputs.to(device), mutation=0.5, margin=margin, seed=8, row_offset=40, backend=backend
+            *inputs.to(device),
+            mutation_rate=0.5,
+            margin=margin,
+            seed=8,
+            row_offset=40,
+            backend=backend,
         )
         assert_near(scores.positive, margin + torch.einsum("bd,bd->b", query, z_pos))
         for actual, z in ((scores.negative, z_neg), (scores.mutated, z_mut)):

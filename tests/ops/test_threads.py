@@ -59,7 +59,7 @@ def compute(inputs: Inputs, backend: str) -> list[Result]:
         (fused_emu_loss, LOSS),
         (fused_emu_loss, LOSS | {"reduction": "none", "sparse_grad": True}),
         (fused_softmax_loss, {"reduction": "sum"}),
-        (emu_scores, {"mutation": 0.5, "seed": 1}),
+        (emu_scores, {"mutation_rate": 0.5, "seed": 1}),
     ]
     return [evaluate(function, inputs, backend=backend, **options) for function, options in calls]
 
@@ -235,7 +235,7 @@ def train(inputs: Inputs) -> None:
 
 
 def score(inputs: Inputs) -> None:
-    evaluate(emu_scores, inputs, backend="cpu", mutation=0.5, seed=1)
+    evaluate(emu_scores, inputs, backend="cpu", mutation_rate=0.5, seed=1)
 
 
 def mutate(inputs: Inputs) -> None:

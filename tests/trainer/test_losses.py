@@ -43,7 +43,7 @@ def step_of(
 
 
 def scores_of(step: Step, mutation: float | Mixup | Expected = 0.0) -> EmuScores:
-    return emu_scores(**step.arguments, mutation=mutation, seed=step.seed)
+    return emu_scores(**step.arguments, mutation_rate=mutation, seed=step.seed)
 
 
 def expected_rows(name: str, step: Step) -> Tensor:

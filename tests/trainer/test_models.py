@@ -112,7 +112,7 @@ def test_scores_are_the_operators(name, norm, direction, monkeypatch):
         candidates,
         torch.arange(5),
         torch.arange(9),
-        mutation=0.3,
+        mutation_rate=0.3,
         **model.phi(query),
     )
     torch.testing.assert_close(scores, trained.negative)

@@ -114,7 +114,7 @@ def test_nothing_waits_for_the_device(device: torch.device) -> None:
     torch.cuda.set_sync_debug_mode("error")
     try:
         step(inputs, seed)
-        emu_scores(*inputs, mutation=0.5, seed=seed, backend="triton")
+        emu_scores(*inputs, mutation_rate=0.5, seed=seed, backend="triton")
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -121,7 +121,7 @@ def test_atomic_additions_give_way_where_torch_wants_determinism(
 def test_masks_of_a_half_that_begins_inside_a_philox_block(half: int) -> None:
     """The second half begins at every byte of a word and at every word of a block."""
     inputs = make(2, 3, 2 * half, rows=5)
-    options: Options = {"similarity": "rotate", "mutation": 0.5, "seed": 2**40 + 3}
+    options: Options = {"similarity": "rotate", "mutation_rate": 0.5, "seed": 2**40 + 3}
     expected = emu_scores(*inputs, backend="reference", **options)
     actual = emu_scores(*inputs.to(DEVICE), backend="triton", **options)
     torch.testing.assert_close(actual.mutated.cpu(), expected.mutated)
@@ -163,7 +163,7 @@ def test_a_bad_id_makes_its_row_nan_and_is_raised_later(
 
 def test_scores_of_a_bad_id(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("EMU_KERNELS_CHECK", raising=False)
-    out = emu_scores(*spoiled("positive", 99), mutation=0.5, seed=1, backend="triton")
+    out = emu_scores(*spoiled("positive", 99), mutation_rate=0.5, seed=1, backend="triton")
     for scores in out:
         bad = scores.isnan() if scores.ndim == 1 else scores.isnan().all(dim=1)
         assert bad.tolist() == [False] * 3 + [True]
