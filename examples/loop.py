@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from emu_kernels import fused_emu_loss
+from emu_kernels import fused_emu_loss, queries
 
 MARGIN = 6.0
 
@@ -36,13 +36,8 @@ class RotatE(nn.Module):
         """(B, 2d): the head rotated, or for "head-batch" the tail rotated back."""
         phase = self.relation[sample[:, 1]] * (math.pi / self.range)
         if mode == "head-batch":
-            phase = -phase
-        given = self.entity[sample[:, 2 if mode == "head-batch" else 0]]
-        real, imaginary = given.chunk(2, dim=1)
-        cosine, sine = phase.cos(), phase.sin()
-        return torch.cat(
-            [real * cosine - imaginary * sine, real * sine + imaginary * cosine], dim=1
-        )
+            return queries.rotate(self.entity[sample[:, 2]], phase, to="head")
+        return queries.rotate(self.entity[sample[:, 0]], phase, to="tail")
 
     def forward(self, sample: Tensor, candidates: Tensor, mode: str) -> Tensor:
         """(B, K): scores of the sample with candidates (B, K) as its heads or tails."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from emu_kernels import emu_scores
+from emu_kernels import emu_scores, queries
 
 from .data import Direction
 from .settings import AT_LEAST_0, AT_LEAST_1, setting
@@ -154,7 +154,7 @@ class DistMult(DotProduct, name="DistMult"):
     """⟨h, r, t⟩ (Yang et al., 2015)."""
 
     def query(self, entity: Tensor, relation: Tensor, direction: Direction) -> Query:
-        return Query(entity * relation)
+        return Query(queries.distmult(entity, relation, direction))
 
 
 class ComplEx(DotProduct, name="ComplEx"):
@@ -164,8 +164,7 @@ class ComplEx(DotProduct, name="ComplEx"):
     relation_width = 2
 
     def query(self, entity: Tensor, relation: Tensor, direction: Direction) -> Query:
-        r_re, r_im = relation.chunk(2, dim=-1)
-        return Query(_complex_product(entity, r_re, -r_im if direction == "head" else r_im))
+        return Query(queries.complex(entity, relation, direction))
 
 
 class TransE(Model, name="TransE"):
@@ -178,7 +177,7 @@ class TransE(Model, name="TransE"):
     regularization = 1e-3
 
     def query(self, entity: Tensor, relation: Tensor, direction: Direction) -> Query:
-        return Query(entity + relation if direction == "tail" else entity - relation)
+        return Query(queries.transe(entity, relation, direction))
 
 
 class RotatE(Model, name="RotatE"):
@@ -192,9 +191,7 @@ class RotatE(Model, name="RotatE"):
     regularization = 1e-3
 
     def query(self, entity: Tensor, relation: Tensor, direction: Direction) -> Query:
-        phase = relation * (math.pi / self.range)
-        sine = phase.sin()
-        return Query(_complex_product(entity, phase.cos(), -sine if direction == "head" else sine))
+        return Query(queries.rotate(entity, relation * (math.pi / self.range), direction))
 
 
 class PRotatE(Model, name="pRotatE"):
@@ -213,7 +210,7 @@ class PRotatE(Model, name="pRotatE"):
         self.similarity_weights = nn.Parameter(torch.tensor([0.5 * self.range]))
 
     def query(self, entity: Tensor, relation: Tensor, direction: Direction) -> Query:
-        return Query(entity + relation if direction == "tail" else entity - relation)
+        return Query(queries.protate(entity, relation, direction))
 
 
 class HAKE(Model, name="HAKE"):
@@ -238,14 +235,7 @@ class HAKE(Model, name="HAKE"):
         bias.zero_()
 
     def query(self, entity: Tensor, relation: Tensor, direction: Direction) -> Query:
-        phase, modulus = entity.chunk(2, dim=-1)
-        r_phase, r_modulus, r_bias = relation.chunk(3, dim=-1)
-        r_modulus = r_modulus.abs()
-        r_bias = torch.maximum(r_bias.clamp(max=1.0), -r_modulus)
-        of_head, of_tail = r_modulus + r_bias, 1.0 - r_bias
-        if direction == "tail":
-            return Query(torch.cat((phase + r_phase, modulus * of_head), dim=-1), of_tail)
-        return Query(torch.cat((phase - r_phase, modulus * of_tail), dim=-1), of_head)
+        return Query(*queries.hake(entity, relation, direction))
 
 
 class PairRE(Model, name="PairRE"):
@@ -261,16 +251,7 @@ class PairRE(Model, name="PairRE"):
     norms = (1, 2)
 
     def query(self, entity: Tensor, relation: Tensor, direction: Direction) -> Query:
-        of_head, of_tail = relation.chunk(2, dim=-1)
-        if direction == "head":
-            of_head, of_tail = of_tail, of_head
-        return Query(normalize(entity, dim=-1) * of_head, of_tail)
+        return Query(*queries.pairre(normalize(entity, dim=-1), relation, direction))
 
     def candidates(self) -> Tensor:
         return normalize(self.entity, dim=-1)
-
-
-def _complex_product(x: Tensor, re: Tensor, im: Tensor) -> Tensor:
-    """x · (re + i·im) of (B, 2d) re‖im and (B, d) parts, as re‖im."""
-    x_re, x_im = x.chunk(2, dim=-1)
-    return torch.cat((x_re * re - x_im * im, x_re * im + x_im * re), dim=-1)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torch_geometric.nn.kge import ComplEx, DistMult, KGEModel, RotatE, TransE
 
-from emu_kernels import fused_emu_loss, validate
+from emu_kernels import fused_emu_loss, queries, validate
 
 CORRUPT = ("both", "head", "tail")
 
@@ -142,14 +142,10 @@ def _query(model: KGEModel, side: Side, given: Tensor, rel_type: Tensor) -> Tens
     """(B, D): the query for candidates on `side`, of the given entities (B, D) and relations."""
     relation: Tensor = model.rel_emb(rel_type)
     if isinstance(model, DistMult):
-        return given * relation
+        return queries.distmult(given, relation, side)
     if isinstance(model, TransE):
-        return given + relation if side == "tail" else given - relation
-    if isinstance(model, ComplEx):
-        re, im = relation, model.rel_emb_im(rel_type)
-    else:
-        re, im = relation.cos(), relation.sin()
-    if side == "head":  # the complex conjugate
-        im = -im
-    given_re, given_im = given.chunk(2, dim=-1)
-    return torch.cat([given_re * re - given_im * im, given_re * im + given_im * re], dim=-1)
+        return queries.transe(given, relation, side)
+    if isinstance(model, RotatE):
+        return queries.rotate(given, relation, side)
+    relation = torch.cat([relation, model.rel_emb_im(rel_type)], dim=-1)
+    return queries.complex(given, relation, side)

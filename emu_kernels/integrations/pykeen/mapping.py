@@ -27,6 +27,8 @@ from pykeen.nn.modules import (
 from pykeen.utils import ensure_complex
 from torch import Tensor
 
+from emu_kernels import queries
+
 from .sides import SideName
 
 Parts = list[Tensor]  # representations of one kind, each (..., *its shape)
@@ -59,19 +61,16 @@ def _rotation(side: SideName, given: Parts, relation: Parts) -> Query:
 
 
 def _translation(side: SideName, given: Parts, relation: Parts) -> Query:
-    return Query([given[0] + relation[0] if side == "tail" else given[0] - relation[0]])
+    return Query([queries.transe(given[0], relation[0], side)])
 
 
 def _pair(side: SideName, given: Parts, relation: Parts) -> Query:
-    of_head, of_tail = relation
-    if side == "head":
-        of_head, of_tail = of_tail, of_head
-    return Query([given[0] * of_head], [of_tail])
+    query, scale = queries.pairre(given[0], torch.cat(relation, dim=-1), side)
+    return Query([query], [scale])
 
 
 def _bilinear(side: SideName, given: Parts, relation: Parts) -> Query:
-    matrix = relation[0] if side == "tail" else relation[0].mT
-    return Query([torch.einsum("bd,bde->be", given[0], matrix)])
+    return Query([queries.rescal(given[0], relation[0].flatten(start_dim=1), side)])
 
 
 def _average(side: SideName, given: Parts, relation: Parts) -> Query:
