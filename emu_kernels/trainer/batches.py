@@ -7,7 +7,6 @@ with (seed, stream, index). A resumed run draws what the uninterrupted run would
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
@@ -15,17 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from emu_kernels.negatives import derive_seed as derive_seed
+from emu_kernels.negatives import generator as generator
+
 from .data import DIRECTIONS, Direction
-
-
-def derive_seed(seed: int, stream: str, index: int) -> int:
-    """An int in [0, 2⁶³) for item `index` of a named stream of a run's randomness."""
-    digest = hashlib.blake2b(f"{seed}/{stream}/{index}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
-def generator(device: torch.device, seed: int, stream: str, index: int = 0) -> torch.Generator:
-    return torch.Generator(device).manual_seed(derive_seed(seed, stream, index))
 
 
 class Batch(NamedTuple):

@@ -226,7 +226,7 @@ def test_the_seed_determines_everything(graph):
 )
 def test_resumed_run_equals_the_uninterrupted_one(graph, tmp_path, monkeypatch, settings):
     """Interrupted at a step that ends no epoch, block of negatives, log line or evaluation."""
-    monkeypatch.setattr("emu_kernels.trainer.sampling._BLOCK_IDS", 64 * 8 * 4)
+    monkeypatch.setattr("emu_kernels.negatives._BLOCK_IDS", 64 * 8 * 4)
     config = small(**settings, filter_negatives=True)
     straight = start(tmp_path / "straight", config, graph)
     straight.train()

@@ -8,16 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from emu_kernels import negatives
+from emu_kernels.negatives import KnownTriples, UniformNegatives
 from emu_kernels.trainer import sampling
 from emu_kernels.trainer.batches import AlternatingBatches, Batch, derive_seed
 from emu_kernels.trainer.config import Config
 from emu_kernels.trainer.data import DIRECTIONS, Graph
-from emu_kernels.trainer.sampling import (
-    ALL,
-    FilteredNegatives,
-    KnownTriples,
-    UniformNegatives,
-)
+from emu_kernels.trainer.sampling import ALL, FilteredNegatives
 
 CPU = torch.device("cpu")
 
@@ -80,7 +77,7 @@ def test_tails_and_heads_are_predicted_in_turn():
 
 
 def test_negatives_are_a_function_of_seed_and_step(monkeypatch):
-    monkeypatch.setattr(sampling, "_BLOCK_IDS", 5 * 4 * 3)  # three steps a block
+    monkeypatch.setattr(negatives, "_BLOCK_IDS", 5 * 4 * 3)  # three steps a block
     straight = UniformNegatives(50, 5, 4, seed=1, device=CPU)
     expected = [straight(step).clone() for step in range(10)]
     assert torch.equal(UniformNegatives(50, 5, 4, seed=1, device=CPU)(7), expected[7])

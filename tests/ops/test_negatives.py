@@ -1,0 +1,124 @@
+"""Negatives by the public sampler: false, of fitting types, as often as their weights say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from emu_kernels.negatives import KnownTriples, Negatives
+from emu_kernels.queries import Side
+
+N, R, B, K = 20, 4, 12, 50
+
+
+def triples(count: int = 300) -> Tensor:
+    """Of relations 0 to 2: relation 3 has none."""
+    draws = torch.Generator().manual_seed(7)
+    return torch.stack([torch.randint(n, (count,), generator=draws) for n in (N, 3, N)], dim=1)
+
+
+def make(data: Tensor, **options: Any) -> Negatives:
+    return Negatives(data, N, R, batch_size=B, count=K, **options)
+
+
+def test_negatives_are_false() -> None:
+    data = triples()
+    truth = {tuple(triple) for triple in data.tolist()}
+    head, relation, tail = data[:B].T
+    for options in ({}, {"candidates": "typed"}, {"weight": torch.arange(N)}, {"sets": 3}):
+        draw, plain = (make(data, filtered=x, **options) for x in (True, False))
+        sides: list[tuple[Side, Tensor]] = [("tail", head), ("head", tail)]
+        for to, given in sides:
+            found, drawn = draw(0, given, relation, to), plain(0, given, relation, to)
+            assert found.shape == drawn.shape == (options.get("sets", B), K)
+            assert drawn.min() >= 0
+            assert drawn.max() < N
+            block = B // len(found)
+            for i, (row, before) in enumerate(zip(found.tolist(), drawn.tolist(), strict=True)):
+                for candidate, kept in zip(before, row, strict=True):
+                    known = any(
+                        ((g, r, candidate) if to == "tail" else (candidate, r, g)) in truth
+                        for g, r in zip(
+                            given[i * block : (i + 1) * block].tolist(),
+                            relation[i * block : (i + 1) * block].tolist(),
+                            strict=True,
+                        )
+                    )
+                    assert kept == (-1 if known else candidate)
+
+
+def test_types() -> None:
+    """Each entity that a relation has on a side is drawn as often, and no other."""
+    data = torch.tensor([[0, 0, 5], [1, 0, 5], [1, 0, 6], [2, 1, 7], [2, 1, 9]])
+    draw = Negatives(
+        data, N, R, batch_size=3, count=20_000, candidates="typed", filtered=False, seed=2
+    )
+    relation = torch.tensor([0, 1, 3])
+    expected: dict[Side, list[list[int]]] = {"tail": [[5, 6], [7, 9]], "head": [[0, 1], [2]]}
+    for to, pools in expected.items():
+        found = draw(0, torch.tensor([0, 2, 4]), relation, to)
+        for row, pool in zip(found, (*pools, range(N)), strict=True):
+            ids, counts = row.unique(return_counts=True)
+            assert ids.tolist() == list(pool)
+            wanted = 20_000 / len(pool)
+            assert ((counts - wanted).abs() < 5 * wanted**0.5).all()
+
+
+def test_weights() -> None:
+    weight = torch.rand(N, generator=torch.Generator().manual_seed(1)) ** 4
+    weight[[2, 17]] = 0
+    draw = Negatives(
+        triples(), N, R, batch_size=100, count=2000, weight=weight, filtered=False, seed=5
+    )
+    counts = draw(0, *triples(100)[:, :2].T).flatten().bincount(minlength=N)
+    wanted = weight / weight.sum() * 200_000
+    assert ((counts - wanted).abs() <= 5 * wanted**0.5).all()
+    assert counts[2] == counts[17] == 0
+
+
+def test_seed_step_and_a_short_batch() -> None:
+    data = triples()
+    given, relation = data[:B, :2].T
+    first, second = make(data, seed=3), make(data, seed=3)
+    wanted = [first(step, given, relation).clone() for step in range(3)]
+    assert torch.equal(second(2, given, relation), wanted[2])
+    assert not torch.equal(wanted[1], wanted[2])
+    assert not torch.equal(make(data, seed=4)(2, given, relation), wanted[2])
+    assert torch.equal(second(2, given[:5], relation[:5]), wanted[2][:5])
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"sets": 5}, "sets: expected a divisor of batch_size 12, got 5"),
+        ({"candidates": "any"}, "candidates"),
+        ({"candidates": "typed", "sets": 3}, "candidates: 'typed' takes no weight"),
+        ({"weight": torch.ones(3)}, r"weight: expected shape \(20,\), got \(3,\)"),
+        ({"weight": -torch.ones(N)}, "weight: expected finite"),
+        ({"weight": torch.zeros(N)}, "weight: expected finite"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        make(triples(), **options)
+
+
+def test_bad_input() -> None:
+    data = triples()
+    with pytest.raises(ValueError, match=r"triples: expected shape \(M, 3\)"):
+        make(data[:0])
+    with pytest.raises(TypeError, match="triples: expected int64"):
+        make(data.int())
+    given, relation = data[: B + 1, :2].T
+    with pytest.raises(ValueError, match="given: expected 12 rows, got 13"):
+        make(data)(0, given, relation)
+    with pytest.raises(ValueError, match="given: expected 12 rows, got 5"):
+        make(data, sets=3)(0, given[:5], relation[:5])
+    bad: Any = "tails"
+    with pytest.raises(ValueError, match=r"to: .*tails"):
+        make(data)(0, given[:B], relation[:B], bad)
+    with pytest.raises(ValueError, match="63 bits"):
+        KnownTriples(data, 2**31, 4)
