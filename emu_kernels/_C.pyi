@@ -58,6 +58,8 @@ def loss_forward(
     alpha: float,
     coefficients: int,
     sample_weight: int,
+    positive_log_q: int,
+    negative_log_q: int,
     reduction: str,
     need_grad: bool,
     loss: int,

@@ -79,6 +79,7 @@ def fused_emu_loss(
     similarity_weights: Tensor | None = None,
     phase_scale: float = 1.0,
     sample_weight: Tensor | None = None,  # (B,)
+    log_q: Tensor | None = None,  # (N,)
     mask_unit: str = "component",
     seed: int | Tensor | None = None,
     row_offset: int = 0,
@@ -131,6 +132,14 @@ def fused_emu_loss(
         similarity_weights: w, (2,) for "hake", (1,) for "protate"; None is ones.
         phase_scale: κ, for "hake" and "protate": π over the range that the phases' embeddings have.
         sample_weight: (B,) weight of each row's loss, not differentiated.
+        log_q: (N,) of any floating dtype: for each row of ``table`` the logarithm of its (expected)
+            share of the drawn candidates, for the logQ correction of sampled softmax (Bengio and
+            Senécal, 2008; Yi et al., 2019). s − log q then takes the place of every score above:
+            the positive's, the negatives', and, with its negative's log q, the mutated ones'; in
+            closed form, of means and cumulants. So both terms are (smoothed) cross-entropies of
+            corrected logits. A constant cancels. Not differentiated; read at the call, and may be
+            changed before the backward pass. A row with a candidate whose log q is not finite has
+            loss NaN. None corrects nothing, and costs nothing.
         mask_unit: "component", or "pair": components j and D/2 + j, the parts of a complex number
             in "rotate" (and in ComplEx's "dot"), are mutated together.
         seed: of the masks: an int in [0, 2^63), a one-element int64 tensor on the table's device,
@@ -175,6 +184,7 @@ def fused_emu_loss(
         alpha=alpha,
         sample_weight=sample_weight,
         reduction=reduction,
+        log_q=log_q,
     )
     return backends.resolve(backend, table.device).loss(request).loss
 
@@ -190,6 +200,7 @@ def fused_softmax_loss(
     similarity_weights: Tensor | None = None,
     phase_scale: float = 1.0,
     sample_weight: Tensor | None = None,  # (B,)
+    log_q: Tensor | None = None,  # (N,)
     reduction: str = "mean",
     sparse_grad: bool = False,
     backend: str | None = None,
@@ -219,6 +230,7 @@ def fused_softmax_loss(
         alpha=1.0,
         sample_weight=sample_weight,
         reduction=reduction,
+        log_q=log_q,
     )
     return backends.resolve(backend, table.device).loss(request).loss
 
@@ -251,6 +263,8 @@ def emu_scores(
             ``cumulant`` are ``negative`` itself, at no cost. Its former name, ``mutation``, is
             deprecated.
         margin: γ, added to every score.
+
+    There is no ``log_q``: subtract ``log_q[positive]`` and ``log_q[negative]`` from the scores.
 
     The other arguments and the errors are those of :func:`fused_emu_loss`.
 
@@ -346,7 +360,8 @@ def uls_cross_entropy(
         L = (1/K) · [(l̂ − s⁺) + β Σ_k (l̂ − ŝ_k)]     l̂ = logsumexp(s⁺, ŝ_1..ŝ_K)
 
     Args:
-        positive_score: (B,) s⁺, any floating dtype; computed in fp32 (fp64 for fp64).
+        positive_score: (B,) s⁺, any floating dtype; computed in fp32 (fp64 for fp64). For a logQ
+            correction take log q off all three arguments, as :func:`fused_emu_loss` does.
         negative_score: (B, K) ŝ; −inf is padding and takes no part.
         beta: ≥ 0, a number or a one-element tensor.
         cumulant: (B, K) what l̂ is taken over in the place of ŝ, which then are means: the fields of

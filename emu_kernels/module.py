@@ -68,6 +68,7 @@ class EMULoss(nn.Module):
         scale: Tensor | None = None,  # (B, D), or (B, D/2)
         similarity_weights: Tensor | None = None,
         sample_weight: Tensor | None = None,  # (B,)
+        log_q: Tensor | None = None,  # (N,)
         seed: int | Tensor | None = None,
         row_offset: int = 0,
     ) -> Tensor:
@@ -92,6 +93,7 @@ class EMULoss(nn.Module):
             alpha=self.alpha,
             sample_weight=sample_weight,
             reduction=self.reduction,
+            log_q=log_q,
         )
         loss, terms = backends.resolve(self.backend, table.device).loss(request)
         self.last_terms = terms.detach()

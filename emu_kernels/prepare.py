@@ -142,8 +142,10 @@ def loss(
     alpha: float | Tensor,
     sample_weight: Tensor | None,
     reduction: str,
+    log_q: Tensor | None = None,
 ) -> LossRequest:
     validate.sample_weight(sample_weight, request.query)
+    validate.log_q(log_q, request.table)
     validate.coefficient("beta", beta)
     validate.coefficient("alpha", alpha)
     validate.one_of("reduction", reduction, validate.REDUCTIONS)
@@ -154,6 +156,10 @@ def loss(
         beta = alpha = 0.0
     if sample_weight is not None:
         sample_weight = sample_weight.detach().to(like.dtype).contiguous()
+    of_positive = of_negative = None
+    if log_q is not None:
+        of_positive = _of_ids(log_q, request.positive, like.dtype)
+        of_negative = _of_ids(log_q, request.negative, like.dtype)
     return LossRequest(
         mutation=request.mutation,
         seed=request.seed,
@@ -171,8 +177,19 @@ def loss(
         alpha=float(alpha),
         coefficients=coefficients,
         sample_weight=sample_weight,
+        positive_log_q=of_positive,
+        negative_log_q=of_negative,
         reduction=reduction,
     )
+
+
+def _of_ids(log_q: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """Each id's, 0 where padding. A copy, so that the caller may update the table before the
+    backward pass. An id out of range is the backends' business: here it reads another."""
+    rows = log_q.shape[0]
+    if rows == 0:
+        return torch.zeros_like(ids, dtype=dtype)
+    return log_q[ids.clamp(0, rows - 1)].to(dtype).masked_fill(ids < 0, 0.0)
 
 
 def coefficient(value: float | Tensor, like: Tensor) -> Tensor:

@@ -168,6 +168,8 @@ class Batch(NamedTuple):
     known: Known | None  # candidates that are no negatives of some rows
     real: Tensor  # (B,), or () for all rows: how many negatives there are
     total: Tensor  # (B, D), or (D,) for all rows: their sum
+    log_q: Tensor | None = None  # (B,) of the positives; the candidates' is taken off the bias
+    log_q_total: Tensor | float = 0.0  # of the negatives
 
 
 def loss_rows(batch: Batch, request: LossRequest, rate: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -185,7 +187,9 @@ def loss_rows(batch: Batch, request: LossRequest, rate: Tensor | None) -> tuple[
     bound = q.detach().abs().sum(dim=1) * largest  # of all scores
     if rate is not None:
         bound = bound + q.detach().square().sum(dim=1) * largest * largest
-    finite = torch.where((bound + score.detach()).isfinite(), 1.0, float("nan"))
+    if batch.log_q is not None:
+        score = score - batch.log_q
+    finite = torch.where((bound + score.detach() + batch.log_q_total).isfinite(), 1.0, float("nan"))
 
     vanilla = _LogSumExp.apply(score, q, *given) - score
     if rate is None:
@@ -197,7 +201,7 @@ def loss_rows(batch: Batch, request: LossRequest, rate: Tensor | None) -> tuple[
     x = torch.cat([keep * q - 2 * half * z, half], dim=1)
     constant = taken + (half * z.square()).sum(dim=1)
     lse = constant + _LogSumExp.apply(score - constant, x, *given)
-    means = batch.real * taken + (keep * q * batch.total).sum(dim=1)
+    means = batch.real * taken + (keep * q * batch.total).sum(dim=1) - batch.log_q_total
     uls = (lse - score) + beta * (batch.real * lse - means)
     uls = torch.where(batch.real > 0, uls / batch.real.clamp(min=1), 0)
     return uls * finite, vanilla * finite
@@ -274,14 +278,18 @@ def loss(request: LossRequest) -> Loss:
         here = slice(g * rows, (g + 1) * rows)
         real = negative[g] >= 0
         of_set = torch.where(real[:, None], candidates[g * count : (g + 1) * count], 0)
+        bias = torch.where(real, 0.0, float("-inf")).to(own.dtype)
+        of_negatives = request.negative_log_q
         batch = Batch(
             query=request.query[here],
             positive=own[here],
             candidates=of_set,
-            bias=torch.where(real, 0.0, float("-inf")).to(own.dtype),
+            bias=bias if of_negatives is None else bias - of_negatives[g],
             known=None,
             real=real.sum(),
             total=of_set.sum(dim=0),
+            log_q=None if request.positive_log_q is None else request.positive_log_q[here],
+            log_q_total=0.0 if of_negatives is None else of_negatives[g].sum(),
         )
         rate = rates[here] if isinstance(rates, Tensor) and rates.shape[0] > 1 else rates
         assert not isinstance(rate, float)

@@ -18,7 +18,7 @@ from torch import Tensor
 from emu_kernels.mask import mixup_share, mutation_mask
 from emu_kernels.mutation import Component, Mixup
 from emu_kernels.prepare import accumulation_dtype
-from emu_kernels.request import Draws, Request
+from emu_kernels.request import Draws, LossRequest, Request
 from emu_kernels.similarity import SIMILARITIES
 
 # --- similarities: one function each, broadcast over all dimensions but the last ------------------
@@ -236,6 +236,20 @@ def scores(request: Request) -> Scores:
     z_mut = torch.where(real[..., None], mutate(z_pos, z_neg, request), 0)
     s_mut = phi(name, query, z_mut, options).masked_fill(~real, minus_inf)
     return Scores(s_pos, s_neg, s_mut, s_mut)
+
+
+def logits(scored: Scores, request: LossRequest) -> Scores:
+    """Every score less its candidate's log q. A mutated negative is a draw of its negative."""
+    positive, negative = request.positive_log_q, request.negative_log_q
+    if positive is None or negative is None:
+        return scored
+    of_rows = _of_rows(negative, positive.shape[0])
+    return Scores(
+        scored.positive - positive,
+        scored.negative - of_rows,
+        None if scored.mutated is None else scored.mutated - of_rows,
+        None if scored.cumulant is None else scored.cumulant - of_rows,
+    )
 
 
 def softmax_rows(positive: Tensor, negative: Tensor) -> Tensor:

@@ -56,4 +56,6 @@ class LossRequest(Request):
     alpha: float
     coefficients: Tensor | None  # (2,) β and α of query's dtype, in the place of the two numbers
     sample_weight: Tensor | None  # (B,) of query's dtype
+    positive_log_q: Tensor | None = None  # (B,) of query's dtype: scores less these are the logits
+    negative_log_q: Tensor | None = None  # (G, K), 0 where padding; both or neither
     reduction: str  # "none", "sum" or "mean"

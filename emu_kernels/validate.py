@@ -166,6 +166,21 @@ def sample_weight(value: object, query: Tensor) -> None:
     same_device("query", query, sample_weight=weight)
 
 
+def log_q(value: object, table: Tensor) -> None:
+    if value is None:
+        return
+    given = tensor("log_q", value)
+    floating("log_q", given)
+    if tuple(given.shape) != (table.shape[0],):
+        raise ValueError(
+            f"log_q: expected shape ({table.shape[0]},), a number for each row of table, "
+            f"got {tuple(given.shape)}"
+        )
+    same_device("table", table, log_q=given)
+    if given.requires_grad:
+        raise ValueError("log_q: is not differentiated; pass log_q.detach()")
+
+
 def rate(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number in [0, 1], got {type(value).__name__}")

@@ -60,6 +60,15 @@ QUICK = [
         "the module calls the function, whose cases stay",
     ),
     Quick(
+        "ops/test_log_q.py::test_is_cross_entropy_of_corrected_logits", "triton",
+        "(none|rate)-dot-6|(mixup|expected)-hake-2",
+        "every rule once, the simplest similarity and the hardest",
+    ),
+    Quick(
+        "ops/test_log_q.py::test_not_finite", "triton", "positive--inf|negative-nan",
+        "each place once",
+    ),
+    Quick(
         "ops/test_mask.py::test_columns_past_16_bits", "triton", NONE,
         "65,576 columns; the counter of a column is one word in every kernel",
     ),

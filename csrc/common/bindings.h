@@ -204,6 +204,8 @@ inline LossArgs read_loss(Arguments& a) {
   args.alpha = a["alpha"];
   args.coefficients = a["coefficients"];
   args.sample_weight = a["sample_weight"];
+  args.positive_log_q = a["positive_log_q"];
+  args.negative_log_q = a["negative_log_q"];
   args.reduction = a["reduction"];
   args.need_grad = a["need_grad"];
   args.loss = a["loss"];

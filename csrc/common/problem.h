@@ -56,6 +56,8 @@ struct LossArgs {
   double beta, alpha;
   const void* coefficients;   // CUDA: (2,) real, β and α in the place of the two numbers, or null
   const void* sample_weight;  // (B,) real or null
+  const void* positive_log_q; // (B,) real, what is taken off the positive's score, or null
+  const void* negative_log_q; // (G, K) real, off the negatives' and the mutated ones', or null; 0 where padding
   Reduction reduction;
   bool need_grad;
   // Outputs, all real; those of gradient are written if need_grad.

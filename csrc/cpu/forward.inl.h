@@ -450,6 +450,20 @@ static RowLoss<typename F::Real> row_loss(const LossArgs& a, typename F::Real po
   return out;
 }
 
+// From scores to logits: takes log q off row b's scores; returns the positive's.
+template <class F, class Sim, Mode kMode>
+static typename F::Real correct(const Problem& p, const LossArgs& a, RowScratch<F, Sim, kMode>& s, int64_t b,
+                                typename F::Real positive) {
+  using Real = typename F::Real;
+  if (a.negative_log_q != nullptr) {
+    const Real* log_q = static_cast<const Real*>(a.negative_log_q) + b / p.rows_per_group() * p.K;
+    for (int64_t k = 0; k < p.K; ++k) s.plain[k] -= log_q[k];
+    for (int64_t k = 0; k < p.K && kMode != kPlain; ++k) s.mutated[k] -= log_q[k];
+    for (int64_t k = 0; k < p.K && kMode == kMoments; ++k) s.cumulant[k] -= log_q[k];
+  }
+  return a.positive_log_q != nullptr ? positive - static_cast<const Real*>(a.positive_log_q)[b] : positive;
+}
+
 template <class F, class Sim, Mode kMode>
 static void loss_forward(const Problem& p, const LossArgs& a) {
   using Real = typename F::Real;
@@ -464,7 +478,8 @@ static void loss_forward(const Problem& p, const LossArgs& a) {
   parallel(p.place.threads, p.B, [&](int64_t b, int slot) {
     RowScratch<F, Sim, kMode>& s = workers[slot];
     s.load_row(p, b);
-    const Real positive = score_row<F, Sim, kMode>(p, random, s, b);
+    const Real score = score_row<F, Sim, kMode>(p, random, s, b);
+    const Real positive = correct<F, Sim, kMode>(p, a, s, b, score);
     bool finite = positive * 0 == 0 && all_finite<F>(s.plain, K);
     if (kMutated) finite = finite && all_finite<F>(kMode == kMoments ? s.cumulant : s.mutated, K);
     RowLoss<Real> loss;

@@ -134,6 +134,8 @@ struct Operators {
       args.value = a.need_grad ? a.gradient.weight : memory.value;
       args.mutated_value = a.need_grad ? a.gradient.mutated_weight : memory.mutated_value;
       args.variance = a.need_grad ? a.gradient.variance_weight : memory.variance;
+      args.positive_log_q = a.positive_log_q;
+      args.negative_log_q = a.negative_log_q;
       args.highest = memory.highest;
       args.sums = memory.sums;
       const bool in_one = a.need_grad && online(p);
@@ -143,7 +145,7 @@ struct Operators {
       if (!in_one) run_pass<Pass::kScores>(args, "query_major (scores)");
 
       RowLossArgs rows{p,      memory.positive_value,  args.value, args.mutated_value, args.variance,
-                       a.beta, a.alpha,                a.coefficients,
+                       a.beta, a.alpha,                a.coefficients, a.positive_log_q, a.negative_log_q,
                        memory.uls, memory.vanilla, memory.state, a.gradient.grad_weights, kMutated, a.need_grad};
       EMU_LAUNCH((row_loss<Sim, Real, kMoments>), "row_loss", grid(p.B), kRowThreads,
                  kRowThreads / kWarp * sizeof(Real), p.place.stream, rows);

@@ -20,6 +20,7 @@ struct QueryMajorArgs {
   void *positive_value, *value, *mutated_value, *variance;
   void *positive_score, *score, *mutated_score, *cumulant;        // (B,), (B, K), .. or null
   const void *weight, *mutated_weight, *variance_weight;          // kWeighted: (S, B, K), of the sums
+  const void *positive_log_q, *negative_log_q;  // kOnline: of LossArgs
   void* highest;  // kOnline: (B, splits, 2), what the weights of a split are relative to
   void* sums;     // kOnline, kWeighted: (B, splits, arrays, D)
 };
@@ -468,6 +469,9 @@ struct QueryMajor {
       load_columns(first_tile * plan.tile);
     } else {
       highest = score_positive();
+      if (kPass == Pass::kOnline && a.positive_log_q != nullptr) {
+        highest -= static_cast<const Real*>(a.positive_log_q)[b];
+      }
     }
     if constexpr (kPass != Pass::kScores) {
 #pragma unroll
@@ -573,6 +577,9 @@ struct QueryMajor {
         keep_values(k0 + lane_r, lane_kind, lane_sum, lane_real || (bad >> lane_r & 1), value,
                     kMoments && lane_kind == 1 ? lane.mean : score);
         if constexpr (kPass == Pass::kOnline) {
+          if (a.negative_log_q != nullptr && lane_real) {
+            score -= static_cast<const Real*>(a.negative_log_q)[group * p.K + k0 + lane_r];
+          }
           Real most = lane_real && score > highest ? score : highest;
 #pragma unroll
           for (int distance = kLanes; distance < kLanes * R; distance *= 2) {

@@ -92,6 +92,7 @@ struct RowLossArgs {
                                   // mutated_value is M with moments, and variance V
   double beta, alpha;
   const void* coefficients;       // (2,) or null
+  const void *positive_log_q, *negative_log_q;  // of LossArgs
   void *uls, *vanilla;            // (B,) of L_emu and L_van
   void* state;                    // (B,) RowState, if need_grad
   void* grad_weights;             // (B, W) or null
@@ -130,7 +131,13 @@ __global__ void __launch_bounds__(kRowThreads) row_loss(const __grid_constant__ 
   const Problem& p = a.p;
   const RowValues<Sim, Real> row(p, blockIdx.x);
   const int64_t K = p.K;
-  const Real positive = row.positive_score(a.positive_value);
+  // Logits: scores less log q.
+  const Real* log_q =
+      a.negative_log_q != nullptr ? static_cast<const Real*>(a.negative_log_q) + (row.ids - p.negative) : nullptr;
+  const auto correct = [&](Real score, int64_t k) { return log_q != nullptr ? score - log_q[k] : score; };
+  const auto plain_logit = [&](int64_t k) { return correct(row.score(a.value, k), k); };
+  Real positive = row.positive_score(a.positive_value);
+  if (a.positive_log_q != nullptr) positive -= static_cast<const Real*>(a.positive_log_q)[row.b];
   Real beta = static_cast<Real>(a.beta), alpha = static_cast<Real>(a.alpha);
   if (a.coefficients != nullptr) {
     beta = static_cast<const Real*>(a.coefficients)[0], alpha = static_cast<const Real*>(a.coefficients)[1];
@@ -139,9 +146,9 @@ __global__ void __launch_bounds__(kRowThreads) row_loss(const __grid_constant__ 
 
   const auto in_softmax = [&](int64_t k) {
     if constexpr (kMoments) {
-      return row.expectation(a.mutated_value, a.variance, k).cumulant;
+      return correct(row.expectation(a.mutated_value, a.variance, k).cumulant, k);
     } else {
-      return row.score(a.mutated_value, k);
+      return correct(row.score(a.mutated_value, k), k);
     }
   };
 
@@ -149,9 +156,9 @@ __global__ void __launch_bounds__(kRowThreads) row_loss(const __grid_constant__ 
   for (int64_t k = threadIdx.x; k < K; k += kRowThreads) {
     if (!row.counts(k)) continue;
     real += 1;
-    const Real score = row.score(a.value, k);
-    zero += score * 0;
-    most = score > most ? score : most;
+    const Real logit = plain_logit(k);
+    zero += logit * 0;
+    most = logit > most ? logit : most;
     if (!a.mutated) continue;
     const Real mutated = in_softmax(k);
     zero += mutated * 0;
@@ -165,15 +172,15 @@ __global__ void __launch_bounds__(kRowThreads) row_loss(const __grid_constant__ 
   Real sum = 0, mutated_sum = 0, gaps = 0;
   for (int64_t k = threadIdx.x; k < K; k += kRowThreads) {
     if (!row.counts(k)) continue;
-    sum += M::exp(row.score(a.value, k) - most);
+    sum += M::exp(plain_logit(k) - most);
     if (!a.mutated) continue;
     if constexpr (kMoments) {
       const auto e = row.expectation(a.mutated_value, a.variance, k);
-      mutated_sum += M::exp(e.cumulant - mutated_most);
-      gaps += mutated_most - e.mean;
+      mutated_sum += M::exp(correct(e.cumulant, k) - mutated_most);
+      gaps += mutated_most - correct(e.mean, k);
       continue;
     }
-    const Real gap = mutated_most - row.score(a.mutated_value, k);
+    const Real gap = mutated_most - in_softmax(k);
     mutated_sum += M::exp(-gap);
     gaps += gap;
   }
@@ -212,7 +219,7 @@ __global__ void __launch_bounds__(kRowThreads) row_loss(const __grid_constant__ 
   }
   for (int64_t k = threadIdx.x; k < K; k += kRowThreads) {
     const bool counts = row.counts(k);
-    const Real plain = counts ? plain_factor * M::exp(row.score(a.value, k) - most) : Real{0};
+    const Real plain = counts ? plain_factor * M::exp(plain_logit(k) - most) : Real{0};
     const bool mutated_counts = counts && a.mutated;
     const Real in_mutated = mutated_counts ? mutated_factor * M::exp(in_softmax(k) - mutated_most) : Real{0};
     const Real mutated = mutated_counts ? in_mutated - label : Real{0};

@@ -131,6 +131,8 @@ class NativeBackend(KernelBackend):
             alpha=request.alpha,
             coefficients=pointer(request.coefficients),
             sample_weight=pointer(request.sample_weight),
+            positive_log_q=pointer(request.positive_log_q),
+            negative_log_q=pointer(request.negative_log_q),
             reduction=request.reduction,
             need_grad=need_grad,
             **pointers(state, "loss", "terms", "row_scale"),

@@ -26,6 +26,7 @@ class ReferenceBackend:
     def loss(self, request: LossRequest) -> Loss:
         scored, poison = _scores(request)
         beta, alpha = usable_coefficients(request)
+        scored = reference.logits(scored, request)
         terms, rows = reference.loss_rows(scored, request.negative, beta=beta, alpha=alpha)
         return reduced(request, terms, rows, poison)
 

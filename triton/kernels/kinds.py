@@ -26,6 +26,8 @@ class Inputs(NamedTuple):
     seed: Any = None
     thresholds: Any = None
     rate: Any = None
+    positive_log_q: Any = None  # of emu_kernels.request.LossRequest, as the next
+    negative_log_q: Any = None
     report: Any = None  # where ids out of range are reported (emu_kernels/backends/ids.py)
 
 

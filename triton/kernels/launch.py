@@ -191,6 +191,8 @@ class Problem:
             seed=request.seed,
             thresholds=thresholds,
             rate=rate,
+            positive_log_q=getattr(request, "positive_log_q", None),  # of losses alone
+            negative_log_q=getattr(request, "negative_log_q", None),
             report=ids.report(table.device),
         )
         self.sizes = Sizes(
@@ -420,7 +422,12 @@ def _of_sums(p: Problem, *, scored: bool = False) -> dict[str, Any]:
     """Common arguments of the kernels from sums to weights: with nothing of rows and of how they
     are mutated, so that one compilation serves them all. ``scored``: each score is its one sum."""
     kind = NO_ROWS._replace(MUTATED=p.kind.MUTATED, MOMENTS=p.kind.MOMENTS)
-    inputs = Inputs(positive=p.inputs.positive, negative=p.inputs.negative)
+    inputs = Inputs(
+        positive=p.inputs.positive,
+        negative=p.inputs.negative,
+        positive_log_q=p.inputs.positive_log_q,
+        negative_log_q=p.inputs.negative_log_q,
+    )
     if not scored:
         kind = kind._replace(SUMS=p.kind.SUMS, ROOTS=p.kind.ROOTS, DIRECT=p.kind.DIRECT)
         inputs = inputs._replace(weights=p.inputs.weights)

@@ -17,7 +17,7 @@ from emu_kernels.triton.similarities import (
     slopes,
     weighed,
 )
-from emu_kernels.triton.tiles import load_sums, store_sums
+from emu_kernels.triton.tiles import load_sums, logit, store_sums
 
 
 @triton.jit
@@ -34,15 +34,18 @@ def _store_weights(pointer, at, each, valid, w, v, weights, kind: tl.constexpr):
 
 
 @triton.jit
-def _mutated_scores(mutated, variance, at, each, valid, weights, kind: tl.constexpr):
-    """A mutated score, twice; with a rule of moments its mean and its cumulant."""
+def _mutated_logits(mutated, variance, at, id_at, each, valid, inputs, kind: tl.constexpr):
+    """A mutated score less log q, twice; with a rule of moments its mean's and its cumulant's."""
+    weights = inputs.weights
+    log_q = inputs.negative_log_q
     x = load_sums(mutated, at, each, valid, kind)
     if kind.MOMENTS:
         m, v = moments(x, load_sums(variance, at, each, valid, kind), kind)
         mean = combine(m, weights, kind)
-        return mean, cumulant(mean, v, weights, kind)
+        both = cumulant(mean, v, weights, kind)
+        return logit(mean, log_q, id_at, valid), logit(both, log_q, id_at, valid)
     else:
-        s = combine(x, weights, kind)
+        s = logit(combine(x, weights, kind), log_q, id_at, valid)
         return s, s
 
 
@@ -107,7 +110,8 @@ def loss_rows(
     minus_inf = float("-inf")
     weights = inputs.weights
     v = load_sums(positive_value, b, B, b >= 0, kind)
-    own = combine(v, weights, kind)
+    log_q = inputs.negative_log_q
+    own = logit(combine(v, weights, kind), inputs.positive_log_q, b, b >= 0)
 
     top = tl.zeros((BLOCK,), REAL) + own
     mutated_top = top
@@ -116,14 +120,16 @@ def loss_rows(
     for start in range(0, K, BLOCK):
         k = start + tl.arange(0, BLOCK)
         valid = k < K
-        real = tl.load(inputs.negative + (b // R) * K + k, mask=valid, other=-1) != -1
+        id_at = (b // R) * K + k
+        real = tl.load(inputs.negative + id_at, mask=valid, other=-1) != -1
         s = combine(load_sums(plain, b * K + k, each, valid, kind), weights, kind)
+        s = logit(s, log_q, id_at, valid)
         s = tl.where(real, s, minus_inf)
         top = tl.maximum(top, s)
         zero += tl.where(real, s * 0, 0)
         count += tl.where(real, 1.0, 0.0)
         if kind.MUTATED:
-            _, s = _mutated_scores(mutated, variance, b * K + k, each, valid, weights, kind)
+            _, s = _mutated_logits(mutated, variance, b * K + k, id_at, each, valid, inputs, kind)
             s = tl.where(real, s, minus_inf)
             mutated_top = tl.maximum(mutated_top, s)
             zero += tl.where(real, s * 0, 0)
@@ -138,11 +144,13 @@ def loss_rows(
     for start in range(0, K, BLOCK):
         k = start + tl.arange(0, BLOCK)
         valid = k < K
-        real = tl.load(inputs.negative + (b // R) * K + k, mask=valid, other=-1) != -1
+        id_at = (b // R) * K + k
+        real = tl.load(inputs.negative + id_at, mask=valid, other=-1) != -1
         s = combine(load_sums(plain, b * K + k, each, valid, kind), weights, kind)
+        s = logit(s, log_q, id_at, valid)
         total += tl.where(real, tl.exp(s - m), 0)
         if kind.MUTATED:
-            s, c = _mutated_scores(mutated, variance, b * K + k, each, valid, weights, kind)
+            s, c = _mutated_logits(mutated, variance, b * K + k, id_at, each, valid, inputs, kind)
             mutated_total += tl.where(real, tl.exp(c - mutated_m), 0)
             gaps += tl.where(real, mutated_m - s, 0)
     power = tl.exp(own - m)
@@ -178,15 +186,17 @@ def loss_rows(
             k = start + tl.arange(0, BLOCK)
             at = b * K + k
             valid = k < K
-            real = tl.load(inputs.negative + (b // R) * K + k, mask=valid, other=-1) != -1
+            id_at = (b // R) * K + k
+            real = tl.load(inputs.negative + id_at, mask=valid, other=-1) != -1
             p = load_sums(plain, at, each, valid, kind)
-            x = tl.where(real, tl.exp(combine(p, weights, kind) - m), 0.0) * factor
+            x = logit(combine(p, weights, kind), log_q, id_at, valid)
+            x = tl.where(real, tl.exp(x - m), 0.0) * factor
             _store_weights(plain, at, each, valid, x, p, weights, kind)
             by = _add_by_weights(by, real, x, p, kind)
             if kind.MOMENTS:
                 p = load_sums(mutated, at, each, valid, kind)
                 q = load_sums(variance, at, each, valid, kind)
-                _, x = _mutated_scores(mutated, variance, at, each, valid, weights, kind)
+                _, x = _mutated_logits(mutated, variance, at, id_at, each, valid, inputs, kind)
                 x = tl.exp(x - mutated_m) * mutated_factor
                 x = tl.where(real, x, label * 0)  # NaN where the row is
                 y = tl.where(real, x - label, label * 0)
@@ -194,7 +204,8 @@ def loss_rows(
                 by = _add_moments_by_weights(by, real, y, x, p, q, weights, kind)
             elif kind.MUTATED:
                 p = load_sums(mutated, at, each, valid, kind)
-                x = tl.exp(combine(p, weights, kind) - mutated_m) * mutated_factor - label
+                x = logit(combine(p, weights, kind), log_q, id_at, valid)
+                x = tl.exp(x - mutated_m) * mutated_factor - label
                 x = tl.where(real, x, label * 0)  # NaN where the row is
                 _store_weights(mutated, at, each, valid, x, p, weights, kind)
                 by = _add_by_weights(by, real, x, p, kind)

@@ -2,7 +2,7 @@
 
 Scores and the sums that all gradients by the query's side are made of, over one reading of the
 candidates. The weights of a softmax are known at the end only, so sums are made with e^(s − m), m
-being the largest score so far; each row of a tile has its own m, so that nothing is exchanged
+being the largest logit so far; each row of a tile has its own m, so that nothing is exchanged
 within the loop. From w_k = α p_k and ŵ_k = ((1 + βK) p̂_k − β)/K three sums follow: with e^(s − m),
 with e^(ŝ − m̂), and plain.
 """
@@ -29,6 +29,7 @@ from emu_kernels.triton.tiles import (
     load_parts,
     load_query,
     load_rates,
+    logit,
     mutate,
     negative_ids,
     no_moments,
@@ -46,15 +47,16 @@ from emu_kernels.triton.tiles import (
 
 
 @triton.jit
-def _score(m, t, good, padding, weights, out, at, each, valid, kind: tl.constexpr):
+def _score(m, t, good, padding, inputs, id_at, out, at, each, valid, kind: tl.constexpr):
     """Stores the values of a tile's sums. Each row's new maximum, the factor by which its sums
     shrink, and the slopes ∂score/∂S with and without e^(s − m), 0 where padding."""
     v = values(row_sums(t, kind), good, kind)
     store_sums(out, at, each, valid, v, kind)
-    s = tl.where(padding, float("-inf"), combine(v, weights, kind))
+    s = logit(combine(v, inputs.weights, kind), inputs.negative_log_q, id_at, valid)
+    s = tl.where(padding, float("-inf"), s)
     top = tl.maximum(m, s)
     e = tl.exp(s - top)
-    r = [tl.where(padding, 0.0, x) for x in slopes(v, weights, kind)]
+    r = [tl.where(padding, 0.0, x) for x in slopes(v, inputs.weights, kind)]
     return top, spread(tl.exp(m - top)), spread_sums([e * x for x in r]), spread_sums(r)
 
 
@@ -103,7 +105,8 @@ def accumulate(
     if split == 0:
         own_at = b + tl.arange(0, 1)
         store_sums(positive_out, own_at, B, own_at >= 0, v, kind)
-    m = zeros(kind, REAL) + combine(v, inputs.weights, kind)
+    s = logit(combine(v, inputs.weights, kind), inputs.positive_log_q, b, b >= 0)
+    m = zeros(kind, REAL) + s
     mutated_m = m
     # Of e^(s − m), e^(ŝ − m̂) and 1; by the query, the positive, the scale.
     qs = no_tile(inputs.table, kind.STRIDE, j, K, kind, REAL)
@@ -118,8 +121,9 @@ def accumulate(
         padding = ids == -1
         tile = load_candidates(inputs, query, ids, good & (ids >= 0), j, inside, kind, REAL)
         at = b * K + k
+        id_at = (b // R) * K + k
         m, shrink, x, _ = _score(
-            m, tile.t, good, padding, inputs.weights, plain_out, at, each, valid, kind
+            m, tile.t, good, padding, inputs, id_at, plain_out, at, each, valid, kind
         )
         qs = add_products(qs, shrink, x, tile.d, kind)
         as_ = add_by_scale(as_, shrink, x, tile, kind)
@@ -127,7 +131,7 @@ def accumulate(
             drawn = draw(seed, bounds, k, row_offset + b, 0, kind, REAL)
             mutant = mutate(query, tile, drawn, kind)
             mutated_m, shrink, x, u = _score(
-                mutated_m, mutant.t, good, padding, inputs.weights, mutated_out, at, each, valid,
+                mutated_m, mutant.t, good, padding, inputs, id_at, mutated_out, at, each, valid,
                 kind,
             )  # fmt: skip
             qe = add_products(qe, shrink, x, mutant.d, kind)

@@ -181,6 +181,15 @@ def negative_ids(inputs, b, k, K, R, N):
     return ids, valid, check_ids(ids, -1, N, inputs.report + 1, valid)
 
 
+@triton.jit
+def logit(score, log_q, at, valid):
+    """A candidate's score less its log q, if there is any."""
+    if log_q is None:
+        return score
+    else:
+        return score - tl.load(log_q + at, mask=valid, other=0.0)
+
+
 # --- terms and sums -------------------------------------------------------------------------------
 
 
