@@ -115,11 +115,12 @@ def _resume(settings: dict[str, Any]) -> Trainer:
 def _summary(config: Config) -> str:
     """Model, loss, negatives, optimizer and backend on one line."""
     norm = f", {config.norm}-norm" if MODELS[config.model].norms else ""
+    inverse = ", inverse relations" if config.inverse_relations else ""
     drawn = f"negatives from {SAMPLERS[config.sampler].summary(config)}"
     negatives = "all entities as negatives" if config.over_all else drawn
     weights = ", subsampling weights" if config.subsampling else ""
     return (
-        f"{config.model}{norm}, d = {config.dim}, {LOSSES[config.loss].summary(config)}, "
+        f"{config.model}{norm}, d = {config.dim}{inverse}, {LOSSES[config.loss].summary(config)}, "
         f"{negatives}{weights}; "
         f"{config.optimizer}, lr {config.lr:g}, L3 {config.regularization:g}, seed {config.seed}; "
         f"backend {config.backend} on {config.device}"

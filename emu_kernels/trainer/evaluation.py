@@ -110,7 +110,7 @@ class Evaluator:
         self, model: Model, candidates: Tensor, triples: Tensor, direction: Direction
     ) -> Tensor:
         given, relation, target = split_triples(triples, direction)
-        query = model.query(model.entity[given], model.relation[relation], direction)
+        query = model.ask(model.entity[given], relation, direction)
         scores = model.score(query, candidates)  # (C, N)
         true = scores.gather(1, target.unsqueeze(1))  # (C, 1)
         row, answer = self._truth[direction].answers(given, relation)

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding
 from tqdm import tqdm
 
 from emu_kernels import backends
@@ -146,12 +145,11 @@ class Trainer:
         # The query's rows are detached: their (B, D) gradient is added to the table's below, while
         # autograd would allocate a second (N, D) buffer for it.
         rows = model.entity.detach()[batch.given].requires_grad_()
-        relations = embedding(batch.relation, model.relation)
         loss = LOSSES[config.loss](
             Step(
                 config=config,
                 model=model,
-                query=model.query(rows, relations, batch.direction),
+                query=model.ask(rows, batch.relation, batch.direction),
                 table=model.candidates(),
                 positive=batch.positive,
                 negative=negative,

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch.nn.functional import embedding, normalize
 
 from emu_kernels import emu_scores, queries
 
@@ -45,6 +45,8 @@ class Model(nn.Module):
         generator: draws the initial values, U(−(γ+2)/d, (γ+2)/d), on the CPU.
         margin: γ. A softmax loss depends on it only through these values.
         norm: p of the distance's p-norm, in models that leave the choice (``norms``).
+        inverse_relations: give each relation a second row, R rows further, for (?, r, t), which is
+            then asked as (t, r⁻¹, ?), as in Lacroix et al. (2018) and Kazemi and Poole (2018).
     """
 
     entity_width: ClassVar[int] = 1  # reals an entity row holds for each dimension
@@ -70,8 +72,11 @@ class Model(nn.Module):
         *,
         margin: float = 24.0,
         norm: int = 1,
+        inverse_relations: bool = False,
     ) -> None:
         super().__init__()
+        self.num_relations = num_relations
+        self.inverse_relations = inverse_relations
         self.dim = dim
         self.margin = margin
         self.range = (margin + 2.0) / dim
@@ -83,7 +88,8 @@ class Model(nn.Module):
             return nn.Parameter(values.uniform_(-self.range, self.range, generator=generator))
 
         self.entity = table(num_entities, self.entity_width)  # (N, D)
-        self.relation = table(num_relations, self.relation_width)  # (R, D_r)
+        rows = 2 * num_relations if inverse_relations else num_relations
+        self.relation = table(rows, self.relation_width)  # (R or 2R, D_r)
         self.register_parameter("similarity_weights", None)
 
     def query(self, entity: Tensor, relation: Tensor, direction: Direction) -> Query:
@@ -94,6 +100,12 @@ class Model(nn.Module):
             relation: (B, D_r) rows of the relation.
         """
         raise NotImplementedError
+
+    def ask(self, entity: Tensor, relation: Tensor, direction: Direction) -> Query:
+        """:meth:`query` by the relations' ids (B,), where relations may have inverses."""
+        if self.inverse_relations and direction == "head":
+            relation, direction = relation + self.num_relations, "tail"
+        return self.query(entity, embedding(relation, self.relation), direction)
 
     def candidates(self) -> Tensor:
         """(N, D): the entities as φ reads them."""
@@ -137,6 +149,9 @@ class ModelOptions:
         24.0,
         "γ: initial values are in ±(γ+2)/d; selfadv's margin, with distances",
         limit=AT_LEAST_0,
+    )
+    inverse_relations: bool = setting(
+        False, "a second vector for each relation: heads are predicted as its inverse's tails"
     )
 
 

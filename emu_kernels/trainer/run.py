@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import platform
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,9 @@ class RunFolder:
 
     def export_embeddings(self, model: Model, graph: Graph) -> None:
         """Write the embeddings with names, as safetensors and as TSV."""
+        if model.inverse_relations:
+            inverse = [f"{name}_inverse" for name in graph.relations]
+            graph = replace(graph, relations=[*graph.relations, *inverse])
         tensors = dict(model.named_parameters()) | _names(graph)
         checkpoint.save(self.path / "embeddings.safetensors", tensors, {})
         _write_tsv(self.path / "entities.tsv", graph.entities, model.entity)
@@ -180,6 +184,7 @@ def new_model(config: Config, graph: Graph) -> Model:
         generator(torch.device("cpu"), config.seed, "init"),
         margin=config.margin,
         norm=config.norm,
+        inverse_relations=config.inverse_relations,
         **{name: getattr(config, name) for name in cls.options},
     )
 

@@ -182,6 +182,7 @@ def test_a_preset_alone_names_its_dataset(data_folder, tmp_path, monkeypatch, ca
         ),
         (["--sampler=structure-aware", "--walks=9"], "neighbourhood, SAN (hops 3, walks 9);"),
         (["--model=PairRE", "--norm=2"], "PairRE, 2-norm, d = 8,"),
+        (["--inverse-relations"], "DistMult, d = 8, inverse relations, EMU"),
     ],
 )
 def test_settings_are_printed(graph_folder, tmp_path, monkeypatch, capsys, options, said):

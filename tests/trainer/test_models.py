@@ -25,10 +25,10 @@ VARIANTS = [
 ]
 
 
-def make(name: str, norm: int = 1) -> Model:
+def make(name: str, norm: int = 1, **keywords: Any) -> Model:
     """A model with only random values: HAKE initialises some with constants."""
     draws = torch.Generator().manual_seed(0)
-    model = MODELS[name](9, 4, DIM, draws, norm=norm)
+    model = MODELS[name](9, 4, DIM, draws, norm=norm, **keywords)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.uniform_(-RANGE, RANGE, generator=draws)
@@ -96,6 +96,23 @@ def test_both_directions_score_a_triple_as_published(name, norm):
         scores = model.score(model.query(given, r, direction), model.candidates())
         found = scores.gather(1, target.unsqueeze(1)).squeeze(1)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "norm"), VARIANTS)
+def test_heads_are_tails_of_the_inverse_relation(name, norm):
+    model = make(name, norm, inverse_relations=True)
+    assert len(model.relation) == 2 * 4
+    tail, relation = torch.cartesian_prod(torch.arange(9), torch.arange(4)).T
+    t, candidates = model.entity[tail], model.candidates()
+    scores = model.score(model.ask(t, relation, "head"), candidates)
+    assert torch.equal(scores, model.score(model.ask(t, relation + 4, "tail"), candidates))
+    weights = [] if model.similarity_weights is None else model.similarity_weights.tolist()
+    rows = zip(t.tolist(), model.relation[relation + 4].tolist(), strict=True)
+    expected = [
+        [published_score(name, norm, *row, head, weights) for head in model.entity.tolist()]
+        for row in rows
+    ]
+    torch.testing.assert_close(scores, torch.tensor(expected), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize(("name", "norm"), VARIANTS)
