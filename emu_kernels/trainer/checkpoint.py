@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as deserialize
 from safetensors.torch import save as serialize
 from torch import Tensor
@@ -55,13 +55,19 @@ def save(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
     write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
-def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load(path: Path, *, mapped: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what :func:`save` wrote.
+
+    Args:
+        mapped: map the file into memory, where its tensors are read as they are used; what is
+            written to them does not reach the file.
 
     Raises:
         RunError: there is no such file, or it is not a checkpoint.
     """
     try:
+        if mapped:
+            return _load_mapped(path)
         # One read: safe_open opens the file twice, for state and tensors, and a training run might
         # have replaced it in between.
         content = path.read_bytes()
@@ -72,3 +78,14 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise RunError(f"{path} cannot be read as a checkpoint: {error}") from error
     return tensors, state
+
+
+def _load_mapped(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    while True:
+        before = path.stat()
+        with safe_open(path, "pt") as file:
+            state = json.loads(file.metadata()["state"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        after = path.stat()
+        if (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns):
+            return tensors, state

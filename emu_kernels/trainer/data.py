@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -30,8 +30,8 @@ NamedTriple = tuple[str, str, str]
 class Graph:
     """A knowledge graph: names, and triples of ids into them."""
 
-    entities: list[str]
-    relations: list[str]
+    entities: Sequence[str]
+    relations: Sequence[str]
     triples: dict[str, Tensor]  # split -> (M, 3) int64: head, relation, tail
 
     @classmethod

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import sys
 from collections.abc import Sequence
@@ -16,11 +15,8 @@ from tabulate import tabulate
 from .data import SPLITS, Direction, Graph, split_triples
 from .errors import TrainerError
 from .models import Model
+from .names import find
 from .run import RunFolder
-
-
-class UnknownNameError(TrainerError):
-    """A name that the graph does not hold."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +38,9 @@ def predict(
     Raises:
         UnknownNameError: the graph holds no such entity or relation.
     """
-    given_id = _find("entity", given, graph.entities)
-    relation_id = _find("relation", relation, graph.relations)
-    query = model.query(
-        model.entity[given_id].unsqueeze(0), model.relation[relation_id].unsqueeze(0), direction
-    )
+    given_id = find("entity", given, graph.entities)
+    relation_id = find("relation", relation, graph.relations)
+    query = model.ask(model.entity[[given_id]], torch.tensor([relation_id]), direction)
     scores = model.score(query, model.candidates())[0]
     best = scores.topk(min(top, graph.num_entities))
     known: dict[int, str] = {}
@@ -58,15 +52,6 @@ def predict(
         Prediction(graph.entities[i], score, known.get(i))
         for i, score in zip(best.indices.tolist(), best.values.tolist(), strict=True)
     ]
-
-
-def _find(kind: str, name: str, names: list[str]) -> int:
-    try:
-        return names.index(name)
-    except ValueError:
-        near = difflib.get_close_matches(name, names, n=3)
-        hint = f"; did you mean {', '.join(near)}?" if near else ""
-        raise UnknownNameError(f"the graph holds no {kind} {name!r}{hint}") from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from .config import Config
 from .data import SPLITS, Graph
 from .errors import RunError
 from .models import MODELS, Model
+from .names import Names, encode
 
 Metric = dict[str, Any]
 
@@ -126,11 +128,11 @@ class RunFolder:
             raise RunError(f"{self.config_file} cannot be read: {error!r}") from error
 
     def read_graph(self) -> Graph:
-        tensors, _ = checkpoint.load(self.graph_file)
+        tensors, _ = checkpoint.load(self.graph_file, mapped=True)
         try:
             return Graph(
-                _decode(tensors["entity_names"]),
-                _decode(tensors["relation_names"]),
+                Names(tensors["entity_names"]),
+                Names(tensors["relation_names"]),
                 {split: tensors[split] for split in SPLITS},
             )
         except KeyError as error:
@@ -156,11 +158,15 @@ class RunFolder:
         checkpoint.write_atomically(self.metrics_file, lambda file: file.write_text("".join(kept)))
 
     def load_model(self, graph: Graph) -> tuple[Model, dict[str, Any]]:
-        """The best model, or the last one if there was no evaluation; its checkpoint's state."""
+        """The best model, or the last one if there was no evaluation; its checkpoint's state.
+
+        Its tables are the file, mapped into memory: what is not read is not loaded.
+        """
         file = self.best_file if self.best_file.exists() else self.last_file
-        tensors, state = checkpoint.load(file)
-        model = new_model(self.read_config(), graph)
-        restore_model(model, tensors, file)
+        tensors, state = checkpoint.load(file, mapped=True)
+        with torch.device("meta"):
+            model = new_model(self.read_config(), graph)
+        restore_model(model, tensors, file, assign=True)
         return model, state
 
     def export_embeddings(self, model: Model, graph: Graph) -> None:
@@ -189,33 +195,28 @@ def new_model(config: Config, graph: Graph) -> Model:
     )
 
 
-def restore_model(model: Model, tensors: dict[str, Tensor], file: Path) -> None:
-    """Fill a model from a checkpoint's tensors, which may hold more (an optimizer's)."""
+def restore_model(
+    model: Model, tensors: dict[str, Tensor], file: Path, *, assign: bool = False
+) -> None:
+    """Fill a model from a checkpoint's tensors, which may hold more (an optimizer's).
+
+    Args:
+        assign: let the tensors be its parameters, instead of copying them.
+    """
     prefix = "model."
     values = {k.removeprefix(prefix): x for k, x in tensors.items() if k.startswith(prefix)}
     try:
-        model.load_state_dict(values)
+        model.load_state_dict(values, assign=assign)
     except RuntimeError as error:
         raise RunError(f"{file} is a checkpoint of another model: {error}") from error
 
 
 def _names(graph: Graph) -> dict[str, Tensor]:
-    """Names as UTF-8 bytes, a line each: safetensors holds tensors only.
-
-    Names contain no line ends: :mod:`.data` reads them from lines.
-    """
     kinds = {"entity_names": graph.entities, "relation_names": graph.relations}
-    return {
-        kind: torch.frombuffer(bytearray("\n".join(names), "utf-8"), dtype=torch.uint8)
-        for kind, names in kinds.items()
-    }
+    return {kind: encode(names) for kind, names in kinds.items()}
 
 
-def _decode(names: Tensor) -> list[str]:
-    return names.numpy().tobytes().decode("utf-8").split("\n")
-
-
-def _write_tsv(path: Path, names: list[str], table: Tensor) -> None:
+def _write_tsv(path: Path, names: Sequence[str], table: Tensor) -> None:
     def write(file: Path) -> None:
         with file.open("w", encoding="utf-8") as stream:
             for name, row in zip(names, table.tolist(), strict=True):

@@ -17,14 +17,38 @@ from emu_kernels.trainer import checkpoint
 from emu_kernels.trainer.errors import RunError
 
 
-def test_round_trip_is_exact(tmp_path):
+@pytest.mark.parametrize("mapped", [False, True])
+def test_round_trip_is_exact(tmp_path, mapped):
     tensors = {"a.b": torch.randn(3, 4), "transposed": torch.randn(5, 2).T, "n": torch.tensor(7)}
     state = {"step": 3, "loss_sum": 0.1 + 0.2, "best": None}
     checkpoint.save(tmp_path / "x.safetensors", tensors, state)
-    loaded, loaded_state = checkpoint.load(tmp_path / "x.safetensors")
+    loaded, loaded_state = checkpoint.load(tmp_path / "x.safetensors", mapped=mapped)
     assert loaded_state == state
     assert loaded.keys() == tensors.keys()
     assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
+
+
+def test_mapped_tensors_outlive_their_file_and_never_change_it(tmp_path):
+    path = tmp_path / "x.safetensors"
+    checkpoint.save(path, {"x": torch.ones(1000)}, {"step": 1})
+    tensors, _ = checkpoint.load(path, mapped=True)
+    tensors["x"][0] = 5.0
+    assert torch.equal(checkpoint.load(path)[0]["x"], torch.ones(1000))
+    checkpoint.save(path, {"x": torch.zeros(1000)}, {"step": 2})
+    assert tensors["x"].sum() == 5.0 + 999.0
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_mapped_tensors_take_no_memory(tmp_path):
+    def taken() -> int:
+        status = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in status if line.startswith("RssAnon"))  # KiB
+
+    checkpoint.save(tmp_path / "x.safetensors", {"x": torch.ones(1000, 4000)}, {})
+    before = taken()
+    tensors, _ = checkpoint.load(tmp_path / "x.safetensors", mapped=True)
+    assert tensors["x"].sum() == 4e6
+    assert taken() - before < 8_000  # of 16,000
 
 
 @pytest.mark.parametrize("size", [0, 100, 20_000])
@@ -69,16 +93,18 @@ class Exploit:
 def test_other_files_are_refused_and_run_no_code(tmp_path, content):
     path = tmp_path / "last.safetensors"
     path.write_bytes(content)
-    with pytest.raises(RunError, match="cannot be read as a checkpoint"):
-        checkpoint.load(path)
+    for mapped in (False, True):
+        with pytest.raises(RunError, match="cannot be read as a checkpoint"):
+            checkpoint.load(path, mapped=mapped)
 
 
 def test_safetensors_of_another_program(tmp_path):
     from safetensors.torch import save_file
 
     save_file({"x": torch.ones(2)}, tmp_path / "other.safetensors")
-    with pytest.raises(RunError, match="cannot be read as a checkpoint"):
-        checkpoint.load(tmp_path / "other.safetensors")
+    for mapped in (False, True):
+        with pytest.raises(RunError, match="cannot be read as a checkpoint"):
+            checkpoint.load(tmp_path / "other.safetensors", mapped=mapped)
 
 
 def test_missing_file(tmp_path):
@@ -104,8 +130,9 @@ def test_a_kill_at_any_moment_leaves_a_whole_file(tmp_path):
         for _ in range(2):
             process.stdout.readline()
         for _ in range(20):  # a reader finds a whole file between any two writes
-            tensors, state = checkpoint.load(path)
-            assert (tensors["x"] == state["step"]).all()
+            for mapped in (False, True):
+                tensors, state = checkpoint.load(path, mapped=mapped)
+                assert (tensors["x"] == state["step"]).all()
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         process.wait()
