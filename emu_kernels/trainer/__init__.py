@@ -4,8 +4,10 @@ A thin trainer: ordinary PyTorch around one call of :func:`emu_kernels.fused_emu
 
 ================= ====================================================================
 ``data``          triples, vocabularies, files and archives
+``names``         names as one tensor of bytes
 ``datasets``      the public datasets by name: addresses, checksums, cache
 ``models``        a query for each model, and the similarity that compares it
+``initial``       vectors that entities begin with
 ``losses``        the objectives of a step
 ``batches``       seeds, and batches as functions of (seed, step)
 ``frequency``     Bernoulli batches, subsampling weights

@@ -116,6 +116,8 @@ class Config(
             raise ConfigError(f"norm must be left out: {self.model} has no choice")
         if self.mask_unit == "pair" and model.entity_width * self.dim % 2:
             raise ConfigError(f"mask_unit 'pair' needs an even dim with {self.model}")
+        if self.freeze_entities and self.init_entities is None:
+            raise ConfigError("freeze_entities needs init_entities, the vectors to keep")
         self._settle_schedule()
         if self.negatives == ALL:
             self._check_all()

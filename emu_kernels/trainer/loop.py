@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -27,6 +28,7 @@ from .data import Graph
 from .errors import ConfigError, RunError, TrainingError
 from .evaluation import Evaluator, Metrics, is_better
 from .frequency import SubsamplingWeights
+from .initial import set_entities
 from .losses import LOSSES, Step
 from .models import Model
 from .report import plot_metrics
@@ -54,6 +56,10 @@ class Trainer:
         self.run = run
         self.device = torch.device(config.device)
         self.model: Model = new_model(config, graph).to(self.device)
+        if config.init_entities is not None and not (run and run.last_file.exists()):
+            file, frozen = Path(config.init_entities), config.freeze_entities
+            tqdm.write(set_entities(self.model, graph, file, all_needed=frozen), file=sys.stderr)
+        self.model.entity.requires_grad_(not config.freeze_entities)
         self.optimizer = new_optimizer(config, self.model, 0)
         self.evaluator = Evaluator(graph, self.device)
 
@@ -144,7 +150,8 @@ class Trainer:
 
         # The query's rows are detached: their (B, D) gradient is added to the table's below, while
         # autograd would allocate a second (N, D) buffer for it.
-        rows = model.entity.detach()[batch.given].requires_grad_()
+        trained = model.entity.requires_grad
+        rows = model.entity.detach()[batch.given].requires_grad_(trained)
         loss = LOSSES[config.loss](
             Step(
                 config=config,
@@ -163,15 +170,17 @@ class Trainer:
 
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        assert model.entity.grad is not None
-        assert rows.grad is not None
-        if config.sparse:
-            adagrad_step(self.optimizer, model.entity, batch.given, rows.grad)
-        else:
-            model.entity.grad.index_add_(0, batch.given, rows.grad)
+        if trained:
+            assert model.entity.grad is not None
+            assert rows.grad is not None
+            if config.sparse:
+                adagrad_step(self.optimizer, model.entity, batch.given, rows.grad)
+            else:
+                model.entity.grad.index_add_(0, batch.given, rows.grad)
         if config.regularization:
             for table in (model.entity, model.relation):
-                add_l3_gradient(table, config.regularization)
+                if table.requires_grad:
+                    add_l3_gradient(table, config.regularization)
         self.optimizer.step()
 
         self._loss_sum += loss.detach()

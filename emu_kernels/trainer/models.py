@@ -153,6 +153,10 @@ class ModelOptions:
     inverse_relations: bool = setting(
         False, "a second vector for each relation: heads are predicted as its inverse's tails"
     )
+    init_entities: str | None = setting(
+        None, "a file of vectors by name that entities begin with: .npz or a run's .safetensors"
+    )
+    freeze_entities: bool = setting(False, "leave the entities at these vectors")
 
 
 class DotProduct(Model):

@@ -64,10 +64,11 @@ def learning_rate(config: Config, step: int) -> float:
 
 def new_optimizer(config: Config, model: nn.Module, step: int) -> torch.optim.Optimizer:
     """The optimizer of training step `step`, as new."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     name = config.switch_to if has_switched(config, step) else config.optimizer
     # On a CPU the fused step is one pass over parameter, gradient and state, not several.
     fused = True if torch.device(config.device).type == "cpu" else None
     optimizer: torch.optim.Optimizer = getattr(torch.optim, str(name))(
-        model.parameters(), lr=learning_rate(config, step), fused=fused
+        trained, lr=learning_rate(config, step), fused=fused
     )
     return optimizer
