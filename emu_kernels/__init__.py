@@ -1,5 +1,10 @@
 """Fused kernels for hard-negative training of knowledge-graph embeddings: EMU and its ULS loss."""
 
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
 from emu_kernels._version import __version__
 from emu_kernels.api import (
     EmuScores,
@@ -13,6 +18,9 @@ from emu_kernels.module import EMULoss
 from emu_kernels.mutation import Expected, Mixup
 from emu_kernels.one_vs_all import one_vs_all_loss
 
+if TYPE_CHECKING:
+    from emu_kernels.trainer.predict import Predictor
+
 __all__ = [
     "EMULoss",
     "EmuScores",
@@ -23,6 +31,21 @@ __all__ = [
     "emu_scores",
     "fused_emu_loss",
     "fused_softmax_loss",
+    "load",
     "one_vs_all_loss",
     "uls_cross_entropy",
 ]
+
+
+def load(run: str | os.PathLike[str], device: str = "cpu") -> Predictor:
+    """The best model of a run folder of ``emu-train``, to predict with.
+
+    Needs the trainer's packages: ``pip install 'emu-kernels[trainer]'``.
+
+    Raises:
+        ModuleNotFoundError: they are not installed.
+        emu_kernels.trainer.errors.RunError: the folder holds no run that can be read.
+    """
+    from emu_kernels.trainer.predict import Predictor
+
+    return Predictor(run, device)

@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from emu_kernels.trainer import cli, predict
 from emu_kernels.trainer.losses import LOSSES
@@ -250,31 +249,6 @@ def test_predict_into_a_closed_pipe(run_folder, named_triples):
     )
     os.close(write)
     assert (done.returncode, done.stderr) == (0, "")
-
-
-def test_predict_heads(run_folder, named_triples, graph):
-    model, _ = RunFolder.open(run_folder).load_model(graph)
-    _, relation, tail = named_triples["valid"][0]
-    predictions = predict.predict(model, graph, tail, relation, "head", top=5)
-    best = (model.entity * model.relation[graph.relations.index(relation)]) @ model.entity[
-        graph.entities.index(tail)
-    ]
-    torch.testing.assert_close(
-        torch.tensor([p.score for p in predictions]), best.topk(5).values.detach()
-    )
-
-
-@pytest.mark.parametrize("name", ["PairRE", "HAKE"])
-def test_predict_with_a_distance(graph_folder, tmp_path, graph, name):
-    """Predictions use the checkpoint's candidates and learned weights, as ranking does."""
-    path = tmp_path / "run"
-    assert train("--data", graph_folder, "--run-dir", path, *QUICK, "--model", name) == 0
-    model, _ = RunFolder.open(path).load_model(graph)
-    predictions = predict.predict(model, graph, "e3", "r1", "tail", top=5)
-    query = model.query(model.entity[[graph.entities.index("e3")]], model.relation[[1]], "tail")
-    best = model.score(query, model.candidates())[0].topk(5)
-    assert [p.entity for p in predictions] == [graph.entities[i] for i in best.indices.tolist()]
-    assert [p.score for p in predictions] == best.values.tolist()
 
 
 @pytest.mark.parametrize(
