@@ -96,11 +96,15 @@ def load_dataset(name: str) -> Graph:
     if name not in DATASETS:
         raise DataError(f"unknown dataset {name!r}; known: {', '.join(DATASETS)}")
     dataset = DATASETS[name]
-    return dataset.read(*map(_fetch, dataset.files))
+    return dataset.read(*map(fetch, dataset.files))
 
 
-def _fetch(file: RemoteFile) -> Path:
-    """The verified file in the user's folder, or in the cache after a download."""
+def fetch(file: RemoteFile) -> Path:
+    """The verified file in the user's folder, or in the cache after a download.
+
+    Raises:
+        DataError: a file that is missing and cannot be downloaded, or whose checksum differs.
+    """
     folder = os.environ.get(FOLDER_VARIABLE)
     path = Path(folder or pooch.os_cache("emu-kernels")) / file.name
     if not path.is_file():
