@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, ClassVar, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
@@ -76,6 +76,26 @@ def no_second_derivative(name: str) -> RuntimeError:
         f"{name} has no second derivative: its gradient was asked to be differentiated "
         "(create_graph=True). backend='reference' has one, but for one_vs_all_loss."
     )
+
+
+class Function(torch.autograd.Function):
+    """Forward and context apart, as :mod:`torch.func` wants them. What a backward pass needs of a
+    forward pass is among its outputs."""
+
+
+class FirstOrder(Function):
+    """A gradient that cannot be differentiated again."""
+
+    what: ClassVar[str]
+    """The function whose gradient it is."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @classmethod
+    def backward(cls, ctx: Any, *grads: Any) -> Any:
+        raise no_second_derivative(cls.what)
 
 
 def tensors(count: int) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from emu_kernels import backends, prepare, validate, values
 from emu_kernels.api import emu_scores
-from emu_kernels.library import no_second_derivative
+from emu_kernels.library import FirstOrder, Function
 from emu_kernels.mutation import Expected, Mutation, NoMutation
 from emu_kernels.products import Batch, Gather, Known, combined, loss_rows, tiles
 from emu_kernels.request import LossRequest
@@ -138,16 +138,20 @@ def _by_products(request: LossRequest, positive: Tensor, left_out: Known) -> tup
     return loss_rows(batch, request, rate)
 
 
-class _RowSums(torch.autograd.Function):
+class _RowSums(Function):
     """(B, D) the sum of all rows of a table less those that are left out."""
 
     @staticmethod
-    def forward(ctx: Any, table: Tensor, left_out: Known, rows: int, dtype: torch.dtype) -> Tensor:
-        ctx.left_out, ctx.table_dtype, ctx.shape = left_out, table.dtype, table.shape
+    def forward(table: Tensor, left_out: Known, rows: int, dtype: torch.dtype) -> Tensor:
         out = table.sum(dim=0, dtype=dtype).repeat(rows, 1)
         for row, candidate in _chunks(left_out):
             out.index_add_(0, row, table[candidate].to(dtype), alpha=-1)
         return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        table, ctx.left_out, *_ = inputs
+        ctx.table_dtype, ctx.shape = table.dtype, table.shape
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -197,7 +201,7 @@ def _filled(scores: Tensor, places: Tensor, value: float) -> Tensor:
     return scores.reshape(-1).index_fill(0, places, value).view(scores.shape)
 
 
-class _Statistics(torch.autograd.Function):
+class _Statistics(Function):
     """Of all negatives of a row, (B,) each: the logsumexp of scores and, with a rule, that of
     cumulants and the sum of means. NaN where a score is not finite.
 
@@ -205,7 +209,7 @@ class _Statistics(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, how: _How, *given: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(how: _How, *given: Tensor | None) -> tuple[Tensor, ...]:
         query, table, *_, rate = given
         assert query is not None
         assert table is not None
@@ -223,9 +227,12 @@ class _Statistics(torch.autograd.Function):
                 else:
                     totals[i] = totals[i] + left.sum(dim=1)
         totals = [torch.where(finite, total, torch.nan) for total in totals]
-        ctx.how = how
-        ctx.save_for_backward(*given, *totals)
         return tuple(totals)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.how, *given = inputs
+        ctx.save_for_backward(*given, *output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -233,10 +240,12 @@ class _Statistics(torch.autograd.Function):
         return None, *_StatisticsGradient.apply(ctx.how, needed, grads, *ctx.saved_tensors)
 
 
-class _StatisticsGradient(torch.autograd.Function):
+class _StatisticsGradient(FirstOrder):
+    what = "one_vs_all_loss"
+
     @staticmethod
     def forward(
-        ctx: Any, how: _How, needed: tuple[bool, ...], grads: tuple[Tensor, ...], *saved: Tensor
+        how: _How, needed: tuple[bool, ...], grads: tuple[Tensor, ...], *saved: Tensor
     ) -> tuple[Tensor | None, ...]:
         given, totals = saved[: len(needed)], saved[len(needed) :]
         inputs = tuple(
@@ -262,10 +271,6 @@ class _StatisticsGradient(torch.autograd.Function):
                     to += of_tile
         grown = iter(total.to(t.dtype) for total, t in zip(found, wanted, strict=True))
         return tuple(next(grown) if need else None for need in needed)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise no_second_derivative("one_vs_all_loss")
 
 
 def _by_kernels(

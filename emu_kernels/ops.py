@@ -31,13 +31,14 @@ from emu_kernels.backends.base import (
     new_scores_gradient,
 )
 from emu_kernels.library import (
+    FirstOrder,
+    Function,
     Values,
     arguments,
     build,
     define,
     differentiable,
     flatten,
-    no_second_derivative,
     tensors,
 )
 from emu_kernels.request import Draws, LossRequest, Request
@@ -171,7 +172,7 @@ mutate_backward = define(
 # --- autograd -------------------------------------------------------------------------------------
 
 
-def _apply(function: type[torch.autograd.Function], values: Values) -> Any:
+def _apply(function: type[Function], values: Values) -> Any:
     """The Function of named values: its ``forward`` gets their names first, then the values."""
     return function.apply(tuple(values), *values.values())
 
@@ -218,9 +219,11 @@ def _rate_grad(rate: Tensor, of_rows: Tensor) -> Tensor:
     return of_rows.sum_to_size(rate.shape)
 
 
-class _LossGradient(torch.autograd.Function):
+class _LossGradient(FirstOrder):
+    what = "the fused loss"
+
     @staticmethod
-    def forward(ctx: Any, names: tuple[str, ...], *given: Any) -> tuple[Tensor | None, ...]:
+    def forward(names: tuple[str, ...], *given: Any) -> tuple[Tensor | None, ...]:
         values = dict(zip(names, given, strict=True))
         needed = values["needed"]
         values["row_scale"] = row_scale = values["grad"] * values["row_scale"]
@@ -237,34 +240,35 @@ class _LossGradient(torch.autograd.Function):
             grads["rate"] = _rate_grad(values["rate"], values["grad_rate"] * row_scale[:, None])
         return tuple(grads.get(name) for name in _WITH_GRADIENT)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise no_second_derivative("the fused loss")
 
-
-class _Loss(torch.autograd.Function):
-    """(loss, terms) of one call."""
+class _Loss(Function):
+    """The :class:`LossState` of one call, of which the loss alone is differentiable."""
 
     @staticmethod
-    def forward(ctx: Any, names: tuple[str, ...], *given: Any) -> tuple[Tensor, Tensor]:
+    def forward(names: tuple[str, ...], *given: Any) -> tuple[Tensor, ...]:
         values = dict(zip(names, given, strict=True))
-        state = LossState(*loss_forward({**values, "need_grad": True}))
-        kept = state._asdict()
-        del kept["loss"], kept["terms"]
-        ctx.names = names
-        _save(ctx, {**values, **kept})
-        ctx.mark_non_differentiable(state.terms)
-        return state.loss, state.terms
+        return tuple(loss_forward({**values, "need_grad": True}))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _terms: Tensor) -> tuple[Tensor | None, ...]:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.names, *given = inputs
+        kept = LossState(*output)._asdict()
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*output[1:])
+        del kept["loss"], kept["terms"]
+        _save(ctx, {**dict(zip(ctx.names, given, strict=True)), **kept})
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_of_others: Tensor) -> tuple[Tensor | None, ...]:
         grads = _apply(_LossGradient, {**_saved(ctx), "grad": grad, "needed": _needed(ctx)})
         return _by_name(ctx, dict(zip(_WITH_GRADIENT, grads, strict=True)))
 
 
-class _ScoresGradient(torch.autograd.Function):
+class _ScoresGradient(FirstOrder):
+    what = "emu_scores"
+
     @staticmethod
-    def forward(ctx: Any, names: tuple[str, ...], *given: Any) -> tuple[Tensor | None, ...]:
+    def forward(names: tuple[str, ...], *given: Any) -> tuple[Tensor | None, ...]:
         values = dict(zip(names, given, strict=True))
         needed = values["needed"]
         values |= {name: values[name].contiguous() for name in ScoreWeights._fields}
@@ -279,20 +283,18 @@ class _ScoresGradient(torch.autograd.Function):
             grads["rate"] = _rate_grad(values["rate"], state.grad_rate)
         return tuple(grads[name] if name in needed else None for name in _WITH_GRADIENT)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise no_second_derivative("emu_scores")
 
-
-class _Scores(torch.autograd.Function):
+class _Scores(Function):
     """The scores of one call."""
 
     @staticmethod
-    def forward(ctx: Any, names: tuple[str, ...], *given: Any) -> tuple[Tensor, ...]:
-        values = dict(zip(names, given, strict=True))
-        ctx.names = names
-        _save(ctx, values)
-        return tuple(scores_forward(values))
+    def forward(names: tuple[str, ...], *given: Any) -> tuple[Tensor, ...]:
+        return tuple(scores_forward(dict(zip(names, given, strict=True))))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.names, *given = inputs
+        _save(ctx, dict(zip(ctx.names, given, strict=True)))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -301,15 +303,18 @@ class _Scores(torch.autograd.Function):
         return _by_name(ctx, dict(zip(_WITH_GRADIENT, found, strict=True)))
 
 
-class _MutateGradient(torch.autograd.Function):
+class _MutateGradient(Function):
     @staticmethod
-    def forward(ctx: Any, names: tuple[str, ...], *given: Any) -> tuple[Tensor, Tensor]:
+    def forward(names: tuple[str, ...], *given: Any) -> tuple[Tensor, ...]:
         values = dict(zip(names, given, strict=True))
-        grads = MutateGradient(*mutate_backward({**values, "grad": values["grad"].contiguous()}))
+        return tuple(mutate_backward({**values, "grad": values["grad"].contiguous()}))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.names, *given = inputs
+        values = dict(zip(ctx.names, given, strict=True))
         del values["grad"]
-        ctx.names = names
         _save(ctx, values)
-        return grads.grad_positive, grads.grad_negative
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -322,17 +327,22 @@ class _MutateGradient(torch.autograd.Function):
         return _by_name(ctx, {"grad": mutated})
 
 
-class _Mutate(torch.autograd.Function):
+class _Mutate(Function):
     """ẑ of one call; differentiable any number of times in positive and negative."""
 
     @staticmethod
-    def forward(ctx: Any, names: tuple[str, ...], *given: Any) -> Tensor:
+    def forward(names: tuple[str, ...], *given: Any) -> Tensor:
         values = dict(zip(names, given, strict=True))
-        both = {name: values.pop(name).contiguous() for name in ("positive", "negative")}
-        ctx.names = names
-        _save(ctx, values)
-        out: Tensor = mutate_forward({**both, **values})
+        values |= {name: values[name].contiguous() for name in ("positive", "negative")}
+        out: Tensor = mutate_forward(values)
         return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.names, *given = inputs
+        values = dict(zip(ctx.names, given, strict=True))
+        del values["positive"], values["negative"]
+        _save(ctx, values)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -351,7 +361,8 @@ class KernelBackend(Kernels):
             return products.loss(request)
         values = {**flatten(request), "backend": self.name}
         if _wants_grad(values):
-            return Loss(*_apply(_Loss, values))
+            loss, terms, *_ = _apply(_Loss, values)
+            return Loss(loss, terms)
         state = LossState(*loss_forward({**values, "need_grad": False}))
         return Loss(state.loss, state.terms)
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from emu_kernels.backends.base import Loss
 from emu_kernels.backends.reference import reduced
-from emu_kernels.library import no_second_derivative
+from emu_kernels.library import FirstOrder, Function
 from emu_kernels.request import LossRequest
 from emu_kernels.values import usable_coefficients, usable_ids
 
@@ -82,9 +82,9 @@ def _as_they_are(x: Tensor) -> Any:
     return torch.autocast(x.device.type, enabled=False)
 
 
-class _LogSumExp(torch.autograd.Function):
+class _LogSumExp(Function):
     """(B,) log (e^own + Σ_k e^(x · y_k + bias_k)) of own (B,), x (B, E) and the features y of rows
-    (K, D).
+    (K, D); and the log-softmax of the only tile, if it is small enough to be kept.
 
     The sum so far is one more candidate of each tile, the first: so a product and one pass of a
     log-softmax over it are all that a tile takes.
@@ -92,9 +92,8 @@ class _LogSumExp(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, own: Tensor, x: Tensor, rows: Tensor, bias: Tensor | None, known: Known | None
-    ) -> Tensor:
-        every = tiles(rows.shape[0], known)
+        own: Tensor, x: Tensor, rows: Tensor, bias: Tensor | None, every: list[Tile]
+    ) -> tuple[Tensor, Tensor | None]:
         lse, shares = own, None
         for start, end, without in every:
             features = _features(rows[start:end], None if bias is None else bias[start:end], x)
@@ -109,19 +108,27 @@ class _LogSumExp(torch.autograd.Function):
             lse = lse - shares[:, 0]
         if len(every) != 1 or (shares is not None and shares.numel() > KEPT):
             shares = None
-        ctx.save_for_backward(own, x, rows, bias, lse, shares)
-        ctx.tiles = every
-        return lse.clone() if lse is own else lse
+        return lse.clone() if lse is own else lse, shares
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        *given, ctx.tiles = inputs
+        lse, shares = output
+        ctx.save_for_backward(*given, lse, shares)
+        ctx.set_materialize_grads(False)
+        if shares is not None:
+            ctx.mark_non_differentiable(shares)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _of_shares: None) -> tuple[Tensor | None, ...]:
         return *_LogSumExpGradient.apply(grad, ctx.tiles, *ctx.saved_tensors), None, None
 
 
-class _LogSumExpGradient(torch.autograd.Function):
+class _LogSumExpGradient(FirstOrder):
+    what = "the fused loss"
+
     @staticmethod
     def forward(
-        ctx: Any,
         grad: Tensor,
         every: list[Tile],
         own: Tensor,
@@ -153,10 +160,6 @@ class _LogSumExpGradient(torch.autograd.Function):
             by_rows[start:end] = of_rows
         return grad * (own - lse).exp(), by_x * grad[:, None], by_rows
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise no_second_derivative("the fused loss")
-
 
 class Batch(NamedTuple):
     """Rows that share their candidates."""
@@ -177,7 +180,7 @@ def loss_rows(batch: Batch, request: LossRequest, rate: Tensor | None) -> tuple[
     (1 or B, D) is of a rule of moments."""
     q, z = batch.query, batch.positive
     beta, _ = usable_coefficients(request)
-    given = (batch.candidates, batch.bias, batch.known)
+    given = (batch.candidates, batch.bias, tiles(batch.candidates.shape[0], batch.known))
     score = (q * z).sum(dim=1)
     zero = torch.zeros_like(score)
     largest = torch.zeros_like(zero[:1])
@@ -191,7 +194,7 @@ def loss_rows(batch: Batch, request: LossRequest, rate: Tensor | None) -> tuple[
         score = score - batch.log_q
     finite = torch.where((bound + score.detach() + batch.log_q_total).isfinite(), 1.0, float("nan"))
 
-    vanilla = _LogSumExp.apply(score, q, *given) - score
+    vanilla = _LogSumExp.apply(score, q, *given)[0] - score
     if rate is None:
         return zero * finite, vanilla * finite
     keep, product = 1 - rate, q * z
@@ -200,7 +203,7 @@ def loss_rows(batch: Batch, request: LossRequest, rate: Tensor | None) -> tuple[
     half = spread * q.square() / 2
     x = torch.cat([keep * q - 2 * half * z, half], dim=1)
     constant = taken + (half * z.square()).sum(dim=1)
-    lse = constant + _LogSumExp.apply(score - constant, x, *given)
+    lse = constant + _LogSumExp.apply(score - constant, x, *given)[0]
     means = batch.real * taken + (keep * q * batch.total).sum(dim=1) - batch.log_q_total
     uls = (lse - score) + beta * (batch.real * lse - means)
     uls = torch.where(batch.real > 0, uls / batch.real.clamp(min=1), 0)
@@ -226,14 +229,18 @@ def fits(request: LossRequest, backend: str) -> bool:
     )
 
 
-class Gather(torch.autograd.Function):
+class Gather(Function):
     """Rows of a table, widened; contributions to a row's gradient are summed, then rounded."""
 
     @staticmethod
-    def forward(ctx: Any, table: Tensor, ids: Tensor, dtype: torch.dtype, sparse: bool) -> Tensor:
-        ctx.save_for_backward(ids)
-        ctx.shape, ctx.dtype, ctx.sparse = table.shape, table.dtype, sparse
+    def forward(table: Tensor, ids: Tensor, dtype: torch.dtype, sparse: bool) -> Tensor:
         return table[ids].to(dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        table, ids, _, ctx.sparse = inputs
+        ctx.save_for_backward(ids)
+        ctx.shape, ctx.dtype = table.shape, table.dtype
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -241,10 +248,12 @@ class Gather(torch.autograd.Function):
         return _Scatter.apply(grad, ids, ctx.shape, ctx.dtype, ctx.sparse), None, None, None
 
 
-class _Scatter(torch.autograd.Function):
+class _Scatter(FirstOrder):
+    what = "the fused loss"
+
     @staticmethod
     def forward(
-        ctx: Any, grad: Tensor, ids: Tensor, shape: torch.Size, dtype: torch.dtype, sparse: bool
+        grad: Tensor, ids: Tensor, shape: torch.Size, dtype: torch.dtype, sparse: bool
     ) -> Tensor:
         if not sparse:
             return grad.new_zeros(shape).index_add_(0, ids, grad).to(dtype)
@@ -253,10 +262,6 @@ class _Scatter(torch.autograd.Function):
         return torch.sparse_coo_tensor(
             touched[None], rows.to(dtype), shape, is_coalesced=True, check_invariants=False
         )
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        raise no_second_derivative("the fused loss")
 
 
 def loss(request: LossRequest) -> Loss:

@@ -31,9 +31,23 @@ def one_of(name: str, value: object, valid: Sequence[str]) -> None:
 def tensor(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if not torch.compiler.is_compiling() and _under_vmap(value):
+        raise RuntimeError(
+            f"{name}: torch.vmap is not supported; the rows of a batch are independent already, "
+            'and reduction="none" gives the loss of each'
+        )
     if value.layout != torch.strided:
         raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {value.layout}")
     return value
+
+
+def _under_vmap(value: Tensor) -> bool:
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(value):
+        if functorch.is_batchedtensor(value):
+            return True
+        value = functorch.get_unwrapped(value)
+    return False
 
 
 def dims(name: str, value: Tensor, allowed: tuple[int, ...], shape: str) -> None:
@@ -245,8 +259,8 @@ def rates(name: str, value: Tensor, unit: str, units: int, device: torch.device)
     """A tensor of mutation rates, one for each of the mask's units."""
     if value.ndim != 1 or value.shape[0] != units or not value.dtype.is_floating_point:
         raise ValueError(
-            f"{name}: expected a number, a Mixup or a floating-point tensor of shape ({units},), "
-            f"one rate a {unit}, got shape {tuple(value.shape)}, dtype {value.dtype}"
+            f"{name}: expected a number, a Mixup, an Expected or a floating-point tensor of shape "
+            f"({units},), one rate a {unit}, got shape {tuple(value.shape)}, dtype {value.dtype}"
         )
     if value.requires_grad:
         raise ValueError(f"{name}: is not differentiated; pass {name}.detach()")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emu_kernels.library import Values, define
+from emu_kernels.library import Function, Values, define
 from emu_kernels.mask import rates_to_thresholds
 from emu_kernels.request import LossRequest
 from emu_kernels.validate import coefficient
@@ -107,11 +107,15 @@ _RATES = define(
 )
 
 
-class _UsableRates(torch.autograd.Function):
+class _UsableRates(Function):
     @staticmethod
-    def forward(ctx: Any, name: str, rates: Tensor) -> Tensor:
+    def forward(name: str, rates: Tensor) -> Tensor:
         checked: Tensor = _RATES({"rates": rates, "name": name})
         return checked
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:

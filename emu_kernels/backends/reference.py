@@ -10,6 +10,7 @@ from torch import Tensor
 
 from emu_kernels import reference
 from emu_kernels.backends.base import Loss, Scores
+from emu_kernels.library import Function
 from emu_kernels.request import Draws, LossRequest, Request
 from emu_kernels.values import usable_coefficients, usable_ids
 
@@ -66,12 +67,16 @@ def _scores(request: Request) -> tuple[reference.Scores, Tensor | None]:
     ), poison
 
 
-class _Sparse(torch.autograd.Function):
+class _Sparse(Function):
     """Identity whose gradient becomes sparse: the rows that are not zero."""
 
     @staticmethod
-    def forward(ctx: Any, table: Tensor) -> Tensor:
+    def forward(table: Tensor) -> Tensor:
         return table.view_as(table)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
