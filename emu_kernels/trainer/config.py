@@ -129,6 +129,11 @@ class Config(
         """Whether the negatives are all entities."""
         return self.negatives == ALL or LOSSES[self.loss].all_entities
 
+    @property
+    def draws_masks(self) -> bool:
+        """Whether the mutation rate is one of drawn masks, and not of the closed form."""
+        return self.loss != "expected" and not self.over_all
+
     def _settle_schedule(self) -> None:
         """Store what the schedule takes from the steps, which --resume may change later."""
         if self.decay_steps is None and self.schedule != "constant":

@@ -102,7 +102,9 @@ class LossOptions:
         0.61,
         "share of components taken from the positive; of masks in steps of 1/256",
         limit=SHARE,
-        show=lambda rate: f"{effective_rate(rate):.4f}",
+        show=lambda rate, config: (
+            f"{effective_rate(rate):.4f}" if config.draws_masks else f"{rate:g}"
+        ),
     )
     mask_unit: str = setting(
         "component",

@@ -115,7 +115,7 @@ class SamplingOptions:
         "negatives a triple, or all: every entity but the answer (1-vs-all)",
         limit=Limit("at least 1, or all", lambda number: number >= 1 or number == ALL),
         words={"all": ALL},
-        show=lambda number: "all" if number == ALL else f"{number}",
+        show=lambda number, _: "all" if number == ALL else f"{number}",
     )
     sampler: str = setting("uniform", "where negatives are drawn from", choices=SAMPLERS)
     hops: int = setting(3, "of the neighbourhood", limit=AT_LEAST_1)
@@ -134,7 +134,7 @@ class SamplingOptions:
 
 def new_negatives(config: Config, graph: Graph, train: Tensor) -> NegativeSampler:
     """The sampler that the config names, filtered if it says so."""
-    if config.negatives == ALL:
+    if config.over_all:
         return lambda step, batch: batch.positive.new_empty((1, 0))
     negatives = SAMPLERS[config.sampler].make(config, graph, train)
     if not config.filter_negatives:

@@ -42,7 +42,7 @@ def setting(
     limit: Limit | None = None,
     choices: Collection[T] | None = None,
     words: Mapping[str, T] | None = None,
-    show: Callable[[T], str] = lambda x: f"{x:g}" if isinstance(x, float) else f"{x}",
+    show: Callable[[T, Any], str] = lambda x, _: f"{x:g}" if isinstance(x, float) else f"{x}",
 ) -> T:
     """A dataclass field.
 
@@ -51,7 +51,7 @@ def setting(
         help: for the command line, which appends the default.
         choices: read at each use, so a registry may still grow.
         words: names of values, for the command line.
-        show: formats the value for a summary.
+        show: formats the value, of the settings given beside it, for a summary.
     """
     metadata = {"help": help, "limit": limit, "choices": choices, "words": words, "show": show}
     return field(default=default, metadata=metadata)
@@ -67,7 +67,9 @@ class Choice:
     def summary(self, settings: DataclassInstance) -> str:
         """The help text and the values of the options."""
         show = {f.name: f.metadata["show"] for f in fields(settings)}
-        shown = [f"{x.replace('_', ' ')} {show[x](getattr(settings, x))}" for x in self.options]
+        shown = [
+            f"{x.replace('_', ' ')} {show[x](getattr(settings, x), settings)}" for x in self.options
+        ]
         return f"{self.help} ({', '.join(shown)})" if shown else self.help
 
 

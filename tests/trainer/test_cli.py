@@ -174,6 +174,8 @@ def test_a_preset_alone_names_its_dataset(data_folder, tmp_path, monkeypatch, ca
     ("options", "said"),
     [
         (["--loss=mixup", "--mixup-order=3"], "(mixup order 3, beta 0.53, alpha 0.11)"),
+        (["--loss=expected"], "without masks (mutation rate 0.61, beta 0.53, alpha 0.11)"),
+        (["--negatives=all"], "EMU (mutation rate 0.61, mask unit component, beta 0.53,"),
         (["--mask-unit=pair"], "EMU (mutation rate 0.6094, mask unit pair, beta 0.53, alpha"),
         (
             ["--loss=selfadv", "--margin=9", "--adversarial-temperature=0.5", "--subsampling"],
