@@ -36,6 +36,45 @@ std::vector<std::string> instruction_sets() {
   return names;
 }
 
+RelationalArgs read_relational(Arguments& a) {
+  RelationalArgs args{};
+  const std::string task = a["task"], message = a["message"], aggregate = a["aggregate"];
+  args.task = named<RelationalTask>(task, {{"forward", RelationalTask::kForward},
+                                           {"nodes", RelationalTask::kNodes},
+                                           {"relations", RelationalTask::kRelations}});
+  args.message = named<Message>(
+      message, {{"distmult", Message::kDistMult}, {"transe", Message::kTransE}, {"rotate", Message::kRotate}});
+  args.aggregate = named<Aggregate>(aggregate, {{"sum", Aggregate::kSum},
+                                                {"mean", Aggregate::kSum},
+                                                {"min", Aggregate::kMin},
+                                                {"max", Aggregate::kMax},
+                                                {"pna", Aggregate::kPna}});
+  args.dtype = a["dtype"];
+  args.N = a["node_count"];
+  args.R = a["relation_count"];
+  args.B = a["batch"];
+  args.D = a["dim"];
+  args.size = a["size"];
+  args.relation_rows = a["relation_rows"];
+  args.nodes = a["nodes"];
+  args.relations = a["relations"];
+  args.own = a["own"];
+  args.weight = a["weight"];
+  args.keep = a["keep"];
+  args.start = a["start"];
+  args.other = a["other"];
+  args.source = a["source"];
+  args.relation = a["relation"];
+  args.edge = a["edge"];
+  args.pieces = a["pieces"];
+  args.piece_relation = a["piece_relation"];
+  args.grad = a["grad"];
+  args.result = a["result"];
+  args.out = a["out"];
+  args.threads = a["threads"];
+  return args;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -58,6 +97,10 @@ PYBIND11_MODULE(_C, m) {
       },
       [](const Problem& p, const TableGradientArgs& a) { kernels().table_gradient(p, a); });
 
+  define(m, "relational", [](Arguments& a) {
+    const RelationalArgs args = read_relational(a);
+    return [=] { kernels().relational(args); };
+  });
   define(m, "prefer_huge_pages", [](Arguments& a) {
     void* const memory = a["memory"];
     const size_t bytes = a["bytes"];

@@ -17,6 +17,7 @@ from emu_kernels.api import (
 from emu_kernels.module import EMULoss
 from emu_kernels.mutation import Expected, Mixup
 from emu_kernels.one_vs_all import one_vs_all_loss
+from emu_kernels.relational import RelationalGraph, relational_spmm
 
 if TYPE_CHECKING:
     from emu_kernels.trainer.predict import Predictor
@@ -26,6 +27,7 @@ __all__ = [
     "EmuScores",
     "Expected",
     "Mixup",
+    "RelationalGraph",
     "__version__",
     "emu_mutate",
     "emu_scores",
@@ -33,6 +35,7 @@ __all__ = [
     "fused_softmax_loss",
     "load",
     "one_vs_all_loss",
+    "relational_spmm",
     "uls_cross_entropy",
 ]
 

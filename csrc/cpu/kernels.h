@@ -21,6 +21,7 @@ struct Kernels {
   void (*table_gradient)(const Problem&, const TableGradientArgs&);
   void (*mutate_forward)(const MutateArgs&);
   void (*mutate_backward)(const MutateArgs&);
+  void (*relational)(const RelationalArgs&);
 };
 
 extern const Kernels kBaselineKernels;

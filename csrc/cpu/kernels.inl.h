@@ -14,6 +14,7 @@
 #include "cpu/forward.inl.h"
 //
 #include "cpu/mutate.inl.h"
+#include "cpu/relational.inl.h"
 #include "cpu/table_gradient.inl.h"
 
 // --- from run-time values to template arguments -------------------------------------------------------------
@@ -49,5 +50,5 @@ EMU_KERNEL(table_gradient, TableGradientArgs)
 
 constexpr Kernels make_kernels(const char* name) {
   return {name,           loss_forward_any, scores_forward_any, query_gradient_any, table_gradient_any,
-          mutate_forward, mutate_backward};
+          mutate_forward, mutate_backward,  relational};
 }

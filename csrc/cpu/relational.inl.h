@@ -1,0 +1,280 @@
+// Messages along the edges of a graph, aggregated at their targets, and the gradients. No array has a number for each
+// edge and component: a message is computed again where it is needed. A row of the result, or a fixed piece of one, is
+// summed by one thread in the edges' order, so results do not depend on the number of threads.
+//
+// Rows of all queries of a node are adjacent, and queries go by in chunks: of a chunk the nodes' rows fit in the
+// last-level cache, from which each is read once an edge.
+
+constexpr int64_t kChunkBytes = 6 << 20;  // of all nodes' rows of a chunk of queries
+constexpr int64_t kChunkRow = 512;        // components of a node in a chunk at most: accumulators stay in L1
+constexpr int64_t kReads = 8;             // of a row a pass, on average: with fewer a cache gains nothing
+constexpr int64_t kNodesPerItem = 16;
+
+// Calls take(j, message) for the components of one query.
+template <Message kMessage, class Real, class Take>
+EMU_INLINE void for_messages(const Real* __restrict x, const Real* __restrict r, int64_t dim, Take&& take) {
+  if constexpr (kMessage == Message::kRotate) {
+    const int64_t half = dim / 2;
+#pragma GCC ivdep
+    for (int64_t j = 0; j < half; ++j) {
+      take(j, x[j] * r[j] - x[half + j] * r[half + j]);
+      take(half + j, x[j] * r[half + j] + x[half + j] * r[j]);
+    }
+  } else {
+#pragma GCC ivdep
+    for (int64_t j = 0; j < dim; ++j) take(j, kMessage == Message::kTransE ? x[j] + r[j] : x[j] * r[j]);
+  }
+}
+
+// NaN if one of them is.
+template <class Real>
+EMU_INLINE Real smaller(Real a, Real b) {
+  return (a <= b) | (a != a) ? a : b;
+}
+template <class Real>
+EMU_INLINE Real larger(Real a, Real b) {
+  return (a >= b) | (a != a) ? a : b;
+}
+
+template <class Real>
+struct Relational {
+  const RelationalArgs& a;
+  const int64_t L;            // components of a node in all queries
+  const int64_t chunk;        // queries
+  const int64_t chunks;
+  const Real *nodes, *relations, *own, *weight;
+
+  explicit Relational(const RelationalArgs& args)
+      : a(args),
+        L(args.B * args.D),
+        chunk(queries_a_chunk(args)),
+        chunks((args.B + chunk - 1) / chunk),
+        nodes(static_cast<const Real*>(args.nodes)),
+        relations(static_cast<const Real*>(args.relations)),
+        own(static_cast<const Real*>(args.own)),
+        weight(static_cast<const Real*>(args.weight)) {}
+
+  static int64_t queries_a_chunk(const RelationalArgs& a) {
+    const int64_t row = a.D * static_cast<int64_t>(sizeof(Real));
+    const int64_t most = max64(1, kChunkRow / a.D);
+    if (a.size < kReads * a.N) return min64(a.B, most);
+    // Not so few that a row's pieces are shorter than what a processor fetches at a time.
+    return min64(a.B, max64(min64(kChunkBytes / (a.N * row), most), max64(1, 128 / row)));
+  }
+
+  const Real* relation(int64_t r, int64_t b) const {
+    return relations + (a.relation_rows > 1 ? r * L + b * a.D : r * a.D);
+  }
+  bool left_out(int64_t e) const { return a.keep != nullptr && a.keep[e] == 0; }
+
+  // Calls body(first query, number of queries, first node, last node, slot); chunk by chunk.
+  template <class Body>
+  void for_nodes(Body&& body) const {
+    const int64_t items = (a.N + kNodesPerItem - 1) / kNodesPerItem;
+    parallel(a.threads, chunks * items, [&](int64_t item, int slot) {
+      const int64_t b = item / items * chunk, from = item % items * kNodesPerItem;
+      body(b, min64(chunk, a.B - b), from, min64(a.N, from + kNodesPerItem), slot);
+    });
+  }
+
+  template <Message kMessage, Aggregate kAggregate, bool kWeighted>
+  void forward() const {
+    constexpr bool kAll = kAggregate == Aggregate::kPna;
+    constexpr bool kSum = kAll || kAggregate == Aggregate::kSum;
+    constexpr bool kMin = kAll || kAggregate == Aggregate::kMin, kMax = kAll || kAggregate == Aggregate::kMax;
+    constexpr int kSections = kAll ? 4 : 1;  // of the result: sum, minimum, maximum, sum of squares
+    const int64_t width = chunk * a.D;
+    Scratch scratch(a.threads, kSections * width * static_cast<int64_t>(sizeof(Real)));
+    for_nodes([&](int64_t first, int64_t queries, int64_t from, int64_t to, int slot) {
+      Real* const sums = reinterpret_cast<Real*>(scratch.slot(slot));
+      Real* __restrict sum = sums;
+      Real* __restrict low = sums + (kAll ? width : 0);
+      Real* __restrict high = sums + (kAll ? 2 * width : 0);
+      Real* __restrict square = sums + (kAll ? 3 * width : 0);
+      for (int64_t v = from; v < to; ++v) {
+        bool empty = true;
+        const auto begin = [&] {
+          for (int64_t j = 0; j < width; ++j) {
+            if (kSum) sum[j] = 0;
+            if (kAll) square[j] = 0;
+            if (kMin) low[j] = empty ? 0 : HUGE_REAL;
+            if (kMax) high[j] = empty ? 0 : -HUGE_REAL;
+          }
+        };
+        empty = own == nullptr;
+        for (int64_t i = a.start[v]; empty && i < a.start[v + 1]; ++i) empty = left_out(a.edge[i]);
+        begin();
+        const auto add = [&](int64_t at, Real m) {
+          if (kSum) sum[at] += m;
+          if (kAll) square[at] += m * m;
+          if (kMin) low[at] = smaller(low[at], m);
+          if (kMax) high[at] = larger(high[at], m);
+        };
+        if (own != nullptr) {
+          const Real* __restrict row = own + v * L + first * a.D;
+#pragma GCC ivdep
+          for (int64_t j = 0; j < queries * a.D; ++j) add(j, row[j]);
+        }
+        for (int64_t i = a.start[v]; i < a.start[v + 1]; ++i) {
+          if (i + 2 < a.size) prefetch_row(nodes + a.other[i + 2] * L + first * a.D, queries * a.D * sizeof(Real));
+          const int64_t e = a.edge[i];
+          if (left_out(e)) continue;
+          const Real w = kWeighted ? weight[e] : Real{1};
+          const Real* row = nodes + a.other[i] * L + first * a.D;
+          for (int64_t b = 0; b < queries; ++b) {
+            const int64_t at = b * a.D;
+            for_messages<kMessage>(row + at, relation(a.relation[i], first + b), a.D,
+                                   [&](int64_t j, Real m) { add(at + j, kWeighted ? w * m : m); });
+          }
+        }
+        for (int64_t b = 0; b < queries; ++b) {
+          Real* out = static_cast<Real*>(a.out) + (v * a.B + first + b) * kSections * a.D;
+          for (int s = 0; s < kSections; ++s) copy(out + s * a.D, sums + s * width + b * a.D, a.D);
+        }
+      }
+    });
+  }
+
+  // The gradient of a message, given the upstream gradient of its target's sections, as a function of the message:
+  // linear + square · m + (minimum's where m is it) + (maximum's where m is it).
+  template <Aggregate kAggregate>
+  EMU_INLINE Real pull(const Real* g, const Real* out, int64_t dim, int64_t j, Real m) {
+    if constexpr (kAggregate == Aggregate::kSum) return g[j];
+    if constexpr (kAggregate == Aggregate::kMin || kAggregate == Aggregate::kMax) return m == out[j] ? g[j] : Real{0};
+    const Real low = m == out[dim + j] ? g[dim + j] : Real{0}, high = m == out[2 * dim + j] ? g[2 * dim + j] : Real{0};
+    return g[j] + g[3 * dim + j] * m + low + high;
+  }
+
+  // to += the gradient of x where kOfNode, else of r.
+  template <Message kMessage, Aggregate kAggregate, bool kOfNode>
+  EMU_INLINE void add_gradient(const Real* __restrict x, const Real* __restrict r, Real w, int64_t dim,
+                               const Real* __restrict g, const Real* __restrict out, Real* __restrict to) {
+    if constexpr (kMessage == Message::kRotate) {
+      const int64_t half = dim / 2;
+#pragma GCC ivdep
+      for (int64_t j = 0; j < half; ++j) {
+        const int64_t i = half + j;
+        const Real re = w * (x[j] * r[j] - x[i] * r[i]), im = w * (x[j] * r[i] + x[i] * r[j]);
+        const Real a = w * pull<kAggregate>(g, out, dim, j, re), b = w * pull<kAggregate>(g, out, dim, i, im);
+        const Real* other = kOfNode ? r : x;
+        to[j] += a * other[j] + b * other[i];
+        to[i] += b * other[j] - a * other[i];
+      }
+    } else {
+#pragma GCC ivdep
+      for (int64_t j = 0; j < dim; ++j) {
+        const Real m = w * (kMessage == Message::kTransE ? x[j] + r[j] : x[j] * r[j]);
+        const Real d = w * pull<kAggregate>(g, out, dim, j, m);
+        to[j] += kMessage == Message::kTransE ? d : d * (kOfNode ? r[j] : x[j]);
+      }
+    }
+  }
+
+  // Edges sorted by source: `other` is the target.
+  template <Message kMessage, Aggregate kAggregate>
+  void node_gradient() const {
+    constexpr int64_t kSections = kAggregate == Aggregate::kPna ? 4 : 1;
+    const Real *grad = static_cast<const Real*>(a.grad), *result = static_cast<const Real*>(a.result);
+    Scratch scratch(a.threads, chunk * a.D * static_cast<int64_t>(sizeof(Real)));
+    for_nodes([&](int64_t first, int64_t queries, int64_t from, int64_t to, int slot) {
+      Real* sum = reinterpret_cast<Real*>(scratch.slot(slot));
+      for (int64_t u = from; u < to; ++u) {
+        __builtin_memset(sum, 0, static_cast<size_t>(queries * a.D) * sizeof(Real));
+        for (int64_t i = a.start[u]; i < a.start[u + 1]; ++i) {
+          if (i + 1 < a.size) {
+            const int64_t next = (a.other[i + 1] * a.B + first) * kSections * a.D;
+            prefetch_row(grad + next, queries * kSections * a.D * sizeof(Real));
+          }
+          const int64_t e = a.edge[i];
+          if (left_out(e)) continue;
+          const Real w = weight != nullptr ? weight[e] : Real{1};
+          for (int64_t b = 0; b < queries; ++b) {
+            const int64_t at = (a.other[i] * a.B + first + b) * kSections * a.D;
+            add_gradient<kMessage, kAggregate, true>(nodes + u * L + (first + b) * a.D,
+                                                     relation(a.relation[i], first + b), w, a.D, grad + at,
+                                                     result + at, sum + b * a.D);
+          }
+        }
+        copy(static_cast<Real*>(a.out) + u * L + first * a.D, sum, queries * a.D);
+      }
+    });
+  }
+
+  // Edges sorted by relation, cut into pieces of one relation each: `start` has where they begin, `piece_relation`
+  // which they are of. Pieces leave sums, which are added up in order.
+  template <Message kMessage, Aggregate kAggregate>
+  void relation_gradient() const {
+    constexpr int64_t kSections = kAggregate == Aggregate::kPna ? 4 : 1;
+    const Real *grad = static_cast<const Real*>(a.grad), *result = static_cast<const Real*>(a.result);
+    const bool shared = a.relation_rows == 1;
+    const int64_t part = shared ? chunks * a.D : L;  // of a piece
+    Scratch sums(1, a.pieces * part * static_cast<int64_t>(sizeof(Real)));
+    Real* const partials = reinterpret_cast<Real*>(sums.slot(0));
+    parallel(a.threads, chunks * a.pieces, [&](int64_t item, int) {
+      const int64_t c = item / a.pieces, piece = item % a.pieces, first = c * chunk;
+      const int64_t queries = min64(chunk, a.B - first), r = a.piece_relation[piece];
+      Real* sum = partials + piece * part + (shared ? c : first) * a.D;
+      __builtin_memset(sum, 0, static_cast<size_t>((shared ? 1 : queries) * a.D) * sizeof(Real));
+      for (int64_t i = a.start[piece]; i < a.start[piece + 1]; ++i) {
+        const int64_t e = a.edge[i];
+        if (left_out(e)) continue;
+        const Real w = weight != nullptr ? weight[e] : Real{1};
+        for (int64_t b = 0; b < queries; ++b) {
+          const int64_t at = (a.other[i] * a.B + first + b) * kSections * a.D;
+          add_gradient<kMessage, kAggregate, false>(nodes + a.source[i] * L + (first + b) * a.D,
+                                                    relation(r, first + b), w, a.D, grad + at, result + at,
+                                                    sum + (shared ? 0 : b * a.D));
+        }
+      }
+    });
+    Real* const out = static_cast<Real*>(a.out);
+    const int64_t row = shared ? a.D : L;
+    __builtin_memset(out, 0, static_cast<size_t>(a.R * row) * sizeof(Real));
+    for (int64_t piece = 0; piece < a.pieces; ++piece) {
+      for (int64_t j = 0; j < part; ++j) out[a.piece_relation[piece] * row + j % row] += partials[piece * part + j];
+    }
+  }
+
+  static constexpr Real HUGE_REAL = sizeof(Real) == 8 ? static_cast<Real>(__builtin_huge_val())
+                                                      : static_cast<Real>(__builtin_huge_valf());
+};
+
+template <class Real, Message kMessage, Aggregate kAggregate>
+static void relational_of(const RelationalArgs& a) {
+  const Relational<Real> task(a);
+  switch (a.task) {
+    case RelationalTask::kForward:
+      return a.weight != nullptr ? task.template forward<kMessage, kAggregate, true>()
+                                 : task.template forward<kMessage, kAggregate, false>();
+    case RelationalTask::kNodes: return task.template node_gradient<kMessage, kAggregate>();
+    case RelationalTask::kRelations: return task.template relation_gradient<kMessage, kAggregate>();
+  }
+}
+
+template <class Real, Message kMessage>
+static void relational_with(const RelationalArgs& a) {
+  switch (a.aggregate) {
+    case Aggregate::kSum: return relational_of<Real, kMessage, Aggregate::kSum>(a);
+    case Aggregate::kMin: return relational_of<Real, kMessage, Aggregate::kMin>(a);
+    case Aggregate::kMax: return relational_of<Real, kMessage, Aggregate::kMax>(a);
+    case Aggregate::kPna: return relational_of<Real, kMessage, Aggregate::kPna>(a);
+  }
+}
+
+template <class Real>
+static void relational_as(const RelationalArgs& a) {
+  switch (a.message) {
+    case Message::kDistMult: return relational_with<Real, Message::kDistMult>(a);
+    case Message::kTransE: return relational_with<Real, Message::kTransE>(a);
+    case Message::kRotate: return relational_with<Real, Message::kRotate>(a);
+  }
+}
+
+static void relational(const RelationalArgs& a) {
+  if (a.dtype != DType::kDouble) return relational_as<float>(a);
+#if defined(EMU_DOUBLES)
+  relational_as<double>(a);
+#else
+  kBaselineKernels.relational(a);
+#endif
+}

@@ -1,0 +1,448 @@
+"""Relational message passing (NBFNet; Zhu et al., 2021) without an array of edges × batch × d.
+
+``relational_spmm`` is a generalised sparse product: at each node, an aggregate over its incoming
+edges of a message of the source's features and the relation's. ``reference`` is plain PyTorch and
+says what is meant; ``cpu`` has kernels, which compute each message where it is needed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from emu_kernels import backends, validate, values
+from emu_kernels.backends.native import NativeBackend, pointer
+from emu_kernels.library import Values, define, no_second_derivative
+
+MESSAGES = ("distmult", "transe", "rotate")
+AGGREGATES = ("sum", "mean", "min", "max", "pna")
+EPSILON = 1e-6
+"""The least variance in the standard deviation of "pna", as NBFNet's authors have it."""
+
+_PIECE = 1024  # edges of one relation that are summed at a time in its gradient
+
+
+class _Sorted(NamedTuple):
+    """Edges in some order."""
+
+    start: Tensor  # (N + 1,) where a node's edges begin; of relations (P + 1,), of pieces
+    other: Tensor  # (E,) the node at the other end
+    relation: Tensor  # (E,)
+    edge: Tensor  # (E,) its number in edge_index
+
+
+@dataclass(frozen=True)
+class RelationalGraph:
+    """The edges of a graph, sorted once for all passes.
+
+    Args:
+        edge_index: (2, E) integers in [0, num_nodes): sources, then targets, as PyG has them.
+        edge_type: (E,) integers in [0, num_relations).
+        num_nodes: N, at least 1.
+        num_relations: R, at least 1.
+
+    Raises:
+        TypeError: a tensor's dtype is no integer's.
+        ValueError: a shape, a device or an id is not what is said above; no edges.
+    """
+
+    edge_index: Tensor
+    edge_type: Tensor
+    num_nodes: int
+    num_relations: int
+    sorted: tuple[Tensor, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        index, kind = self.edge_index, self.edge_type
+        for name, tensor, shape in (("edge_index", index, "(2, E)"), ("edge_type", kind, "(E,)")):
+            validate.tensor(name, tensor)
+            validate.integer(name, tensor)
+            validate.dims(name, tensor, (2 if name == "edge_index" else 1,), shape)
+        if index.shape[0] != 2 or index.shape[1] != len(kind):
+            raise ValueError(
+                f"edge_index: expected shape (2, E) with edge_type's E = {len(kind)}, "
+                f"got {tuple(index.shape)}"
+            )
+        validate.same_device("edge_index", index, edge_type=kind)
+        for name, number in (("num_nodes", self.num_nodes), ("num_relations", self.num_relations)):
+            if number < 1:
+                raise ValueError(f"{name}: expected at least 1, got {number}")
+        if not len(kind):
+            raise ValueError("edge_index: expected at least one edge, got none")
+        index, kind = index.long(), kind.long()
+        values.check_ids("edge_index", index, rows=self.num_nodes, lowest=0)
+        values.check_ids("edge_type", kind, rows=self.num_relations, lowest=0)
+        source, target = index
+        object.__setattr__(
+            self,
+            "sorted",
+            (
+                *_sort(target, source, kind, self.num_nodes),
+                *_sort(source, target, kind, self.num_nodes),
+                *_pieces(kind, source, target, self.num_relations),
+            ),
+        )
+
+    @property
+    def num_edges(self) -> int:
+        return len(self.edge_type)
+
+
+def _sort(by: Tensor, other: Tensor, kind: Tensor, count: int) -> _Sorted:
+    by, edge = by.sort(stable=True)
+    start = torch.searchsorted(by, torch.arange(count + 1, device=by.device))
+    return _Sorted(start, other[edge], kind[edge], edge)
+
+
+def _pieces(kind: Tensor, source: Tensor, target: Tensor, count: int) -> tuple[Tensor, ...]:
+    """Edges by relation: where pieces begin, the relation of each, targets, sources, numbers."""
+    by, edge = kind.sort(stable=True)
+    edges = torch.bincount(by, minlength=count)
+    pieces = (edges + _PIECE - 1) // _PIECE
+    relation = torch.repeat_interleave(pieces)
+    first = edges.cumsum(0) - edges
+    place = torch.arange(len(relation), device=by.device) - (pieces.cumsum(0) - pieces)[relation]
+    start = torch.cat([first[relation] + place * _PIECE, first.new_tensor([len(by)])])
+    return start, relation, target[edge], source[edge], edge
+
+
+def relational_spmm(
+    nodes: Tensor,  # (N, B, D)
+    relations: Tensor,  # (R, D) or (R, B, D)
+    graph: RelationalGraph,
+    *,
+    message: str = "distmult",
+    aggregate: str = "sum",
+    own: Tensor | None = None,  # (N, B, D)
+    edge_weight: Tensor | None = None,  # (E,)
+    backend: str | None = None,
+) -> Tensor:
+    """Aggregate messages along a graph's edges at their targets, for B queries at once.
+
+    An edge from u to v of relation r sends ``message(nodes[u], relations[r])``; a node's result is
+    the aggregate of what it receives (the generalised Bellman-Ford iteration of NBFNet,
+    arXiv 2106.06935, equation 6 and table 1).
+
+    Args:
+        nodes: (N, B, D), float32, bfloat16, float16 or float64: of each node a row for each query.
+        relations: (R, D), the same for all queries, or (R, B, D); dtype of ``nodes``.
+        graph: N nodes, R relations, E edges.
+        message: "distmult" (x · r), "transe" (x + r), or "rotate" (complex product; the first half
+            of a row has real parts, the second imaginary ones, D is even).
+        aggregate: "sum", "mean", "min", "max", or "pna": mean, min, max and standard deviation
+            (Corso et al., 2020), from one pass over the edges.
+        own: (N, B, D), dtype of ``nodes``: one message more for each node, of its own (NBFNet's
+            boundary condition).
+        edge_weight: (E,) in the order of ``graph.edge_index``. bool: edges that are False are left
+            out, as if they were not in the graph. float: multiplies the messages; has no gradient.
+        backend: as for :func:`emu_kernels.fused_emu_loss`; "reference" and "cpu" exist, None is
+            "cpu" on a CPU and "reference" elsewhere.
+
+    Returns:
+        (N, B, D), or for "pna" (N, B, 4, D) in the order above; dtype of ``nodes``. 0 at a node
+        that receives nothing. Sums are accumulated in float32 (float64 for float64); the same bits
+        for any number of threads. Where several messages are the minimum or maximum, each gets its
+        gradient whole. The variance of "pna" is at least 1e-6.
+
+    Raises:
+        TypeError: an argument has another type or dtype.
+        ValueError: a shape, a device or a name is not what is said above; edge_weight requires a
+            gradient.
+        RuntimeError: the backend cannot run here.
+    """
+    _check(nodes, relations, graph, message, aggregate, own, edge_weight)
+    if backend is None and nodes.device.type != "cpu":
+        backend = backends.REFERENCE
+    name = backends.resolve(backend, nodes.device).name
+    if name not in ("cpu", backends.REFERENCE):
+        raise ValueError(f"backend: relational_spmm has 'reference' and 'cpu', got {name!r}")
+    real = torch.float64 if nodes.dtype == torch.float64 else torch.float32
+    keep = edge_weight if edge_weight is not None and edge_weight.dtype == torch.bool else None
+    weight = None if edge_weight is None or keep is not None else edge_weight.to(real)
+    given = {
+        "nodes": nodes.to(real).contiguous(),
+        "relations": relations.to(real).contiguous(),
+        "own": None if own is None else own.to(real).contiguous(),
+        "weight": None if weight is None else weight.contiguous(),
+        "keep": None if keep is None else keep.contiguous(),
+    }
+    if name == backends.REFERENCE:
+        out = _reference(**given, graph=graph, message=message, aggregate=aggregate)
+    else:
+        sizes = {"num_relations": graph.num_relations, "graph": list(graph.sorted)}
+        out = _forward(given | sizes | {"message": message, "aggregate": aggregate})
+        out = out if aggregate == "pna" else out.squeeze(2)
+    return out.to(nodes.dtype)
+
+
+def _check(
+    nodes: Tensor,
+    relations: Tensor,
+    graph: RelationalGraph,
+    message: str,
+    aggregate: str,
+    own: Tensor | None,
+    edge_weight: Tensor | None,
+) -> None:
+    if not isinstance(graph, RelationalGraph):
+        raise TypeError(f"graph: expected a RelationalGraph, got {type(graph).__name__}")
+    validate.one_of("message", message, MESSAGES)
+    validate.one_of("aggregate", aggregate, AGGREGATES)
+    validate.tensor("nodes", nodes)
+    validate.floating("nodes", nodes)
+    validate.dims("nodes", nodes, (3,), "(N, B, D)")
+    count, batch, dim = nodes.shape
+    if count != graph.num_nodes or not batch or not dim:
+        raise ValueError(
+            f"nodes: expected shape (N, B, D) with the graph's N = {graph.num_nodes}, B and D at "
+            f"least 1, got {tuple(nodes.shape)}"
+        )
+    if message == "rotate" and dim % 2:
+        raise ValueError(f"nodes: message 'rotate' needs an even D, got {dim}")
+    validate.tensor("relations", relations)
+    shapes = ((graph.num_relations, dim), (graph.num_relations, batch, dim))
+    _like(nodes, "relations", relations, shapes)
+    if own is not None:
+        validate.tensor("own", own)
+        _like(nodes, "own", own, ((count, batch, dim),))
+    if edge_weight is not None:
+        validate.tensor("edge_weight", edge_weight)
+        if edge_weight.dtype != torch.bool:
+            validate.floating("edge_weight", edge_weight)
+        if edge_weight.shape != (graph.num_edges,):
+            raise ValueError(
+                f"edge_weight: expected shape ({graph.num_edges},), one for each edge, "
+                f"got {tuple(edge_weight.shape)}"
+            )
+        if edge_weight.requires_grad:
+            raise ValueError("edge_weight: expected no gradient to be required, got one that is")
+    others = {"relations": relations, "own": own, "edge_weight": edge_weight}
+    validate.same_device("nodes", nodes, **others, graph=graph.edge_type)
+
+
+def _like(nodes: Tensor, name: str, value: Tensor, shapes: tuple[tuple[int, ...], ...]) -> None:
+    if value.dtype != nodes.dtype:
+        raise TypeError(f"{name}: expected {nodes.dtype} like nodes, got {value.dtype}")
+    if tuple(value.shape) not in shapes:
+        expected = " or ".join(map(str, shapes))
+        raise ValueError(f"{name}: expected shape {expected}, got {tuple(value.shape)}")
+
+
+# --- the specification ----------------------------------------------------------------------------
+
+
+def messages(nodes: Tensor, relations: Tensor, message: str) -> Tensor:
+    """The messages of sources and relations, both (..., D)."""
+    if message == "distmult":
+        return nodes * relations
+    if message == "transe":
+        return nodes + relations
+    (a, b), (c, d) = nodes.chunk(2, dim=-1), relations.chunk(2, dim=-1)
+    return torch.cat([a * c - b * d, a * d + b * c], dim=-1)
+
+
+def _extreme(sent: Tensor, at: Tensor, count: int, reduce: str) -> Tensor:
+    """(N, B, D): the least or largest of the (M, B, D) messages at each node.
+
+    The second term is 0, and gives each message that is the extreme the whole gradient.
+    """
+    index = at[:, None, None].expand_as(sent)
+    zero = sent.new_zeros((count, *sent.shape[1:]))
+    found = zero.scatter_reduce(0, index, sent.detach(), reduce, include_self=False)
+    attained = sent.detach() == found[at]
+    return found + zero.index_add(0, at, (sent - sent.detach()) * attained)
+
+
+def _reference(
+    nodes: Tensor,
+    relations: Tensor,
+    own: Tensor | None,
+    weight: Tensor | None,
+    keep: Tensor | None,
+    graph: RelationalGraph,
+    message: str,
+    aggregate: str,
+) -> Tensor:
+    source, at = graph.edge_index.long()
+    kind = graph.edge_type.long()
+    if keep is not None:
+        source, at, kind = source[keep], at[keep], kind[keep]
+    relation = relations[kind] if relations.ndim == 3 else relations[kind].unsqueeze(1)
+    sent = messages(nodes[source], relation, message)
+    if weight is not None:
+        sent = sent * weight[:, None, None]
+    if own is not None:
+        sent, at = torch.cat([own, sent]), torch.cat([torch.arange(len(own), device=at.device), at])
+    count = len(nodes)
+    zero = nodes.new_zeros(nodes.shape)
+    if aggregate in ("min", "max"):
+        return _extreme(sent, at, count, f"a{aggregate}")
+    total = zero.index_add(0, at, sent)
+    if aggregate == "sum":
+        return total
+    number = torch.bincount(at, minlength=count).clamp(min=1)[:, None, None]
+    mean = total / number
+    if aggregate == "mean":
+        return mean
+    square = zero.index_add(0, at, sent * sent) / number
+    deviation = (square - mean * mean).clamp(min=EPSILON).sqrt()
+    received = (torch.bincount(at, minlength=count) > 0)[:, None, None]
+    low, high = _extreme(sent, at, count, "amin"), _extreme(sent, at, count, "amax")
+    return torch.stack([mean, low, high, torch.where(received, deviation, 0.0)], dim=2)
+
+
+# --- the operator ---------------------------------------------------------------------------------
+
+_ARGUMENTS = (
+    "Tensor nodes, Tensor relations, Tensor? own, Tensor? weight, Tensor? keep, "
+    "SymInt num_relations, Tensor[] graph, str message, str aggregate"
+)
+
+
+def _run(given: Values, task: str, out: Tensor, **more: Any) -> Tensor:
+    nodes, relations = given["nodes"], given["relations"]
+    count, batch, dim = nodes.shape
+    absent = ("source", "relation", "piece_relation", "grad", "result")
+    addresses = dict.fromkeys(absent, 0) | {"pieces": 0}
+    named = ("own", "weight", "keep")
+    addresses |= {name: pointer(given[name]) for name in named}
+    addresses |= {k: pointer(v) if isinstance(v, Tensor) else v for k, v in more.items()}
+    backend = backends.get("cpu")
+    assert isinstance(backend, NativeBackend)
+    backend._native.relational(
+        task=task,
+        message=given["message"],
+        aggregate=given["aggregate"],
+        dtype=str(nodes.dtype).removeprefix("torch."),
+        node_count=count,
+        relation_count=given["num_relations"],
+        batch=batch,
+        dim=dim,
+        size=len(given["graph"][1]),
+        relation_rows=relations.shape[1] if relations.ndim == 3 else 1,
+        nodes=pointer(nodes),
+        relations=pointer(relations),
+        out=pointer(backend._large(out)),
+        threads=backend._place(nodes.device)["threads"],
+        **addresses,
+    )
+    return out
+
+
+def _number(given: Values) -> Tensor:
+    """(N, 1, 1): how many messages a node receives, at least 1."""
+    start, _, _, edge = given["graph"][:4]
+    number = start[1:] - start[:-1]
+    if given["keep"] is not None:
+        kept = torch.cat([start.new_zeros(1), given["keep"][edge].long().cumsum(0)])
+        number = kept[start[1:]] - kept[start[:-1]]
+    return (number + (given["own"] is not None))[:, None, None]
+
+
+def _result(given: Values) -> Tensor:
+    """(N, B, S, D) in memory, S sections."""
+    count, batch, dim = given["nodes"].shape
+    return given["nodes"].new_empty((count, batch, 4 if given["aggregate"] == "pna" else 1, dim))
+
+
+def _forward_on_cpu(given: Values) -> Tensor:
+    start, other, relation, edge = given["graph"][:4]
+    order = {"start": start, "other": other, "relation": relation, "edge": edge}
+    out = _run(given, "forward", _result(given), **order)
+    if given["aggregate"] in ("mean", "pna"):
+        number = _number(given)
+        mean, square = out[:, :, 0], out[:, :, -1]
+        mean /= number.clamp(min=1)
+        if given["aggregate"] == "pna":
+            square /= number.clamp(min=1)
+            square.addcmul_(mean, mean, value=-1).clamp_(min=EPSILON).sqrt_()
+            square.masked_fill_(number == 0, 0.0)
+    return out
+
+
+def _upstream(given: Values, grad: Tensor, result: Tensor) -> Tensor:
+    """What the kernels call a message's pull: its linear and square parts in sections 0 and 3."""
+    if given["aggregate"] in ("sum", "min", "max"):
+        return grad.contiguous()
+    grad = grad.clone(memory_format=torch.contiguous_format)
+    number = _number(given).clamp(min=1)
+    grad[:, :, 0] /= number
+    if given["aggregate"] == "pna":
+        mean, deviation = result[:, :, 0], result[:, :, 3]
+        # Where the variance was too small it is a constant.
+        square = (grad[:, :, 3] / (deviation * number)).masked_fill_(deviation <= EPSILON**0.5, 0.0)
+        grad[:, :, 3] = square
+        grad[:, :, 0].addcmul_(square, mean, value=-1)
+    return grad
+
+
+def _backward_on_cpu(given: Values) -> tuple[Tensor, Tensor, Tensor]:
+    result, nodes, own = given["result"], given["nodes"], given["own"]
+    upstream = _upstream(given, given["grad"], result)
+    both = {"grad": upstream, "result": result}
+    start, other, relation, edge = given["graph"][4:8]
+    order = {"start": start, "other": other, "relation": relation, "edge": edge}
+    of_nodes = _run(given, "nodes", torch.empty_like(nodes), **order, **both)
+    start, piece_relation, target, source, edge = given["graph"][8:]
+    order = {"start": start, "other": target, "source": source, "edge": edge}
+    pieces = {"piece_relation": piece_relation, "pieces": len(piece_relation)}
+    relations = torch.empty_like(given["relations"])
+    of_relations = _run(given, "relations", relations, **order, **pieces, **both)
+    of_own = nodes.new_empty(0)
+    if own is not None:
+        of_own = upstream[:, :, 0].clone()
+        if given["aggregate"] in ("min", "max"):
+            of_own.masked_fill_(own != result[:, :, 0], 0.0)
+        if given["aggregate"] == "pna":
+            of_own.addcmul_(upstream[:, :, 3], own)
+            for section in (1, 2):
+                of_own += upstream[:, :, section] * (own == result[:, :, section])
+    return of_nodes, of_relations, of_own
+
+
+def _fake_backward(given: Values) -> tuple[Tensor, Tensor, Tensor]:
+    own = given["own"]
+    return (
+        torch.empty_like(given["nodes"]),
+        torch.empty_like(given["relations"]),
+        given["nodes"].new_empty(0) if own is None else torch.empty_like(own),
+    )
+
+
+_forward = define("relational_spmm", f"{_ARGUMENTS}) -> Tensor", _forward_on_cpu, _result)
+_backward = define(
+    "relational_spmm_backward",
+    f"{_ARGUMENTS}, Tensor grad, Tensor result) -> (Tensor, Tensor, Tensor)",
+    _backward_on_cpu,
+    _fake_backward,
+)
+_NAMES = tuple(part.split()[1] for part in _ARGUMENTS.split(", "))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    given = dict(zip(_NAMES, inputs, strict=True))
+    optional = [given[name] for name in ("own", "weight", "keep")]
+    ctx.save_for_backward(given["nodes"], given["relations"], output, *optional, *given["graph"])
+    ctx.rest = {k: given[k] for k in ("num_relations", "message", "aggregate")}
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    nodes, relations, result, own, weight, keep, *graph = ctx.saved_tensors
+    given = {"nodes": nodes, "relations": relations, "own": own, "weight": weight, "keep": keep}
+    of_nodes, of_relations, of_own = _backward(
+        given | {"graph": graph, "grad": grad, "result": result} | ctx.rest
+    )
+    gradients = {"nodes": of_nodes, "relations": of_relations}
+    gradients |= {"own": None if own is None else of_own, "graph": [None] * len(graph)}
+    return tuple(gradients.get(name) for name in _NAMES)
+
+
+def _refuse(ctx: Any, *grad: Tensor) -> Any:
+    raise no_second_derivative("relational_spmm")
+
+
+torch.library.register_autograd("emu_kernels::relational_spmm", _differentiate, setup_context=_save)
+torch.library.register_autograd("emu_kernels::relational_spmm_backward", _refuse)
