@@ -162,7 +162,7 @@ def relational_spmm(
     real = torch.float64 if nodes.dtype == torch.float64 else torch.float32
     keep = edge_weight if edge_weight is not None and edge_weight.dtype == torch.bool else None
     weight = None if edge_weight is None or keep is not None else edge_weight.to(real)
-    given = {
+    given: dict[str, Any] = {
         "nodes": nodes.to(real).contiguous(),
         "relations": relations.to(real).contiguous(),
         "own": None if own is None else own.to(real).contiguous(),

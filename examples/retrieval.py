@@ -31,12 +31,12 @@ import torch_geometric
 from scipy.stats import ttest_rel
 from tabulate import tabulate
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, logsigmoid, normalize
+from torch.nn.functional import logsigmoid, normalize
 from torch_geometric.nn import LightGCN
 from tqdm import tqdm
 
 import emu_kernels
-from emu_kernels import Expected, emu_scores, fused_emu_loss, fused_softmax_loss
+from emu_kernels import Expected, fused_emu_loss, fused_softmax_loss
 from emu_kernels.trainer.datasets import FOLDER_VARIABLE, RemoteFile, fetch
 from emu_kernels.trainer.errors import DataError
 
@@ -148,11 +148,7 @@ def corrected(
     query: Tensor, table: Tensor, positive: Tensor, negative: Tensor, log_q: Tensor
 ) -> Tensor:
     """Softmax of scores less the log of each candidate's sampling probability (Yi et al., 2019)."""
-    scores = emu_scores(query, table, positive, negative, mutation=None)
-    own = scores.positive - log_q[positive]
-    others = scores.negative - log_q[negative.clamp(min=0)]  # −inf where padding
-    logits = torch.cat([own[:, None], others], dim=1)
-    return cross_entropy(logits, torch.zeros(len(logits), dtype=torch.int64))
+    return fused_softmax_loss(query, table, positive, negative, log_q=log_q)
 
 
 def sample(kind: str, data: Data, positive: Tensor, count: int) -> Tensor:

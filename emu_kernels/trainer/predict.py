@@ -272,7 +272,9 @@ class Predictor:
             query = self.model.ask(embedding(head, self.model.entity), relation, "tail")
             none = tail.new_empty((0,))
             phi = self.model.phi(query)
-            of_chunk = emu_scores(query.vector, self._candidates, tail, none, mutation=None, **phi)
+            of_chunk = emu_scores(
+                query.vector, self._candidates, tail, none, mutation_rate=None, **phi
+            )
             scores.append(of_chunk.positive.cpu())
         return torch.cat(scores)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from tests.ops.support import LOSS, make
 
 IN = make(6, 5, 20, padding=True)
 MANY = make(64, 2500, 20, groups=1)
-COEFFICIENTS = {"beta": 0.3, "alpha": 0.2}
+COEFFICIENTS: dict[str, Any] = {"beta": 0.3, "alpha": 0.2}
 
 Function = Callable[[Tensor, Tensor], Tensor]  # of query and table
 CASES: dict[str, Function] = {
@@ -30,7 +31,9 @@ CASES: dict[str, Function] = {
         q, t, *IN[2:], **LOSS | {"mutation_rate": Expected(q.detach().sigmoid())}
     ),
     "softmax": lambda q, t: fused_softmax_loss(q, t, *IN[2:]),
-    "scores": lambda q, t: emu_scores(q, t, *IN[2:3], MANY.negative[0, :7], mutation=0.5, seed=1)
+    "scores": lambda q, t: emu_scores(
+        q, t, *IN[2:3], MANY.negative[0, :7], mutation_rate=0.5, seed=1
+    )
     .mutated.square()
     .sum(),
     "mutate": lambda q, t: emu_mutate(q, t[IN.negative.clamp(min=0)], mutation_rate=0.5, seed=1)

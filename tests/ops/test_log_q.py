@@ -54,7 +54,7 @@ def by_hand(
 ) -> Tensor:
     """The losses (B,) of emu_scores less log q, by PyTorch's cross-entropy where there is one."""
     scored = emu_scores(
-        query, table, positive, negative, mutation=mutation, backend="reference", **options
+        query, table, positive, negative, mutation_rate=mutation, backend="reference", **options
     )
     sets = negative.repeat_interleave(len(positive) // len(negative), dim=0)
     of_negatives = log_q[sets.clamp(min=0)]
