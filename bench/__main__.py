@@ -203,6 +203,11 @@ def _parser() -> argparse.ArgumentParser:
     part = command("gpu", "the operator on a GPU, in our target settings", 10, "cuda")
     part.add("--quick", False, "fewer settings")
 
+    part = command("messages", "relational message passing, against plain PyTorch", 3)
+    part.add("--graph", ["CoDEx-S", "WN18RR", "FB15k-237"], "datasets")
+    part.add("--batch", [16, 64], "queries at once")
+    part.add("--aggregate", ["sum", "pna"], "names")
+
     part = command("training", "models with and without EMU for equal steps: test metrics")
     part.add_argument("--presets", nargs="+", help="of emu-train (default: all)")
     part.add("--losses", ["softmax", "uls", "emu"], "of emu-train")
@@ -239,7 +244,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if is_gpu(getattr(options, "device", "cpu")):
             results.device_name("cuda")  # raises where there is none
-        if options.command in ("report", "study", "training"):  # need what a GPU's machine may lack
+        if options.command in (
+            "messages",
+            "report",
+            "study",
+            "training",
+        ):  # need what a GPU's machine may lack
             return importlib.import_module(f"bench.{options.command}").run(options)
         return 0 if (_all if options.command == "all" else _run)(options) else 1
     except (ImportError, OSError, ValueError, RuntimeError, AssertionError) as error:

@@ -30,13 +30,22 @@ LOSSES: dict[str, Settings] = {
 }
 
 
-# A fifth of the authors' steps, with their change of optimizer at half.
-SHORT: Settings = {"steps": 20_000, "eval_every": 1000, "switch_to": "Adam"}
 SMALL_GRAPH: Settings = {"steps": 5000, "eval_every": 250}
-ALL_ENTITIES: Settings = {"steps": 4000, "eval_every": 250, "switch_to": "Adam"}
+ALL_ENTITIES: Settings = {"steps": 4000, "eval_every": 250, "schedule": "cosine"}
 RATES = (0.2, 0.4, 0.61, 0.8, 0.95)
 BETAS = (0.0, 0.1, 0.25, 0.53, 1.0)
 ALPHAS = (0.0, 0.03, 0.3, 0.7)  # .11 is in the first grid
+
+
+def short(preset: str) -> Settings:
+    """A tenth of the authors' steps, at twice their rate, which falls along a cosine.
+
+    Of the schedules tried ("schedules" below) that is best for EMU and as good as any for softmax;
+    the authors' change to Adam is worse than none after so few steps.
+    """
+    settings = PRESETS[preset.lower()]
+    changes = {"steps": 10_000, "eval_every": 1000, "schedule": "cosine", "lr": 2 * settings["lr"]}
+    return settings | changes
 
 
 class Experiment(NamedTuple):
@@ -60,7 +69,7 @@ class Experiment(NamedTuple):
 
 def _losses() -> Iterable[Run]:
     for dataset, model in product(("FB15k-237", "WN18RR"), MODELS):
-        preset = PRESETS[f"{model}-{dataset}".lower()] | SHORT
+        preset = short(f"{model}-{dataset}")
         for name, settings in LOSSES.items():
             yield preset | settings, {"graph": dataset, "model": model, "trained with": name}
 
@@ -75,7 +84,7 @@ def _over_all() -> Iterable[Run]:
 
 
 def _sensitivity() -> Iterable[Run]:
-    preset = PRESETS["distmult-fb15k-237"] | SHORT | {"loss": "expected"}
+    preset = short("distmult-fb15k-237") | {"loss": "expected"}
     grids = (("mutation_rate", RATES, "beta", BETAS), ("alpha", ALPHAS, "beta", BETAS))
     for first, values, second, others in grids:
         for a, b in product(values, others):
@@ -86,13 +95,13 @@ def _sensitivity() -> Iterable[Run]:
 
 def _graphs() -> Iterable[Run]:
     for dataset, model in product(("CoDEx-S", "umls", "kinship"), MODELS[:2]):
-        preset = PRESETS[f"{model}-fb15k-237".lower()] | SHORT | SMALL_GRAPH | {"dataset": dataset}
+        preset = short(f"{model}-fb15k-237") | SMALL_GRAPH | {"dataset": dataset}
         for name in ("softmax", "ULS", "EMU", "EMU, closed form"):
             yield preset | LOSSES[name], {"graph": dataset, "model": model, "trained with": name}
 
 
 def _dimensions() -> Iterable[Run]:
-    preset = PRESETS["distmult-fb15k-237"] | SHORT
+    preset = short("distmult-fb15k-237")
     for dim, name in product((100, 500), ("softmax", "EMU, closed form")):
         yield preset | LOSSES[name] | {"dim": dim}, {"trained with": name, "d": str(dim)}
 

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from bench.inputs import Shape, is_gpu
+from bench.inputs import is_gpu
 
 T = TypeVar("T")
 Turn = Callable[[], float]  # takes one turn and returns the seconds of a step
-Prepare = Callable[[str, Shape], Callable[[], Any]]  # of a rival by its name, steps to run
+Prepare = Callable[[str, Any], Callable[[], Any]]  # of a rival by its name and a task, steps to run
 MEMORY_STEPS = 3
 MIB = 2**20
 
@@ -127,7 +127,7 @@ def too_large(needed: float, device: str) -> str | None:
     return None if needed < free else reason
 
 
-def _peak_here(prepare: Prepare, name: str, shape: Shape, threads: int) -> float:
+def _peak_here(prepare: Prepare, name: str, shape: Any, threads: int) -> float:
     torch.set_num_threads(threads)
     prepare(name, shape.tiny())()
     run = prepare(name, shape)
@@ -139,7 +139,7 @@ def _peak_here(prepare: Prepare, name: str, shape: Shape, threads: int) -> float
     return max(_field("/proc/self/status", "VmHWM") - before, 0) / MIB
 
 
-def peak(prepare: Prepare, name: str, shape: Shape, threads: int) -> float:
+def peak(prepare: Prepare, name: str, shape: Any, threads: int) -> float:
     """MiB by which ``prepare(name, shape)()`` raises the peak memory of a fresh process.
 
     The process warms up on a tiny shape, and returns to the system what it has freed. The kernel
