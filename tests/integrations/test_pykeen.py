@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from pykeen.datasets import UMLS, Dataset, Kinships, Nations
+from pykeen.datasets.nations import NationsLiteral
 from pykeen.models import (
     CP,
     RESCAL,
@@ -22,6 +23,7 @@ from pykeen.models import (
     SimplE,
     TransD,
     TransE,
+    model_resolver,
 )
 from pykeen.models.baseline.models import MarginalDistributionBaseline
 from pykeen.nn.modules import DistMultInteraction
@@ -32,16 +34,18 @@ from pykeen.trackers import PythonResultTracker
 from pykeen.training import SLCWATrainingLoop, TrainingCallback, training_loop_resolver
 from pykeen.triples.instances import SLCWABatch
 from pykeen.triples.weights import RelationLossWeighter
+from pykeen.typing import InductiveMode
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from emu_kernels import emu_scores
+from emu_kernels import Expected, emu_scores, uls_cross_entropy
 from emu_kernels.integrations.pykeen import EMUTrainingLoop, emu_loss, fused_similarity
 from emu_kernels.integrations.pykeen import loss as loss_module
 from emu_kernels.integrations.pykeen.loss import _parts, _table
 from emu_kernels.integrations.pykeen.mapping import flat, map_model
 from emu_kernels.integrations.pykeen.sides import split_sides
 from emu_kernels.mask import mutation_mask, rate_to_threshold
+from emu_kernels.reference import softmax_rows
 from emu_kernels.trainer.config import Config
 from emu_kernels.trainer.data import Direction
 from emu_kernels.trainer.losses import LOSSES, Step
@@ -262,6 +266,66 @@ def test_other_models_take_the_building_blocks(nations, name):
     for parameter in model.parameters():
         assert parameter.grad is not None
         assert parameter.grad.isfinite().all()
+
+
+REFUSED = {"cooccurrencefiltered", "fixed", "inductivenodepiecegnn"}
+NEEDS: dict[str, dict[str, Any]] = {
+    "inductivenodepiece": {"inference_factory": Nations(create_inverse_triples=True).training},
+    "inductivenodepiecegnn": {"inference_factory": Nations(create_inverse_triples=True).training},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(model_resolver.lookup_dict))
+def test_every_model_of_pykeens(name):
+    """Its loss is that of its own scores, where nothing is mutated, or it is refused."""
+    graph = NationsLiteral if "literal" in name else Nations
+    inverse = name in ("compgcn", "nodepiece", "inductivenodepiece", "inductivenodepiecegnn")
+    triples = graph(create_inverse_triples=inverse).training
+    torch.manual_seed(0)
+    if name == "distmultliteralgated":
+        pytest.skip("PyKEEN 1.11.1 cannot make it: GatedCombination has no entity_embedding_dim")
+    model = model_resolver.make(name, {"triples_factory": triples, **NEEDS.get(name, {})})
+    positives = triples.mapped_triples[:4]
+    negatives = positives[:, None].repeat(1, 3, 1)
+    if name in REFUSED:
+        with pytest.raises(TypeError, match="model: "):
+            emu_loss(model, positives, negatives, **SETTINGS)
+        return
+    mode: InductiveMode | None = "training" if name in NEEDS else None
+    model.eval()  # without dropout and statistics of a batch
+    for column in (0, 2):
+        model.post_parameter_update()  # forgets what graph networks keep of a forward pass
+        candidates = negatives.clone()
+        candidates[..., column] += torch.arange(1, 4)
+        candidates[..., column] %= triples.num_entities
+        plain = SETTINGS | {"mutation_rate": 0.0, "mode": mode}
+        loss = emu_loss(model, positives, candidates, **plain)
+        positive = model.score_hrt(positives, mode=mode)[:, 0]
+        scores = model.score_hrt(candidates.reshape(-1, 3), mode=mode).view(4, 3)
+        expected = uls_cross_entropy(positive, scores, beta=0.3, reduction="none")
+        expected = expected + 0.2 * softmax_rows(positive, scores)
+        torch.testing.assert_close(loss, expected.mean())
+        emu_loss(model, positives, candidates, **SETTINGS, mode=mode).backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert gradients
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_the_closed_form(nations):
+    batch = sampled(nations, "basic", rows=8)
+    model = fused_model(nations, "DistMult")
+    plain, closed = (
+        emu_loss(model, *batch, **SETTINGS | {"mutation_rate": rate}) for rate in (0.0, Expected(0))
+    )
+    torch.testing.assert_close(plain, closed)
+    with pytest.raises(TypeError, match=r"ConvE cannot train in closed form \(Expected\)"):
+        EMUTrainingLoop(
+            model=model_resolver.make("ConvE", triples_factory=nations.training),
+            triples_factory=nations.training,
+            optimizer="sgd",
+            **SETTINGS | {"mutation_rate": Expected(0.4)},
+        )
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -589,6 +653,8 @@ def test_pykeen_knows_it_by_name():
         {"training_kwargs": {"sub_batch_size": 100}},
         {"kind": "TransD", "model_kwargs": {"embedding_dim": DIM, "relation_dim": 4}},
         {"kind": "ERMLP"},
+        {"kind": "ConvE"},
+        {"training_loop_kwargs": SETTINGS | {"mutation_rate": Expected(0.4)}},
     ],
     ids=str,
 )
@@ -675,7 +741,8 @@ def test_settings_may_change_between_epochs(nations):
     class Schedule(TrainingCallback):
         def pre_batch(self, **keywords: Any) -> None:
             assert isinstance(self.training_loop, EMUTrainingLoop)
-            seen.append(float(self.training_loop.mutation_rate))
+            assert isinstance(self.training_loop.mutation_rate, float)
+            seen.append(self.training_loop.mutation_rate)
 
         def post_epoch(self, epoch: int, epoch_loss: float, **keywords: Any) -> None:
             assert isinstance(self.training_loop, EMUTrainingLoop)

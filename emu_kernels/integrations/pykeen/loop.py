@@ -10,7 +10,7 @@ from pykeen.training import SLCWATrainingLoop, training_loop_resolver
 from pykeen.triples.instances import SLCWABatch
 from torch import Tensor
 
-from emu_kernels import backends, validate
+from emu_kernels import Expected, backends, validate
 
 from .loss import checked_model, emu_loss
 from .mapping import map_model
@@ -31,14 +31,15 @@ class EMUTrainingLoop(SLCWATrainingLoop):
         keywords: those of ``SLCWATrainingLoop``.
 
     Raises:
-        TypeError: a model without entity representations to mutate.
+        TypeError: a model without entity representations to mutate, or one that the kernels do not
+            score with a rate that is an :class:`emu_kernels.Expected`.
         ValueError: an invalid rate, coefficient or backend.
     """
 
     def __init__(
         self,
         *,
-        mutation_rate: float | Tensor,
+        mutation_rate: float | Tensor | Expected,
         beta: float | Tensor,
         alpha: float | Tensor,
         backend: str | None = None,
@@ -46,10 +47,15 @@ class EMUTrainingLoop(SLCWATrainingLoop):
     ) -> None:
         super().__init__(**keywords)
         mapping, why = map_model(checked_model(self.model))
-        if not isinstance(mutation_rate, Tensor):
+        if not isinstance(mutation_rate, (Tensor, Expected)):
             validate.rate("mutation_rate", mutation_rate)
         validate.coefficient("beta", beta)
         validate.coefficient("alpha", alpha)
+        if isinstance(mutation_rate, Expected) and mapping is None:
+            raise TypeError(
+                f"mutation_rate: {type(self.model).__name__} cannot train in closed form "
+                f"(Expected): {why}"
+            )
         if backend is not None:
             validate.one_of("backend", backend, backends.NAMES)
         self.mutation_rate = mutation_rate

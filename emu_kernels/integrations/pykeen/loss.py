@@ -12,7 +12,7 @@ from pykeen.nn.representation import Representation
 from pykeen.typing import InductiveMode
 from torch import Tensor
 
-from emu_kernels import emu_mutate, fused_emu_loss, uls_cross_entropy
+from emu_kernels import Expected, emu_mutate, fused_emu_loss, uls_cross_entropy
 from emu_kernels.reference import softmax_rows
 from emu_kernels.validate import MAX_SEED, one_of
 
@@ -28,7 +28,7 @@ def emu_loss(
     negatives: Tensor,  # (B, K, 3)
     masks: Tensor | None = None,  # (B, K)
     *,
-    mutation_rate: float | Tensor,
+    mutation_rate: float | Tensor | Expected,
     beta: float | Tensor,
     alpha: float | Tensor,
     weights: Tensor | None = None,  # (B,)

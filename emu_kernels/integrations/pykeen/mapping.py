@@ -6,6 +6,7 @@ nor a 2-norm.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -48,7 +49,8 @@ MakeQuery = Callable[[SideName, Parts, Parts], Query]
 def flat(parts: Parts, batch_dims: int = 1) -> Tensor:
     """(..., D): the parts concatenated as real numbers; a complex number is re, then im."""
     reals = [torch.view_as_real(x) if x.is_complex() else x for x in parts]
-    rows = [x.flatten(start_dim=batch_dims) for x in reals]
+    # A representation may be one number a row (ConvE's bias), which has no dimension to flatten.
+    rows = [x.reshape(*x.shape[:batch_dims], math.prod(x.shape[batch_dims:])) for x in reals]
     return rows[0] if len(rows) == 1 else torch.cat(rows, dim=-1)
 
 
