@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import sys
 import textwrap
 import time
@@ -16,7 +17,7 @@ import torch
 from .config import ADJUSTABLE, Config
 from .data import load_graph
 from .datasets import load_dataset
-from .errors import ConfigError, TrainerError
+from .errors import ConfigError, RunError, TrainerError
 from .loop import Trainer, settle
 from .losses import LOSSES
 from .models import MODELS
@@ -25,6 +26,7 @@ from .report import metrics_table
 from .run import RunFolder
 from .sampling import SAMPLERS
 from .settings import add_options, flag
+from .terminal import degrade_output, say
 
 INTERRUPTED = 130  # the exit status that shells give to a program ended by Ctrl-C
 
@@ -44,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0; 1 after an error that a person can act on; 130 after Ctrl-C.
     """
+    degrade_output()
     parser = _parser()
     options = vars(parser.parse_args(arguments))
     if not options.keys() & {"dataset", "data", "preset", "resume"}:
@@ -58,21 +61,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _train(options: dict[str, Any]) -> int:
     trainer = _resume(options) if "resume" in options else _start(options)
     assert trainer.run is not None
-    folder = trainer.run.path
-    print(trainer.graph.summary())
-    print(_summary(trainer.config))
-    print(f"run folder: {folder}", flush=True)
+    try:
+        return _train_and_report(trainer, trainer.run.path)
+    finally:
+        trainer.run.unlock()
+
+
+def _train_and_report(trainer: Trainer, folder: Path) -> int:
+    say(trainer.graph.summary())
+    say(_summary(trainer.config))
+    say(f"run folder: {folder}")
     try:
         finished = trainer.train()
     except KeyboardInterrupt:  # the second Ctrl-C
         finished = False
     if not finished:
-        print(f"stopped at step {trainer.step}; go on with: emu-train --resume {folder}")
+        say(f"stopped at step {trainer.step}; go on with: emu-train --resume {folder}")
         return INTERRUPTED
     if metrics := trainer.finish():
-        print(f"test, filtered, both directions, the model of step {trainer.best_step}:")
-        print(metrics_table({f"{trainer.config.model} {trainer.config.loss}": metrics}))
-    print(f"predict with: emu-predict {folder} --head NAME --relation NAME")
+        say(f"test, filtered, both directions, the model of step {trainer.best_step}:")
+        say(metrics_table({f"{trainer.config.model} {trainer.config.loss}": metrics}))
+    trainer.export()
+    say(f"predict with: emu-predict {folder} --head NAME --relation NAME")
     return 0
 
 
@@ -91,8 +101,22 @@ def _start(options: dict[str, Any]) -> Trainer:
         name, graph = folder.resolve().name, load_graph(folder)
     if run_dir is None:
         stamp = time.strftime("%Y%m%d-%H%M%S")
-        run_dir = f"runs/{name}-{config.model}-{config.loss}-{stamp}"
+        run_dir = _new_folder(Path(f"runs/{name}-{config.model}-{config.loss}-{stamp}"))
     return Trainer(config, graph, RunFolder.create(Path(run_dir), config, graph))
+
+
+def _new_folder(path: Path) -> Path:
+    """Make the folder, or one with a number after its name where another run has taken it."""
+    for suffix in itertools.chain([""], (f"-{number}" for number in itertools.count(2))):
+        folder = path.with_name(path.name + suffix)
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise RunError(f"the run folder {folder} cannot be made: {error}") from error
+        return folder
+    raise AssertionError
 
 
 def _resume(settings: dict[str, Any]) -> Trainer:
@@ -103,12 +127,16 @@ def _resume(settings: dict[str, Any]) -> Trainer:
             f"only {', '.join(map(flag, ADJUSTABLE))} can"
         )
     run = RunFolder.open(path)
+    run.lock()
     if "device" in settings:
         settings.setdefault("backend", None)  # the one that suits the new device
-    config = settle(dataclasses.replace(run.read_config(), **settings))
+    before = run.read_config()
+    config = settle(dataclasses.replace(before, **settings))
     graph = run.read_graph()
     trainer = Trainer.resume(config, graph, run)
-    run.write_config(config, graph)
+    changes = {k: v for k, v in config.to_json().items() if v != getattr(before, k)}
+    history = run.read_history() + ([{"step": trainer.step, **changes}] if changes else [])
+    run.write_config(config, graph, history)
     return trainer
 
 

@@ -77,14 +77,15 @@ class RunningOptions:
         "stop after this many validations in a row without a better one (default never)",
         limit=AT_LEAST_1,
     )
+    tsv: bool = setting(False, "write the embeddings as text, too, for other programs")
     log_every: int = setting(100, "steps between lines in metrics.jsonl", limit=AT_LEAST_1)
     device: str = setting("cpu", "cpu, cuda, cuda:1, ...; emu-train looks for cuda first")
     backend: str | None = setting(None, "kernels to use (default the fastest that can run)")
 
 
 # Settings that --resume may change. None changes a step's numbers, but each device's generator
-# draws its own.
-ADJUSTABLE = tuple(f.name for f in fields(RunningOptions))
+# draws its own, and the rate is for a run that went wrong.
+ADJUSTABLE = (*(f.name for f in fields(RunningOptions)), "lr")
 
 
 @dataclass(frozen=True)

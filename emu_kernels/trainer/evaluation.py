@@ -7,6 +7,7 @@ the mean of the optimistic and the pessimistic rank, so a model that scores all 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -72,6 +73,10 @@ class _Truth:
         return (given * self._relations + relation) * self._entities
 
 
+class Stopped(Exception):
+    """The evaluation was asked to stop."""
+
+
 class Evaluator:
     """Ranks triples of a graph; keeps the filter, so make one and use it often."""
 
@@ -80,19 +85,31 @@ class Evaluator:
         self._device = device or torch.device("cpu")
         self._truth = {d: _Truth(graph, d, self._device) for d in DIRECTIONS}
 
-    def evaluate(self, model: Model, split: str) -> Metrics:
+    def evaluate(
+        self, model: Model, split: str, stop: Callable[[], bool] = lambda: False
+    ) -> Metrics:
         """Both directions over a split.
 
+        Args:
+            stop: asked between chunks whether to give up.
+
         Raises:
+            Stopped: it said so.
             TrainingError: the model holds a value that is not finite; its ranks would mean nothing.
         """
         triples = self._graph.triples[split].to(self._device)
         return Metrics.from_ranks(
-            torch.cat([self.ranks(model, triples, direction) for direction in DIRECTIONS])
+            torch.cat([self.ranks(model, triples, direction, stop) for direction in DIRECTIONS])
         )
 
     @torch.no_grad()
-    def ranks(self, model: Model, triples: Tensor, direction: Direction) -> Tensor:
+    def ranks(
+        self,
+        model: Model,
+        triples: Tensor,
+        direction: Direction,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> Tensor:
         """(M,) float64: the filtered rank of each triple's true entity.
 
         Memory is bounded by a chunk of scores, whatever the number of triples.
@@ -102,9 +119,12 @@ class Evaluator:
                 raise TrainingError(f"the model's {name} values are not all finite")
         candidates = model.candidates()
         chunk = max(1, _CHUNK_BYTES // (4 * self._graph.num_entities))
-        return torch.cat(
-            [self._rank_chunk(model, candidates, x, direction) for x in triples.split(chunk)]
-        )
+        ranks = []
+        for part in triples.split(chunk):
+            if stop():
+                raise Stopped
+            ranks.append(self._rank_chunk(model, candidates, part, direction))
+        return torch.cat(ranks)
 
     def _rank_chunk(
         self, model: Model, candidates: Tensor, triples: Tensor, direction: Direction

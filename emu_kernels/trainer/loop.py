@@ -26,7 +26,7 @@ from .batches import derive_seed
 from .config import Config
 from .data import Graph
 from .errors import ConfigError, RunError, TrainingError
-from .evaluation import Evaluator, Metrics, is_better
+from .evaluation import Evaluator, Metrics, Stopped, is_better
 from .frequency import SubsamplingWeights
 from .initial import set_entities
 from .losses import LOSSES, Step
@@ -75,6 +75,9 @@ class Trainer:
         self.seconds = 0.0  # spent on them, without evaluation
         self.best: dict[str, Any] | None = None  # the best validation: step and metrics
         self.waited = 0  # validations since then
+        self._validated = 0  # the step of the last one
+        self._saved = 0  # the step of the last checkpoint
+        self._stopped = False  # in the middle of a validation
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self._loss_count = 0  # steps since the last log line
 
@@ -86,12 +89,17 @@ class Trainer:
         if run.last_file.exists():
             trainer._restore()
         run.forget_metrics_after(trainer.step)
+        for record in run.read_metrics():
+            if record.get("split") == "valid":
+                trainer._count(record)
         return trainer
 
     def train(self, until: int | None = None) -> bool:
         """Train until step `until` (default: the config's steps), evaluating and saving on the way.
 
         Ctrl-C or SIGTERM stops it after the current step and a checkpoint, a second one at once.
+        Each validation comes after a checkpoint, and is made up for by the resumed run if it was
+        stopped.
         Validations that bring nothing better end it early if the config has a patience.
 
         Returns:
@@ -103,6 +111,7 @@ class Trainer:
         """
         config = self.config
         until = config.steps if until is None else until
+        self._stopped = False
         bar = tqdm(
             total=until * config.batch_size,
             initial=self.step * config.batch_size,
@@ -112,12 +121,14 @@ class Trainer:
             disable=None,  # shown on a terminal only
         )
         with stop_signals() as stop, bar:
+            if self.step and self._due(until) and self._validated < self.step:
+                self._validate(math.nan, stop)
             started = time.perf_counter()
             while self.step < until and not (stop.is_set() or self.out_of_patience):
                 self._train_step()
                 bar.update(config.batch_size)
                 log = self.step % config.log_every == 0
-                evaluate = self.step % config.eval_every == 0 or self.step == until
+                evaluate = self._due(until)
                 if not (log or evaluate):
                     continue
                 loss = self._mean_loss()
@@ -126,12 +137,17 @@ class Trainer:
                     self._log_loss(loss)
                     bar.set_postfix_str(f"step {self.step}, loss {loss:.4f}", refresh=False)
                 if evaluate:
-                    self._validate(loss)
+                    self.save()
+                    self._validate(loss, stop)
                 started = time.perf_counter()
             self.seconds += time.perf_counter() - started
-        if stop.is_set():
+        if stop.is_set() and self._saved != self.step:
             self.save()
-        return self.step >= until or self.out_of_patience
+        return (self.step >= until and not self._stopped) or self.out_of_patience
+
+    def _due(self, until: int) -> bool:
+        """Whether there is a validation after this step."""
+        return self.step % self.config.eval_every == 0 or self.step == until
 
     @property
     def out_of_patience(self) -> bool:
@@ -193,10 +209,16 @@ class Trainer:
         loss = float(self._loss_sum) / self._loss_count
         if not math.isfinite(loss):
             raise TrainingError(
-                f"the loss became {loss} by step {self.step}: try a smaller lr"
-                + ("; the last checkpoint is from before" if self.run else "")
+                f"the loss became {loss} by step {self.step}: try a smaller lr" + self._way_on()
             )
         return loss
+
+    def _way_on(self) -> str:
+        if self.run is None:
+            return ""
+        saved = f"of step {self._saved}" if self._saved else "none, so it starts anew"
+        lr = f"{self.config.lr / 2:g}"
+        return f": emu-train --resume {self.run.path} --lr {lr} (the last checkpoint: {saved})"
 
     def _log_loss(self, loss: float) -> None:
         self._loss_sum.zero_()
@@ -208,31 +230,40 @@ class Trainer:
                 {"step": self.step, "epoch": epoch, "loss": loss, "seconds": seconds}
             )
 
-    def _validate(self, loss: float) -> None:
+    def _validate(self, loss: float, stop: threading.Event) -> None:
         if len(self.graph.triples["valid"]) == 0:
-            self.save()
             return
-        metrics = self.evaluator.evaluate(self.model, "valid")
+        try:
+            metrics = self.evaluator.evaluate(self.model, "valid", stop.is_set)
+        except Stopped:
+            self._stopped = True
+            return
         record = {"step": self.step, "split": "valid", **vars(metrics)}
-        metric = self.config.metric
-        is_best = self.best is None or is_better(metric, record[metric], self.best[metric])
-        self.waited = 0 if is_best else self.waited + 1
-        if is_best:
-            self.best = record
+        is_best = self._count(record)
         if self.run:
-            self.run.append_metrics(record)
-            if is_best:
+            if is_best:  # before the line that says so
                 checkpoint.save(self.run.best_file, self._model_tensors(), record)
-        self.save()
+            self.run.append_metrics(record)
+            self._plot()
         marker = " (best)" if is_best else ""
+        shown = "" if math.isnan(loss) else f"loss {loss:.4f}, "  # not where a run is resumed
         tqdm.write(
-            f"step {self.step}: loss {loss:.4f}, validation MRR {metrics.mrr:.4f}{marker}, "
+            f"step {self.step}: {shown}validation MRR {metrics.mrr:.4f}{marker}, "
             f"Hits@10 {metrics.hits_at_10:.4f}, {self.seconds:.0f} s",
             file=sys.stderr,
         )
 
+    def _count(self, record: dict[str, Any]) -> bool:
+        """Take note of a validation; whether it is the best."""
+        metric = self.config.metric
+        is_best = self.best is None or is_better(metric, record[metric], self.best[metric])
+        self.waited = 0 if is_best else self.waited + 1
+        self.best = record if is_best else self.best
+        self._validated = record["step"]
+        return is_best
+
     def save(self) -> None:
-        """Write the last checkpoint and the plot."""
+        """Write the last checkpoint."""
         if self.run is None:
             return
         tensors = self._model_tensors()
@@ -241,12 +272,14 @@ class Trainer:
         state = {
             "step": self.step,
             "seconds": self.seconds,
-            "best": self.best,
-            "waited": self.waited,
             "loss_sum": float(self._loss_sum),
             "loss_count": self._loss_count,
         }
         checkpoint.save(self.run.last_file, tensors, state)
+        self._saved = self.step
+
+    def _plot(self) -> None:
+        assert self.run is not None
         title = f"{self.config.model}, {self.config.loss}, d = {self.config.dim}"
         plot_metrics(self.run.read_metrics(), title, self.run.plot_file)
 
@@ -261,14 +294,12 @@ class Trainer:
                 _, index, name = key.split(".")
                 optimizer.setdefault(int(index), {})[name] = tensor
         try:
-            self.step = int(state["step"])
+            self.step = self._saved = int(state["step"])
             if self.step > 0 and has_switched(self.config, self.step - 1):
                 self.optimizer = new_optimizer(self.config, self.model, self.step - 1)
             groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict({"state": optimizer, "param_groups": groups})
-            self.waited = int(state.get("waited", 0))  # runs of before have none
             self.seconds = float(state["seconds"])
-            self.best = state["best"]
             self._loss_sum.fill_(state["loss_sum"])
             self._loss_count = int(state["loss_count"])
         except (KeyError, TypeError, ValueError) as error:
@@ -286,16 +317,21 @@ class Trainer:
         return self.run.load_model(self.graph)[0].to(self.device)
 
     def finish(self) -> Metrics | None:
-        """Evaluate the best model on the test split and export its embeddings."""
+        """Evaluate the best model on the test split."""
         model = self.best_model()
         has_test = len(self.graph.triples["test"]) > 0
         metrics = self.evaluator.evaluate(model, "test") if has_test else None
-        if self.run:
-            if metrics:
-                record = {"step": self.step, "split": "test", "of_step": self.best_step}
-                self.run.append_metrics(record | vars(metrics))
-            self.run.export_embeddings(model, self.graph)
+        if self.run and metrics:
+            record = {"step": self.step, "split": "test", "of_step": self.best_step}
+            record |= vars(metrics)
+            if record not in self.run.read_metrics():  # as of a finished run that is resumed
+                self.run.append_metrics(record)
         return metrics
+
+    def export(self) -> None:
+        """Write the best model's embeddings into the run folder."""
+        assert self.run is not None
+        self.run.export_embeddings(self.best_model(), self.graph, tsv=self.config.tsv)
 
     def _model_tensors(self) -> dict[str, Tensor]:
         return {f"model.{name}": parameter for name, parameter in self.model.named_parameters()}

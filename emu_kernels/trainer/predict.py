@@ -24,6 +24,7 @@ from .errors import DataError, TrainerError
 from .models import Query
 from .names import find
 from .run import RunFolder
+from .terminal import degrade_output, discard_output
 
 PARTS = ("head", "relation", "tail")
 FORMATS = ("table", "csv", "jsonl")
@@ -367,6 +368,7 @@ def _write(rows: Sequence[Prediction | Neighbour], form: str, title: str, shown:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``emu-predict``; returns the exit status, 1 after an error that a person can act on."""
+    degrade_output()
     parser = _parser()
     options = parser.parse_args(arguments)
     parts = [options.head, options.relation, options.tail]
@@ -398,7 +400,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _write(rows, options.format, f"{title}, the model of step {predictor.step}", shown)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has closed the pipe, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        discard_output()
     return 0
 
 

@@ -8,19 +8,22 @@
 ``last.safetensors``        model and optimizer, to continue from
 ``best.safetensors``        the model with the best validation MRR
 ``embeddings.safetensors``  the best model's embeddings, with names
-``entities.tsv``            the same as text: name, then values; a line an entity
+``entities.tsv``            with --tsv: the same as text: name, then values; a line an entity
 ``relations.tsv``           the same for relations
+``lock``                    held by the program that trains; its process is named in it
 ==========================  ===========================================================
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import platform
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
@@ -50,6 +53,7 @@ class RunFolder:
         self.plot_file = path / "plot.png"
         self.last_file = path / "last.safetensors"
         self.best_file = path / "best.safetensors"
+        self._lock: TextIO | None = None
 
     @classmethod
     def create(cls, path: Path, config: Config, graph: Graph) -> RunFolder:
@@ -65,6 +69,9 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(f"the run folder {path} cannot be made: {error}") from error
+        run.lock()
+        if run.config_file.exists():  # made while this process waited
+            raise RunError(f"{path} holds a run already: continue it with --resume {path}")
         checkpoint.save(run.graph_file, graph.triples | _names(graph), {})
         run.write_config(config, graph)
         return run
@@ -81,9 +88,13 @@ class RunFolder:
             raise RunError(f"{path} is not a run folder: it holds no {run.config_file.name}")
         return run
 
-    def write_config(self, config: Config, graph: Graph) -> None:
+    def write_config(
+        self, config: Config, graph: Graph, history: Sequence[dict[str, Any]] = ()
+    ) -> None:
+        """Args: history: what --resume changed, and at which step."""
         record = {
             "config": config.to_json(),
+            "history": list(history),
             "mask_contract": CONTRACT_VERSION,
             "versions": {
                 "emu-kernels": emu_kernels.__version__,
@@ -111,6 +122,13 @@ class RunFolder:
             return Config.from_json(self._read("config"))
         except TypeError as error:
             raise RunError(f"{self.config_file} cannot be read: {error}") from error
+
+    def read_history(self) -> list[dict[str, Any]]:
+        """What --resume changed so far."""
+        try:
+            return list(self._read("history"))
+        except RunError:  # of a version before
+            return []
 
     def check_mask_contract(self) -> None:
         """Raises: RunError: the run drew its masks in another way, and cannot be continued."""
@@ -169,15 +187,40 @@ class RunFolder:
         restore_model(model, tensors, file, assign=True)
         return model, state
 
-    def export_embeddings(self, model: Model, graph: Graph) -> None:
-        """Write the embeddings with names, as safetensors and as TSV."""
+    def lock(self) -> None:
+        """Keep others from training here, until the process ends in whatever way.
+
+        Raises:
+            RunError: another process holds the folder.
+        """
+        self._lock = (self.path / "lock").open("a+")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.seek(0)
+            raise RunError(
+                f"{self.path} is in use by {self._lock.read().strip() or 'another process'}: wait "
+                "for it, stop it, or give another --run-dir"
+            ) from error
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {platform.node()}\n")
+        self._lock.flush()
+
+    def unlock(self) -> None:
+        """Let others train here."""
+        if self._lock is not None:
+            self._lock.close()
+
+    def export_embeddings(self, model: Model, graph: Graph, *, tsv: bool = False) -> None:
+        """Write the embeddings with names, as safetensors and, if asked to, as TSV."""
         if model.inverse_relations:
             inverse = [f"{name}_inverse" for name in graph.relations]
             graph = replace(graph, relations=[*graph.relations, *inverse])
         tensors = dict(model.named_parameters()) | _names(graph)
         checkpoint.save(self.path / "embeddings.safetensors", tensors, {})
-        _write_tsv(self.path / "entities.tsv", graph.entities, model.entity)
-        _write_tsv(self.path / "relations.tsv", graph.relations, model.relation)
+        if tsv:
+            _write_tsv(self.path / "entities.tsv", graph.entities, model.entity)
+            _write_tsv(self.path / "relations.tsv", graph.relations, model.relation)
 
 
 def new_model(config: Config, graph: Graph) -> Model:
@@ -219,7 +262,9 @@ def _names(graph: Graph) -> dict[str, Tensor]:
 def _write_tsv(path: Path, names: Sequence[str], table: Tensor) -> None:
     def write(file: Path) -> None:
         with file.open("w", encoding="utf-8") as stream:
-            for name, row in zip(names, table.tolist(), strict=True):
-                stream.write(name + "".join(f"\t{value:.9g}" for value in row) + "\n")
+            named = iter(names)
+            for part in table.detach().split(4096):  # never all of it as Python's numbers
+                for row in part.tolist():
+                    stream.write(next(named) + "".join(f"\t{value:.9g}" for value in row) + "\n")
 
     checkpoint.write_atomically(path, write)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import signal
@@ -52,6 +53,58 @@ def test_train_by_name(data_folder, tmp_path, monkeypatch, capsys):
     assert "14 entities, 55 relations" in capsys.readouterr().out
     (run,) = (tmp_path / "runs").iterdir()
     assert run.name.startswith("nations-DistMult-softmax-")
+
+
+def test_runs_of_the_same_second_have_folders_of_their_own(graph_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("time.strftime", lambda form: "now")
+    for _ in range(3):
+        assert train("--data", graph_folder, *QUICK) == 0
+    names = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert names == [f"graph-DistMult-emu-now{suffix}" for suffix in ("", "-2", "-3")]
+
+
+def test_a_terminal_without_the_letters(graph_folder, tmp_path, monkeypatch):
+    file = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(file, encoding="ascii"))
+    data = graph_folder.rename(graph_folder.with_name("gräf"))
+    assert train("--data", data, "--run-dir", tmp_path / "β", *QUICK) == 0
+    assert b"run folder: " in file.getvalue()
+    assert b"/?\n" in file.getvalue()
+
+
+def test_a_finished_run_is_resumed(run_folder, capsys):
+    lines = (run_folder / "metrics.jsonl").read_text()
+    assert train("--resume", run_folder) == 0
+    assert "Hits@10" in capsys.readouterr().out
+    assert (run_folder / "metrics.jsonl").read_text() == lines
+    assert not (run_folder / "entities.tsv").exists()
+    assert train("--resume", run_folder, "--tsv") == 0
+    assert len((run_folder / "entities.tsv").read_text().splitlines()) == 48
+
+
+def test_another_rate_after_a_run_went_wrong(run_folder):
+    assert train("--resume", run_folder, "--lr", "0.01", "--steps", "60") == 0
+    record = json.loads((run_folder / "config.json").read_text())
+    assert record["history"] == [{"step": 40, "lr": 0.01, "steps": 60}]
+    assert record["config"]["lr"] == 0.01
+    assert train("--resume", run_folder, "--steps", "80") == 0
+    record = json.loads((run_folder / "config.json").read_text())
+    assert record["history"][1:] == [{"step": 60, "steps": 80}]
+
+
+def test_a_closed_pipe_ends_only_the_printing(graph_folder, tmp_path):
+    command = [sys.executable, "-m", "emu_kernels.trainer.cli", "--data", str(graph_folder)]
+    command += ["--run-dir", str(tmp_path / "run"), *QUICK]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        errors = process.stderr.read()
+    assert process.returncode == 0
+    assert b"Traceback" not in errors
+    assert b"BrokenPipe" not in errors
+    assert (tmp_path / "run" / "embeddings.safetensors").exists()
 
 
 def test_progress_bar_on_a_terminal(graph_folder, tmp_path, monkeypatch, capsys):
@@ -128,8 +181,8 @@ def test_an_existing_run_is_not_overwritten(run_folder, graph_folder, capsys):
 
 
 def test_resume_takes_its_own_settings(run_folder, capsys):
-    assert train("--resume", run_folder, "--lr", 0.5) == 1
-    assert "--lr cannot be given" in capsys.readouterr().err
+    assert train("--resume", run_folder, "--beta", 0.5) == 1
+    assert "--beta cannot be given" in capsys.readouterr().err
 
 
 def test_resume_to_more_steps_without_the_data(run_folder, graph_folder, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from emu_kernels.trainer.batches import derive_seed
 from emu_kernels.trainer.config import Config
 from emu_kernels.trainer.data import Graph
 from emu_kernels.trainer.errors import ConfigError, RunError, TrainingError
+from emu_kernels.trainer.evaluation import Evaluator
 from emu_kernels.trainer.loop import Trainer, add_l3_gradient, settle
 from emu_kernels.trainer.losses import LOSSES
 from emu_kernels.trainer.models import MODELS
@@ -357,7 +359,7 @@ def test_best_checkpoint_is_the_best_validation(graph, tmp_path, monkeypatch):
     monkeypatch.setattr(
         trainer.evaluator,
         "evaluate",
-        lambda model, split: dataclasses.replace(evaluate(model, split), mrr=next(mrr)),
+        lambda *given: dataclasses.replace(evaluate(*given), mrr=next(mrr)),
     )
     trainer.train(until=40)
     expected = weights(trainer)
@@ -429,15 +431,61 @@ def test_loss_that_is_not_finite_ends_the_run(graph, tmp_path, monkeypatch):
     monkeypatch.setitem(
         LOSSES, "emu", lambda step: (step.query.vector.sum() + step.table.sum()) * torch.nan
     )
-    with pytest.raises(TrainingError, match="the loss became nan by step 10: try a smaller lr"):
+    with pytest.raises(TrainingError, match=r"nan by step 10: .* --lr 0.05 .*: none, so it starts"):
         trainer.train()
     assert not RunFolder.open(tmp_path / "run").last_file.exists()
+    monkeypatch.undo()
+    trainer = start(tmp_path / "later", SMALL, graph)
+    trainer.train(until=30)
+    monkeypatch.setitem(
+        LOSSES, "emu", lambda step: (step.query.vector.sum() + step.table.sum()) * torch.nan
+    )
+    with pytest.raises(TrainingError, match=r"by step 40: .*the last checkpoint: of step 30"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("during", [1, 3])
+def test_a_validation_that_is_stopped_comes_later(graph, tmp_path, monkeypatch, during):
+    """The checkpoint comes first; the resumed run validates what it holds."""
+    straight = start(tmp_path / "straight", SMALL, graph)
+    straight.train()
+    monkeypatch.setattr("emu_kernels.trainer.evaluation._CHUNK_BYTES", 4 * 48 * 40)  # 3 chunks
+    rank, calls = Evaluator._rank_chunk, itertools.count(1)
+
+    def kill(*arguments: Any) -> torch.Tensor:
+        if next(calls) == during:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return rank(*arguments)
+
+    monkeypatch.setattr(Evaluator, "_rank_chunk", kill)
+    cut = start(tmp_path / "cut", SMALL, graph)
+    assert not cut.train()
+    assert next(calls) == during + 1  # no chunk after the signal
+    assert cut.step == 30
+    assert cut.run is not None
+    assert all("mrr" not in line for line in cut.run.read_metrics())
+    monkeypatch.setattr(Evaluator, "_rank_chunk", rank)
+    resumed = resume(tmp_path / "cut")
+    assert resumed.train()
+    assert same_bits(resumed, straight)
+    assert resumed.best == straight.best
+
+
+def test_a_folder_is_one_runs(graph, tmp_path):
+    trainer = start(tmp_path / "run", SMALL, graph)
+    trainer.save()
+    assert trainer.run is not None
+    with pytest.raises(RunError, match=rf"in use by process {os.getpid()} on .*: wait for it"):
+        RunFolder.open(tmp_path / "run").lock()
+    trainer.run.unlock()
+    RunFolder.open(tmp_path / "run").lock()
 
 
 def test_run_folder_holds_what_it_should(graph, tmp_path, plots):
     trainer = start(tmp_path / "run", SMALL, graph)
     trainer.train()
     trainer.finish()
+    trainer.export()
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
         "config.json",
         "graph.safetensors",
@@ -446,8 +494,7 @@ def test_run_folder_holds_what_it_should(graph, tmp_path, plots):
         "last.safetensors",
         "best.safetensors",
         "embeddings.safetensors",
-        "entities.tsv",
-        "relations.tsv",
+        "lock",
     }
     record = json.loads((tmp_path / "run" / "config.json").read_text())
     assert record["config"]["mutation_rate"] == 0.61
@@ -467,9 +514,10 @@ def test_embeddings_open_elsewhere(graph, tmp_path, inverse_relations):
     import numpy
     from safetensors.numpy import load_file
 
-    trainer = start(tmp_path / "run", small(inverse_relations=inverse_relations), graph)
+    config = small(inverse_relations=inverse_relations, tsv=True)
+    trainer = start(tmp_path / "run", config, graph)
     trainer.train()
-    trainer.finish()
+    trainer.export()
     relations = graph.relations
     if inverse_relations:
         relations = relations + [f"{name}_inverse" for name in relations]
@@ -490,7 +538,7 @@ def test_learned_weights_are_exported(graph, tmp_path):
 
     trainer = start(tmp_path / "run", small(model="HAKE", steps=5), graph)
     trainer.train()
-    trainer.finish()
+    trainer.export()
     exported = load_file(tmp_path / "run" / "embeddings.safetensors")["similarity_weights"]
     expected = trainer.best_model().similarity_weights
     assert expected is not None
@@ -502,7 +550,8 @@ def test_no_validation_triples(named_triples, tmp_path):
     trainer = start(tmp_path / "run", SMALL, graph)
     assert trainer.train()
     assert trainer.finish() is None
-    assert (tmp_path / "run" / "entities.tsv").exists()
+    trainer.export()
+    assert (tmp_path / "run" / "embeddings.safetensors").exists()
 
 
 def test_unwritable_run_folder(graph, tmp_path):
