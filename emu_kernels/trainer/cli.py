@@ -99,6 +99,8 @@ def _start(options: dict[str, Any]) -> Trainer:
     else:
         folder = Path(str(config.data))
         name, graph = folder.resolve().name, load_graph(folder)
+    for doubt in graph.doubts():
+        print(f"emu-train: warning: {doubt}", file=sys.stderr)
     if run_dir is None:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         run_dir = _new_folder(Path(f"runs/{name}-{config.model}-{config.loss}-{stamp}"))

@@ -25,7 +25,7 @@ class SourceOptions:
         f"downloaded, verified and cached; read from the folder {FOLDER_VARIABLE} if set",
         choices=DATASETS.keys(),
     )
-    data: str | None = setting(None, "a folder (or tar archive) with train/valid/test.txt")
+    data: str | None = setting(None, "a folder (or archive, tar or zip) with train/valid/test.txt")
 
 
 OPTIMIZERS = ("Adagrad", "Adam")

@@ -1,15 +1,23 @@
 """Triples and their vocabularies, read from ``train.txt``, ``valid.txt`` and ``test.txt``.
 
-A line holds a head, a relation and a tail, separated by tabs. Files come from a folder or from a
-tar archive, which is read in memory.
+A line holds a head, a relation and a tail, separated by tabs, in UTF-8, with or without a
+byte-order mark; it may end as on Windows. Files come from a folder or from an archive (tar or zip),
+which is read in memory. Names are numbered in the order of their characters, integers too: 0, 1,
+10, 2.
 """
 
 from __future__ import annotations
 
+import codecs
+import stat
 import tarfile
+import unicodedata
+import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
@@ -87,6 +95,85 @@ class Graph:
             f"triples: {sizes}{''.join(unseen)}"
         )
 
+    def doubts(self) -> list[str]:
+        """What is probably not meant in this graph: a line for each kind, with its count.
+
+        Names that differ only by blanks or in Unicode's composition are different entities;
+        headers are triples; evaluation triples that are trained on are ranked nearly for free.
+        """
+        lines = []
+        for kind, names in (("entities", self.entities), ("relations", self.relations)):
+            blank = [name for name in names if name != name.strip()]
+            if blank:
+                lines.append(
+                    f"{_some(len(blank), kind)} with blanks at an end of the name: {blank[0]!r}"
+                )
+            composed: dict[str, str] = {}
+            twins = []
+            for name in names:
+                if not name.isascii():
+                    same = composed.setdefault(unicodedata.normalize("NFC", name), name)
+                    twins += [name] if same != name else []
+            if twins:
+                lines.append(
+                    f"{_some(len(twins), kind)} with a name that looks like another's, composed "
+                    f"otherwise in Unicode: {twins[0]!r}"
+                )
+        if header := self._header():
+            lines.append(
+                "a header, it seems, is read as a triple, in the first line of "
+                + ", ".join(f"{split}.txt" for split in header)
+            )
+        if self._columns_differ():
+            lines.append(
+                f"{self.num_relations:,} relations, most of which seem to be entities: each line "
+                "should be head, relation, tail"
+            )
+        keys = {split: self._keys(split) for split in SPLITS}
+        for split in SPLITS:
+            repeated = len(keys[split]) - len(keys[split].unique())
+            if repeated:
+                lines.append(f"{repeated:,} of the {split} triples repeat another one")
+        for split in SPLITS[1:]:
+            trained = int(torch.isin(keys[split], keys["train"]).sum())
+            if trained:
+                lines.append(f"{trained:,} of the {split} triples are train triples too")
+        return lines
+
+    def _keys(self, split: str) -> Tensor:
+        """(M,) int64: a number for each triple."""
+        head, relation, tail = self.triples[split].T
+        return (head * self.num_relations + relation) * self.num_entities + tail
+
+    def _header(self) -> list[str]:
+        """The splits whose first line has a relation that only first lines have, and that is
+        either the same in several files or a word for a relation.
+        """
+        first = {split: int(x[0, 1]) for split, x in self.triples.items() if len(x)}
+        uses = torch.cat([x[:, 1] for x in self.triples.values()]).bincount()
+        often = Counter(first.values())
+        return [
+            split
+            for split, relation in first.items()
+            if uses[relation] == often[relation]
+            and (often[relation] > 1 or self.relations[relation].lower() in _HEADER_WORDS)
+        ]
+
+    def _columns_differ(self) -> bool:
+        """Whether the second column seems to hold entities."""
+        if all(name.isdecimal() for name in self.relations):  # which may number both from 0
+            tails = torch.cat([x[:, 2] for x in self.triples.values()]).unique()
+            return self.num_relations > 2 * len(tails)
+        entities = set(self.entities)
+        return 2 * sum(name in entities for name in self.relations) > self.num_relations
+
+
+def _some(count: int, kind: str) -> str:
+    return f"{count:,} of the {kind}" if count > 1 else f"one of the {kind}"
+
+
+_HEADER_WORDS = {"r", "rel", "relation", "relations", "p", "predicate", "edge", "label", "type"}
+
 
 def split_triples(triples: Tensor, direction: Direction) -> tuple[Tensor, Tensor, Tensor]:
     """(given, relation, target), each (M,): the query's entity and relation, and its answer."""
@@ -95,7 +182,7 @@ def split_triples(triples: Tensor, direction: Direction) -> tuple[Tensor, Tensor
 
 
 def load_graph(path: Path) -> Graph:
-    """Read a graph from a folder or from a tar archive.
+    """Read a graph from a folder or from an archive, tar or zip.
 
     Raises:
         DataError: something is missing, malformed, corrupted or unsafe; says where.
@@ -111,7 +198,7 @@ def load_graph(path: Path) -> Graph:
     else:
         raise DataError(
             f"{path}: no such folder or archive; expected a folder with train.txt, valid.txt and "
-            "test.txt, or a tar archive of them"
+            "test.txt, or an archive of them, tar or zip"
         )
     for split in SPLITS:
         if split not in contents:
@@ -129,32 +216,61 @@ def _read_archive(path: Path) -> dict[str, tuple[str, bytes]]:
     dataset has none, and a person may extract the archive.
     """
     contents: dict[str, tuple[str, bytes]] = {}
+    members = _zip_members if zipfile.is_zipfile(path) else _tar_members
     try:
-        with tarfile.open(path) as archive:
-            for member in archive:
-                name = PurePosixPath(member.name)
-                escapes = name.is_absolute() or ".." in name.parts or "\\" in member.name
-                if escapes or not (member.isfile() or member.isdir()):
-                    raise DataError(
-                        f"{path} is unsafe: its member {member.name!r} is not a plain file or "
-                        "folder inside the archive; nothing was read from it"
-                    )
-                if not member.isfile() or name.suffix != ".txt" or name.stem not in SPLITS:
-                    continue
-                if name.stem in contents:
-                    raise DataError(f"{path} holds {name.name} more than once")
-                stream = archive.extractfile(member)
-                assert stream is not None  # a regular file, as checked above
-                contents[name.stem] = (f"{path}:{member.name}", stream.read())
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise DataError(f"{path} is corrupted or not a tar archive: {error}") from error
+        for member, plain, read in members(path):
+            name = PurePosixPath(member)
+            if name.is_absolute() or ".." in name.parts or "\\" in member or not plain:
+                raise DataError(
+                    f"{path} is unsafe: its member {member!r} is not a plain file or "
+                    "folder inside the archive; nothing was read from it"
+                )
+            if read is None or name.suffix != ".txt" or name.stem not in SPLITS:
+                continue
+            if name.stem in contents:
+                raise DataError(f"{path} holds {name.name} more than once")
+            contents[name.stem] = (f"{path}:{member}", read())
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError, RuntimeError, zlib.error) as e:
+        raise DataError(
+            f"{path} is corrupted or no archive, tar or zip, of train.txt, valid.txt and test.txt "
+            f"(a folder that holds the three will do too): {e}"
+        ) from e
     return contents
 
 
+# Name, whether it is a plain file or folder, and what reads it where it is a file.
+_Member = tuple[str, bool, Callable[[], bytes] | None]
+
+
+def _tar_members(path: Path) -> Iterator[_Member]:
+    with tarfile.open(path) as archive:
+        for member in archive:
+            stream = archive.extractfile(member) if member.isfile() else None
+            plain = member.isfile() or member.isdir()
+            yield member.name, plain, stream.read if stream else None
+
+
+def _zip_members(path: Path) -> Iterator[_Member]:
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            link = stat.S_ISLNK(member.external_attr >> 16)
+            yield (
+                member.filename,
+                not link,
+                None if member.is_dir() else partial(archive.read, member),
+            )
+
+
 def _parse(content: bytes, where: str) -> Iterator[NamedTriple]:
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content:
+        raise DataError(
+            f"{where}: expected UTF-8 text, and this seems to be UTF-16 or no text at all: "
+            "iconv -f UTF-16 -t UTF-8 converts it"
+        )
     for number, raw in enumerate(content.split(b"\n"), start=1):
         try:
-            line = raw.decode("utf-8").rstrip("\r\n")
+            # Files joined into one have a byte-order mark at the start of each.
+            line = raw.decode("utf-8").lstrip("\ufeff").rstrip("\r\n")
         except UnicodeDecodeError as error:
             raise DataError(f"{where}:{number}: expected UTF-8 text: {error}") from error
         if not line:
@@ -163,6 +279,13 @@ def _parse(content: bytes, where: str) -> Iterator[NamedTriple]:
         if len(fields) != 3 or not all(fields):
             raise DataError(
                 f"{where}:{number}: expected head, relation and tail separated by tabs, "
-                f"got {len(fields)} field(s): {line[:200]!r}"
+                f"got {_got(fields)}: {line[:200]!r}"
             )
         yield fields[0], fields[1], fields[2]
+
+
+def _got(fields: list[str]) -> str:
+    empty = [("head", "relation", "tail")[i] for i, x in enumerate(fields) if not x and i < 3]
+    if len(fields) == 3:
+        return f"an empty {' and an empty '.join(empty)}"
+    return f"{len(fields)} field(s)"

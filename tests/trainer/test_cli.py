@@ -200,6 +200,15 @@ def test_resume_with_a_preset(run_folder, capsys):
     assert "--preset cannot be given" in capsys.readouterr().err
 
 
+def test_a_graph_that_cannot_be_right_is_told(graph_folder, tmp_path, capsys):
+    (graph_folder / "test.txt").write_text((graph_folder / "valid.txt").read_text() * 2)
+    (graph_folder / "train.txt").open("a").write("e1 \tr1\te2\n")
+    assert train("--data", graph_folder, "--run-dir", tmp_path / "run", *QUICK) == 0
+    err = capsys.readouterr().err
+    assert "emu-train: warning: one of the entities with blanks at an end of the name: 'e1 '" in err
+    assert "emu-train: warning: 100 of the test triples repeat another one" in err
+
+
 def test_a_preset_and_what_overrides_it(graph_folder, tmp_path, capsys):
     """Options override its dataset too; another loss brings its own default regularisation."""
     path = tmp_path / "run"

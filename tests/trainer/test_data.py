@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
-from emu_kernels.trainer.data import SPLITS, Graph, load_graph
+from emu_kernels.trainer.data import SPLITS, Graph, NamedTriple, load_graph
+from emu_kernels.trainer.datasets import load_dataset
 from emu_kernels.trainer.errors import DataError
 
 GOOD = b"a\tlikes\tb\nb\tlikes\tc\n"
@@ -80,7 +82,8 @@ def test_missing_file(tmp_path):
         (b"a likes b", "got 1 field"),
         (b"a\tlikes", "got 2 field"),
         (b"a\tlikes\tb\t0.5", "got 4 field"),
-        (b"a\t\tb", "got 3 field"),
+        (b"a\t\tb", "got an empty relation: "),
+        (b"\tlikes\t", "got an empty head and an empty tail: "),
         (b"a\tlikes\t\xff", "expected UTF-8"),
     ],
 )
@@ -148,3 +151,118 @@ def test_names_survive_a_large_vocabulary():
     graph = Graph.from_names({"train": triples, "valid": [], "test": triples[:5]})
     head, _, tail = graph.triples["train"][1234].tolist()
     assert (graph.entities[head], graph.entities[tail]) == ("entity 1234", "entity 1235")
+
+
+MARK = "\ufeff".encode()
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "zip"])
+def test_marks_and_line_ends_make_no_twins(tmp_path, kind):
+    """A byte-order mark at the start, one where two files were joined, Windows' line ends."""
+    good = GOOD.replace(b"\n", b"\r\n")
+    contents = {f"{split}.txt": MARK + good + MARK + good for split in SPLITS}
+    if kind == "folder":
+        path = write_folder(tmp_path, **{name[:-4]: x for name, x in contents.items()})
+    elif kind == "tar":
+        path = write_archive(tmp_path / "graph.tar", contents)
+    else:
+        path = tmp_path / "graph.zip"
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.mkdir("graph")
+            for name, content in contents.items():
+                archive.writestr(f"graph/{name}", content)
+    graph = load_graph(path)
+    assert graph.entities == ["a", "b", "c"]
+    assert graph.triples["train"].tolist() == [[0, 0, 1], [1, 0, 2]] * 2
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_utf_16_is_named(tmp_path, encoding):
+    write_folder(tmp_path, valid=GOOD.decode().encode(encoding))
+    with pytest.raises(DataError, match=r"valid\.txt: expected UTF-8 .* UTF-16"):
+        load_graph(tmp_path)
+
+
+def test_zip_that_leaves_its_folder_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "graph.zip", "w") as archive:
+        archive.writestr("../train.txt", GOOD)
+    with pytest.raises(DataError, match="unsafe"):
+        load_graph(tmp_path / "graph.zip")
+
+
+def test_a_single_file_is_told_what_is_expected(tmp_path):
+    (tmp_path / "all.tsv").write_bytes(GOOD * 100)
+    with pytest.raises(DataError, match=r"all\.tsv .* archive, tar or zip, of train\.txt, valid"):
+        load_graph(tmp_path / "all.tsv")
+
+
+def doubts(**splits: list[NamedTriple]) -> list[str]:
+    return Graph.from_names({split: splits.get(split, []) for split in SPLITS}).doubts()
+
+
+CHAIN: list[NamedTriple] = [(f"e{i}", f"r{i % 3}", f"e{i + 1}") for i in range(9)]
+HEADER: list[NamedTriple] = [("source", "kind", "target")]
+
+
+@pytest.mark.parametrize(
+    ("splits", "said"),
+    [
+        ({"train": CHAIN[:5], "valid": CHAIN[5:7], "test": CHAIN[7:]}, []),
+        (
+            {"train": CHAIN, "test": CHAIN[:4]},
+            ["4 of the test triples are train triples too"],
+        ),
+        (
+            {"train": [*CHAIN, CHAIN[0], CHAIN[0]]},
+            ["2 of the train triples repeat another one"],
+        ),
+        (
+            {"train": HEADER + CHAIN[:6], "test": HEADER + CHAIN[6:]},
+            [
+                "a header, it seems, is read as a triple, in the first line of train.txt, test.txt",
+                "1 of the test triples are train triples too",
+            ],
+        ),
+        (
+            {"train": [("h", "Relation", "t"), *CHAIN]},
+            ["a header, it seems, is read as a triple, in the first line of train.txt"],
+        ),
+        (
+            {"train": [(h, t, r) for h, r, t in CHAIN]},
+            [
+                "9 relations, most of which seem to be entities: each line should be head, "
+                "relation, tail"
+            ],
+        ),
+        (
+            {"train": [(str(i), str(i + 1), str(i % 3)) for i in range(9)]},
+            [
+                "9 relations, most of which seem to be entities: each line should be head, "
+                "relation, tail"
+            ],
+        ),
+        ({"train": [(str(i), str(i % 3), str(i + 1)) for i in range(9)]}, []),
+        (
+            {"train": [*CHAIN, ("e0 ", "r0", " e1"), ("e2", "r1 ", "e3")]},
+            [
+                "2 of the entities with blanks at an end of the name: ' e1'",
+                "one of the relations with blanks at an end of the name: 'r1 '",
+            ],
+        ),
+        (
+            {"train": [*CHAIN, ("caf\u00e9", "r0", "e1"), ("cafe\u0301", "r1", "e1")]},
+            [
+                "one of the entities with a name that looks like another's, composed otherwise in "
+                "Unicode: 'caf\u00e9'"
+            ],
+        ),
+    ],
+)
+def test_doubts(splits, said):
+    assert doubts(**splits) == said
+
+
+@pytest.mark.parametrize("name", ["nations", "umls", "kinship", "WN18RR"])
+def test_public_datasets_raise_no_doubt(data_folder, monkeypatch, name):
+    monkeypatch.setenv("EMU_KERNELS_DATA", str(data_folder))
+    assert load_dataset(name).doubts() == []
