@@ -168,7 +168,7 @@ def test_marks_and_line_ends_make_no_twins(tmp_path, kind):
     else:
         path = tmp_path / "graph.zip"
         with zipfile.ZipFile(path, "w") as archive:
-            archive.mkdir("graph")
+            archive.writestr("graph/", "")
             for name, content in contents.items():
                 archive.writestr(f"graph/{name}", content)
     graph = load_graph(path)
