@@ -6,6 +6,7 @@
 namespace emu::cuda {
 
 constexpr int kRowThreads = 128;
+constexpr int kRowBlocks = 8;  // an SM, of row_loss: leaves it 64 registers, where ptxas alone chose to spill
 
 // What a row's gradients need from its softmax: the factors α/Σe, mass/Σê and β/K, the maxima that e and ê are relative
 // to, and the weights of the positive's sums.
@@ -123,7 +124,7 @@ EMU_DEVICE void keep_taken(const RowValues<Sim, Real>& row, Real (&taken)[2], Re
 }
 
 template <class Sim, class Real, bool kMoments>
-__global__ void __launch_bounds__(kRowThreads) row_loss(const __grid_constant__ RowLossArgs a) {
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks) row_loss(const __grid_constant__ RowLossArgs a) {
   using M = Maths<Real>;
   constexpr int kSums = Sums<Sim>::kCount;
   EMU_SHARED_MEMORY(shared);
