@@ -262,7 +262,9 @@ class _Loss(Function):
         _save(ctx, {**dict(zip(ctx.names, given, strict=True)), **kept})
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_of_others: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:  # of a loss that nothing depends on
+            return _by_name(ctx, {})
         grads = _apply(_LossGradient, {**_saved(ctx), "grad": grad, "needed": _needed(ctx)})
         return _by_name(ctx, dict(zip(_WITH_GRADIENT, grads, strict=True)))
 

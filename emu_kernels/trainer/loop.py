@@ -263,9 +263,14 @@ class Trainer:
         return is_best
 
     def save(self) -> None:
-        """Write the last checkpoint."""
+        """Write the last checkpoint, unless the model is spoilt."""
         if self.run is None:
             return
+        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            raise TrainingError(
+                f"the model's values are not all finite at step {self.step}: try a smaller lr"
+                + self._way_on()
+            )
         tensors = self._model_tensors()
         for index, values in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}

@@ -193,10 +193,12 @@ class RunFolder:
         Raises:
             RunError: another process holds the folder.
         """
-        self._lock = (self.path / "lock").open("a+")
         try:
+            self._lock = (self.path / "lock").open("a+")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            if self._lock is None or not isinstance(error, BlockingIOError):
+                raise RunError(f"the run folder {self.path} cannot be locked: {error}") from error
             self._lock.seek(0)
             raise RunError(
                 f"{self.path} is in use by {self._lock.read().strip() or 'another process'}: wait "

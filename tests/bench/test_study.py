@@ -63,4 +63,4 @@ def test_messages(capsys):
 
 def test_an_unknown_experiment(capsys):
     assert main(["study", "loses"]) == 1
-    assert "no experiment loses; known: losses" in capsys.readouterr().err
+    assert "no experiment loses; known: schedules, losses" in capsys.readouterr().err

@@ -119,7 +119,7 @@ def test_from_an_earlier_run(graph, tmp_path):
     run = RunFolder.create(tmp_path / "run", SMALL, graph)
     earlier = Trainer(SMALL, graph, run)
     earlier.train()
-    earlier.finish()
+    earlier.export()
     part = Graph.from_names({"train": [("e5", "r", "e31")], "valid": [], "test": []})
     file = str(tmp_path / "run" / "embeddings.safetensors")
     trainer = Trainer(dataclasses.replace(SMALL, init_entities=file), part)

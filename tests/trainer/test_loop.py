@@ -444,6 +444,17 @@ def test_loss_that_is_not_finite_ends_the_run(graph, tmp_path, monkeypatch):
         trainer.train()
 
 
+def test_a_spoilt_model_replaces_no_checkpoint(graph, tmp_path, monkeypatch):
+    trainer = start(tmp_path / "run", SMALL, graph)
+    trainer.train(until=30)
+    before = trainer.run.last_file.read_bytes()  # type: ignore[union-attr]
+    with torch.no_grad():
+        trainer.model.relation[0, 0] = torch.nan
+    with pytest.raises(TrainingError, match=r"not all finite at step 30.*--resume"):
+        trainer.save()
+    assert trainer.run.last_file.read_bytes() == before  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("during", [1, 3])
 def test_a_validation_that_is_stopped_comes_later(graph, tmp_path, monkeypatch, during):
     """The checkpoint comes first; the resumed run validates what it holds."""
