@@ -72,9 +72,11 @@ void run(int64_t D, bool pairs, bool each) {
                               grad_query.get(),    grad_positive.get(),
                               p.scale != nullptr ? grad_scale.get() : nullptr,
                               W > 0 ? grad_weights.get() : nullptr};
+  const Array<Real> positive_log_q(B), negative_log_q(G * K);
   for (const bool need_grad : {false, true}) {
     const Array<char> workspace(Of::loss_workspace(p, need_grad));
-    Of::loss_forward(p, {0.3, 0.2, nullptr, nullptr, Reduction::kNone, need_grad, loss.get(), terms.get(),
+    Of::loss_forward(p, {0.3, 0.2, nullptr, nullptr, each ? positive_log_q.get() : nullptr,
+                         each ? negative_log_q.get() : nullptr, Reduction::kNone, need_grad, loss.get(), terms.get(),
                          row_scale.get(), gradient, workspace.get()});
   }
 
