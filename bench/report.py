@@ -23,7 +23,6 @@ SETTING = ["similarity", "dtype", "gradient", "B", "K", "D", "N"]
 SPREAD = "20–80 %"
 _NAMED: list[Any] = [*RIVALS, *TRAINERS]
 TITLES: dict[str, str] = {rival.name: rival.title for rival in _NAMED}
-TITLES["torchkge"] = "TorchKGE"  # of older rows
 TITLES |= {f"{name}, captured": f"{title}, captured" for name, title in TITLES.items()}
 Rows: TypeAlias = pd.DataFrame
 Columns: TypeAlias = list[tuple[str, ...]]

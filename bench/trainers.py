@@ -17,6 +17,7 @@ import itertools
 import logging
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -218,8 +219,10 @@ LIBRARIES: dict[str, dict[str, dict[str, Any]]] = {
         "RotatE": {},  # relations are constrained to the unit circle: part of the model
     },
     "torch-geometric": {"DistMult": {}, "ComplEx": {}, "TransE": {}, "RotatE": {}},
+    "torchkge": {"DistMult": {}, "ComplEx": {}, "TransE": {"dissimilarity_type": "L1"}},
 }
 """By package its models, with their options."""
+DENSE = ("pykeen", "torchkge")  # those without sparse gradients
 
 
 def pykeen(task: Task, graph: Graph, *, ours: bool) -> Run:
@@ -307,6 +310,43 @@ def pyg(task: Task, graph: Graph, *, ours: bool) -> Run:
     return by_hand(task, model.parameters(), loss)
 
 
+def torchkge(task: Task, graph: Graph) -> Run:
+    """TorchKGE's model, DataLoader and UniformNegativeSampler; its scores in cross-entropy.
+
+    Entities are normalised at each look-up, as its models do; ``normalize_parameters``, due once an
+    epoch, is left out.
+    """
+    from torchkge import models
+    from torchkge.data_structures import KnowledgeGraph
+    from torchkge.sampling import UniformNegativeSampler
+    from torchkge.utils import DataLoader
+
+    columns = graph.triples["train"].to(task.device).T.contiguous()
+    known: Any = defaultdict(set)  # only evaluation needs the known triples
+    knowledge = KnowledgeGraph(
+        kg=dict(zip(("heads", "relations", "tails"), columns, strict=True)),
+        ent2ix={i: i for i in range(graph.num_entities)},
+        rel2ix={i: i for i in range(graph.num_relations)},
+        dict_of_heads=known, dict_of_tails=known, dict_of_rels=known,
+    )  # fmt: skip
+    new_model = getattr(models, f"{task.model}Model")
+    sizes = (task.dim, graph.num_entities, graph.num_relations)
+    model = new_model(*sizes, **LIBRARIES["torchkge"][task.model]).to(task.device)
+    sampler = UniformNegativeSampler(knowledge, n_neg=task.negatives)
+    loader = DataLoader(knowledge, batch_size=task.batch)
+    every = itertools.chain.from_iterable(itertools.repeat(loader))
+    batches = (batch for batch in every if len(batch[0]) == task.batch)
+
+    def loss(step: int) -> Tensor:
+        head, tail, relation = next(batches)
+        corrupted = sampler.corrupt_batch(head, tail, relation)
+        positive, negative = model(head, tail, relation, *corrupted)
+        rows = len(head)  # both are repeated once a negative, block by block
+        return cross_entropy(positive[:rows], negative.view(-1, rows).T)
+
+    return by_hand(task, model.parameters(), loss)
+
+
 @dataclass(frozen=True)
 class Trainer:
     name: str  # in results and on the command line
@@ -318,7 +358,7 @@ class Trainer:
 
     def adapt(self, task: Task) -> Task:
         """The task with dense gradients where this trainer has no sparse ones for it."""
-        possible = self.library != "pykeen" and self.can_be_sparse(task)
+        possible = self.library not in DENSE and self.can_be_sparse(task)
         return task if possible else task.replace(gradient="dense")
 
     def warm(self, task: Task, graph: Graph) -> Run:
@@ -365,6 +405,7 @@ TRAINERS = (
     Trainer("pykeen-emu", "PyKEEN with our EMU", partial(pykeen, ours=True), "pykeen"),
     Trainer("pyg", "PyTorch Geometric", partial(pyg, ours=False), _PYG),
     Trainer("pyg-emu", "PyTorch Geometric with our EMU", partial(pyg, ours=True), _PYG),
+    Trainer("torchkge", "TorchKGE", torchkge, "torchkge"),
 )  # fmt: skip
 BASE = TRAINERS[0].name
 BY_NAME = {trainer.name: trainer for trainer in TRAINERS}
