@@ -13,11 +13,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from emu_kernels import backends, validate, values
+from emu_kernels import backends, queries, validate, values
 from emu_kernels.backends.native import NativeBackend, pointer
 from emu_kernels.library import Values, define, no_second_derivative
 
-MESSAGES = ("distmult", "transe", "rotate")
+MESSAGES = {
+    "distmult": queries.distmult,
+    "transe": queries.transe,
+    "rotate": queries.complex,  # a rotation where the relation's numbers have modulus 1
+}
 AGGREGATES = ("sum", "mean", "min", "max", "pna")
 EPSILON = 1e-6
 """The least variance in the standard deviation of "pna", as NBFNet's authors have it."""
@@ -189,7 +193,7 @@ def _check(
 ) -> None:
     if not isinstance(graph, RelationalGraph):
         raise TypeError(f"graph: expected a RelationalGraph, got {type(graph).__name__}")
-    validate.one_of("message", message, MESSAGES)
+    validate.one_of("message", message, tuple(MESSAGES))
     validate.one_of("aggregate", aggregate, AGGREGATES)
     validate.tensor("nodes", nodes)
     validate.floating("nodes", nodes)
@@ -234,16 +238,6 @@ def _like(nodes: Tensor, name: str, value: Tensor, shapes: tuple[tuple[int, ...]
 # --- the specification ----------------------------------------------------------------------------
 
 
-def messages(nodes: Tensor, relations: Tensor, message: str) -> Tensor:
-    """The messages of sources and relations, both (..., D)."""
-    if message == "distmult":
-        return nodes * relations
-    if message == "transe":
-        return nodes + relations
-    (a, b), (c, d) = nodes.chunk(2, dim=-1), relations.chunk(2, dim=-1)
-    return torch.cat([a * c - b * d, a * d + b * c], dim=-1)
-
-
 def _extreme(sent: Tensor, at: Tensor, count: int, reduce: str) -> Tensor:
     """(N, B, D): the least or largest of the (M, B, D) messages at each node.
 
@@ -271,7 +265,7 @@ def _reference(
     if keep is not None:
         source, at, kind = source[keep], at[keep], kind[keep]
     relation = relations[kind] if relations.ndim == 3 else relations[kind].unsqueeze(1)
-    sent = messages(nodes[source], relation, message)
+    sent = MESSAGES[message](nodes[source], relation)
     if weight is not None:
         sent = sent * weight[:, None, None]
     if own is not None:

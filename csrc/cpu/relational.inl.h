@@ -10,19 +10,20 @@ constexpr int64_t kChunkRow = 512;        // components of a node in a chunk at 
 constexpr int64_t kReads = 8;             // of a row a pass, on average: with fewer a cache gains nothing
 constexpr int64_t kNodesPerItem = 16;
 
-// Calls take(j, message) for the components of one query.
+// Calls take(j, message) for the components of one query; of complex numbers take(j, real part, half + j, imaginary
+// part). Both passes compute messages here, since the backward one compares them with extremes to the bit.
 template <Message kMessage, class Real, class Take>
-EMU_INLINE void for_messages(const Real* __restrict x, const Real* __restrict r, int64_t dim, Take&& take) {
+EMU_INLINE void for_messages(const Real* __restrict x, const Real* __restrict r, Real w, int64_t dim, Take&& take) {
   if constexpr (kMessage == Message::kRotate) {
     const int64_t half = dim / 2;
 #pragma GCC ivdep
     for (int64_t j = 0; j < half; ++j) {
-      take(j, x[j] * r[j] - x[half + j] * r[half + j]);
-      take(half + j, x[j] * r[half + j] + x[half + j] * r[j]);
+      const int64_t i = half + j;
+      take(j, w * (x[j] * r[j] - x[i] * r[i]), i, w * (x[j] * r[i] + x[i] * r[j]));
     }
   } else {
 #pragma GCC ivdep
-    for (int64_t j = 0; j < dim; ++j) take(j, kMessage == Message::kTransE ? x[j] + r[j] : x[j] * r[j]);
+    for (int64_t j = 0; j < dim; ++j) take(j, w * (kMessage == Message::kTransE ? x[j] + r[j] : x[j] * r[j]));
   }
 }
 
@@ -66,6 +67,7 @@ struct Relational {
     return relations + (a.relation_rows > 1 ? r * L + b * a.D : r * a.D);
   }
   bool left_out(int64_t e) const { return a.keep != nullptr && a.keep[e] == 0; }
+  Real weight_of(int64_t e) const { return weight != nullptr ? weight[e] : Real{1}; }
 
   // Calls body(first query, number of queries, first node, last node, slot); chunk by chunk.
   template <class Body>
@@ -77,7 +79,7 @@ struct Relational {
     });
   }
 
-  template <Message kMessage, Aggregate kAggregate, bool kWeighted>
+  template <Message kMessage, Aggregate kAggregate>
   void forward() const {
     constexpr bool kAll = kAggregate == Aggregate::kPna;
     constexpr bool kSum = kAll || kAggregate == Aggregate::kSum;
@@ -92,18 +94,14 @@ struct Relational {
       Real* __restrict high = sums + (kAll ? 2 * width : 0);
       Real* __restrict square = sums + (kAll ? 3 * width : 0);
       for (int64_t v = from; v < to; ++v) {
-        bool empty = true;
-        const auto begin = [&] {
-          for (int64_t j = 0; j < width; ++j) {
-            if (kSum) sum[j] = 0;
-            if (kAll) square[j] = 0;
-            if (kMin) low[j] = empty ? 0 : HUGE_REAL;
-            if (kMax) high[j] = empty ? 0 : -HUGE_REAL;
-          }
-        };
-        empty = own == nullptr;
+        bool empty = own == nullptr;
         for (int64_t i = a.start[v]; empty && i < a.start[v + 1]; ++i) empty = left_out(a.edge[i]);
-        begin();
+        for (int64_t j = 0; j < width; ++j) {
+          if (kSum) sum[j] = 0;
+          if (kAll) square[j] = 0;
+          if (kMin) low[j] = empty ? 0 : HUGE_REAL;
+          if (kMax) high[j] = empty ? 0 : -HUGE_REAL;
+        }
         const auto add = [&](int64_t at, Real m) {
           if (kSum) sum[at] += m;
           if (kAll) square[at] += m * m;
@@ -119,12 +117,19 @@ struct Relational {
           if (i + 2 < a.size) prefetch_row(nodes + a.other[i + 2] * L + first * a.D, queries * a.D * sizeof(Real));
           const int64_t e = a.edge[i];
           if (left_out(e)) continue;
-          const Real w = kWeighted ? weight[e] : Real{1};
+          const Real w = weight_of(e);
           const Real* row = nodes + a.other[i] * L + first * a.D;
           for (int64_t b = 0; b < queries; ++b) {
             const int64_t at = b * a.D;
-            for_messages<kMessage>(row + at, relation(a.relation[i], first + b), a.D,
-                                   [&](int64_t j, Real m) { add(at + j, kWeighted ? w * m : m); });
+            const Real* r = relation(a.relation[i], first + b);
+            if constexpr (kMessage == Message::kRotate) {
+              for_messages<kMessage>(row + at, r, w, a.D, [&](int64_t j, Real re, int64_t l, Real im) {
+                add(at + j, re);
+                add(at + l, im);
+              });
+            } else {
+              for_messages<kMessage>(row + at, r, w, a.D, [&](int64_t j, Real m) { add(at + j, m); });
+            }
           }
         }
         for (int64_t b = 0; b < queries; ++b) {
@@ -149,24 +154,18 @@ struct Relational {
   template <Message kMessage, Aggregate kAggregate, bool kOfNode>
   EMU_INLINE void add_gradient(const Real* __restrict x, const Real* __restrict r, Real w, int64_t dim,
                                const Real* __restrict g, const Real* __restrict out, Real* __restrict to) {
+    const Real* __restrict other = kOfNode ? r : x;
     if constexpr (kMessage == Message::kRotate) {
-      const int64_t half = dim / 2;
-#pragma GCC ivdep
-      for (int64_t j = 0; j < half; ++j) {
-        const int64_t i = half + j;
-        const Real re = w * (x[j] * r[j] - x[i] * r[i]), im = w * (x[j] * r[i] + x[i] * r[j]);
-        const Real a = w * pull<kAggregate>(g, out, dim, j, re), b = w * pull<kAggregate>(g, out, dim, i, im);
-        const Real* other = kOfNode ? r : x;
-        to[j] += a * other[j] + b * other[i];
-        to[i] += b * other[j] - a * other[i];
-      }
+      for_messages<kMessage>(x, r, w, dim, [&](int64_t j, Real re, int64_t i, Real im) {
+        const Real of_re = w * pull<kAggregate>(g, out, dim, j, re), of_im = w * pull<kAggregate>(g, out, dim, i, im);
+        to[j] += of_re * other[j] + of_im * other[i];
+        to[i] += of_im * other[j] - of_re * other[i];
+      });
     } else {
-#pragma GCC ivdep
-      for (int64_t j = 0; j < dim; ++j) {
-        const Real m = w * (kMessage == Message::kTransE ? x[j] + r[j] : x[j] * r[j]);
+      for_messages<kMessage>(x, r, w, dim, [&](int64_t j, Real m) {
         const Real d = w * pull<kAggregate>(g, out, dim, j, m);
-        to[j] += kMessage == Message::kTransE ? d : d * (kOfNode ? r[j] : x[j]);
-      }
+        to[j] += kMessage == Message::kTransE ? d : d * other[j];
+      });
     }
   }
 
@@ -187,7 +186,7 @@ struct Relational {
           }
           const int64_t e = a.edge[i];
           if (left_out(e)) continue;
-          const Real w = weight != nullptr ? weight[e] : Real{1};
+          const Real w = weight_of(e);
           for (int64_t b = 0; b < queries; ++b) {
             const int64_t at = (a.other[i] * a.B + first + b) * kSections * a.D;
             add_gradient<kMessage, kAggregate, true>(nodes + u * L + (first + b) * a.D,
@@ -218,7 +217,7 @@ struct Relational {
       for (int64_t i = a.start[piece]; i < a.start[piece + 1]; ++i) {
         const int64_t e = a.edge[i];
         if (left_out(e)) continue;
-        const Real w = weight != nullptr ? weight[e] : Real{1};
+        const Real w = weight_of(e);
         for (int64_t b = 0; b < queries; ++b) {
           const int64_t at = (a.other[i] * a.B + first + b) * kSections * a.D;
           add_gradient<kMessage, kAggregate, false>(nodes + a.source[i] * L + (first + b) * a.D,
@@ -243,9 +242,7 @@ template <class Real, Message kMessage, Aggregate kAggregate>
 static void relational_of(const RelationalArgs& a) {
   const Relational<Real> task(a);
   switch (a.task) {
-    case RelationalTask::kForward:
-      return a.weight != nullptr ? task.template forward<kMessage, kAggregate, true>()
-                                 : task.template forward<kMessage, kAggregate, false>();
+    case RelationalTask::kForward: return task.template forward<kMessage, kAggregate>();
     case RelationalTask::kNodes: return task.template node_gradient<kMessage, kAggregate>();
     case RelationalTask::kRelations: return task.template relation_gradient<kMessage, kAggregate>();
   }
