@@ -171,7 +171,6 @@ def fused_emu_loss(
             negative,
             similarity=similarity,
             mutation=mutation_rate,
-            mutation_name="mutation_rate",
             mask_unit=mask_unit,
             scale=scale,
             similarity_weights=similarity_weights,
@@ -217,7 +216,6 @@ def fused_softmax_loss(
             negative,
             similarity=similarity,
             mutation=NoMutation(),
-            mutation_name="mutation_rate",
             mask_unit="component",
             scale=scale,
             similarity_weights=similarity_weights,
@@ -279,7 +277,6 @@ def emu_scores(
         negative,
         similarity=similarity,
         mutation=NoMutation() if mutation_rate is None else mutation_rate,
-        mutation_name="mutation_rate",
         mask_unit=mask_unit,
         scale=scale,
         similarity_weights=similarity_weights,
@@ -330,7 +327,6 @@ def emu_mutate(
     validate.embeddings(positive, negative)
     rows, dim = positive.shape
     draws = prepare.draws(
-        "mutation_rate",
         mutation_rate,
         mask_unit,
         seed=seed,

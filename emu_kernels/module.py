@@ -80,7 +80,6 @@ class EMULoss(nn.Module):
                 negative,
                 similarity=self.similarity,
                 mutation=self.mutation_rate,
-                mutation_name="mutation_rate",
                 mask_unit=self.mask_unit,
                 scale=scale,
                 similarity_weights=similarity_weights,

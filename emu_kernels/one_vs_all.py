@@ -72,7 +72,6 @@ def one_vs_all_loss(
             positive.new_empty((0,)),
             similarity=similarity,
             mutation=rule,
-            mutation_name="mutation_rate",
             mask_unit=mask_unit,
             scale=scale,
             similarity_weights=similarity_weights,

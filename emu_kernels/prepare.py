@@ -21,7 +21,6 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def draws(
-    name: str,
     rate: float | Tensor | Mutation,
     unit: str,
     *,
@@ -31,30 +30,28 @@ def draws(
     dim: int,
     device: torch.device,
 ) -> Draws:
-    """The rule that the arguments ``name`` and ``mask_unit`` mean, with its seed."""
+    """The rule that the arguments ``mutation_rate`` and ``mask_unit`` mean, with its seed."""
     validate.seed(seed, device)
     validate.row_offset(row_offset, rows)
-    rule = _drawn(name, rate, unit, dim, device)
+    rule = _drawn(rate, unit, dim, device)
     if rule.draw in ("none", "moments"):
         seed = 0  # torch's generator is left alone
     return Draws(mutation=rule, seed=_seed_tensor(seed, device), row_offset=row_offset)
 
 
-def _drawn(
-    name: str, rate: float | Tensor | Mutation, unit: str, dim: int, device: torch.device
-) -> Mutation:
+def _drawn(rate: float | Tensor | Mutation, unit: str, dim: int, device: torch.device) -> Mutation:
     validate.mask_unit(unit, dim)
     if isinstance(rate, Mutation) and rate.draw != "mask":
         return rate
     if isinstance(rate, Tensor):
-        validate.rates(name, rate, unit, dim // 2 if RULES[unit].pairs else dim, device)
-        return masked(unit, usable_thresholds(name, rate))
-    validate.rate(name, rate)
+        validate.rates("mutation_rate", rate, unit, dim // 2 if RULES[unit].pairs else dim, device)
+        return masked(unit, usable_thresholds("mutation_rate", rate))
+    validate.rate("mutation_rate", rate)
     assert isinstance(rate, (int, float))
     return masked(unit, rate)
 
 
-def _expected(name: str, rule: Expected, unit: str, query: Tensor, similarity: str) -> Expected:
+def _expected(rule: Expected, unit: str, query: Tensor, similarity: str) -> Expected:
     """The rule with its rates as a tensor: one of all (1, 1), of all rows (1, U) or of each
     (B, U)."""
     coupled = SIMILARITIES[similarity].coupled
@@ -67,12 +64,12 @@ def _expected(name: str, rule: Expected, unit: str, query: Tensor, similarity: s
     rows, dim = query.shape
     units = dim // 2 if coupled else dim
     rate = rule.rate
-    validate.expected(name, rate, unit, ((), (units,), (rows, units)), query)
+    validate.expected("mutation_rate", rate, unit, ((), (units,), (rows, units)), query)
     dtype = accumulation_dtype(query.dtype)
     if not isinstance(rate, Tensor):
         assert rate is not None
         return Expected(torch.full((1, 1), rate, dtype=dtype, device=query.device))
-    rate = usable_rates(name, rate).to(dtype)
+    rate = usable_rates("mutation_rate", rate).to(dtype)
     rate = (rate.reshape(1, 1) if rate.ndim == 0 else rate.reshape(-1, units)).contiguous()
     return Expected(rate, learned=rate.requires_grad and torch.is_grad_enabled())
 
@@ -85,7 +82,6 @@ def scores(
     *,
     similarity: str,
     mutation: float | Tensor | Mutation,
-    mutation_name: str,
     mask_unit: str,
     scale: Tensor | None,
     similarity_weights: Tensor | None,
@@ -94,7 +90,6 @@ def scores(
     row_offset: int,
     sparse_grad: bool,
 ) -> Request:
-    """``mutation_name``: of the public function's argument, for error messages."""
     validate.batch(
         query,
         table,
@@ -106,7 +101,6 @@ def scores(
         phase_scale=phase_scale,
     )
     drawn = draws(
-        mutation_name,
         mutation,
         mask_unit,
         seed=seed,
@@ -117,7 +111,7 @@ def scores(
     )
     rule = drawn.mutation
     if isinstance(rule, Expected):
-        rule = _expected(mutation_name, rule, mask_unit, query, similarity)
+        rule = _expected(rule, mask_unit, query, similarity)
     dtype = accumulation_dtype(table.dtype)
     return Request(
         mutation=rule,

@@ -234,7 +234,7 @@ def test_products_are_the_kernels(
 
 def fits(inputs: Inputs, mutation: Any = None, similarity: str = "dot") -> bool:
     request = prepare.scores(
-        *inputs, similarity=similarity, mutation=mutation or NoMutation(), mutation_name="",
+        *inputs, similarity=similarity, mutation=mutation or NoMutation(),
         mask_unit="component", scale=None, similarity_weights=None, phase_scale=1.0, seed=1,
         row_offset=0, sparse_grad=False,
     )  # fmt: skip
