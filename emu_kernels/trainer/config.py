@@ -133,7 +133,7 @@ class Config(
     @property
     def draws_masks(self) -> bool:
         """Whether the mutation rate is one of drawn masks, and not of the closed form."""
-        return self.loss != "expected" and not self.over_all
+        return LOSSES[self.loss].masks and not self.over_all
 
     def _settle_schedule(self) -> None:
         """Store what the schedule takes from the steps, which --resume may change later."""

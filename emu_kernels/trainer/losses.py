@@ -69,6 +69,7 @@ class Loss(Choice):
     regularized: bool  # by default, like the models' baselines in EMU's paper
     all_entities: bool  # its negatives are all entities, whatever the setting
     takes_all: bool  # its negatives can be all entities
+    masks: bool  # it draws masks by the mutation rate, where it samples negatives
 
     def __call__(self, step: Step) -> Tensor:
         return self.function(step)
@@ -83,11 +84,12 @@ def loss(
     regularized: bool = False,
     all_entities: bool = False,
     takes_all: bool = False,
+    masks: bool = False,
 ) -> Callable[[Callable[[Step], Tensor]], Loss]:
     """Enter a function into :data:`LOSSES` under its own name."""
 
     def enter(function: Callable[[Step], Tensor]) -> Loss:
-        entry = Loss(help, options, function, regularized, all_entities, takes_all)
+        entry = Loss(help, options, function, regularized, all_entities, takes_all, masks)
         return LOSSES.setdefault(function.__name__, entry)
 
     return enter
@@ -139,7 +141,7 @@ def _emu(step: Step, mutation_rate: float | Mixup | Expected) -> Tensor:
     return fused_emu_loss(**step.arguments, seed=step.seed, **options)
 
 
-@loss("EMU", "mutation_rate", "mask_unit", "beta", "alpha", takes_all=True)
+@loss("EMU", "mutation_rate", "mask_unit", "beta", "alpha", takes_all=True, masks=True)
 def emu(step: Step) -> Tensor:
     """Embedding mutation under unbounded label smoothing (Takamoto et al., 2025).
 
