@@ -14,8 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from emu_kernels.negatives import derive_seed as derive_seed
-from emu_kernels.negatives import generator as generator
+from emu_kernels.negatives import generator
 
 from .data import DIRECTIONS, Direction
 

@@ -7,7 +7,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .batches import Batch, generator, stream_columns
+from emu_kernels.negatives import generator
+
+from .batches import Batch, stream_columns
 from .data import Direction
 
 _FRACTION_BITS = 32  # of a fixed-point probability

@@ -34,8 +34,10 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 from tqdm import tqdm
 
+from emu_kernels.negatives import generator
+
 from . import checkpoint
-from .batches import Batch, generator
+from .batches import Batch
 from .errors import RunError
 
 FORMAT_VERSION = 1  # of the cache, and of how walks are drawn: another one finds no old file

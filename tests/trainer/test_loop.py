@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from emu_kernels import fused_emu_loss
-from emu_kernels.trainer.batches import derive_seed
+from emu_kernels.negatives import derive_seed
 from emu_kernels.trainer.config import Config
 from emu_kernels.trainer.data import Graph
 from emu_kernels.trainer.errors import ConfigError, RunError, TrainingError

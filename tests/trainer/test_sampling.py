@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from emu_kernels import negatives
-from emu_kernels.negatives import KnownTriples, UniformNegatives
+from emu_kernels.negatives import KnownTriples, UniformNegatives, derive_seed
 from emu_kernels.trainer import sampling
-from emu_kernels.trainer.batches import AlternatingBatches, Batch, derive_seed
+from emu_kernels.trainer.batches import AlternatingBatches, Batch
 from emu_kernels.trainer.config import Config
 from emu_kernels.trainer.data import DIRECTIONS, Graph
 from emu_kernels.trainer.sampling import ALL, FilteredNegatives
