@@ -20,9 +20,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from emu_kernels import backends
+from emu_kernels.negatives import derive_seed
 
 from . import checkpoint
-from .batches import derive_seed
 from .config import Config
 from .data import Graph
 from .errors import ConfigError, RunError, TrainingError
@@ -77,7 +77,6 @@ class Trainer:
         self.waited = 0  # validations since then
         self._validated = 0  # the step of the last one
         self._saved = 0  # the step of the last checkpoint
-        self._stopped = False  # in the middle of a validation
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self._loss_count = 0  # steps since the last log line
 
@@ -98,8 +97,8 @@ class Trainer:
         """Train until step `until` (default: the config's steps), evaluating and saving on the way.
 
         Ctrl-C or SIGTERM stops it after the current step and a checkpoint, a second one at once.
-        Each validation comes after a checkpoint, and is made up for by the resumed run if it was
-        stopped.
+        Each validation comes after a checkpoint. One that was stopped is made up for by the resumed
+        run.
         Validations that bring nothing better end it early if the config has a patience.
 
         Returns:
@@ -111,7 +110,7 @@ class Trainer:
         """
         config = self.config
         until = config.steps if until is None else until
-        self._stopped = False
+        whole = True  # whether the last validation was
         bar = tqdm(
             total=until * config.batch_size,
             initial=self.step * config.batch_size,
@@ -122,7 +121,7 @@ class Trainer:
         )
         with stop_signals() as stop, bar:
             if self.step and self._due(until) and self._validated < self.step:
-                self._validate(math.nan, stop)
+                whole = self._validate(math.nan, stop)
             started = time.perf_counter()
             while self.step < until and not (stop.is_set() or self.out_of_patience):
                 self._train_step()
@@ -138,12 +137,12 @@ class Trainer:
                     bar.set_postfix_str(f"step {self.step}, loss {loss:.4f}", refresh=False)
                 if evaluate:
                     self.save()
-                    self._validate(loss, stop)
+                    whole = self._validate(loss, stop)
                 started = time.perf_counter()
             self.seconds += time.perf_counter() - started
         if stop.is_set() and self._saved != self.step:
             self.save()
-        return (self.step >= until and not self._stopped) or self.out_of_patience
+        return (self.step >= until and whole) or self.out_of_patience
 
     def _due(self, until: int) -> bool:
         """Whether there is a validation after this step."""
@@ -230,14 +229,14 @@ class Trainer:
                 {"step": self.step, "epoch": epoch, "loss": loss, "seconds": seconds}
             )
 
-    def _validate(self, loss: float, stop: threading.Event) -> None:
+    def _validate(self, loss: float, stop: threading.Event) -> bool:
+        """Whether it came to its end; False if it was asked to stop."""
         if len(self.graph.triples["valid"]) == 0:
-            return
+            return True
         try:
             metrics = self.evaluator.evaluate(self.model, "valid", stop.is_set)
         except Stopped:
-            self._stopped = True
-            return
+            return False
         record = {"step": self.step, "split": "valid", **vars(metrics)}
         is_best = self._count(record)
         if self.run:
@@ -252,6 +251,7 @@ class Trainer:
             f"Hits@10 {metrics.hits_at_10:.4f}, {self.seconds:.0f} s",
             file=sys.stderr,
         )
+        return True
 
     def _count(self, record: dict[str, Any]) -> bool:
         """Take note of a validation; whether it is the best."""

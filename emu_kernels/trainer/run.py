@@ -30,9 +30,9 @@ from torch import Tensor
 
 import emu_kernels
 from emu_kernels.mask import CONTRACT_VERSION
+from emu_kernels.negatives import generator
 
 from . import checkpoint
-from .batches import generator
 from .config import Config
 from .data import SPLITS, Graph
 from .errors import RunError
@@ -63,14 +63,12 @@ class RunFolder:
             RunError: it holds a run already, or cannot be written.
         """
         run = cls(path)
-        if run.config_file.exists():
-            raise RunError(f"{path} holds a run already: continue it with --resume {path}")
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(f"the run folder {path} cannot be made: {error}") from error
         run.lock()
-        if run.config_file.exists():  # made while this process waited
+        if run.config_file.exists():
             raise RunError(f"{path} holds a run already: continue it with --resume {path}")
         checkpoint.save(run.graph_file, graph.triples | _names(graph), {})
         run.write_config(config, graph)
