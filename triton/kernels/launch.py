@@ -191,8 +191,6 @@ class Problem:
             seed=request.seed,
             thresholds=thresholds,
             rate=rate,
-            positive_log_q=getattr(request, "positive_log_q", None),  # of losses alone
-            negative_log_q=getattr(request, "negative_log_q", None),
             report=ids.report(table.device),
         )
         self.sizes = Sizes(
@@ -351,6 +349,9 @@ def _merge(
 def loss_forward(request: LossRequest, *, need_grad: bool) -> LossState:
     with _on(request.table):
         p = Problem(request)
+        p.inputs = p.inputs._replace(
+            positive_log_q=request.positive_log_q, negative_log_q=request.negative_log_q
+        )
         state = new_loss_state(request, need_grad=need_grad)
         coefficients = request.coefficients
         if coefficients is None and request.query.dtype == torch.float64:
