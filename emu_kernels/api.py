@@ -100,6 +100,8 @@ def fused_emu_loss(
     through every mutated component too), ``scale`` and ``similarity_weights`` and have no second
     derivative, except on ``reference``.
 
+    Numbers may be Python's or NumPy's.
+
     Args:
         query: (B, D) fp32, bf16, fp16 or fp64: all of the model except the entity being corrupted.
             Taken in fp32, whatever autocast says.
@@ -122,8 +124,8 @@ def fused_emu_loss(
 
             Where a distance is 0 its subgradient is 0.
         mutation_rate: in [0, 1], effective in steps of 1/256
-            (:func:`emu_kernels.mask.effective_rate`); a tensor holds one rate a component (D,), or
-            a pair (D/2,), and gets no gradient; a :class:`Mixup` mixes instead;
+            (:func:`emu_kernels.mask.effective_rate`); a tensor holds one rate (), or one a
+            component (D,), or a pair (D/2,), and gets no gradient; a :class:`Mixup` mixes instead;
             :class:`Expected` takes the expectation over all masks, and draws none.
         beta: the label β ≥ 0 of a mutated negative under unbounded label smoothing; a number, or a
             one-element tensor (for schedules), which gets no gradient.
@@ -145,7 +147,8 @@ def fused_emu_loss(
         seed: of the masks: an int in [0, 2^63), a one-element int64 tensor on the table's device,
             or None to draw from torch's default generator of that device. Under torch.compile a
             tensor or None never recompiles; ints do once, at the second value.
-        row_offset: global index of row 0, so that sharding a batch changes no mask.
+        row_offset: global index of row 0, so that sharding a batch changes no mask; an integer
+            tensor () is read, which waits for its device.
         reduction: "mean" (divides by the sum of ``sample_weight``; 0 for an empty batch), "sum" or
             "none".
         sparse_grad: give ``table`` a sparse (COO) gradient of its touched rows, each once and in
@@ -285,7 +288,7 @@ def emu_scores(
         row_offset=row_offset,
         sparse_grad=sparse_grad,
     )
-    validate.number("margin", margin)
+    margin = validate.number("margin", margin)
     scored = backends.resolve(backend, table.device).scores(request)
     positive_score, negative_score, mutated_score, cumulant = (
         score + margin if margin else score for score in scored
@@ -371,7 +374,7 @@ def uls_cross_entropy(
         TypeError, ValueError: arguments that do not fit.
     """
     validate.scores(positive_score, negative_score, cumulant)
-    validate.coefficient("beta", beta)
+    beta = validate.coefficient("beta", beta)
     validate.one_of("reduction", reduction, validate.REDUCTIONS)
     dtype = prepare.accumulation_dtype(positive_score.dtype)
     positive_score, negative_score = positive_score.to(dtype), negative_score.to(dtype)

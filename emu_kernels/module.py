@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from emu_kernels import backends, prepare, validate
-from emu_kernels.mutation import Expected, Mixup
+from emu_kernels.mutation import Expected, Mixup, Mutation
 
 
 class EMULoss(nn.Module):
@@ -43,13 +43,11 @@ class EMULoss(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(mutation_rate, (int, float)):
+        if not isinstance(mutation_rate, (Tensor, Mutation)):
             validate.rate("mutation_rate", mutation_rate)
-        validate.coefficient("beta", beta)
-        validate.coefficient("alpha", alpha)
         self.mutation_rate = mutation_rate
-        self.beta = beta
-        self.alpha = alpha
+        self.beta = validate.coefficient("beta", beta)
+        self.alpha = validate.coefficient("alpha", alpha)
         self.similarity = similarity
         self.phase_scale = phase_scale
         self.mask_unit = mask_unit

@@ -8,6 +8,7 @@ operators' schemas included.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import ClassVar, Literal
 
 from torch import Tensor
@@ -84,8 +85,9 @@ class Mixup(Mutation):
     order: int = 2
 
     def __post_init__(self) -> None:
-        if isinstance(self.order, bool) or not isinstance(self.order, int):
+        if isinstance(self.order, bool) or not isinstance(self.order, (int, Integral)):
             raise TypeError(f"order: expected an int, got {type(self.order).__name__}")
+        object.__setattr__(self, "order", int(self.order))  # of NumPy's
         if not 1 <= self.order <= MAX_MIXUP_ORDER:
             raise ValueError(f"order: expected 1 to {MAX_MIXUP_ORDER}, got {self.order}")
 

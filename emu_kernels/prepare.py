@@ -31,8 +31,8 @@ def draws(
     device: torch.device,
 ) -> Draws:
     """The rule that the arguments ``mutation_rate`` and ``mask_unit`` mean, with its seed."""
-    validate.seed(seed, device)
-    validate.row_offset(row_offset, rows)
+    seed = validate.seed(seed, device)
+    row_offset = validate.row_offset(row_offset, rows)
     rule = _drawn(rate, unit, dim, device)
     if rule.draw in ("none", "moments"):
         seed = 0  # torch's generator is left alone
@@ -44,11 +44,10 @@ def _drawn(rate: float | Tensor | Mutation, unit: str, dim: int, device: torch.d
     if isinstance(rate, Mutation) and rate.draw != "mask":
         return rate
     if isinstance(rate, Tensor):
-        validate.rates("mutation_rate", rate, unit, dim // 2 if RULES[unit].pairs else dim, device)
-        return masked(unit, usable_thresholds("mutation_rate", rate))
-    validate.rate("mutation_rate", rate)
-    assert isinstance(rate, (int, float))
-    return masked(unit, rate)
+        units = dim // 2 if RULES[unit].pairs else dim
+        validate.rates("mutation_rate", rate, unit, units, device)
+        return masked(unit, usable_thresholds("mutation_rate", rate.expand(units)))
+    return masked(unit, validate.rate("mutation_rate", rate))
 
 
 def _expected(rule: Expected, unit: str, query: Tensor, similarity: str) -> Expected:
@@ -63,11 +62,10 @@ def _expected(rule: Expected, unit: str, query: Tensor, similarity: str) -> Expe
         )
     rows, dim = query.shape
     units = dim // 2 if coupled else dim
-    rate = rule.rate
-    validate.expected("mutation_rate", rate, unit, ((), (units,), (rows, units)), query)
+    shapes = ((), (units,), (rows, units))
+    rate = validate.expected("mutation_rate", rule.rate, unit, shapes, query)
     dtype = accumulation_dtype(query.dtype)
     if not isinstance(rate, Tensor):
-        assert rate is not None
         return Expected(torch.full((1, 1), rate, dtype=dtype, device=query.device))
     rate = usable_rates("mutation_rate", rate).to(dtype)
     rate = (rate.reshape(1, 1) if rate.ndim == 0 else rate.reshape(-1, units)).contiguous()
@@ -124,7 +122,7 @@ def scores(
         positive=positive.to(torch.int64).contiguous(),
         negative=(negative[None] if negative.ndim == 1 else negative).to(torch.int64).contiguous(),
         similarity=similarity,
-        phase_scale=phase_scale,
+        phase_scale=float(phase_scale),
         sparse_grad=sparse_grad,
     )
 
@@ -140,8 +138,8 @@ def loss(
 ) -> LossRequest:
     validate.sample_weight(sample_weight, request.query)
     validate.log_q(log_q, request.table)
-    validate.coefficient("beta", beta)
-    validate.coefficient("alpha", alpha)
+    beta = validate.coefficient("beta", beta)
+    alpha = validate.coefficient("alpha", alpha)
     validate.one_of("reduction", reduction, validate.REDUCTIONS)
     like = request.query
     coefficients = None

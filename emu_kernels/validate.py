@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -158,11 +159,10 @@ def _similarity_options(
                 f"{argument}: similarity {name!r} expects shape {text.format(*shape)}"
                 f"{f' with B = {rows}' if len(shape) > 1 else ''}, got {tuple(value.shape)}"
             )
-    number("phase_scale", phase_scale)
-    assert isinstance(phase_scale, (int, float))
-    if not -math.inf < phase_scale < math.inf:
+    kappa = number("phase_scale", phase_scale)
+    if not -math.inf < kappa < math.inf:
         raise ValueError(f"phase_scale: expected a finite number, got {phase_scale}")
-    if phase_scale != 1 and not takes.phases:
+    if kappa != 1 and not takes.phases:
         raise ValueError(f"phase_scale: similarity {name!r} takes none, expected 1")
 
 
@@ -195,14 +195,30 @@ def log_q(value: object, table: Tensor) -> None:
         raise ValueError("log_q: is not differentiated; pass log_q.detach()")
 
 
-def rate(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number in [0, 1], got {type(value).__name__}")
-    if not 0 <= value <= 1:
+def number(name: str, value: object, expected: str = "a number") -> float:
+    """A Python or NumPy number, as Python's."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
+    return float(value)
+
+
+def whole(name: str, value: object, expected: str = "an int") -> int:
+    """A Python or NumPy integer, as Python's, or a symbolic one."""
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+        return value  # type: ignore[return-value]
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
+    return int(value)
+
+
+def rate(name: str, value: object) -> float:
+    given = number(name, value, "a number in [0, 1]")
+    if not 0 <= given <= 1:
         raise ValueError(f"{name}: expected a number in [0, 1], got {value}")
+    return given
 
 
-def coefficient(name: str, value: object) -> None:
+def coefficient(name: str, value: object) -> float | Tensor:
     """A loss coefficient: a finite number, not negative, or a one-element tensor of one."""
     if isinstance(value, Tensor):
         if value.numel() != 1 or not value.dtype.is_floating_point:
@@ -212,16 +228,16 @@ def coefficient(name: str, value: object) -> None:
             )
         if value.requires_grad:
             raise ValueError(f"{name}: is not differentiated; pass {name}.detach()")
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number >= 0, got {type(value).__name__}")
-    if not 0 <= value < math.inf:
+        return value
+    given = number(name, value, "a number >= 0")
+    if not 0 <= given < math.inf:
         raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
+    return given
 
 
-def seed(value: object, device: torch.device) -> None:
+def seed(value: object, device: torch.device) -> int | Tensor | None:
     if value is None:
-        return
+        return None
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.dtype != torch.int64:
             raise ValueError(
@@ -230,23 +246,20 @@ def seed(value: object, device: torch.device) -> None:
             )
         if value.device != device:
             raise ValueError(f"seed: expected to be on {device} like table, got {value.device}")
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"seed: expected an int, a tensor or None, got {type(value).__name__}")
-    if not 0 <= value < MAX_SEED:
+        return value
+    given = whole("seed", value, "an int, a tensor or None")
+    if not 0 <= given < MAX_SEED:
         raise ValueError(f"seed: expected 0 <= seed < 2**63, got {value}")
+    return given
 
 
-def row_offset(value: object, rows: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"row_offset: expected an int, got {type(value).__name__}")
-    if value < 0 or value + rows > MAX_COUNTER:
+def row_offset(value: object, rows: int) -> int:
+    if isinstance(value, Tensor) and value.ndim == 0 and value.dtype in INTEGERS:
+        value = value.item()
+    given = whole("row_offset", value)
+    if given < 0 or given + rows > MAX_COUNTER:
         raise ValueError(f"row_offset: expected 0 <= row_offset <= 2**32 - {rows}, got {value}")
-
-
-def number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    return given
 
 
 def mask_unit(value: object, dim: int | torch.SymInt) -> None:
@@ -256,11 +269,12 @@ def mask_unit(value: object, dim: int | torch.SymInt) -> None:
 
 
 def rates(name: str, value: Tensor, unit: str, units: int, device: torch.device) -> None:
-    """A tensor of mutation rates, one for each of the mask's units."""
-    if value.ndim != 1 or value.shape[0] != units or not value.dtype.is_floating_point:
+    """A tensor of mutation rates: one, or one for each of the mask's units."""
+    if tuple(value.shape) not in ((), (units,)) or not value.dtype.is_floating_point:
         raise ValueError(
             f"{name}: expected a number, a Mixup, an Expected or a floating-point tensor of shape "
-            f"({units},), one rate a {unit}, got shape {tuple(value.shape)}, dtype {value.dtype}"
+            f"() or ({units},), one rate a {unit}, got shape {tuple(value.shape)}, "
+            f"dtype {value.dtype}"
         )
     if value.requires_grad:
         raise ValueError(f"{name}: is not differentiated; pass {name}.detach()")
@@ -270,11 +284,10 @@ def rates(name: str, value: Tensor, unit: str, units: int, device: torch.device)
 
 def expected(
     name: str, value: object, unit: str, shapes: tuple[tuple[int, ...], ...], query: Tensor
-) -> None:
+) -> float | Tensor:
     """The rate or rates of EMU in closed form."""
     if not isinstance(value, Tensor):
-        rate(name, value)
-        return
+        return rate(name, value)
     floating(name, value)
     same_precision(name, value, "query", query)
     same_device("query", query, **{name: value})
@@ -284,6 +297,7 @@ def expected(
             f"{name}: expected a number or a tensor of one rate a {unit}, of shape {listed}, "
             f"got {tuple(value.shape)}"
         )
+    return value
 
 
 def known(value: object, positive: Tensor, device: torch.device) -> None:

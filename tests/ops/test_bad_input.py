@@ -103,7 +103,8 @@ def rate(name: str, *, optional: bool = False) -> list[Case]:
         *([] if optional else [(name, always(None), TypeError, "NoneType")]),
         # Users pass rates, not the rules that are made of them.
         (name, always(Component(thresholds=torch.zeros(3))), TypeError, "Component"),
-        (name, lambda a: torch.tensor(0.5), ValueError, r"got shape \(\)"),
+        (name, lambda a: torch.tensor(1), ValueError, r"got shape \(\), dtype torch.int64"),
+        (name, lambda a: numpy.float32(1.5), ValueError, "1.5"),
     ]
 
 
@@ -127,12 +128,16 @@ SEED: list[Case] = [
     ("seed", always(2**63), ValueError, str(2**63)),
     ("seed", always(1.5), TypeError, "float"),
     ("seed", always("1"), TypeError, "str"),
+    ("seed", always(numpy.int64(-1)), ValueError, "-1"),
+    ("seed", always(numpy.float32(1.0)), TypeError, "float32"),
     ("seed", lambda a: torch.tensor([1, 2]), ValueError, r"\(2,\)"),
     ("seed", lambda a: torch.tensor(1.0), ValueError, "float32"),
     ("seed", lambda a: torch.tensor(1, device="meta"), ValueError, "meta"),
     ("row_offset", always(-1), ValueError, "-1"),
     ("row_offset", always(2**32 - 5), ValueError, str(2**32 - 5)),
     ("row_offset", always(1.0), TypeError, "float"),
+    ("row_offset", lambda a: torch.tensor(1.0), TypeError, "Tensor"),
+    ("row_offset", lambda a: torch.tensor(-1), ValueError, "-1"),
 ]
 REDUCTION: list[Case] = [
     ("reduction", always("avg"), ValueError, "'none', 'sum', 'mean'.*'avg'"),

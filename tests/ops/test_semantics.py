@@ -6,11 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
 
-from emu_kernels import emu_mutate, emu_scores, fused_emu_loss, fused_softmax_loss
+from emu_kernels import (
+    Expected,
+    Mixup,
+    emu_mutate,
+    emu_scores,
+    fused_emu_loss,
+    fused_softmax_loss,
+)
 from tests.ops.support import (
     LOSS,
     Inputs,
@@ -196,6 +204,37 @@ def test_tensor_coefficients(backend: str, device: torch.device) -> None:
             options = LOSS | {name: tensors[name] for name in chosen}
             actual = evaluate(fused_emu_loss, inputs, backend=backend, **options)
             assert_agree(actual, expected)
+
+
+def test_numbers_of_numpy_and_tensors_of_one(backend: str, device: torch.device) -> None:
+    inputs = make(6, 7, 20, device=device)
+    plain: Options = {
+        "mutation_rate": 0.625,
+        "beta": 0.5,
+        "alpha": 0.25,
+        "seed": 7,
+        "row_offset": 3,
+    }
+    expected = evaluate(fused_emu_loss, inputs, backend=backend, **plain)
+    numbers: Options = {
+        name: numpy.float32(value) if isinstance(value, float) else numpy.int64(value)
+        for name, value in plain.items()
+    }
+    tensors: Options = {name: torch.tensor(value, device=device) for name, value in plain.items()}
+    for options in (numbers, tensors):
+        assert same_bits(evaluate(fused_emu_loss, inputs, backend=backend, **options), expected)
+
+
+def test_numbers_of_numpy_in_rules(backend: str, device: torch.device) -> None:
+    inputs = make(6, 7, 20, device=device)
+    rules = (
+        (Expected(0.625), Expected(numpy.float32(0.625))),
+        (Mixup(2), Mixup(numpy.int32(2))),
+    )
+    for plain, other in rules:
+        options: Options = {"beta": 0.5, "alpha": 0.25, "seed": 7, "backend": backend}
+        expected = fused_emu_loss(*inputs, mutation_rate=plain, **options)
+        assert torch.equal(fused_emu_loss(*inputs, mutation_rate=other, **options), expected)
 
 
 def test_repeated_ids(backend: str, device: torch.device) -> None:
