@@ -124,11 +124,8 @@ class Graph:
                 "a header, it seems, is read as a triple, in the first line of "
                 + ", ".join(f"{split}.txt" for split in header)
             )
-        if self._columns_differ():
-            lines.append(
-                f"{self.num_relations:,} relations, most of which seem to be entities: each line "
-                "should be head, relation, tail"
-            )
+        if differ := self._columns_differ():
+            lines.append(f"{differ}: each line should be head, relation, tail")
         keys = {split: self._keys(split) for split in SPLITS}
         for split in SPLITS:
             repeated = len(keys[split]) - len(keys[split].unique())
@@ -159,13 +156,16 @@ class Graph:
             and (often[relation] > 1 or self.relations[relation].lower() in _HEADER_WORDS)
         ]
 
-    def _columns_differ(self) -> bool:
-        """Whether the second column seems to hold entities."""
+    def _columns_differ(self) -> str:
+        """Why the second column seems to hold entities; empty if it does not."""
         if all(name.isdecimal() for name in self.relations):  # which may number both from 0
-            tails = torch.cat([x[:, 2] for x in self.triples.values()]).unique()
-            return self.num_relations > 2 * len(tails)
+            tails = len(torch.cat([x[:, 2] for x in self.triples.values()]).unique())
+            many = self.num_relations > 2 * tails
+            return f"{self.num_relations:,} relations, but only {tails:,} tails" if many else ""
         entities = set(self.entities)
-        return 2 * sum(name in entities for name in self.relations) > self.num_relations
+        if 2 * sum(name in entities for name in self.relations) > self.num_relations:
+            return f"{self.num_relations:,} relations, most of which seem to be entities"
+        return ""
 
 
 def _some(count: int, kind: str) -> str:

@@ -236,10 +236,7 @@ HEADER: list[NamedTriple] = [("source", "kind", "target")]
         ),
         (
             {"train": [(str(i), str(i + 1), str(i % 3)) for i in range(9)]},
-            [
-                "9 relations, most of which seem to be entities: each line should be head, "
-                "relation, tail"
-            ],
+            ["9 relations, but only 3 tails: each line should be head, relation, tail"],
         ),
         ({"train": [(str(i), str(i % 3), str(i + 1)) for i in range(9)]}, []),
         (
