@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
+from torch_geometric.nn import Node2Vec
 from torch_geometric.nn.kge import ComplEx, DistMult, KGEModel, RotatE, TransE
 
 from emu_kernels import emu_mutate, uls_cross_entropy
-from emu_kernels.integrations.pyg import emu_loss
+from emu_kernels.integrations.pyg import emu_loss, node2vec_loss
 from emu_kernels.reference import softmax_rows
 from emu_kernels.trainer.config import Config
 from emu_kernels.trainer.data import DIRECTIONS, SPLITS, Graph
@@ -337,3 +338,63 @@ def test_it_learns_as_well_as_without(nations_graph, kind):
     assert mean_rank < 7  # from 0, by chance 6.5; known tails are not filtered
     assert mrr > 0.2
     assert hits_at_10 > 0.7
+
+
+# --- Node2Vec -------------------------------------------------------------------------------------
+
+
+class Walks(Node2Vec):  # type: ignore[misc]
+    """Node2Vec without the library that draws its walks, which is not on PyPI."""
+
+    def __init__(self, sparse: bool = False) -> None:
+        torch.nn.Module.__init__(self)
+        self.walk_length, self.context_size, self.EPS = 4, 3, 1e-15
+        self.num_negative_samples, self.walks_per_node = 2, 2
+        self.num_nodes, self.embedding_dim = 11, 8
+        self.embedding = torch.nn.Embedding(11, 8, sparse=sparse).double()
+
+    def random_walk_fn(
+        self, rowptr: Tensor, col: Tensor, start: Tensor, length: int, p: float, q: float
+    ) -> Tensor:
+        return torch.cat([start[:, None], torch.randint(11, (len(start), length))], dim=1)
+
+    rowptr = col = p = q = None
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_node2vec_without_mutation_is_its_own(sparse):
+    torch.manual_seed(0)
+    model = Walks(sparse)
+    pos_rw, neg_rw = model.sample(torch.tensor([3, 5, 7]))
+    loss = node2vec_loss(model, pos_rw, neg_rw, mutation_rate=None)
+    (gradient,) = torch.autograd.grad(loss, model.embedding.weight)
+    assert gradient.is_sparse == sparse
+    # The loader begins the later windows of random walks at random nodes.
+    windows = pos_rw[:, 0].view(3, 1, 6).expand(-1, 2, -1).flatten()
+    same_starts = torch.cat([windows[:, None], neg_rw[:, 1:]], dim=1)
+    assert (same_starts[:12, 0] == neg_rw[:12, 0]).all()
+    expected = model.loss(pos_rw, same_starts)
+    (wanted,) = torch.autograd.grad(expected, model.embedding.weight)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradient.to_dense(), wanted.to_dense())
+
+
+def test_node2vec_with_mutation():
+    torch.manual_seed(0)
+    model = Walks()
+    pos_rw, neg_rw = model.sample(torch.tensor([3, 5, 7]))
+    whole = node2vec_loss(model, pos_rw, neg_rw, mutation_rate=1.0, seed=1)  # to positives all
+    start, rest = model.embedding(pos_rw[:, :1]), model.embedding(pos_rw[:, 1:])
+    scores = (start * rest).sum(-1)
+    expected = -torch.nn.functional.logsigmoid(scores).mean()
+    expected = expected - torch.nn.functional.logsigmoid(-scores).mean()
+    torch.testing.assert_close(whole, expected)
+    half = [node2vec_loss(model, pos_rw, neg_rw, mutation_rate=0.5, seed=s) for s in (1, 1, 2)]
+    assert half[0] == half[1] != half[2]
+
+
+def test_node2vec_with_walks_of_other_shapes():
+    model = Walks()
+    pos_rw, neg_rw = model.sample(torch.tensor([3, 5, 7]))
+    with pytest.raises(ValueError, match=r"neg_rw: expected shape \(36, 3\), 2 random walks"):
+        node2vec_loss(model, pos_rw, neg_rw[:35], mutation_rate=0.5)
