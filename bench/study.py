@@ -27,7 +27,7 @@ from bench.results import Row
 from emu_kernels.trainer import datasets
 from emu_kernels.trainer.config import Config
 from emu_kernels.trainer.errors import TrainerError
-from emu_kernels.trainer.evaluation import METRICS
+from emu_kernels.trainer.evaluation import METRICS, Metrics
 from emu_kernels.trainer.loop import Trainer, settle
 from emu_kernels.trainer.run import RunFolder
 
@@ -63,9 +63,10 @@ def train(folder: Path, settings: Settings) -> list[Row] | None:
         trainer = Trainer(config, graph, RunFolder.create(path, config, graph))
     if not trainer.train():
         return None
-    test = trainer.finish()
+    ranks = trainer.finish()
     assert trainer.run is not None
-    assert test is not None
+    assert ranks is not None
+    test = Metrics.of(ranks)
     shared = name | results.environment()
     logged = trainer.run.read_metrics()
     seconds = {m["step"]: m["seconds"] for m in logged if "seconds" in m}

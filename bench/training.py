@@ -22,6 +22,7 @@ from bench.results import Row
 from emu_kernels.trainer import datasets
 from emu_kernels.trainer.config import Config
 from emu_kernels.trainer.errors import TrainerError
+from emu_kernels.trainer.evaluation import Metrics
 from emu_kernels.trainer.loop import Trainer, settle
 from emu_kernels.trainer.presets import PRESETS
 from emu_kernels.trainer.run import RunFolder
@@ -59,9 +60,10 @@ def train(config: Config, threads: int) -> Row:
         trainer = Trainer(config, graph, RunFolder.create(Path(folder), config, graph))
         if not trainer.train():
             raise KeyboardInterrupt
-        metrics = trainer.finish()
+        ranks = trainer.finish()
     assert trainer.best is not None
-    row |= {name: value for name, value in vars(metrics).items() if name in COLUMNS}
+    assert ranks is not None
+    row |= {name: value for name, value in vars(Metrics.of(ranks)).items() if name in COLUMNS}
     row |= {"best_step": trainer.best["step"], "valid_mrr": trainer.best["mrr"]}
     return row | {"seconds": trainer.seconds, "threads": threads}
 

@@ -83,9 +83,9 @@ def train(graph: Graph, folder: Path, *, seconds: float = 0.0, **settings: Any) 
 
 
 def test_metrics(trainer: Trainer) -> Metrics:
-    metrics = trainer.finish()
-    assert metrics is not None
-    return metrics
+    ranks = trainer.finish()
+    assert ranks is not None
+    return Metrics.of(ranks)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ A thin trainer: ordinary PyTorch around one call of :func:`emu_kernels.fused_emu
 ``presets``       settings by name
 ``config``        all settings of a run; ``settings`` makes flags and checks of them
 ``evaluation``    filtered ranking in both directions
+``breakdown``     its ranks by relation
+``trackers``      where metrics go beside the run folder
 ``loop``          the training loop; ``sparse`` is its step for very large tables
 ``run``           the run folder: config, metrics, checkpoints, embeddings
 ``checkpoint``    files that stay readable if the program is killed at any moment

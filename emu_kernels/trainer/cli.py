@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import sys
@@ -14,19 +15,22 @@ from typing import Any
 
 import torch
 
+from .breakdown import by_kind
 from .config import ADJUSTABLE, Config
 from .data import load_graph
 from .datasets import load_dataset
 from .errors import ConfigError, RunError, TrainerError
+from .evaluation import Metrics
 from .loop import Trainer, settle
 from .losses import LOSSES
 from .models import MODELS
 from .presets import PRESETS
-from .report import metrics_table
+from .report import kinds_table, metrics_table
 from .run import RunFolder
 from .sampling import SAMPLERS
 from .settings import add_options, flag
 from .terminal import degrade_output, say
+from .trackers import TRACKERS
 
 INTERRUPTED = 130  # the exit status that shells give to a program ended by Ctrl-C
 
@@ -71,16 +75,23 @@ def _train_and_report(trainer: Trainer, folder: Path) -> int:
     say(trainer.graph.summary())
     say(_summary(trainer.config))
     say(f"run folder: {folder}")
-    try:
-        finished = trainer.train()
-    except KeyboardInterrupt:  # the second Ctrl-C
-        finished = False
-    if not finished:
-        say(f"stopped at step {trainer.step}; go on with: emu-train --resume {folder}")
-        return INTERRUPTED
-    if metrics := trainer.finish():
-        say(f"test, filtered, both directions, the model of step {trainer.best_step}:")
-        say(metrics_table({f"{trainer.config.model} {trainer.config.loss}": metrics}))
+    config = trainer.config
+    with contextlib.ExitStack() as stack:
+        if config.tracker is not None:
+            opened = TRACKERS[config.tracker].open(folder, config.to_json(), trainer.step)
+            trainer.tracker = stack.enter_context(opened)
+        try:
+            finished = trainer.train()
+        except KeyboardInterrupt:  # the second Ctrl-C
+            finished = False
+        if not finished:
+            say(f"stopped at step {trainer.step}; go on with: emu-train --resume {folder}")
+            return INTERRUPTED
+        if ranks := trainer.finish():
+            say(f"test, filtered, both directions, the model of step {trainer.best_step}:")
+            say(metrics_table({f"{config.model} {config.loss}": Metrics.of(ranks)}))
+            say("by kind of relation (each relation: relations.csv):")
+            say(kinds_table(by_kind(trainer.graph, "test", ranks)))
     trainer.export()
     say(f"predict with: emu-predict {folder} --head NAME --relation NAME")
     return 0

@@ -14,6 +14,7 @@ from .models import MODELS, Model, ModelOptions
 from .sampling import ALL, SAMPLERS, SamplingOptions
 from .schedule import SCHEDULES
 from .settings import ABOVE_0, AT_LEAST_0, AT_LEAST_1, check, setting
+from .trackers import TRACKERS
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class RunningOptions:
         "stop after this many validations in a row without a better one (default never)",
         limit=AT_LEAST_1,
     )
+    tracker: str | None = setting(None, "log the metrics there, too", choices=TRACKERS)
     tsv: bool = setting(False, "write the embeddings as text, too, for other programs")
     log_every: int = setting(100, "steps between lines in metrics.jsonl", limit=AT_LEAST_1)
     device: str = setting("cpu", "cpu, cuda, cuda:1, ...; emu-train looks for cuda first")

@@ -20,6 +20,10 @@ from .models import Model
 _CHUNK_BYTES = 8 << 20  # scores of one chunk: small enough to stay in a CPU's cache
 
 
+Ranks = dict[Direction, Tensor]
+"""For each direction, (M,) the rank of each triple's true entity."""
+
+
 @dataclass(frozen=True)
 class Metrics:
     """Means over the ranks of one split; `mr` is the mean rank."""
@@ -40,6 +44,11 @@ class Metrics:
         return cls(
             float(ranks.reciprocal().mean()), hits(1), hits(3), hits(10), float(ranks.mean())
         )
+
+    @classmethod
+    def of(cls, ranks: Ranks) -> Metrics:
+        """Of both directions together."""
+        return cls.from_ranks(torch.cat(list(ranks.values())))
 
 
 # Names of the metrics; the mean rank alone is better when smaller.
@@ -97,10 +106,14 @@ class Evaluator:
             Stopped: it said so.
             TrainingError: the model holds a value that is not finite; its ranks would mean nothing.
         """
+        return Metrics.of(self.split_ranks(model, split, stop))
+
+    def split_ranks(
+        self, model: Model, split: str, stop: Callable[[], bool] = lambda: False
+    ) -> Ranks:
+        """The ranks that :meth:`evaluate` takes the means of."""
         triples = self._graph.triples[split].to(self._device)
-        return Metrics.from_ranks(
-            torch.cat([self.ranks(model, triples, direction, stop) for direction in DIRECTIONS])
-        )
+        return {d: self.ranks(model, triples, d, stop) for d in DIRECTIONS}
 
     @torch.no_grad()
     def ranks(

@@ -23,19 +23,21 @@ from emu_kernels import backends
 from emu_kernels.negatives import derive_seed
 
 from . import checkpoint
+from .breakdown import by_relation
 from .config import Config
 from .data import Graph
 from .errors import ConfigError, RunError, TrainingError
-from .evaluation import Evaluator, Metrics, Stopped, is_better
+from .evaluation import Evaluator, Metrics, Ranks, Stopped, is_better
 from .frequency import SubsamplingWeights
 from .initial import set_entities
 from .losses import LOSSES, Step
 from .models import Model
 from .report import plot_metrics
-from .run import RunFolder, new_model, restore_model
+from .run import Metric, RunFolder, new_model, restore_model
 from .sampling import CORRUPTIONS, known_answers, new_negatives
 from .schedule import has_switched, learning_rate, new_optimizer
 from .sparse import adagrad_step
+from .trackers import TRACKERS, Log
 
 
 class Trainer:
@@ -48,7 +50,12 @@ class Trainer:
         config: the settings.
         graph: the training, validation and test triples.
         run: where to write; None keeps everything in memory.
+
+    Attributes:
+        tracker: is given each line of metrics, too (:mod:`emu_kernels.trainer.trackers`).
     """
+
+    tracker: Log | None = None
 
     def __init__(self, config: Config, graph: Graph, run: RunFolder | None = None) -> None:
         self.config = config
@@ -222,12 +229,15 @@ class Trainer:
     def _log_loss(self, loss: float) -> None:
         self._loss_sum.zero_()
         self._loss_count = 0
+        epoch = self.step * self.config.batch_size / len(self.graph.triples["train"])
+        seconds = round(self.seconds, 3)
+        self._log({"step": self.step, "epoch": epoch, "loss": loss, "seconds": seconds})
+
+    def _log(self, record: Metric) -> None:
         if self.run:
-            epoch = self.step * self.config.batch_size / len(self.graph.triples["train"])
-            seconds = round(self.seconds, 3)
-            self.run.append_metrics(
-                {"step": self.step, "epoch": epoch, "loss": loss, "seconds": seconds}
-            )
+            self.run.append_metrics(record)
+        if self.tracker:
+            self.tracker(record)
 
     def _validate(self, loss: float, stop: threading.Event) -> bool:
         """Whether it came to its end; False if it was asked to stop."""
@@ -239,10 +249,10 @@ class Trainer:
             return False
         record = {"step": self.step, "split": "valid", **vars(metrics)}
         is_best = self._count(record)
+        if self.run and is_best:  # before the line that says so
+            checkpoint.save(self.run.best_file, self._model_tensors(), record)
+        self._log(record)
         if self.run:
-            if is_best:  # before the line that says so
-                checkpoint.save(self.run.best_file, self._model_tensors(), record)
-            self.run.append_metrics(record)
             self._plot()
         marker = " (best)" if is_best else ""
         shown = "" if math.isnan(loss) else f"loss {loss:.4f}, "  # not where a run is resumed
@@ -321,17 +331,17 @@ class Trainer:
             return self.model
         return self.run.load_model(self.graph)[0].to(self.device)
 
-    def finish(self) -> Metrics | None:
-        """Evaluate the best model on the test split."""
-        model = self.best_model()
-        has_test = len(self.graph.triples["test"]) > 0
-        metrics = self.evaluator.evaluate(model, "test") if has_test else None
-        if self.run and metrics:
-            record = {"step": self.step, "split": "test", "of_step": self.best_step}
-            record |= vars(metrics)
-            if record not in self.run.read_metrics():  # as of a finished run that is resumed
-                self.run.append_metrics(record)
-        return metrics
+    def finish(self) -> Ranks | None:
+        """The best model's ranks of the test split, if there is one; notes their metrics."""
+        if len(self.graph.triples["test"]) == 0:
+            return None
+        ranks = self.evaluator.split_ranks(self.best_model(), "test")
+        record = {"step": self.step, "split": "test", "of_step": self.best_step}
+        record |= vars(Metrics.of(ranks))
+        if self.run and record not in self.run.read_metrics():  # a finished run may be resumed
+            self._log(record)
+            self.run.write_relations(by_relation(self.graph, "test", ranks))
+        return ranks
 
     def export(self) -> None:
         """Write the best model's embeddings into the run folder."""
@@ -346,8 +356,10 @@ def settle(config: Config) -> Config:
     """The config with its backend's name, after a check that device and backend can run here.
 
     Raises:
-        ConfigError: they cannot; says why.
+        ConfigError: they cannot, or the tracker is not installed; says why.
     """
+    if config.tracker is not None:
+        TRACKERS[config.tracker].check()
     try:
         torch.empty(0, device=config.device)
         backend = backends.resolve(config.backend, torch.device(config.device)).name

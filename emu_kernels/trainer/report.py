@@ -10,7 +10,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
+from .breakdown import Line
 from .checkpoint import write_atomically
+from .data import DIRECTIONS
 from .evaluation import Metrics
 
 
@@ -28,6 +30,24 @@ def metrics_table(rows: dict[str, Metrics], **columns: Sequence[str]) -> str:
     ]
     align = ["left", *["right"] * (len(header) - 1)]
     return tabulate(body, header, disable_numparse=True, colalign=align)
+
+
+def kinds_table(lines: Sequence[Line]) -> str:
+    """A row for each kind of relation: how well its tails and its heads are ranked."""
+    header = ["relations", "triples", "tail MRR", "Hits@10", "head MRR", "Hits@10"]
+    body = [
+        [
+            line.name,
+            f"{line.triples:,}",
+            *(
+                f"{x:.4f}"
+                for d in DIRECTIONS
+                for x in (line.metrics[d].mrr, line.metrics[d].hits_at_10)
+            ),
+        ]
+        for line in lines
+    ]
+    return tabulate(body, header, disable_numparse=True, colalign=["left", *["right"] * 5])
 
 
 def plot_metrics(metrics: list[dict[str, Any]], title: str, path: Path) -> None:

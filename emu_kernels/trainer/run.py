@@ -16,6 +16,7 @@
 
 from __future__ import annotations
 
+import csv
 import fcntl
 import json
 import os
@@ -33,9 +34,11 @@ from emu_kernels.mask import CONTRACT_VERSION
 from emu_kernels.negatives import generator
 
 from . import checkpoint
+from .breakdown import Line
 from .config import Config
-from .data import SPLITS, Graph
+from .data import DIRECTIONS, SPLITS, Graph
 from .errors import RunError
+from .evaluation import METRICS
 from .models import MODELS, Model
 from .names import Names, encode
 
@@ -51,6 +54,7 @@ class RunFolder:
         self.graph_file = path / "graph.safetensors"
         self.metrics_file = path / "metrics.jsonl"
         self.plot_file = path / "plot.png"
+        self.relations_file = path / "relations.csv"
         self.last_file = path / "last.safetensors"
         self.best_file = path / "best.safetensors"
         self._lock: TextIO | None = None
@@ -167,6 +171,22 @@ class RunFolder:
         # A kill can cut the last line short; the steps after the last checkpoint are run again.
         lines = self.metrics_file.read_text().splitlines(keepends=True)
         return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def write_relations(self, lines: Sequence[Line]) -> None:
+        """The test metrics of each relation, with those of either direction."""
+
+        def write(path: Path) -> None:
+            with path.open("w", encoding="utf-8", newline="") as file:
+                writer = csv.writer(file)
+                columns = [f"{d}_{name}" for d in DIRECTIONS for name in METRICS]
+                writer.writerow(["relation", "kind", "triples", *columns])
+                for line in lines:
+                    values = [
+                        getattr(line.metrics[d], name) for d in DIRECTIONS for name in METRICS
+                    ]
+                    writer.writerow([line.name, line.kind, line.triples, *values])
+
+        checkpoint.write_atomically(self.relations_file, write)
 
     def forget_metrics_after(self, step: int) -> None:
         """Drop lines logged after the checkpoint that training continues from."""

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -42,6 +43,7 @@ def test_train_prints_and_leaves_results(graph_folder, tmp_path, capsys):
         "EMU (mutation rate 0.6094, mask unit component, beta 0.53, alpha 0.11)" in out
     )  # 156 / 256
     assert "Hits@10" in out
+    assert re.search(r"^n-n +100 ", out, re.M)  # its relations lead from clusters to clusters
     assert f"emu-predict {run_folder}" in out
     assert (run_folder / "best.safetensors").exists()
 

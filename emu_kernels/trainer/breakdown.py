@@ -1,0 +1,67 @@
+"""Ranks by relation, and by kind of relation (Bordes et al., 2013), for each direction.
+
+A relation has many tails ("n" at the right) where a pair of a head and the relation has 1.5 tails
+or more on average, over the triples of all splits, and many heads likewise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .data import SPLITS, Direction, Graph
+from .evaluation import Metrics, Ranks
+
+KINDS = ("1-1", "1-n", "n-1", "n-n")
+MANY = 1.5
+
+
+class Line(NamedTuple):
+    """The metrics of some triples of a split."""
+
+    name: str  # of a relation, or of a kind
+    kind: str
+    triples: int
+    metrics: dict[Direction, Metrics]  # of predicting tails, and heads
+
+
+def relation_kinds(graph: Graph) -> Tensor:
+    """(R,) int64: the place of each relation's kind in :data:`KINDS`; "1-1" without triples."""
+    triples = torch.cat([graph.triples[split] for split in SPLITS]).unique(dim=0)
+    total = torch.bincount(triples[:, 1], minlength=graph.num_relations)
+
+    def many(given: int) -> Tensor:
+        pairs = triples[:, [1, given]].unique(dim=0)
+        return total >= MANY * torch.bincount(pairs[:, 0], minlength=graph.num_relations).clamp(1)
+
+    return 2 * many(2).long() + many(0).long()
+
+
+def by_relation(graph: Graph, split: str, ranks: Ranks) -> list[Line]:
+    """A line for each relation that the split has."""
+    relations = graph.triples[split][:, 1]
+    kinds = [KINDS[kind] for kind in relation_kinds(graph).tolist()]
+    return _lines(relations, graph.relations, kinds, ranks)
+
+
+def by_kind(graph: Graph, split: str, ranks: Ranks) -> list[Line]:
+    """A line for each kind of relation that the split has."""
+    kinds = relation_kinds(graph)[graph.triples[split][:, 1]]
+    return _lines(kinds, KINDS, KINDS, ranks)
+
+
+def _lines(
+    labels: Tensor,  # (M,), of each triple
+    names: Sequence[str],
+    kinds: Sequence[str],
+    ranks: Ranks,
+) -> list[Line]:
+    lines = []
+    for label in labels.unique().tolist():
+        mine = labels == label
+        metrics = {d: Metrics.from_ranks(of.cpu()[mine]) for d, of in ranks.items()}
+        lines.append(Line(names[label], kinds[label], int(mine.sum()), metrics))
+    return lines
