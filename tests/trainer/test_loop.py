@@ -503,6 +503,7 @@ def test_run_folder_holds_what_it_should(graph, tmp_path, plots):
         "graph.safetensors",
         "metrics.jsonl",
         "plot.png",
+        "relations.csv",
         "last.safetensors",
         "best.safetensors",
         "embeddings.safetensors",
