@@ -208,15 +208,6 @@ def _parser() -> argparse.ArgumentParser:
     part.add("--batch", [16, 64], "queries at once")
     part.add("--aggregate", ["sum", "pna"], "names")
 
-    part = command("training", "models with and without EMU for equal steps: test metrics")
-    part.add_argument("--presets", nargs="+", help="of emu-train (default: all)")
-    part.add("--losses", ["softmax", "uls", "emu"], "of emu-train")
-    part.add("--steps", 10_000, "of each run")
-    part.add_argument("--seed", type=int, default=0, help="of each run")
-    part.add("--threads", torch.get_num_threads(), "of torch and of our kernels")
-    part.add_argument("--results", type=Path, default=results.FOLDER / "training", help="of files")
-    part.add("--report", False, "only print the table")
-
     part = command("study", "the study: named lists of training runs, resumed where they stopped")
     part.add_argument("experiments", nargs="*", metavar="NAME", help="default: all")
     for name in ("dataset", "model", "loss", "seed"):
@@ -244,12 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if is_gpu(getattr(options, "device", "cpu")):
             results.device_name("cuda")  # raises where there is none
-        if options.command in (
-            "messages",
-            "report",
-            "study",
-            "training",
-        ):  # need what a GPU's machine may lack
+        if options.command in ("messages", "report", "study"):  # need what a GPU's machine may lack
             return importlib.import_module(f"bench.{options.command}").run(options)
         return 0 if (_all if options.command == "all" else _run)(options) else 1
     except (ImportError, OSError, ValueError, RuntimeError, AssertionError) as error:

@@ -11,15 +11,12 @@ import pandas as pd
 import pytest
 
 from bench import __main__ as command_line
-from bench import measure, results, rivals, steps, trainers, training
+from bench import measure, results, rivals, steps, trainers
 from bench.__main__ import main
 from bench.inputs import CHOICES, GRADIENTS, SIMILARITIES, Shape
 from bench.results import RATIO, SPEED, TIME, UNITS
 from bench.rivals import PHASES, RIVALS
 from bench.trainers import Task
-from emu_kernels.trainer import datasets
-from emu_kernels.trainer.data import Graph
-from emu_kernels.trainer.presets import PRESETS
 from tests.ops.support import run_python
 
 Capture: TypeAlias = pytest.CaptureFixture[str]
@@ -197,26 +194,6 @@ def test_a_missing_dataset_is_skipped(monkeypatch: Patch, tmp_path: Path, capsys
     monkeypatch.setenv("EMU_KERNELS_DATA", str(tmp_path))
     assert main(["train", "--rivals", "loop-emu", "--no-save"]) == 1
     assert "skipped: DistMult on FB15k-237, " in capsys.readouterr().out
-
-
-def test_training_resumes(tmp_path: Path, capsys: Capture, monkeypatch: Patch) -> None:
-    triples = trainers.zipf_triples(20, 3, 140)
-    splits = {"train": triples[:100], "valid": triples[100:120], "test": triples[120:]}
-    graph = Graph(list(map(str, range(20))), list(map(str, range(3))), splits)
-    monkeypatch.setattr(datasets, "load_dataset", lambda name: graph)
-    for name, value in {"dim": 4, "batch_size": 8, "negatives": 4}.items():
-        monkeypatch.setitem(PRESETS["transe-wn18rr"], name, value)
-    options = ["training", "--presets", "transe-wn18rr", "--steps", "20", f"--results={tmp_path}"]
-    assert main([*options, "--losses", "softmax"]) == 0
-    first = training.read(tmp_path)
-    assert pairs(first, "dataset", "loss", "dim", "lr") == [("WN18RR", "softmax", 4, 0.05)]
-    assert main([*options, "--losses", "softmax", "emu"]) == 0
-    rows = training.read(tmp_path)
-    assert rows[:1].equals(first)  # not trained again
-    assert list(rows["loss"]) == ["softmax", "emu"]
-    assert f" {rows['mrr'][1]:.4f} " in capsys.readouterr().out.splitlines()[-1]
-    table = training.table(pd.concat([rows, rows.assign(mrr=0.5)]))  # of repeated runs the latest
-    assert table.count("0.5000") == len(table.splitlines()) - 2 == 2
 
 
 def test_files_of_another_form_are_refused(tmp_path: Path, capsys: Capture) -> None:
