@@ -26,7 +26,7 @@ GPU_CHECK ?=
 # out tests either make such a thing twice or leave one process with the longest file.
 PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadgroup
 
-.PHONY: help demo test test-all lint bench gpu-check clean FORCE
+.PHONY: help demo test test-all lint bench docs gpu-check clean FORCE
 .SECONDARY:
 
 help:
@@ -35,6 +35,7 @@ help:
 	@echo "make test-all   make test, then the slow tests: half an hour on two cores"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      all measurements that this machine can take: about half an hour"
+	@echo "make docs       the pages as a site, in build/site: figures drawn, links checked"
 	@echo "make gpu-check  tests, sanitizers and measurements on a GPU (QUICK=1, OUT=folder, PYTHON=python3)"
 	@echo "make clean      removes the environment and what was built"
 
@@ -55,6 +56,10 @@ lint: $(VENV)/.installed-test
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m bench
+
+docs: $(VENV)/.installed-docs
+	$(BIN)/python docs/draw.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 gpu-check:
 	$(PYTHON) -m bench.gpu_check --out $(OUT) $(if $(QUICK),--quick) $(GPU_CHECK)

@@ -339,3 +339,25 @@ def test_neon_build_compiles(source: Path, tmp_path: Path) -> None:
         tmp_path / "o",
         cwd=tmp_path,
     )
+
+
+def test_the_pages_build(tmp_path: Path) -> None:
+    """Every link and anchor leads somewhere, and every documented name exists."""
+    env = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    site = tmp_path / "site"
+    run(sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", site, cwd=ROOT, env=env)
+    page = (site / "api" / "index.html").read_text()
+    for name in (*emu_kernels.__all__, "Negatives", "Predictor"):
+        assert name.startswith("__") or f'"emu_kernels.{name}"' in page or f'.{name}"' in page
+    assert ":func:" not in page
+
+
+def test_the_workflows_are_valid() -> None:
+    for kind, files in (
+        ("vendor.github-workflows", ".github/workflows"),
+        ("vendor.github-issue-forms", ".github/ISSUE_TEMPLATE"),
+    ):
+        paths = sorted((ROOT / files).glob("*.yml"))
+        assert len(paths) == 2
+        check = (sys.executable, "-m", "check_jsonschema", "--builtin-schema", kind)
+        run(*check, *paths, cwd=ROOT)

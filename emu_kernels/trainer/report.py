@@ -63,5 +63,5 @@ def plot_metrics(metrics: list[dict[str, Any]], title: str, path: Path) -> None:
     right = left.twinx()
     right.set_ylabel("validation MRR", color="tab:orange")
     right.plot(*zip(*ranks, strict=True), color="tab:orange", marker="o") if ranks else None
-    right.set_ylim(bottom=0)
+    right.set_ylim(0, 1.05 * right.get_ylim()[1])
     write_atomically(path, lambda file: figure.savefig(file, format="png"))
