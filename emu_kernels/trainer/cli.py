@@ -15,13 +15,13 @@ from typing import Any
 import torch
 
 from .config import ADJUSTABLE, Config
-from .data import load_graph
 from .datasets import load_dataset
 from .errors import ConfigError, RunError, TrainerError
 from .loop import Trainer, settle
 from .losses import LOSSES
 from .models import MODELS
 from .presets import PRESETS
+from .reading import load_graph
 from .report import metrics_table
 from .run import RunFolder
 from .sampling import SAMPLERS
@@ -35,6 +35,7 @@ examples:
   emu-train --dataset FB15k-237 --model DistMult
   emu-train --dataset FB15k-237 --model DistMult --loss softmax
   emu-train --preset rotate-fb15k-237 --loss selfadv --margin 9
+  emu-train --data my-graph.parquet --columns subject,predicate,object --hold-out 0.001
   emu-train --data my-graph/ --model ComplEx --dim 200 --run-dir runs/mine
   emu-train --resume runs/mine
 """
@@ -98,7 +99,10 @@ def _start(options: dict[str, Any]) -> Trainer:
         name, graph = config.dataset, load_dataset(config.dataset)
     else:
         folder = Path(str(config.data))
-        name, graph = folder.resolve().name, load_graph(folder)
+        graph = load_graph(
+            folder, config.layout, hold_out=config.hold_out, split_seed=config.split_seed
+        )
+        name = folder.resolve().name
     for doubt in graph.doubts():
         print(f"emu-train: warning: {doubt}", file=sys.stderr)
     if run_dir is None:

@@ -11,9 +11,10 @@ from .errors import ConfigError
 from .evaluation import METRICS
 from .losses import LOSSES, LossOptions
 from .models import MODELS, Model, ModelOptions
+from .reading import FORMATS, Layout
 from .sampling import ALL, SAMPLERS, SamplingOptions
 from .schedule import SCHEDULES
-from .settings import ABOVE_0, AT_LEAST_0, AT_LEAST_1, check, setting
+from .settings import ABOVE_0, AT_LEAST_0, AT_LEAST_1, Limit, check, setting
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,30 @@ class SourceOptions:
         f"downloaded, verified and cached; read from the folder {FOLDER_VARIABLE} if set",
         choices=DATASETS.keys(),
     )
-    data: str | None = setting(None, "a folder (or archive, tar or zip) with train/valid/test.txt")
+    data: str | None = setting(
+        None,
+        "a folder (or archive, tar or zip) with train, valid and test, or one file: "
+        f"{', '.join(FORMATS)}, but for Parquet gzipped too (.gz)",
+    )
+
+
+@dataclass(frozen=True)
+class ReadingOptions:
+    """reading of --data"""
+
+    columns: str | None = setting(
+        None,
+        "of head, relation and tail, with commas between: numbers from 1, or names, which the "
+        "first line has (default the only three)",
+    )
+    numbered: bool = setting(False, "the files hold ids from 0: keep them, a row of the table each")
+    hold_out: float = setting(
+        0.05,
+        "of one file, this share for validation and as much for test; every entity and relation "
+        "keeps a triple to be trained on",
+        limit=Limit("above 0 and below 0.5", lambda x: 0 < x < 0.5),
+    )
+    split_seed: int = setting(0, "of what is held out")
 
 
 OPTIMIZERS = ("Adagrad", "Adam")
@@ -90,7 +114,13 @@ ADJUSTABLE = (*(f.name for f in fields(RunningOptions)), "lr")
 
 @dataclass(frozen=True)
 class Config(
-    SourceOptions, ModelOptions, LossOptions, SamplingOptions, OptimisationOptions, RunningOptions
+    SourceOptions,
+    ReadingOptions,
+    ModelOptions,
+    LossOptions,
+    SamplingOptions,
+    OptimisationOptions,
+    RunningOptions,
 ):
     """All settings of a run. The bases' docstrings are the headings of ``emu-train --help``.
 
@@ -102,6 +132,7 @@ class Config(
         if (self.dataset is None) == (self.data is None):
             raise ConfigError("give either a dataset's name or a data folder, not both or neither")
         check(self)
+        self._check_columns()
         model, loss = MODELS[self.model], LOSSES[self.loss]
         if self.regularization is None:
             default = model.regularization if loss.regularized else 0.0
@@ -124,6 +155,21 @@ class Config(
             self._check_all()
         if self.sparse:
             self._check_sparse()
+
+    @property
+    def layout(self) -> Layout:
+        """Of the data's files."""
+        return Layout(tuple(self.columns.split(",")) if self.columns else (), self.numbered)
+
+    def _check_columns(self) -> None:
+        columns = self.layout.columns
+        if columns and (len(set(columns)) != 3 or len(columns) != 3 or {"", "0"} & {*columns}):
+            raise ConfigError(
+                "columns must be three names, or numbers from 1, with commas between, of head, "
+                f"relation and tail; got {self.columns}"
+            )
+        if self.dataset is not None and (columns or self.numbered):
+            raise ConfigError("columns and numbered are of data, not of a dataset by name")
 
     @property
     def over_all(self) -> bool:
