@@ -14,7 +14,7 @@ from .models import MODELS, Model, ModelOptions
 from .reading import FORMATS, Layout
 from .sampling import ALL, SAMPLERS, SamplingOptions
 from .schedule import SCHEDULES
-from .settings import ABOVE_0, AT_LEAST_0, AT_LEAST_1, Limit, check, setting
+from .settings import ABOVE_0, AT_LEAST_0, AT_LEAST_1, Choice, Limit, check, setting
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,11 @@ class ReadingOptions:
     split_seed: int = setting(0, "of what is held out")
 
 
-OPTIMIZERS = ("Adagrad", "Adam")
+OPTIMIZERS = {
+    "Adagrad": Choice("a sum of squares for each component", ()),
+    "RowwiseAdagrad": Choice("one for each row: its state is 1/d of that", ()),
+    "Adam": Choice("two moments for each component", ()),
+}
 
 
 @dataclass(frozen=True)
@@ -204,7 +208,7 @@ class Config(
     def _check_sparse(self) -> None:
         """Whether a step of this run touches few entities, and in a way that can be sparse."""
         for name in (self.optimizer, self.switch_to):
-            if name not in ("Adagrad", None):
+            if name not in ("Adagrad", "RowwiseAdagrad", None):
                 raise ConfigError(f"sparse needs Adagrad: {name} moves every entity each step")
         if self.over_all:
             raise ConfigError(f"sparse: the loss {self.loss} touches every entity at each step")
