@@ -80,7 +80,8 @@ def _train_and_report(trainer: Trainer, folder: Path) -> int:
         say(f"stopped at step {trainer.step}; go on with: emu-train --resume {folder}")
         return INTERRUPTED
     if metrics := trainer.finish():
-        say(f"test, filtered, both directions, the model of step {trainer.best_step}:")
+        ranked = f"test, filtered, both directions{trainer.config.ranked}"
+        say(f"{ranked}, the model of step {trainer.best_step}:")
         say(metrics_table({f"{trainer.config.model} {trainer.config.loss}": metrics}))
     trainer.export()
     say(f"predict with: emu-predict {folder} --head NAME --relation NAME")

@@ -8,7 +8,7 @@ from typing import Any
 
 from .datasets import DATASETS, FOLDER_VARIABLE
 from .errors import ConfigError
-from .evaluation import METRICS
+from .evaluation import EvaluationOptions
 from .losses import LOSSES, LossOptions
 from .models import MODELS, Model, ModelOptions
 from .reading import FORMATS, Layout
@@ -90,7 +90,6 @@ class OptimisationOptions:
         + "; otherwise 0)",
         limit=AT_LEAST_0,
     )
-    metric: str = setting("mrr", "of the validation, decides which model is best", choices=METRICS)
     seed: int = setting(0, "repeats a run exactly, on the same device and versions")
 
 
@@ -124,6 +123,7 @@ class Config(
     LossOptions,
     SamplingOptions,
     OptimisationOptions,
+    EvaluationOptions,
     RunningOptions,
 ):
     """All settings of a run. The bases' docstrings are the headings of ``emu-train --help``.

@@ -30,7 +30,7 @@ from .evaluation import Evaluator, Metrics, Stopped, is_better
 from .frequency import SubsamplingWeights
 from .initial import set_entities
 from .losses import LOSSES, Step
-from .models import Model
+from .models import Model, is_finite
 from .report import plot_metrics
 from .run import RunFolder, new_model, restore_model
 from .sampling import CORRUPTIONS, known_answers, new_negatives
@@ -61,7 +61,7 @@ class Trainer:
             tqdm.write(set_entities(self.model, graph, file, all_needed=frozen), file=sys.stderr)
         self.model.entity.requires_grad_(not config.freeze_entities)
         self.optimizer = new_optimizer(config, self.model, 0)
-        self.evaluator = Evaluator(graph, self.device)
+        self.evaluator = Evaluator(graph, self.device, config, config.seed)
 
         train = graph.triples["train"].to(self.device)
         self._batches = CORRUPTIONS[config.corruption].make(config, graph, train)
@@ -266,7 +266,7 @@ class Trainer:
         """Write the last checkpoint, unless the model is spoilt."""
         if self.run is None:
             return
-        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+        if not all(map(is_finite, self.model.parameters())):
             raise TrainingError(
                 f"the model's values are not all finite at step {self.step}: try a smaller lr"
                 + self._way_on()
