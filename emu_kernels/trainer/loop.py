@@ -291,13 +291,13 @@ class Trainer:
     def _restore(self) -> None:
         assert self.run is not None
         file = self.run.last_file
-        tensors, state = checkpoint.load(file)
+        tensors, state = checkpoint.load(file, mapped=True)
         restore_model(self.model, tensors, file)
         optimizer: dict[int, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             if key.startswith("optimizer."):
                 _, index, name = key.split(".")
-                optimizer.setdefault(int(index), {})[name] = tensor
+                optimizer.setdefault(int(index), {})[name] = tensor.clone()
         try:
             self.step = self._saved = int(state["step"])
             if self.step > 0 and has_switched(self.config, self.step - 1):
