@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from emu_kernels import emu_mutate, uls_cross_entropy
-from emu_kernels.trainer.data import load_graph
+from emu_kernels.trainer.reading import load_graph
 
 MUTATION_RATE, BETA, ALPHA = 0.61, 0.53, 0.11
 

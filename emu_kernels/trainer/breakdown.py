@@ -20,11 +20,11 @@ MANY = 1.5
 
 
 class Line(NamedTuple):
-    """The metrics of some triples of a split."""
+    """The metrics of some of the ranked triples."""
 
     name: str  # of a relation, or of a kind
     kind: str
-    triples: int
+    triples: int  # how many
     metrics: dict[Direction, Metrics]  # of predicting tails, and heads
 
 
@@ -40,16 +40,15 @@ def relation_kinds(graph: Graph) -> Tensor:
     return 2 * many(2).long() + many(0).long()
 
 
-def by_relation(graph: Graph, split: str, ranks: Ranks) -> list[Line]:
-    """A line for each relation that the split has."""
-    relations = graph.triples[split][:, 1]
+def by_relation(graph: Graph, triples: Tensor, ranks: Ranks) -> list[Line]:
+    """A line for each relation of the ranked triples (M, 3)."""
     kinds = [KINDS[kind] for kind in relation_kinds(graph).tolist()]
-    return _lines(relations, graph.relations, kinds, ranks)
+    return _lines(triples[:, 1], graph.relations, kinds, ranks)
 
 
-def by_kind(graph: Graph, split: str, ranks: Ranks) -> list[Line]:
-    """A line for each kind of relation that the split has."""
-    kinds = relation_kinds(graph)[graph.triples[split][:, 1]]
+def by_kind(graph: Graph, triples: Tensor, ranks: Ranks) -> list[Line]:
+    """A line for each kind of relation of the ranked triples (M, 3)."""
+    kinds = relation_kinds(graph)[triples[:, 1]]
     return _lines(kinds, KINDS, KINDS, ranks)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as deserialize
-from safetensors.torch import save as serialize
+from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import RunError
@@ -48,11 +48,16 @@ def _flush_to_disk(path: Path) -> None:
 
 
 def save(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-    """Write tensors and a JSON-serialisable state as one file."""
+    """Write tensors and a JSON-serialisable state as one file, from where they are in memory."""
     contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    # Not save_file, whose files only their owner may read.
-    content = serialize(contents, {"state": json.dumps(state)})
-    write_atomically(path, lambda temporary: temporary.write_bytes(content))
+
+    def write(file: Path) -> None:
+        file.touch()
+        mode = file.stat().st_mode
+        save_file(contents, file, {"state": json.dumps(state)})
+        file.chmod(mode)  # save_file lets only the owner read
+
+    write_atomically(path, write)
 
 
 def load(path: Path, *, mapped: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:

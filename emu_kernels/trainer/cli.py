@@ -17,7 +17,6 @@ import torch
 
 from .breakdown import by_kind
 from .config import ADJUSTABLE, Config
-from .data import load_graph
 from .datasets import load_dataset
 from .errors import ConfigError, RunError, TrainerError
 from .evaluation import Metrics
@@ -25,6 +24,7 @@ from .loop import Trainer, settle
 from .losses import LOSSES
 from .models import MODELS
 from .presets import PRESETS
+from .reading import load_graph
 from .report import kinds_table, metrics_table
 from .run import RunFolder
 from .sampling import SAMPLERS
@@ -39,6 +39,7 @@ examples:
   emu-train --dataset FB15k-237 --model DistMult
   emu-train --dataset FB15k-237 --model DistMult --loss softmax
   emu-train --preset rotate-fb15k-237 --loss selfadv --margin 9
+  emu-train --data my-graph.parquet --columns subject,predicate,object --hold-out 0.001
   emu-train --data my-graph/ --model ComplEx --dim 200 --run-dir runs/mine
   emu-train --resume runs/mine
 """
@@ -88,10 +89,11 @@ def _train_and_report(trainer: Trainer, folder: Path) -> int:
             say(f"stopped at step {trainer.step}; go on with: emu-train --resume {folder}")
             return INTERRUPTED
         if ranks := trainer.finish():
-            say(f"test, filtered, both directions, the model of step {trainer.best_step}:")
+            ranked = f"test, filtered, both directions{config.ranked}"
+            say(f"{ranked}, the model of step {trainer.best_step}:")
             say(metrics_table({f"{config.model} {config.loss}": Metrics.of(ranks)}))
             say("by kind of relation (each relation: relations.csv):")
-            say(kinds_table(by_kind(trainer.graph, "test", ranks)))
+            say(kinds_table(by_kind(trainer.graph, trainer.evaluator.ranked("test"), ranks)))
     trainer.export()
     say(f"predict with: emu-predict {folder} --head NAME --relation NAME")
     return 0
@@ -109,7 +111,10 @@ def _start(options: dict[str, Any]) -> Trainer:
         name, graph = config.dataset, load_dataset(config.dataset)
     else:
         folder = Path(str(config.data))
-        name, graph = folder.resolve().name, load_graph(folder)
+        graph = load_graph(
+            folder, config.layout, hold_out=config.hold_out, split_seed=config.split_seed
+        )
+        name = folder.resolve().name
     for doubt in graph.doubts():
         print(f"emu-train: warning: {doubt}", file=sys.stderr)
     if run_dir is None:

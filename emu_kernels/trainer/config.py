@@ -8,12 +8,13 @@ from typing import Any
 
 from .datasets import DATASETS, FOLDER_VARIABLE
 from .errors import ConfigError
-from .evaluation import METRICS
+from .evaluation import EvaluationOptions
 from .losses import LOSSES, LossOptions
 from .models import MODELS, Model, ModelOptions
+from .reading import FORMATS, Layout
 from .sampling import ALL, SAMPLERS, SamplingOptions
 from .schedule import SCHEDULES
-from .settings import ABOVE_0, AT_LEAST_0, AT_LEAST_1, check, setting
+from .settings import ABOVE_0, AT_LEAST_0, AT_LEAST_1, Choice, Limit, check, setting
 from .trackers import TRACKERS
 
 
@@ -26,10 +27,37 @@ class SourceOptions:
         f"downloaded, verified and cached; read from the folder {FOLDER_VARIABLE} if set",
         choices=DATASETS.keys(),
     )
-    data: str | None = setting(None, "a folder (or archive, tar or zip) with train/valid/test.txt")
+    data: str | None = setting(
+        None,
+        "a folder (or archive, tar or zip) with train, valid and test, or one file: "
+        f"{', '.join(FORMATS)}, but for Parquet gzipped too (.gz)",
+    )
 
 
-OPTIMIZERS = ("Adagrad", "Adam")
+@dataclass(frozen=True)
+class ReadingOptions:
+    """reading of --data"""
+
+    columns: str | None = setting(
+        None,
+        "of head, relation and tail, with commas between: numbers from 1, or names, which the "
+        "first line has (default the only three)",
+    )
+    numbered: bool = setting(False, "the files hold ids from 0: keep them, a row of the table each")
+    hold_out: float = setting(
+        0.05,
+        "of one file, this share for validation and as much for test; every entity and relation "
+        "keeps a triple to be trained on",
+        limit=Limit("above 0 and below 0.5", lambda x: 0 < x < 0.5),
+    )
+    split_seed: int = setting(0, "of what is held out")
+
+
+OPTIMIZERS = {
+    "Adagrad": Choice("a sum of squares for each component", ()),
+    "RowwiseAdagrad": Choice("one for each row: its state is 1/d of that", ()),
+    "Adam": Choice("two moments for each component", ()),
+}
 
 
 @dataclass(frozen=True)
@@ -63,7 +91,6 @@ class OptimisationOptions:
         + "; otherwise 0)",
         limit=AT_LEAST_0,
     )
-    metric: str = setting("mrr", "of the validation, decides which model is best", choices=METRICS)
     seed: int = setting(0, "repeats a run exactly, on the same device and versions")
 
 
@@ -92,7 +119,14 @@ ADJUSTABLE = (*(f.name for f in fields(RunningOptions)), "lr")
 
 @dataclass(frozen=True)
 class Config(
-    SourceOptions, ModelOptions, LossOptions, SamplingOptions, OptimisationOptions, RunningOptions
+    SourceOptions,
+    ReadingOptions,
+    ModelOptions,
+    LossOptions,
+    SamplingOptions,
+    OptimisationOptions,
+    EvaluationOptions,
+    RunningOptions,
 ):
     """All settings of a run. The bases' docstrings are the headings of ``emu-train --help``.
 
@@ -104,6 +138,7 @@ class Config(
         if (self.dataset is None) == (self.data is None):
             raise ConfigError("give either a dataset's name or a data folder, not both or neither")
         check(self)
+        self._check_columns()
         model, loss = MODELS[self.model], LOSSES[self.loss]
         if self.regularization is None:
             default = model.regularization if loss.regularized else 0.0
@@ -126,6 +161,21 @@ class Config(
             self._check_all()
         if self.sparse:
             self._check_sparse()
+
+    @property
+    def layout(self) -> Layout:
+        """Of the data's files."""
+        return Layout(tuple(self.columns.split(",")) if self.columns else (), self.numbered)
+
+    def _check_columns(self) -> None:
+        columns = self.layout.columns
+        if columns and (len(set(columns)) != 3 or len(columns) != 3 or {"", "0"} & {*columns}):
+            raise ConfigError(
+                "columns must be three names, or numbers from 1, with commas between, of head, "
+                f"relation and tail; got {self.columns}"
+            )
+        if self.dataset is not None and (columns or self.numbered):
+            raise ConfigError("columns and numbered are of data, not of a dataset by name")
 
     @property
     def over_all(self) -> bool:
@@ -160,7 +210,7 @@ class Config(
     def _check_sparse(self) -> None:
         """Whether a step of this run touches few entities, and in a way that can be sparse."""
         for name in (self.optimizer, self.switch_to):
-            if name not in ("Adagrad", None):
+            if name not in ("Adagrad", "RowwiseAdagrad", None):
                 raise ConfigError(f"sparse needs Adagrad: {name} moves every entity each step")
         if self.over_all:
             raise ConfigError(f"sparse: the loss {self.loss} touches every entity at each step")

@@ -1,67 +1,135 @@
-"""Triples and their vocabularies, read from ``train.txt``, ``valid.txt`` and ``test.txt``.
+"""Triples and their vocabularies.
 
-A line holds a head, a relation and a tail, separated by tabs, in UTF-8, with or without a
-byte-order mark; it may end as on Windows. Files come from a folder or from an archive (tar or zip),
-which is read in memory. Names are numbered in the order of their characters, integers too: 0, 1,
-10, 2.
+Names are numbered in the order of their characters, integers too: 0, 1, 10, 2. Ids that a file
+has already are kept.
 """
 
 from __future__ import annotations
 
-import codecs
-import stat
-import tarfile
-import unicodedata
-import zipfile
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path, PurePosixPath
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy
+import pyarrow
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
+from emu_kernels.negatives import generator
+
 from .errors import DataError
+from .names import Names
 
 SPLITS = ("train", "valid", "test")
 
 Direction = Literal["head", "tail"]  # which entity of a triple is predicted
 DIRECTIONS: tuple[Direction, Direction] = ("tail", "head")
 
+PARTS = ("head", "relation", "tail")
+
 NamedTriple = tuple[str, str, str]
+Columns = Sequence[pyarrow.ChunkedArray]  # head, relation, tail
 
 
 @dataclass(frozen=True)
 class Graph:
-    """A knowledge graph: names, and triples of ids into them."""
+    """A knowledge graph: names, and triples of ids into them.
+
+    Raises:
+        DataError: N²R ≥ 2⁶³, so that not every triple has a key of its own.
+    """
 
     entities: Sequence[str]
     relations: Sequence[str]
     triples: dict[str, Tensor]  # split -> (M, 3) int64: head, relation, tail
+    notes: tuple[str, ...] = ()  # what was not read as it stands in the files
+
+    def __post_init__(self) -> None:
+        if self.num_entities**2 * self.num_relations >= 2**63:
+            raise DataError(
+                f"{self.num_entities:,} entities and {self.num_relations:,} relations are too "
+                "many: a triple's key would not fit in 63 bits"
+            )
 
     @classmethod
     def from_names(cls, splits: dict[str, list[NamedTriple]]) -> Graph:
+        """:meth:`from_columns` of Python's own strings."""
+        return cls.from_columns(
+            {
+                split: [
+                    pyarrow.chunked_array([[triple[part] for triple in splits[split]]], _STRING)
+                    for part in range(3)
+                ]
+                for split in SPLITS
+            }
+        )
+
+    @classmethod
+    def from_columns(cls, splits: dict[str, Columns], notes: tuple[str, ...] = ()) -> Graph:
         """Number the names in sorted order, whichever split they appear in.
 
         Names that appear only in validation or test are kept, as LibKGE does: their embeddings
         stay as initialised, and their triples are ranked like all others. See :meth:`unseen`.
+
+        Args:
+            splits: strings, or integers that are ids from 0 and are kept; their names are their
+                digits.
+
+        Raises:
+            DataError: a name has a tab, a line's end or a NUL in it, which the files of a run
+                could not hold; an id is negative.
         """
-        everything = [triple for split in SPLITS for triple in splits[split]]
-        entities = sorted({name for head, _, tail in everything for name in (head, tail)})
-        relations = sorted({relation for _, relation, _ in everything})
-        entity_id = {name: i for i, name in enumerate(entities)}
-        relation_id = {name: i for i, name in enumerate(relations)}
+        chosen = [splits[split] for split in SPLITS]
+        number = _keep if pyarrow.types.is_integer(chosen[0][0].type) else _number
+        entities, ends = number([columns[part] for columns in chosen for part in (0, 2)])
+        relations, kinds = number([columns[1] for columns in chosen])
+        triples = zip(ends[::2], kinds, ends[1::2], strict=True)
+        stacked = (torch.stack(parts, dim=1) for parts in triples)
+        return cls(entities, relations, dict(zip(SPLITS, stacked, strict=True)), notes)
+
+    def hold_out(self, share: float, seed: int) -> Graph:
+        """A graph with `share` of the training triples as validation, and as many as test.
+
+        They are drawn by `seed` among those that leave an entity and a relation each a triple to
+        be trained on, and that no other repeats. Where these are fewer, half of them each.
+
+        Raises:
+            DataError: there are none.
+        """
+        train = self.triples["train"]
+        draws = generator(torch.device("cpu"), seed, "hold out")
+        order = torch.randperm(len(train), generator=draws)
+        free = torch.ones(len(train), dtype=torch.bool)
+        keys, place = self._keys("train")[order].sort()
+        same = keys.diff() == 0
+        free[place[1:][same]] = False
+        free[place[:-1][same]] = False
+        for columns, size in (
+            (train[order, ::2], self.num_entities),
+            (train[order, 1:2], self.num_relations),
+        ):
+            first = torch.full((size,), len(train))  # where each is met first stays in training
+            at = torch.arange(len(train)).unsqueeze(1).expand_as(columns)
+            first.scatter_reduce_(0, columns.flatten(), at.flatten(), "amin")
+            free[first[first < len(train)]] = False
+        drawn = order[free]
+        count = min(int(share * len(train)), len(drawn) // 2)
+        if not count:
+            raise DataError(
+                f"no triples can be held out: share {share:g} of {len(train):,}, of which "
+                f"{len(drawn):,} leave their entities and relations others; give files of their "
+                "own for validation and test"
+            )
+        kept = torch.ones(len(train), dtype=torch.bool)
+        kept[drawn[: 2 * count]] = False
         triples = {
-            split: torch.tensor(
-                [(entity_id[h], relation_id[r], entity_id[t]) for h, r, t in splits[split]],
-                dtype=torch.int64,
-            ).reshape(-1, 3)
-            for split in SPLITS
+            "train": train[kept],
+            "valid": train[drawn[:count]],
+            "test": train[drawn[count : 2 * count]],
         }
-        return cls(entities, relations, triples)
+        return replace(self, triples=triples)
 
     @property
     def num_entities(self) -> int:
@@ -101,40 +169,40 @@ class Graph:
         Names that differ only by blanks or in Unicode's composition are different entities;
         headers are triples; evaluation triples that are trained on are ranked nearly for free.
         """
-        lines = []
+        lines = [*self.notes]
         for kind, names in (("entities", self.entities), ("relations", self.relations)):
-            blank = [name for name in names if name != name.strip()]
-            if blank:
+            array = _array(names)
+            blank = array.filter(pc.not_equal(array, pc.utf8_trim_whitespace(array)))
+            if len(blank):
                 lines.append(
-                    f"{_some(len(blank), kind)} with blanks at an end of the name: {blank[0]!r}"
+                    f"{_some(len(blank), kind)} with blanks at an end of the name: "
+                    f"{blank[0].as_py()!r}"
                 )
-            composed: dict[str, str] = {}
-            twins = []
-            for name in names:
-                if not name.isascii():
-                    same = composed.setdefault(unicodedata.normalize("NFC", name), name)
-                    twins += [name] if same != name else []
-            if twins:
+            composed = array.filter(pc.invert(pc.string_is_ascii(array)))
+            same = pc.utf8_normalize(composed, form="NFC").dictionary_encode().indices.to_numpy()
+            later = numpy.ones(len(same), dtype=bool)
+            later[numpy.unique(same, return_index=True)[1]] = False
+            if later.any():
                 lines.append(
-                    f"{_some(len(twins), kind)} with a name that looks like another's, composed "
-                    f"otherwise in Unicode: {twins[0]!r}"
+                    f"{_some(int(later.sum()), kind)} with a name that looks like another's, "
+                    f"composed otherwise in Unicode: {composed[int(later.argmax())].as_py()!r}"
                 )
         if header := self._header():
             lines.append(
-                "a header, it seems, is read as a triple, in the first line of "
-                + ", ".join(f"{split}.txt" for split in header)
+                f"a header, it seems, is read as a triple, in the first line of {', '.join(header)}"
             )
         if differ := self._columns_differ():
             lines.append(f"{differ}: each line should be head, relation, tail")
-        keys = {split: self._keys(split) for split in SPLITS}
+        trained = self._keys("train").unique()  # sorted
         for split in SPLITS:
-            repeated = len(keys[split]) - len(keys[split].unique())
+            keys = self._keys(split)
+            repeated = len(keys) - len(trained if split == "train" else keys.unique())
             if repeated:
                 lines.append(f"{repeated:,} of the {split} triples repeat another one")
-        for split in SPLITS[1:]:
-            trained = int(torch.isin(keys[split], keys["train"]).sum())
-            if trained:
-                lines.append(f"{trained:,} of the {split} triples are train triples too")
+            if split != "train" and len(trained):
+                at = torch.searchsorted(trained, keys).clamp_(max=len(trained) - 1)
+                if leaked := int((trained[at] == keys).sum()):
+                    lines.append(f"{leaked:,} of the {split} triples are train triples too")
         return lines
 
     def _keys(self, split: str) -> Tensor:
@@ -158,14 +226,47 @@ class Graph:
 
     def _columns_differ(self) -> str:
         """Why the second column seems to hold entities; empty if it does not."""
-        if all(name.isdecimal() for name in self.relations):  # which may number both from 0
+        relations = _array(self.relations)
+        if pc.all(pc.utf8_is_decimal(relations)).as_py():  # which may number both from 0
             tails = len(torch.cat([x[:, 2] for x in self.triples.values()]).unique())
             many = self.num_relations > 2 * tails
             return f"{self.num_relations:,} relations, but only {tails:,} tails" if many else ""
-        entities = set(self.entities)
-        if 2 * sum(name in entities for name in self.relations) > self.num_relations:
+        entities = pc.is_in(relations, value_set=_array(self.entities))
+        if 2 * pc.sum(entities).as_py() > self.num_relations:
             return f"{self.num_relations:,} relations, most of which seem to be entities"
         return ""
+
+
+_STRING = pyarrow.string()
+
+
+def _array(names: Sequence[str]) -> pyarrow.Array:
+    return names.array() if isinstance(names, Names) else pyarrow.array(names, _STRING)
+
+
+def _number(columns: Columns) -> tuple[Names, list[Tensor]]:
+    """The names of all columns in sorted order, and each column as ids."""
+    whole = pyarrow.chunked_array([x for column in columns for x in column.chunks], _STRING)
+    encoded = whole.dictionary_encode()
+    names = encoded.chunk(0).dictionary  # of all chunks
+    odd = names.filter(pc.match_substring_regex(names, "[\\t\\n\\x00]"))
+    if len(odd):
+        raise DataError(f"names may hold no tab, line end or NUL: {odd[0].as_py()!r}")
+    order = pc.array_sort_indices(names)
+    ids = numpy.empty(len(names), dtype=numpy.int64)
+    ids[order.to_numpy()] = numpy.arange(len(names))
+    flat = torch.from_numpy(numpy.concatenate([ids[x.indices.to_numpy()] for x in encoded.chunks]))
+    return Names.of(names.take(order)), list(flat.split([len(column) for column in columns]))
+
+
+def _keep(columns: Columns) -> tuple[Names, list[Tensor]]:
+    """Ids as they are, and digits as names of all up to the largest."""
+    ids = [torch.from_numpy(column.to_numpy().astype(numpy.int64)) for column in columns]
+    whole = torch.cat(ids)
+    low, high = whole.aminmax()
+    if low < 0:
+        raise DataError(f"ids must be at least 0, got {low}")
+    return Names.of(pyarrow.array(numpy.arange(int(high) + 1)).cast(_STRING)), ids
 
 
 def _some(count: int, kind: str) -> str:
@@ -179,113 +280,3 @@ def split_triples(triples: Tensor, direction: Direction) -> tuple[Tensor, Tensor
     """(given, relation, target), each (M,): the query's entity and relation, and its answer."""
     head, relation, tail = triples.T
     return (head, relation, tail) if direction == "tail" else (tail, relation, head)
-
-
-def load_graph(path: Path) -> Graph:
-    """Read a graph from a folder or from an archive, tar or zip.
-
-    Raises:
-        DataError: something is missing, malformed, corrupted or unsafe; says where.
-    """
-    if path.is_dir():
-        contents = {
-            split: (str(file), file.read_bytes())
-            for split in SPLITS
-            if (file := path / f"{split}.txt").is_file()
-        }
-    elif path.is_file():
-        contents = _read_archive(path)
-    else:
-        raise DataError(
-            f"{path}: no such folder or archive; expected a folder with train.txt, valid.txt and "
-            "test.txt, or an archive of them, tar or zip"
-        )
-    for split in SPLITS:
-        if split not in contents:
-            raise DataError(f"{path} holds no {split}.txt; it must hold train, valid and test")
-    splits = {split: list(_parse(content, where)) for split, (where, content) in contents.items()}
-    if not splits["train"]:
-        raise DataError(f"{contents['train'][0]} holds no triples: there is nothing to train on")
-    return Graph.from_names(splits)
-
-
-def _read_archive(path: Path) -> dict[str, tuple[str, bytes]]:
-    """By split, a name for messages, and the content.
-
-    Nothing is extracted, so a member outside the folder could do no harm here, but an honest
-    dataset has none, and a person may extract the archive.
-    """
-    contents: dict[str, tuple[str, bytes]] = {}
-    members = _zip_members if zipfile.is_zipfile(path) else _tar_members
-    try:
-        for member, plain, read in members(path):
-            name = PurePosixPath(member)
-            if name.is_absolute() or ".." in name.parts or "\\" in member or not plain:
-                raise DataError(
-                    f"{path} is unsafe: its member {member!r} is not a plain file or "
-                    "folder inside the archive; nothing was read from it"
-                )
-            if read is None or name.suffix != ".txt" or name.stem not in SPLITS:
-                continue
-            if name.stem in contents:
-                raise DataError(f"{path} holds {name.name} more than once")
-            contents[name.stem] = (f"{path}:{member}", read())
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError, RuntimeError, zlib.error) as e:
-        raise DataError(
-            f"{path} is corrupted or no archive, tar or zip, of train.txt, valid.txt and test.txt "
-            f"(a folder that holds the three will do too): {e}"
-        ) from e
-    return contents
-
-
-# Name, whether it is a plain file or folder, and what reads it where it is a file.
-_Member = tuple[str, bool, Callable[[], bytes] | None]
-
-
-def _tar_members(path: Path) -> Iterator[_Member]:
-    with tarfile.open(path) as archive:
-        for member in archive:
-            stream = archive.extractfile(member) if member.isfile() else None
-            plain = member.isfile() or member.isdir()
-            yield member.name, plain, stream.read if stream else None
-
-
-def _zip_members(path: Path) -> Iterator[_Member]:
-    with zipfile.ZipFile(path) as archive:
-        for member in archive.infolist():
-            link = stat.S_ISLNK(member.external_attr >> 16)
-            yield (
-                member.filename,
-                not link,
-                None if member.is_dir() else partial(archive.read, member),
-            )
-
-
-def _parse(content: bytes, where: str) -> Iterator[NamedTriple]:
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content:
-        raise DataError(
-            f"{where}: expected UTF-8 text, and this seems to be UTF-16 or no text at all: "
-            "iconv -f UTF-16 -t UTF-8 converts it"
-        )
-    for number, raw in enumerate(content.split(b"\n"), start=1):
-        try:
-            # Files joined into one have a byte-order mark at the start of each.
-            line = raw.decode("utf-8").lstrip("\ufeff").rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{where}:{number}: expected UTF-8 text: {error}") from error
-        if not line:
-            continue
-        fields = line.split("\t")
-        if len(fields) != 3 or not all(fields):
-            raise DataError(
-                f"{where}:{number}: expected head, relation and tail separated by tabs, "
-                f"got {_got(fields)}: {line[:200]!r}"
-            )
-        yield fields[0], fields[1], fields[2]
-
-
-def _got(fields: list[str]) -> str:
-    empty = [("head", "relation", "tail")[i] for i, x in enumerate(fields) if not x and i < 3]
-    if len(fields) == 3:
-        return f"an empty {' and an empty '.join(empty)}"
-    return f"{len(fields)} field(s)"

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pooch
 
-from .data import SPLITS, Graph, load_graph
+from .data import SPLITS, Graph
 from .errors import DataError
+from .reading import load_graph
 
 FOLDER_VARIABLE = "EMU_KERNELS_DATA"
 

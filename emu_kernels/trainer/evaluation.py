@@ -3,6 +3,9 @@
 For each triple the true tail is ranked among all entities by φ of (h, r, ?), then the true head by
 φ of (?, r, t). Other entities that are known to be true, in any split, are left out. Ties count as
 the mean of the optimistic and the pessimistic rank, so a model that scores all alike gains nothing.
+
+For large graphs a sample of the triples is ranked, or each triple among candidates drawn for it, as
+in ogbl-wikikg2 (Hu et al., 2020). Ranks among candidates compare only with others among as many.
 """
 
 from __future__ import annotations
@@ -12,12 +15,20 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
+
+from emu_kernels import emu_scores
+from emu_kernels.negatives import generator
 
 from .data import DIRECTIONS, SPLITS, Direction, Graph, split_triples
 from .errors import TrainingError
-from .models import Model
+from .models import Model, is_finite
+from .settings import AT_LEAST_1, setting
 
 _CHUNK_BYTES = 8 << 20  # scores of one chunk: small enough to stay in a CPU's cache
+_QUERIES = 32  # at least, in spite of that: a matrix product is at its speed from about here on
+_MOST_BYTES = 512 << 20  # of scores, whatever the number of entities
+_DRAWN = 1 << 20  # candidates of one chunk, where they are drawn
 
 
 Ranks = dict[Direction, Tensor]
@@ -51,11 +62,40 @@ class Metrics:
         return cls.from_ranks(torch.cat(list(ranks.values())))
 
 
-# Names of the metrics; the mean rank alone is better when smaller.
 METRICS = tuple(field.name for field in fields(Metrics))
 
 
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """evaluation"""
+
+    metric: str = setting(
+        "mrr",
+        "of the validation, decides which model is best",
+        choices=METRICS,
+    )
+    eval_triples: int | None = setting(
+        None,
+        "rank a sample of so many triples of validation and of test (default all)",
+        limit=AT_LEAST_1,
+    )
+    eval_candidates: int | None = setting(
+        None,
+        "rank each triple among so many entities drawn for each side, those known to be true left "
+        "out, as OGB does (default among all)",
+        limit=AT_LEAST_1,
+    )
+
+    @property
+    def ranked(self) -> str:
+        """In words, with commas before."""
+        triples = f", a sample of {self.eval_triples:,} triples" if self.eval_triples else ""
+        among = f", among {self.eval_candidates:,} drawn entities" if self.eval_candidates else ""
+        return triples + among
+
+
 def is_better(metric: str, value: float, than: float) -> bool:
+    """The mean rank alone is better when smaller."""
     return value < than if metric == "mr" else value > than
 
 
@@ -77,6 +117,12 @@ class _Truth:
         rank = torch.arange(len(query), device=query.device) - (count.cumsum(0) - count)[query]
         return query, self._keys[start[query] + rank] % self._entities
 
+    def holds(self, given: Tensor, relation: Tensor, target: Tensor) -> Tensor:
+        """(Q, K): which of the targets (Q, K) are known answers of their query."""
+        key = self._first_key(given, relation).unsqueeze(1) + target
+        at = torch.searchsorted(self._keys, key).clamp_(max=len(self._keys) - 1)
+        return self._keys[at] == key
+
     def _first_key(self, given: Tensor, relation: Tensor) -> Tensor:
         """A triple's key is this plus its target, so a query's answers have adjacent keys."""
         return (given * self._relations + relation) * self._entities
@@ -87,10 +133,23 @@ class Stopped(Exception):
 
 
 class Evaluator:
-    """Ranks triples of a graph; keeps the filter, so make one and use it often."""
+    """Ranks triples of a graph; keeps the filter, so make one and use it often.
 
-    def __init__(self, graph: Graph, device: torch.device | None = None) -> None:
+    Args:
+        options: what is ranked, and among what.
+        seed: of the sample and of the candidates, which are the same at each call.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        device: torch.device | None = None,
+        options: EvaluationOptions | None = None,
+        seed: int = 0,
+    ) -> None:
         self._graph = graph
+        self._options = options or EvaluationOptions()
+        self._seed = seed
         self._device = device or torch.device("cpu")
         self._truth = {d: _Truth(graph, d, self._device) for d in DIRECTIONS}
 
@@ -108,11 +167,20 @@ class Evaluator:
         """
         return Metrics.of(self.split_ranks(model, split, stop))
 
+    def ranked(self, split: str) -> Tensor:
+        """(M, 3) the triples of a split that are ranked: all, or a sample."""
+        triples = self._graph.triples[split]
+        count = self._options.eval_triples
+        if count is not None and count < len(triples):
+            draws = generator(torch.device("cpu"), self._seed, f"ranked {split}")
+            triples = triples[torch.randperm(len(triples), generator=draws)[:count]]
+        return triples
+
     def split_ranks(
         self, model: Model, split: str, stop: Callable[[], bool] = lambda: False
     ) -> Ranks:
         """The ranks that :meth:`evaluate` takes the means of."""
-        triples = self._graph.triples[split].to(self._device)
+        triples = self.ranked(split).to(self._device)
         return {d: self.ranks(model, triples, d, stop) for d in DIRECTIONS}
 
     @torch.no_grad()
@@ -128,16 +196,48 @@ class Evaluator:
         Memory is bounded by a chunk of scores, whatever the number of triples.
         """
         for name, parameter in model.named_parameters():
-            if not parameter.isfinite().all():
+            if not is_finite(parameter):
                 raise TrainingError(f"the model's {name} values are not all finite")
         candidates = model.candidates()
-        chunk = max(1, _CHUNK_BYTES // (4 * self._graph.num_entities))
         ranks = []
-        for part in triples.split(chunk):
-            if stop():
-                raise Stopped
-            ranks.append(self._rank_chunk(model, candidates, part, direction))
+        with tqdm(
+            total=len(triples), desc=f"ranking {direction}s", leave=False, disable=None, delay=1
+        ) as bar:
+            for index, part in enumerate(triples.split(self._chunk())):
+                if stop():
+                    raise Stopped
+                if count := self._options.eval_candidates:
+                    draws = generator(self._device, self._seed, f"candidate {direction}s", index)
+                    shape = (len(part), count)
+                    drawn = torch.randint(
+                        self._graph.num_entities, shape, generator=draws, device=self._device
+                    )
+                    ranks.append(self._rank_drawn(model, candidates, part, direction, drawn))
+                else:
+                    ranks.append(self._rank_chunk(model, candidates, part, direction))
+                bar.update(len(part))
         return torch.cat(ranks)
+
+    def _chunk(self) -> int:
+        """How many triples are ranked at once."""
+        if self._options.eval_candidates is not None:
+            return max(1, _DRAWN // self._options.eval_candidates)
+        row = 4 * self._graph.num_entities
+        return max(1, min(max(_CHUNK_BYTES // row, _QUERIES), _MOST_BYTES // row))
+
+    def _rank_drawn(
+        self, model: Model, candidates: Tensor, triples: Tensor, direction: Direction, drawn: Tensor
+    ) -> Tensor:
+        """Args: drawn: (C, K) entities."""
+        given, relation, target = split_triples(triples, direction)
+        drawn[self._truth[direction].holds(given, relation, drawn)] = -1  # padding, scored -inf
+        query = model.ask(model.entity[given], relation, direction)
+        scores = emu_scores(
+            query.vector, candidates, target, drawn, mutation_rate=None, **model.phi(query)
+        )
+        true = scores.positive.unsqueeze(1)
+        better, as_good = (scores.negative > true).sum(1), (scores.negative >= true).sum(1)
+        return 1.0 + (better + as_good).double() / 2.0
 
     def _rank_chunk(
         self, model: Model, candidates: Tensor, triples: Tensor, direction: Direction
@@ -150,13 +250,15 @@ class Evaluator:
         known = scores[row, answer]  # (P,)
 
         # Count all entities that score at least as well, then subtract the known ones. Comparing
-        # into the scores' own type keeps this vectorised; it is exact up to 2²⁴ entities.
-        count = torch.empty_like(scores)
-        better = torch.gt(scores, true, out=count).sum(1)
-        as_good = torch.ge(scores, true, out=count).sum(1)
-        zero = torch.zeros_like(better)
+        # into the scores' own type keeps this vectorised; blocks stay in the cache, and are exact.
+        zero = torch.zeros(len(scores), dtype=torch.float64, device=scores.device)
+        better, as_good = zero.clone(), zero.clone()
+        for block in scores.split(max(1, _CHUNK_BYTES // (4 * len(scores))), dim=1):
+            count = torch.empty_like(block)
+            better += torch.gt(block, true, out=count).sum(1)
+            as_good += torch.ge(block, true, out=count).sum(1)
         better -= zero.index_add(0, row, (known > true[row, 0]).to(better.dtype))
         as_good -= zero.index_add(0, row, (known >= true[row, 0]).to(better.dtype))
 
         # Optimistic rank 1 + better; pessimistic rank 1 + as_good, as the true entity is known.
-        return 1.0 + (better.double() + as_good.double()) / 2.0
+        return 1.0 + (better + as_good) / 2.0

@@ -31,7 +31,7 @@ from .evaluation import Evaluator, Metrics, Ranks, Stopped, is_better
 from .frequency import SubsamplingWeights
 from .initial import set_entities
 from .losses import LOSSES, Step
-from .models import Model
+from .models import Model, is_finite
 from .report import plot_metrics
 from .run import Metric, RunFolder, new_model, restore_model
 from .sampling import CORRUPTIONS, known_answers, new_negatives
@@ -68,7 +68,7 @@ class Trainer:
             tqdm.write(set_entities(self.model, graph, file, all_needed=frozen), file=sys.stderr)
         self.model.entity.requires_grad_(not config.freeze_entities)
         self.optimizer = new_optimizer(config, self.model, 0)
-        self.evaluator = Evaluator(graph, self.device)
+        self.evaluator = Evaluator(graph, self.device, config, config.seed)
 
         train = graph.triples["train"].to(self.device)
         self._batches = CORRUPTIONS[config.corruption].make(config, graph, train)
@@ -276,7 +276,7 @@ class Trainer:
         """Write the last checkpoint, unless the model is spoilt."""
         if self.run is None:
             return
-        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+        if not all(map(is_finite, self.model.parameters())):
             raise TrainingError(
                 f"the model's values are not all finite at step {self.step}: try a smaller lr"
                 + self._way_on()
@@ -301,13 +301,13 @@ class Trainer:
     def _restore(self) -> None:
         assert self.run is not None
         file = self.run.last_file
-        tensors, state = checkpoint.load(file)
+        tensors, state = checkpoint.load(file, mapped=True)
         restore_model(self.model, tensors, file)
         optimizer: dict[int, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             if key.startswith("optimizer."):
                 _, index, name = key.split(".")
-                optimizer.setdefault(int(index), {})[name] = tensor
+                optimizer.setdefault(int(index), {})[name] = tensor.clone()
         try:
             self.step = self._saved = int(state["step"])
             if self.step > 0 and has_switched(self.config, self.step - 1):
@@ -340,7 +340,7 @@ class Trainer:
         record |= vars(Metrics.of(ranks))
         if self.run and record not in self.run.read_metrics():  # a finished run may be resumed
             self._log(record)
-            self.run.write_relations(by_relation(self.graph, "test", ranks))
+            self.run.write_relations(by_relation(self.graph, self.evaluator.ranked("test"), ranks))
         return ranks
 
     def export(self) -> None:

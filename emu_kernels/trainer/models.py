@@ -136,6 +136,12 @@ class Model(nn.Module):
         return torch.cat([s.negative for s in scores], dim=1)
 
 
+def is_finite(values: Tensor) -> bool:
+    """Whether all values are finite, without an array of answers."""
+    low, high = values.detach().aminmax()
+    return bool(low.isfinite() & high.isfinite())
+
+
 @dataclass(frozen=True)
 class ModelOptions:
     """model"""

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import bisect
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import overload
 
 import numpy
+import pyarrow
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
 from .errors import TrainerError
 
 _NEAR = 20_000  # names to look for similar ones among: comparing with one takes microseconds
+_DECODED = 1 << 16  # at a time, by an iterator
 
 
 class UnknownNameError(TrainerError):
@@ -23,8 +26,10 @@ class UnknownNameError(TrainerError):
 def encode(names: Iterable[str]) -> Tensor:
     """UTF-8 bytes, a line each: safetensors holds tensors only.
 
-    Names contain no line ends: :mod:`.data` reads them from lines.
+    Names contain no line ends: :mod:`.data` refuses them.
     """
+    if isinstance(names, Names):
+        return names.content
     return torch.frombuffer(bytearray("\n".join(names), "utf-8"), dtype=torch.uint8)
 
 
@@ -35,12 +40,36 @@ class Names(Sequence[str]):
     """
 
     def __init__(self, content: Tensor) -> None:
-        self._content = content.numpy()
-        ends = numpy.flatnonzero(self._content == ord("\n"))
+        self.content = content
+        self._bytes = content.numpy()
+        ends = numpy.flatnonzero(self._bytes == ord("\n"))
         self._starts = numpy.concatenate([[0], ends + 1, [len(content) + 1]])
+
+    @classmethod
+    def of(cls, names: pyarrow.Array) -> Names:
+        """Args: names: strings, at least one."""
+        kind = pyarrow.large_string()
+        ends = (pyarrow.scalar(text, kind) for text in ("", "\n"))
+        lines = pc.binary_join_element_wise(names.cast(kind), *ends)
+        size = pc.sum(pc.binary_length(lines)).as_py() - 1  # without the last line's end
+        return cls(torch.from_numpy(numpy.frombuffer(lines.buffers()[2], "u1", size).copy()))
+
+    def array(self) -> pyarrow.Array:
+        """A copy as Arrow's strings, to compute with all names at once."""
+        offsets = self._starts - numpy.arange(len(self._starts))
+        joined = self._bytes[self._bytes != ord("\n")]
+        buffers = (pyarrow.py_buffer(offsets), pyarrow.py_buffer(joined))
+        return pyarrow.LargeStringArray.from_buffers(len(self), *buffers)
 
     def __len__(self) -> int:
         return len(self._starts) - 1
+
+    def __eq__(self, other: object) -> bool:
+        return list(self) == list(other) if isinstance(other, Sequence) else NotImplemented
+
+    def __iter__(self) -> Iterator[str]:
+        for start in range(0, len(self), _DECODED):
+            yield from self[start : start + _DECODED]
 
     @overload
     def __getitem__(self, index: int) -> str: ...
@@ -48,10 +77,15 @@ class Names(Sequence[str]):
     def __getitem__(self, index: slice) -> list[str]: ...
     def __getitem__(self, index: int | slice) -> str | list[str]:
         if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+            first, last, step = index.indices(len(self))
+            if step != 1 or first >= last:
+                return [self[i] for i in range(first, last, step)]
+            return self._text(first, last).split("\n")
         index = range(len(self))[index]
-        start, end = self._starts[index : index + 2]
-        return self._content[start : end - 1].tobytes().decode("utf-8")
+        return self._text(index, index + 1)
+
+    def _text(self, first: int, last: int) -> str:
+        return self._bytes[self._starts[first] : self._starts[last] - 1].tobytes().decode("utf-8")
 
 
 def find(kind: str, name: str, names: Sequence[str]) -> int:

@@ -19,14 +19,13 @@ from torch.nn.functional import embedding
 
 from emu_kernels import emu_scores
 
-from .data import SPLITS, Direction, split_triples
+from .data import PARTS, SPLITS, Direction, split_triples
 from .errors import DataError, TrainerError
 from .models import Query
 from .names import find
 from .run import RunFolder
 from .terminal import degrade_output, discard_output
 
-PARTS = ("head", "relation", "tail")
 FORMATS = ("table", "csv", "jsonl")
 
 PartialTriple = Sequence["str | None"]

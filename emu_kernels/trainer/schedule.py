@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from .settings import Choice
+from .sparse import RowwiseAdagrad
 
 if TYPE_CHECKING:
     from .config import Config
@@ -65,10 +66,11 @@ def learning_rate(config: Config, step: int) -> float:
 def new_optimizer(config: Config, model: nn.Module, step: int) -> torch.optim.Optimizer:
     """The optimizer of training step `step`, as new."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    name = config.switch_to if has_switched(config, step) else config.optimizer
+    name = str(config.switch_to if has_switched(config, step) else config.optimizer)
+    lr = learning_rate(config, step)
+    if name == "RowwiseAdagrad":
+        return RowwiseAdagrad(trained, lr)
     # On a CPU the fused step is one pass over parameter, gradient and state, not several.
     fused = True if torch.device(config.device).type == "cpu" else None
-    optimizer: torch.optim.Optimizer = getattr(torch.optim, str(name))(
-        trained, lr=learning_rate(config, step), fused=fused
-    )
+    optimizer: torch.optim.Optimizer = getattr(torch.optim, name)(trained, lr=lr, fused=fused)
     return optimizer

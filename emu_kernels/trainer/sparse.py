@@ -1,6 +1,9 @@
-"""Adagrad on a sparse gradient of the entity table: a step costs the rows it touches."""
+"""Adagrad for large tables: by rows that a step touches, or with one number of state a row."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +33,54 @@ def add_rows(gradient: Tensor, ids: Tensor, rows: Tensor) -> tuple[Tensor, Tenso
     return ids[~known], rows[~known]
 
 
+class RowwiseAdagrad(torch.optim.Optimizer):
+    """Adagrad (Duchi et al., 2011) with one sum a row: of the mean square of the row's gradient.
+
+    The state of a table (N, D) is (N, 1), where Adagrad's is (N, D). It is PyTorch-BigGraph's
+    ``RowAdagrad`` (Lerer et al., 2019) and FBGEMM's ``EXACT_ROWWISE_ADAGRAD``. A tensor of one
+    dimension has a sum for each component, as in Adagrad.
+
+    Args:
+        params: tensors of one or two dimensions.
+        lr, eps: as of ``torch.optim.Adagrad``.
+    """
+
+    def __init__(self, params: Iterable[Tensor], lr: float = 0.01, eps: float = 1e-10) -> None:
+        super().__init__(params, {"lr": lr, "eps": eps})
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                rows = parameter.new_zeros(len(parameter), *[1] * (parameter.ndim - 1))
+                self.state[parameter]["sum"] = rows
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Step all parameters by their gradients, a block of rows at a time."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                parts = (parameter, parameter.grad, self.state[parameter]["sum"])
+                size = _block(parameter)
+                for rows, gradient, sums in zip(*(x.split(size) for x in parts), strict=True):
+                    add_squares(sums, gradient)
+                    divisor = sums.sqrt().add_(group["eps"])
+                    rows.addcdiv_(gradient, divisor, value=-group["lr"])
+
+
+def add_squares(sums: Tensor, gradient: Tensor) -> Tensor:
+    """Add a gradient's squares to Adagrad's sums (R, D), or their means to those of rows (R, 1)."""
+    if sums.shape == gradient.shape:
+        return sums.addcmul_(gradient, gradient)
+    return sums.add_(gradient.square().mean(dim=1, keepdim=True))
+
+
+def _block(table: Tensor) -> int:
+    """How many rows to update at a time."""
+    if table.device.type != "cpu":
+        return len(table)
+    return max(1, _BLOCK * len(table) // table.numel())
+
+
 @torch.no_grad()
 def adagrad_step(
     optimizer: torch.optim.Optimizer, table: Tensor, ids: Tensor, rows: Tensor
@@ -41,7 +92,8 @@ def adagrad_step(
     The table's gradient is None afterwards, so that ``optimizer.step()`` leaves it alone.
 
     Args:
-        optimizer: a ``torch.optim.Adagrad`` without decay, which has `table` as a parameter.
+        optimizer: a ``torch.optim.Adagrad`` without decay, or a :class:`RowwiseAdagrad`, which has
+            `table` as a parameter.
         table: (N, D); its gradient is coalesced.
         ids: (B,), repeats allowed.
         rows: (B, D).
@@ -51,11 +103,12 @@ def adagrad_step(
     others = add_rows(gradient, ids, rows)
     (group,) = (g for g in optimizer.param_groups if any(p is table for p in g["params"]))
     state = optimizer.state[table]
-    state["step"] += 1
+    if "step" in state:
+        state["step"] += 1
+    block = _block(table)
     for ids, rows in ((gradient._indices()[0], gradient._values()), others):
-        block = max(1, _BLOCK // table.shape[1] if table.device.type == "cpu" else len(ids))
         for at, values in zip(ids.split(block), rows.split(block), strict=True):
-            sums = state["sum"].index_select(0, at).addcmul_(values, values)
+            sums = add_squares(state["sum"].index_select(0, at), values)
             state["sum"].index_copy_(0, at, sums)
             moved = table.index_select(0, at)
             moved.addcdiv_(values, sums.sqrt_().add_(group["eps"]), value=-group["lr"])

@@ -38,7 +38,7 @@ def test_lines_are_means_of_their_triples(graph):
     model = new_model(Config(data="-", dim=8), graph)
     ranks = Evaluator(graph).split_ranks(model, "test")
     relations = graph.triples["test"][:, 1]
-    lines = by_relation(graph, "test", ranks)
+    lines = by_relation(graph, graph.triples["test"], ranks)
     assert [line.name for line in lines] == [graph.relations[i] for i in relations.unique()]
     for line in lines:
         mine = relations == graph.relations.index(line.name)
@@ -47,7 +47,7 @@ def test_lines_are_means_of_their_triples(graph):
             of = ranks[direction][mine]
             assert line.metrics[direction].mrr == pytest.approx(float((1 / of).mean()))
             assert line.metrics[direction].mr == pytest.approx(float(of.mean()))
-    (kind,) = by_kind(graph, "test", ranks)  # clusters to clusters, all of them
+    (kind,) = by_kind(graph, graph.triples["test"], ranks)  # clusters to clusters, all of them
     assert (kind.name, kind.triples) == ("n-n", len(relations))
     whole = Evaluator(graph).evaluate(model, "test")
     assert Metrics.of(ranks) == whole
@@ -62,7 +62,7 @@ def test_a_run_leaves_a_table(graph, tmp_path):
     assert ranks is not None
     with (tmp_path / "run" / "relations.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    lines = by_relation(graph, "test", ranks)
+    lines = by_relation(graph, graph.triples["test"], ranks)
     assert [row["relation"] for row in rows] == [line.name for line in lines]
     assert [float(row["head_mrr"]) for row in rows] == [x.metrics["head"].mrr for x in lines]
     assert [int(row["triples"]) for row in rows] == [line.triples for line in lines]

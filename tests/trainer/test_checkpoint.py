@@ -8,13 +8,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from emu_kernels.trainer import checkpoint
+from emu_kernels.trainer.config import Config
+from emu_kernels.trainer.data import SPLITS, Graph
 from emu_kernels.trainer.errors import RunError
+from emu_kernels.trainer.run import RunFolder, new_model
 
 
 @pytest.mark.parametrize("mapped", [False, True])
@@ -49,6 +53,51 @@ def test_mapped_tensors_take_no_memory(tmp_path):
     tensors, _ = checkpoint.load(tmp_path / "x.safetensors", mapped=True)
     assert tensors["x"].sum() == 4e6
     assert taken() - before < 8_000  # of 16,000
+
+
+def grown(step: Callable[[], object]) -> int:
+    """MiB of memory that a call adds at its peak."""
+
+    def read(field: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(field)) >> 10
+
+    Path("/proc/self/clear_refs").write_text("5")  # proc(5): sets VmHWM to VmRSS
+    before = read("VmRSS")
+    step()
+    return read("VmHWM") - before
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")
+def test_tables_are_written_from_where_they_are(tmp_path):
+    tensors = {"x": torch.ones(1000, 16_000)}  # 61 MiB
+    assert grown(lambda: checkpoint.save(tmp_path / "x.safetensors", tensors, {})) < 20
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")
+def test_text_is_written_by_rows(tmp_path):
+    """The table's 1.5 million numbers would be 46 MiB of Python's."""
+    graph = Graph(
+        [f"entity {i}" for i in range(15_000)],
+        ["r"],
+        {split: torch.zeros((1, 3), dtype=torch.int64) for split in SPLITS},
+    )
+    model = new_model(Config(data="-", dim=100), graph)
+    run = RunFolder(tmp_path)
+    run.export_embeddings(model, graph)
+    assert grown(lambda: run.export_embeddings(model, graph, tsv=True)) < 25
+    with (tmp_path / "entities.tsv").open() as lines:
+        assert sum(1 for _ in lines) == 15_000
+
+
+def test_the_umask_says_who_may_read(tmp_path):
+    path = tmp_path / "x.safetensors"
+    before = os.umask(0o027)
+    try:
+        checkpoint.save(path, {"x": torch.ones(3)}, {})
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o640
 
 
 @pytest.mark.parametrize("size", [0, 100, 20_000])

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from emu_kernels.trainer.data import SPLITS, Graph, NamedTriple, load_graph
+from emu_kernels.trainer.data import SPLITS, Graph, NamedTriple
 from emu_kernels.trainer.datasets import load_dataset
 from emu_kernels.trainer.errors import DataError
+from emu_kernels.trainer.reading import load_graph
 
 GOOD = b"a\tlikes\tb\nb\tlikes\tc\n"
 
@@ -190,10 +191,10 @@ def test_zip_that_leaves_its_folder_is_refused(tmp_path):
         load_graph(tmp_path / "graph.zip")
 
 
-def test_a_single_file_is_told_what_is_expected(tmp_path):
-    (tmp_path / "all.tsv").write_bytes(GOOD * 100)
-    with pytest.raises(DataError, match=r"all\.tsv .* archive, tar or zip, of train\.txt, valid"):
-        load_graph(tmp_path / "all.tsv")
+def test_another_single_file_is_told_what_is_expected(tmp_path):
+    (tmp_path / "all.dat").write_bytes(GOOD * 100)
+    with pytest.raises(DataError, match=r"all\.dat .* archive, tar or zip, of train\.txt, valid"):
+        load_graph(tmp_path / "all.dat")
 
 
 def doubts(**splits: list[NamedTriple]) -> list[str]:
@@ -219,13 +220,13 @@ HEADER: list[NamedTriple] = [("source", "kind", "target")]
         (
             {"train": HEADER + CHAIN[:6], "test": HEADER + CHAIN[6:]},
             [
-                "a header, it seems, is read as a triple, in the first line of train.txt, test.txt",
+                "a header, it seems, is read as a triple, in the first line of train, test",
                 "1 of the test triples are train triples too",
             ],
         ),
         (
             {"train": [("h", "Relation", "t"), *CHAIN]},
-            ["a header, it seems, is read as a triple, in the first line of train.txt"],
+            ["a header, it seems, is read as a triple, in the first line of train"],
         ),
         (
             {"train": [(h, t, r) for h, r, t in CHAIN]},

@@ -13,7 +13,7 @@ from pathlib import Path
 import pooch
 import pytest
 
-from emu_kernels.trainer.data import SPLITS, load_graph
+from emu_kernels.trainer.data import SPLITS
 from emu_kernels.trainer.datasets import (
     DATASETS,
     FOLDER_VARIABLE,
@@ -22,6 +22,7 @@ from emu_kernels.trainer.datasets import (
     load_dataset,
 )
 from emu_kernels.trainer.errors import DataError
+from emu_kernels.trainer.reading import load_graph
 
 SIZES = {  # entities, relations, train, valid, test
     "CoDEx-S": (2034, 42, 32888, 1827, 1828),

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from emu_kernels.trainer import evaluation
 from emu_kernels.trainer.config import Config
 from emu_kernels.trainer.data import DIRECTIONS, SPLITS, Direction, Graph
 from emu_kernels.trainer.errors import TrainingError
-from emu_kernels.trainer.evaluation import Evaluator, Metrics
+from emu_kernels.trainer.evaluation import EvaluationOptions, Evaluator, Metrics
 from emu_kernels.trainer.loop import Trainer
 from emu_kernels.trainer.models import MODELS, Model
 from emu_kernels.trainer.run import new_model
@@ -58,9 +60,85 @@ def test_ranks_follow_their_definition(graph, config, direction):
 def test_chunks_change_nothing(graph, config, monkeypatch, name):
     model = new_model(dataclasses.replace(config, model=name), graph)
     whole = Evaluator(graph).evaluate(model, "valid")
-    monkeypatch.setattr(evaluation, "_CHUNK_BYTES", 7 * 4 * graph.num_entities)
+    monkeypatch.setattr(evaluation, "_CHUNK_BYTES", 7 * 4 * 11)  # blocks of 11 entities
+    monkeypatch.setattr(evaluation, "_QUERIES", 7)
     chunked = Evaluator(graph).evaluate(model, "valid")
     assert vars(chunked) == pytest.approx(vars(whole), rel=1e-12)
+
+
+def test_chunks_of_a_large_graph():
+    """As many queries as a matrix product needs, unless their scores would be too many."""
+    triples = {split: torch.zeros((0, 3), dtype=torch.int64) for split in SPLITS}
+
+    def chunk(entities: int) -> int:
+        graph = Graph(range(entities), ["r"], triples)  # type: ignore[arg-type]
+        return Evaluator(graph)._chunk()
+
+    assert list(map(chunk, (14_541, 2_500_000, 10**8))) == [144, 32, 1]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_ranks_among_drawn_candidates(graph, config, monkeypatch, name, direction):
+    monkeypatch.setattr(evaluation, "_DRAWN", 7 * 40)  # chunks of 7 triples
+    model = new_model(dataclasses.replace(config, model=name), graph)
+    triples = graph.triples["test"][:30]
+    evaluator = Evaluator(graph, options=EvaluationOptions(eval_candidates=40), seed=3)
+    drawn: list[list[int]] = []
+    holds = evaluator._truth[direction].holds
+
+    def spy(given: Tensor, relation: Tensor, target: Tensor) -> Tensor:
+        drawn.extend(target.tolist())
+        return holds(given, relation, target)
+
+    monkeypatch.setattr(evaluator._truth[direction], "holds", spy)
+    ranks = evaluator.ranks(model, triples, direction)
+    known = {tuple(other) for split in SPLITS for other in graph.triples[split].tolist()}
+    left_out = 0
+    for (h, r, t), rank, among in zip(triples.tolist(), ranks.tolist(), drawn, strict=True):
+        given, target = (h, t) if direction == "tail" else (t, h)
+        query = model.ask(model.entity[[given]], torch.tensor([r]), direction)
+        scores = model.score(query, model.candidates())[0]
+        false = [c for c in among if ((h, r, c) if direction == "tail" else (c, r, t)) not in known]
+        assert target not in false
+        left_out += 40 - len(false)
+        # One call computes the scores of drawn candidates, another those of all.
+        assert (scores[false] - scores[target]).abs().min() > 1e-5
+        assert rank == 1 + int((scores[false] > scores[target]).sum())
+    assert 0 < left_out < 20 * len(triples)
+    assert torch.equal(evaluator.ranks(model, triples, direction), ranks)
+    other = Evaluator(graph, options=EvaluationOptions(eval_candidates=40), seed=4)
+    assert not torch.equal(other.ranks(model, triples, direction), ranks)
+
+
+def test_drawn_candidates_that_score_alike_share_a_rank(graph, config):
+    model = new_model(config, graph)
+    torch.nn.init.zeros_(model.entity)
+    options = EvaluationOptions(eval_candidates=20)
+    ranks = Evaluator(graph, options=options).ranks(model, graph.triples["test"], "tail")
+    assert 7 < ranks.mean() < 11  # 1 + half of those of 20 that are not known
+    assert ranks.max() <= 11
+
+
+def test_a_sample_of_triples_is_ranked(graph, config, monkeypatch):
+    model = new_model(config, graph)
+    whole = Evaluator(graph, options=EvaluationOptions(eval_triples=10**6))
+    some = Evaluator(graph, options=EvaluationOptions(eval_triples=20), seed=1)
+    ranked: list[Tensor] = []
+    ranks = some.ranks
+
+    def spy(model: Model, triples: Tensor, *rest: Any) -> Tensor:
+        ranked.append(triples)
+        return ranks(model, triples, *rest)
+
+    monkeypatch.setattr(some, "ranks", spy)
+    metrics = some.evaluate(model, "valid")
+    assert metrics == some.evaluate(model, "valid")
+    assert len(ranked[0]) == len(ranked[0].unique(dim=0)) == 20
+    assert all(torch.equal(ranked[0], other) for other in ranked)
+    valid = set(map(tuple, graph.triples["valid"].tolist()))
+    assert set(map(tuple, ranked[0].tolist())) < valid
+    assert whole.evaluate(model, "valid") == Evaluator(graph).evaluate(model, "valid")
 
 
 def test_a_model_that_scores_all_alike_gains_nothing(graph, config):

@@ -26,7 +26,7 @@ from emu_kernels.trainer.presets import PRESETS
 from emu_kernels.trainer.run import RunFolder
 from emu_kernels.trainer.sampling import ALL
 from emu_kernels.trainer.schedule import learning_rate
-from emu_kernels.trainer.sparse import add_rows
+from emu_kernels.trainer.sparse import RowwiseAdagrad, add_rows
 
 SMALL = Config(data="-", dim=16, batch_size=64, negatives=8, steps=60, eval_every=30, log_every=10)
 
@@ -147,10 +147,13 @@ SPARSE_MODELS = [name for name in MODELS if name != "PairRE"]
 
 
 @pytest.mark.parametrize("name", SPARSE_MODELS)
-@pytest.mark.parametrize("loss", [name for name in LOSSES if name != "onevsall"])
-def test_sparse_steps_are_the_dense_ones(graph, name, loss):
+@pytest.mark.parametrize(
+    ("loss", "optimizer"),
+    [(name, "Adagrad") for name in LOSSES if name != "onevsall"] + [("emu", "RowwiseAdagrad")],
+)
+def test_sparse_steps_are_the_dense_ones(graph, name, loss, optimizer):
     """Adagrad does not move rows without a gradient, so both should give the same numbers."""
-    config = small(model=name, loss=loss, regularization=0.0, steps=20)
+    config = small(model=name, loss=loss, optimizer=optimizer, regularization=0.0, steps=20)
     dense, sparse = (
         Trainer(dataclasses.replace(config, sparse=sparse), graph) for sparse in (False, True)
     )
@@ -172,6 +175,28 @@ def test_sparse_steps_move_only_what_they_touch(graph):
     moved = (trainer.model.entity != before).any(dim=1).nonzero()[:, 0]
     assert set(moved.tolist()) == set(torch.cat(touched).tolist())
     assert len(moved) < len(before)
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (1, 7), (4,)])
+def test_rowwise_adagrad_by_its_definition(monkeypatch, shape):
+    monkeypatch.setattr("emu_kernels.trainer.sparse._BLOCK", 6)  # two rows of three at a time
+    draws = torch.Generator().manual_seed(0)
+    ours = torch.randn(shape, generator=draws, requires_grad=True)
+    expected = ours.detach().clone()
+    optimizer = RowwiseAdagrad([ours], lr=0.3)
+    sums = torch.zeros(shape[0])
+    for _ in range(3):
+        gradient = torch.randn(shape, generator=draws)
+        gradient[-1] = 0.0  # a row that is not touched stays
+        sums += gradient.view(shape[0], -1).square().mean(dim=1)
+        rate = 0.3 / (sums.sqrt() + 1e-10)
+        expected -= rate.view(-1, *[1] * (len(shape) - 1)) * gradient
+        ours.grad = gradient
+        optimizer.step()
+    torch.testing.assert_close(ours.detach(), expected)
+    state = optimizer.state[ours]["sum"]
+    assert state.numel() == shape[0]
+    torch.testing.assert_close(state.flatten(), sums)
 
 
 @pytest.mark.parametrize("ids", [[1, 3], [0, 4, 2], [1, 1, 0, 0, 3], [4]])
@@ -251,6 +276,7 @@ def test_the_seed_determines_everything(graph):
         {"switch_to": "Adam", "switch_at": 37},
         {"switch_to": "Adam", "switch_at": 36, "schedule": "step", "decay_steps": 10},
         {"sparse": True, "switch_to": "Adagrad", "regularization": 0.0},
+        {"sparse": True, "optimizer": "RowwiseAdagrad", "model": "HAKE", "regularization": 0.0},
         {"inverse_relations": True, "model": "RotatE"},
     ],
     ids=lambda settings: "-".join(map(str, settings.values())),

@@ -16,7 +16,7 @@ from torch import Tensor
 import emu_kernels
 from emu_kernels.trainer import predict
 from emu_kernels.trainer.config import Config
-from emu_kernels.trainer.data import SPLITS, Graph
+from emu_kernels.trainer.data import PARTS, SPLITS, Graph
 from emu_kernels.trainer.loop import Trainer
 from emu_kernels.trainer.models import MODELS, Query
 from emu_kernels.trainer.names import UnknownNameError
@@ -93,7 +93,7 @@ def test_known_answers_are_named_or_left_out(predictor, named_triples, part, giv
                 known.setdefault(other[part], split)
     query = [name if i in given else None for i, name in enumerate(triple)]
     found = predictor.complete([query], k=48)
-    column = predict.PARTS[part]
+    column = PARTS[part]
     assert {getattr(p, column): p.known for p in found if p.known} == known
     new = predictor.complete([query], k=48, filter_known=True)
     expected = [(getattr(p, column), p.score) for p in found if p.known is None]

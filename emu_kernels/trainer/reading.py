@@ -1,0 +1,394 @@
+"""Graphs from files, read by Arrow.
+
+===============  ====================================================================
+``.txt .tsv``    head, relation and tail, separated by tabs; no quotes
+``.csv``         separated by commas, with quotes; a first line ``head,relation,tail``
+                 is the header
+``.parquet``     columns head, relation and tail, or three columns
+``.nt``          N-Triples; those with a literal are left out
+===============  ====================================================================
+
+Text is UTF-8, with or without a byte-order mark; lines may end as on Windows; each format but
+Parquet may be compressed by gzip (``.gz``). A graph is three such files, train, valid and test, in
+a folder or an archive (tar or zip), which is read in memory; or one file, of which some triples are
+held out.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import re
+import stat
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import pyarrow
+import pyarrow.compute as pc
+from pyarrow import csv as arrow_csv
+from pyarrow import parquet
+
+from .data import PARTS, SPLITS, Columns, Graph
+from .errors import DataError
+
+FORMATS = {".txt": "\t", ".tsv": "\t", ".csv": ",", ".parquet": None, ".nt": None}
+"""By suffix what separates fields, if they are text."""
+
+_BLOCK = 1 << 24  # bytes parsed at once, and so the longest line
+# As in https://www.w3.org/TR/n-triples; a literal is the group that is missing.
+_N_TRIPLE = (
+    r"^\s*(?P<head><[^>]+>|_:[^\s<>]+)\s*(?P<relation><[^>]+>)\s*"
+    r'(?:(?P<tail><[^>]+>|_:[^\s<>]+)|".*)\s*\.\s*(?:#.*)?$'
+)
+
+
+class File(NamedTuple):
+    """A file with triples."""
+
+    where: str  # for messages
+    name: str
+    content: bytes | pyarrow.Buffer
+
+
+class Layout(NamedTuple):
+    """What is where in each file.
+
+    Args:
+        columns: of head, relation and tail: names, which the first line has, or numbers from 1.
+            Without them a file has these three.
+        numbered: the file holds ids, from 0, which are kept; names else, integers too.
+    """
+
+    columns: tuple[str, ...] = ()
+    numbered: bool = False
+
+    @property
+    def type(self) -> pyarrow.DataType:
+        return pyarrow.int64() if self.numbered else pyarrow.string()
+
+
+PLAIN = Layout()
+
+
+def load_graph(
+    path: Path, layout: Layout = PLAIN, *, hold_out: float = 0.05, split_seed: int = 0
+) -> Graph:
+    """Read a graph from a folder, from an archive, tar or zip, or from a single file.
+
+    Args:
+        hold_out, split_seed: of a single file, for :meth:`Graph.hold_out`.
+
+    Raises:
+        DataError: something is missing, malformed, corrupted or unsafe; says where.
+    """
+    if path.is_dir():
+        files = _collect(path, ((file.name, partial(_open, file)) for file in path.iterdir()))
+    elif path.is_file() and _kind(path.name)[1] in FORMATS:
+        file = File(str(path), path.name, _open(path))
+        notes: list[str] = []
+        none = pyarrow.chunked_array([], layout.type)
+        columns = {"train": _read(file, layout, notes), "valid": [none] * 3, "test": [none] * 3}
+        _check_any(file, columns["train"])
+        return Graph.from_columns(columns, tuple(notes)).hold_out(hold_out, split_seed)
+    elif path.is_file():
+        files = _read_archive(path)
+    else:
+        raise DataError(
+            f"{path}: no such folder or archive; expected a folder with train.txt, valid.txt "
+            f"and test.txt (or {', '.join(FORMATS)}), an archive of them, tar or zip, or one file"
+        )
+    for split in SPLITS:
+        if split not in files:
+            raise DataError(
+                f"{path} holds no {split}.txt (or {', '.join(FORMATS)}); it must hold train, valid "
+                "and test"
+            )
+    notes = []
+    splits = {split: _read(files[split], layout, notes) for split in SPLITS}
+    _check_any(files["train"], splits["train"])
+    return Graph.from_columns(splits, tuple(notes))
+
+
+def _check_any(file: File, columns: Columns) -> None:
+    if not len(columns[0]):
+        raise DataError(f"{file.where} holds no triples: there is nothing to train on")
+
+
+def _kind(name: str) -> tuple[str, str]:
+    """Stem and suffix of a file's name, without that of gzip."""
+    path = PurePosixPath(name.removesuffix(".gz"))
+    return path.stem, path.suffix
+
+
+def _open(file: Path) -> pyarrow.Buffer:
+    try:
+        size = file.stat().st_size  # what is empty cannot be mapped
+        return pyarrow.memory_map(str(file)).read_buffer() if size else pyarrow.py_buffer(b"")
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error}") from error
+
+
+def _collect(
+    path: Path, members: Iterator[tuple[str, Callable[[], bytes | pyarrow.Buffer]]], sign: str = "/"
+) -> dict[str, File]:
+    """By split the one file of each."""
+    files: dict[str, File] = {}
+    for member, read in members:
+        name = PurePosixPath(member).name
+        stem, suffix = _kind(name)
+        if stem not in SPLITS or suffix not in FORMATS:
+            continue
+        if stem in files:
+            raise DataError(f"{path} holds {stem} more than once: {files[stem].name} and {name}")
+        files[stem] = File(f"{path}{sign}{member}", name, read())
+    return files
+
+
+def _read_archive(path: Path) -> dict[str, File]:
+    """By split the file.
+
+    Nothing is extracted, so a member outside the folder could do no harm here, but an honest
+    dataset has none, and a person may extract the archive.
+    """
+    members = _zip_members if zipfile.is_zipfile(path) else _tar_members
+    try:
+        return _collect(path, _safe(path, members(path)), ":")
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError, RuntimeError, zlib.error) as e:
+        raise DataError(
+            f"{path} is corrupted or no archive, tar or zip, of train.txt, valid.txt and test.txt "
+            f"(a folder that holds the three will do too): {e}"
+        ) from e
+
+
+# Name, whether it is a plain file or folder, and what reads it where it is a file.
+_Member = tuple[str, bool, Callable[[], bytes] | None]
+
+
+def _safe(path: Path, members: Iterator[_Member]) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    for member, plain, read in members:
+        name = PurePosixPath(member)
+        if name.is_absolute() or ".." in name.parts or "\\" in member or not plain:
+            raise DataError(
+                f"{path} is unsafe: its member {member!r} is not a plain file or "
+                "folder inside the archive; nothing was read from it"
+            )
+        if read is not None:
+            yield member, read
+
+
+def _tar_members(path: Path) -> Iterator[_Member]:
+    with tarfile.open(path) as archive:
+        for member in archive:
+            stream = archive.extractfile(member) if member.isfile() else None
+            plain = member.isfile() or member.isdir()
+            yield member.name, plain, stream.read if stream else None
+
+
+def _zip_members(path: Path) -> Iterator[_Member]:
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            link = stat.S_ISLNK(member.external_attr >> 16)
+            yield (
+                member.filename,
+                not link,
+                None if member.is_dir() else partial(archive.read, member),
+            )
+
+
+def _read(file: File, layout: Layout, notes: list[str]) -> Columns:
+    """Columns of a file, of the layout's type; `notes` gets what was left out."""
+    suffix = _kind(file.name)[1]
+    if file.name.endswith(".gz"):
+        try:
+            file = file._replace(content=gzip.decompress(file.content))
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(f"{file.where} is corrupted: {error}") from error
+    if suffix == ".parquet":
+        return _read_parquet(file, layout)
+    if suffix == ".nt":
+        if layout != PLAIN:
+            raise DataError(f"{file.where}: N-Triples have no columns and no ids to choose")
+        return _read_n_triples(file, notes)
+    return _read_text(file, layout, FORMATS[suffix] or "\t")
+
+
+def _parse(file: File, delimiter: str, *, header: bool = False, **convert: Any) -> pyarrow.Table:
+    """Raises: KeyError, ArrowInvalid: without the line where."""
+    return arrow_csv.read_csv(
+        pyarrow.BufferReader(file.content),
+        read_options=arrow_csv.ReadOptions(autogenerate_column_names=not header, block_size=_BLOCK),
+        parse_options=arrow_csv.ParseOptions(
+            delimiter=delimiter, quote_char='"' if delimiter == "," else False
+        ),
+        convert_options=arrow_csv.ConvertOptions(**convert),
+    )
+
+
+def _read_text(file: File, layout: Layout, delimiter: str) -> Columns:
+    columns, header = layout.columns, any(not name.isdecimal() for name in layout.columns)
+    first = bytes(memoryview(file.content)[:4096])
+    if delimiter == "," and not columns:
+        line = first.removeprefix(codecs.BOM_UTF8).split(b"\n")[0].strip()
+        header = line.decode("utf-8", "replace").split(",") == [*PARTS]
+        columns = PARTS if header else ()
+    named = columns if header else [f"f{int(c) - 1}" for c in columns or ("1", "2", "3")]
+    try:
+        if b"\0" in first:
+            raise pyarrow.ArrowInvalid("NUL")
+        table = _parse(
+            file,
+            delimiter,
+            header=header,
+            include_columns=named if columns else None,
+            column_types=dict.fromkeys(named, layout.type),
+        )
+    except KeyError as error:
+        got = first.split(b"\n")[0].decode("utf-8", "replace").strip().split(delimiter)
+        raise DataError(
+            f"{file.where}: expected columns {', '.join(columns)}, got {', '.join(got)}"
+        ) from error
+    except pyarrow.ArrowInvalid as error:
+        if _check_lines(file, layout, delimiter, header):
+            raise DataError(f"{file.where}: {error}") from error
+        return [pyarrow.chunked_array([], layout.type)] * 3
+    found = [table[name] for name in named] if len(named) <= table.num_columns else []
+    if table.num_columns != 3 or any(map(_has_empty, found)):
+        _check_lines(file, layout, delimiter, header)
+    if not layout.numbered and pc.any(pc.starts_with(found[0], "\ufeff")).as_py():
+        # Files joined into one have a byte-order mark at the start of each.
+        found[0] = pc.utf8_ltrim(found[0], "\ufeff")
+    return found
+
+
+def _has_empty(column: pyarrow.ChunkedArray) -> bool:
+    if not pyarrow.types.is_string(column.type):
+        return column.null_count > 0
+    return pc.min(pc.binary_length(column)).as_py() == 0
+
+
+def _check_lines(file: File, layout: Layout, delimiter: str, header: bool) -> int:
+    """What is wrong with a file that Arrow has refused, as it does not say on which line.
+
+    Returns:
+        How many lines are triples.
+
+    Raises:
+        DataError: the first line that is not as expected.
+    """
+    count = 0
+    wanted = ("1", "2", "3") if header or not layout.columns else layout.columns
+    width = 0 if layout.columns else 3  # 0: that of the first line
+    separated = f"separated by {'commas' if delimiter == ',' else 'tabs'}"
+    for where, line in _lines(file):
+        fields = next(csv.reader([line])) if delimiter == "," else line.split(delimiter)
+        width = width or len(fields)
+        if header and not count:
+            wanted = tuple(str(fields.index(name) + 1) for name in layout.columns or PARTS)
+        parts = [fields[int(c) - 1] for c in wanted] if len(fields) == width else []
+        if len(fields) != width or not all(parts):
+            empty = [name for name, x in zip(PARTS, parts, strict=False) if not x]
+            got = f"an empty {' and an empty '.join(empty)}" if empty else f"{len(fields)} field(s)"
+            expected = f"head, relation and tail {separated}" if width == 3 else f"{width} fields"
+            advice = "" if layout.columns else "; columns says where they are among more"
+            raise DataError(f"{where}: expected {expected}, got {got}: {line[:200]!r}{advice}")
+        if layout.numbered and not (header and not count) and not all(map(str.isdecimal, parts)):
+            raise DataError(f"{where}: expected ids, integers from 0, got {line[:200]!r}")
+        count += 1
+    return count - header
+
+
+def _lines(file: File) -> Iterator[tuple[str, str]]:
+    """Where each line is that holds something, and what; without marks and line ends.
+
+    Raises:
+        DataError: one is not UTF-8.
+    """
+    content = bytes(memoryview(file.content))
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content:
+        raise DataError(
+            f"{file.where}: expected UTF-8 text, and this seems to be UTF-16 or no text at all: "
+            "iconv -f UTF-16 -t UTF-8 converts it"
+        )
+    for number, raw in enumerate(content.split(b"\n"), start=1):
+        try:
+            line = raw.decode("utf-8").lstrip("\ufeff").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{file.where}:{number}: expected UTF-8 text: {error}") from error
+        if line:
+            yield f"{file.where}:{number}", line
+
+
+def _read_n_triples(file: File, notes: list[str]) -> Columns:
+    found: list[list[pyarrow.Array]] = [[], [], []]
+    literals = 0
+    try:
+        table = _parse(file, "\1", column_types={"f0": pyarrow.string()})
+        lines = table.column(0).chunks if table.num_columns == 1 else None
+    except pyarrow.ArrowInvalid:
+        lines = None
+    for chunk in lines or ():
+        triples = chunk.filter(pc.invert(pc.match_substring_regex(chunk, r"^\s*(#.*)?$")))
+        parts = pc.extract_regex(triples, _N_TRIPLE)
+        if parts.null_count:
+            lines = None
+            break
+        columns = [pc.struct_field(parts, name) for name in PARTS]
+        real = pc.not_equal(columns[2], "")
+        literals += len(triples) - pc.sum(real).as_py()
+        for part, column in zip(found, columns, strict=True):
+            part.append(pc.utf8_trim(column.filter(real), "<>"))
+    if lines is None:
+        for where, line in _lines(file):
+            if not re.match(r"\s*(#|$)", line) and not re.match(_N_TRIPLE, line):
+                raise DataError(f"{where}: expected a triple of N-Triples, got {line[:200]!r}")
+    if literals:
+        notes.append(f"{literals:,} triples of {file.where} have a literal as tail: left out")
+    return [pyarrow.chunked_array(part, pyarrow.string()) for part in found]
+
+
+def _read_parquet(file: File, layout: Layout) -> Columns:
+    try:
+        table = parquet.ParquetFile(pyarrow.BufferReader(file.content))
+        names = table.schema_arrow.names
+        columns = _choose(names, layout.columns)
+        if columns is None:
+            wanted = ", ".join(layout.columns or PARTS)
+            raise DataError(f"{file.where}: expected columns {wanted}, got {', '.join(names)}")
+        found = [table.read([name]).column(0) for name in columns]
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{file.where} cannot be read as Parquet: {error}") from error
+    for name, column in zip(columns, found, strict=True):
+        if not _holds_names(column.type, layout.numbered):
+            kinds = "integers" if layout.numbered else "strings or integers"
+            raise DataError(f"{file.where}: expected {kinds} in {name}, got {column.type}")
+    found = [column.cast(layout.type) for column in found]
+    for name, column in zip(columns, found, strict=True):
+        if column.null_count or (len(column) and _has_empty(column)):
+            raise DataError(f"{file.where}: column {name} has rows without a value")
+    return found
+
+
+def _choose(names: Sequence[str], columns: tuple[str, ...]) -> list[str] | None:
+    """Names of the three columns; None where they are not there."""
+    if not columns:
+        return [*PARTS] if {*PARTS} <= {*names} else [*names] if len(names) == 3 else None
+    found = [
+        names[int(c) - 1] if c.isdecimal() and 0 < int(c) <= len(names) and c not in names else c
+        for c in columns
+    ]
+    return found if {*found} <= {*names} else None
+
+
+def _holds_names(kind: pyarrow.DataType, numbered: bool) -> bool:
+    if pyarrow.types.is_dictionary(kind):
+        kind = kind.value_type
+    if pyarrow.types.is_integer(kind):
+        return True
+    texts = (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view())
+    return not numbered and kind in texts

@@ -1,0 +1,232 @@
+"""Formats of files, columns, ids, and one file that is split."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pyarrow
+import pytest
+import torch
+from pyarrow import parquet
+
+from emu_kernels.trainer import reading
+from emu_kernels.trainer.config import Config
+from emu_kernels.trainer.data import SPLITS, Graph
+from emu_kernels.trainer.errors import ConfigError, DataError
+from emu_kernels.trainer.reading import Layout, load_graph
+
+TRIPLES = [("a", "likes", 'b "c"'), ('b "c"', "likes", "Zürich"), ("a", "is", "Zürich")]
+ENTITIES = ["Zürich", "a", 'b "c"']
+IDS = [[1, 1, 2], [2, 1, 0], [1, 0, 0]]
+
+
+def tsv(triples: Sequence[tuple[str, ...]], by: str = "\t") -> str:
+    return "".join(by.join(triple) + "\n" for triple in triples)
+
+
+def folder(path: Path, content: bytes, name: str) -> Path:
+    path.mkdir()
+    for split in SPLITS:
+        (path / f"{split}{name}").write_bytes(content)
+    return path
+
+
+def n_triples(triples: Sequence[tuple[str, ...]]) -> str:
+    return "".join(f"<{h}> <{r}> <{t}> .\n" for h, r, t in triples)
+
+
+def as_parquet(path: Path, columns: Mapping[str, object]) -> Path:
+    parquet.write_table(pyarrow.table(columns), path)
+    return path
+
+
+QUOTED = [tuple(f'"{x.replace(chr(34), 2 * chr(34))}"' for x in triple) for triple in TRIPLES]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        (".txt", tsv(TRIPLES)),
+        (".tsv", tsv(TRIPLES)),
+        (".csv", tsv(QUOTED, ",")),
+        (".csv", "head,relation,tail\r\n" + tsv(QUOTED, ",")),
+        (".nt", "# Über\n\n" + n_triples(TRIPLES).replace("> <", ">\t<", 1)),
+    ],
+)
+@pytest.mark.parametrize("zipped", [False, True])
+def test_formats_hold_the_same_graph(tmp_path, name, text, zipped):
+    content = gzip.compress(text.encode()) if zipped else text.encode()
+    graph = load_graph(folder(tmp_path / "graph", content, name + ".gz" * zipped))
+    assert graph.entities == ENTITIES
+    assert graph.relations == ["is", "likes"]
+    assert all(graph.triples[split].tolist() == IDS for split in SPLITS)
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string", "dictionary"])
+def test_parquet_holds_the_same_graph(tmp_path, kind):
+    heads, relations, tails = ([*x] for x in zip(*TRIPLES, strict=True))
+    columns = {"tail": tails, "head": heads, "relation": relations}
+    types = {
+        "string": pyarrow.string(),
+        "large_string": pyarrow.large_string(),
+        "dictionary": pyarrow.dictionary(pyarrow.int32(), pyarrow.string()),
+    }
+    for split in SPLITS:
+        arrays = {name: pyarrow.array(x, types[kind]) for name, x in columns.items()}
+        as_parquet(tmp_path / f"{split}.parquet", {"more": pyarrow.nulls(3), **arrays})
+    graph = load_graph(tmp_path)
+    assert graph.entities == ENTITIES
+    assert graph.triples["test"].tolist() == IDS
+
+
+def test_blocks_change_nothing(tmp_path, monkeypatch):
+    """Names in several of Arrow's chunks."""
+    triples = [(f"e{i * 7919 % 5000}", f"r{i % 7}", f"e{i * 31 % 5000}") for i in range(9000)]
+    folder(tmp_path / "graph", tsv(triples).encode(), ".tsv")
+    whole = load_graph(tmp_path / "graph")
+    monkeypatch.setattr(reading, "_BLOCK", 1 << 10)
+    parts = load_graph(tmp_path / "graph")
+    assert whole.entities == parts.entities == sorted({x for h, _, t in triples for x in (h, t)})
+    assert torch.equal(whole.triples["test"], parts.triples["test"])
+    names = [[*whole.entities][i] for i in whole.triples["train"][:, 2].tolist()]
+    assert names == [tail for _, _, tail in triples]
+
+
+@pytest.mark.parametrize("by", ["\t", ","])
+@pytest.mark.parametrize(
+    ("columns", "header"), [(("4", "2", "1"), False), (("subject", "kind", "object"), True)]
+)
+def test_columns_by_name_and_by_number(tmp_path, by, columns, header):
+    lines = [("object", "kind", "year", "subject")] if header else []
+    lines += [(t.replace('"', ""), r, "", h.replace('"', "")) for h, r, t in TRIPLES]
+    name = ".csv" if by == "," else ".tsv"
+    graph = load_graph(
+        folder(tmp_path / "graph", tsv(lines, by).encode(), name), Layout(columns=columns)
+    )
+    assert graph.entities == ["Zürich", "a", "b c"]
+    assert graph.triples["valid"].tolist() == IDS
+
+
+def test_ids_are_kept(tmp_path):
+    text = "2\t0\t10\n0\t1\t3\n"
+    graph = load_graph(folder(tmp_path / "text", text.encode(), ".txt"), Layout(numbered=True))
+    assert graph.triples["train"].tolist() == [[2, 0, 10], [0, 1, 3]]
+    assert graph.entities == [str(i) for i in range(11)]
+    assert graph.relations == ["0", "1"]
+    columns = {"head": [2, 0], "relation": [0, 1], "tail": [10, 3]}
+    for split in SPLITS:
+        as_parquet(tmp_path / f"{split}.parquet", columns)
+    kept = load_graph(tmp_path, Layout(numbered=True))
+    assert torch.equal(kept.triples["train"], graph.triples["train"])
+    assert load_graph(tmp_path).entities == ["0", "10", "2", "3"]  # as names
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "layout", "said"),
+    [
+        (".csv", "a,r,b\na,r\n", Layout(), r"train\.csv:2: .*separated by commas, got 2 field"),
+        (".csv", 'a,r,"b\nc"\n', Layout(), r"no tab, line end or NUL: 'b\\nc'"),
+        (".tsv", "a\tr\tb\tc\n", Layout(), r"train\.tsv:1: .*4 field.*columns says where"),
+        (".tsv", "a\tr\tb\tc\na\tr\tb\n", Layout(("1", "2", "4")), r"tsv:2: expected 4 fields, "),
+        (".tsv", "a\tr\tb\t\n", Layout(("1", "2", "4")), r"tsv:1: .*got an empty tail"),
+        (".tsv", "a\tr\tb\n", Layout(("1", "2", "4")), "columns 1, 2, 4, got a, r, b"),
+        (".tsv", "h\tr\n", Layout(("h", "r", "t")), r"expected columns h, r, t, got h, r"),
+        (".tsv", "0\t0\t1\n0\t0\tx\n", Layout(numbered=True), r"tsv:2: expected ids, integers"),
+        (".tsv", "0\t0\t1\n0\t0\t-1\n", Layout(numbered=True), r"ids must be at least 0, got -1"),
+        (".nt", "<a> <r> <b> .\n<a> <r> b .\n", Layout(), r"nt:2: expected a triple of N-Tr"),
+        (".nt", "<a> <r> <b> .\n", Layout(numbered=True), "no ids to choose"),
+        (".tsv.gz", "no gzip", Layout(), r"train\.tsv\.gz is corrupted"),
+        (".parquet", "no parquet", Layout(), "cannot be read as Parquet"),
+    ],
+)
+def test_what_is_wrong_is_said(tmp_path, name, text, layout, said):
+    with pytest.raises(DataError, match=said):
+        load_graph(folder(tmp_path / "graph", text.encode(), name), layout)
+
+
+@pytest.mark.parametrize(
+    ("columns", "layout", "said"),
+    [
+        ({"a": ["x"], "b": ["y"]}, Layout(), "expected columns head, relation, tail, got a, b"),
+        ({"a": ["x"], "b": [0.5], "c": ["z"]}, Layout(), "strings or integers in b, got double"),
+        ({"a": ["x"], "b": ["y"], "c": [None]}, Layout(), "in c, got null"),
+        ({"a": ["x", "x"], "b": ["y", "y"], "c": ["z", None]}, Layout(), "c has rows without"),
+        ({"a": ["x"], "b": ["y"], "c": [""]}, Layout(), "c has rows without"),
+        ({"a": ["x"], "b": ["y"], "c": ["z"]}, Layout(numbered=True), "integers in a, got string"),
+        ({"a": ["x"], "b": ["y"], "c": ["z\n"]}, Layout(), r"no tab, line end or NUL: 'z\\n'"),
+    ],
+)
+def test_what_is_wrong_in_parquet_is_said(tmp_path, columns, layout, said):
+    with pytest.raises(DataError, match=said):
+        load_graph(as_parquet(tmp_path / "graph.parquet", columns), layout)
+
+
+def test_two_files_of_a_split_are_refused(tmp_path):
+    folder(tmp_path / "graph", tsv(TRIPLES).encode(), ".tsv")
+    (tmp_path / "graph" / "train.csv").write_text("a,b,c\n")
+    with pytest.raises(DataError, match="holds train more than once: train"):
+        load_graph(tmp_path / "graph")
+
+
+def test_literals_are_left_out_and_counted(tmp_path):
+    text = n_triples(TRIPLES[:1]) + '<a> <r> "\\"5\\" . "^^<int> .\n_:a <r> _:b.\n<a> <r> "x"@en .'
+    graph = load_graph(folder(tmp_path / "graph", text.encode(), ".nt"))
+    assert graph.entities == ["_:a", "_:b", "a", 'b "c"']
+    assert len(graph.triples["train"]) == 2
+    assert graph.doubts()[0].startswith("2 triples of ")
+
+
+@pytest.fixture(scope="module")
+def one_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    draws = torch.Generator().manual_seed(0)
+    ids = torch.stack([torch.randint(n, (2000,), generator=draws) for n in (300, 7, 300)], 1)
+    lines = [(f"e{h}", f"r{r}", f"e{t}") for h, r, t in ids.unique(dim=0).tolist()]
+    lines += [("once", "r1", "e1"), ("e1", "rare", "e2"), *lines[:50]]
+    path = tmp_path_factory.mktemp("data") / "all.tsv"
+    path.write_text(tsv(lines))
+    return path
+
+
+def rows(graph: Graph, split: str) -> set[tuple[int, ...]]:
+    return set(map(tuple, graph.triples[split].tolist()))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.49])
+def test_one_file_is_split(one_file, share):
+    graph = load_graph(one_file, hold_out=share)
+    total = sum(len(graph.triples[split]) for split in SPLITS)
+    assert total == len(one_file.read_text().splitlines())
+    held = len(graph.triples["valid"])
+    assert held == len(graph.triples["test"])
+    assert held == int(share * total) if share == 0.1 else 0.3 * total < held < 0.49 * total
+    assert graph.unseen("valid") == graph.unseen("test") == 0
+    train, valid, test = (rows(graph, split) for split in SPLITS)
+    assert not train & valid
+    assert not train & test
+    assert not valid & test
+    again = load_graph(one_file, hold_out=share)
+    assert torch.equal(again.triples["test"], graph.triples["test"])
+    other = load_graph(one_file, hold_out=share, split_seed=1)
+    assert rows(other, "test") != test
+
+
+def test_every_part_of_one_file_may_be_needed(tmp_path):
+    (tmp_path / "all.csv").write_text("a,r,b\nc,r,d\n")
+    with pytest.raises(DataError, match=r"no triples can be held out: .*2, of which 0"):
+        load_graph(tmp_path / "all.csv", hold_out=0.4)
+
+
+def test_too_many_names_are_refused():
+    triples = {split: torch.zeros((0, 3), dtype=torch.int64) for split in SPLITS}
+    with pytest.raises(DataError, match="would not fit in 63 bits"):
+        Graph(range(1 << 25), range(1 << 14), triples)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("columns", ["a,b", "a,b,b", "0,1,2", "a,,b"])
+def test_columns_are_checked(columns):
+    with pytest.raises(ConfigError, match="columns must be three"):
+        Config(data="-", columns=columns)
+    with pytest.raises(ConfigError, match="are of data, not of a dataset"):
+        Config(dataset="nations", columns="1,2,3")
