@@ -2,8 +2,8 @@
 
 The user tower reads the films watched last, the item tower is an embedding and an MLP, and a dot
 product compares them. Losses: BPR, sampled softmax with uniform, in-batch and mixed negatives
-(in-batch ones with the logQ correction), unbounded label smoothing, EMU with drawn masks and in
-closed form. Beside them: popularity, and LightGCN. Ranks are over all films that the user has not
+(both with the logQ correction), unbounded label smoothing, EMU with drawn masks and in closed
+form. Beside them: popularity, and LightGCN. Ranks are over all films that the user has not
 watched.
 
     python examples/retrieval.py            # minutes; --tiny: seconds
@@ -49,7 +49,7 @@ RATINGS = RemoteFile(
     "sha256:06416e597f82b7342361e41163890c81036900f418ad91315590814211dca490",
 )
 HISTORY, DIM, TEMPERATURE, TOP = 10, 32, 0.1, 10
-BATCH, NEGATIVES, EPOCHS = 2048, 64, 5
+BATCH, NEGATIVES, EPOCHS = 512, 64, 5
 
 
 class Events(NamedTuple):
@@ -118,17 +118,20 @@ class TwoTowers(nn.Module):
         return normalize(x + self.item_mlp(x))
 
 
-def softmax(query: Tensor, table: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
-    return fused_softmax_loss(query, table, positive, negative)
+def softmax(
+    query: Tensor, table: Tensor, positive: Tensor, negative: Tensor, log_q: Tensor | None = None
+) -> Tensor:
+    """With log_q, of scores less the log of each candidate's probability (Yi et al., 2019)."""
+    return fused_softmax_loss(query, table, positive, negative, log_q=log_q)
 
 
 def emu(
     query: Tensor, table: Tensor, positive: Tensor, negative: Tensor, *,
-    rate: float | Expected, beta: float, alpha: float,
+    rate: float | Expected, beta: float, alpha: float, log_q: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """With rate 0, unbounded label smoothing alone."""
     return fused_emu_loss(
-        query, table, positive, negative, mutation_rate=rate, beta=beta, alpha=alpha
+        query, table, positive, negative, mutation_rate=rate, beta=beta, alpha=alpha, log_q=log_q
     )
 
 
@@ -137,18 +140,12 @@ def expected(*tensors: Tensor, rate: float, **options: Any) -> Tensor:
 
 
 def bpr(query: Tensor, table: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
-    """Of the first negative of each row (Rendle et al., 2009)."""
-    first = negative[:, 0]
-    keep = first >= 0
-    difference = (query * (table[positive] - table[first.clamp(min=0)])).sum(dim=1)
-    return -logsigmoid(difference)[keep].mean()
-
-
-def corrected(
-    query: Tensor, table: Tensor, positive: Tensor, negative: Tensor, log_q: Tensor
-) -> Tensor:
-    """Softmax of scores less the log of each candidate's sampling probability (Yi et al., 2019)."""
-    return fused_softmax_loss(query, table, positive, negative, log_q=log_q)
+    """Of all negatives of each row (Rendle et al., 2009, with more than one)."""
+    own = (query * table[positive]).sum(dim=1, keepdim=True)
+    shared = negative.amax(dim=0)  # one set for the batch, with −1 where a row's own item is in it
+    real = (negative >= 0) & (shared >= 0)
+    difference = own - query @ table[shared.clamp(min=0)].T
+    return -logsigmoid(difference)[real].mean()
 
 
 def sample(kind: str, data: Data, positive: Tensor, count: int) -> Tensor:
@@ -192,8 +189,8 @@ MUTATED = [
 BASELINE, UNMUTATED = "softmax, uniform", "ULS alone"
 CONTENDERS: dict[str, tuple[Callable[..., Tensor], str, list[dict[str, Any]]]] = {
     BASELINE: (softmax, "uniform", TOWERS),
-    "softmax, in-batch, logQ": (corrected, "in-batch", TOWERS),
-    "softmax, mixed, logQ": (corrected, "mixed", TOWERS),
+    "softmax, in-batch, logQ": (softmax, "in-batch", TOWERS),
+    "softmax, mixed, logQ": (softmax, "mixed", TOWERS),
     "BPR": (bpr, "uniform", TOWERS),
     "LightGCN": (bpr, "uniform", TOWERS),
     UNMUTATED: (
@@ -202,6 +199,7 @@ CONTENDERS: dict[str, tuple[Callable[..., Tensor], str, list[dict[str, Any]]]] =
         [{"rate": 0.0, "beta": b, "alpha": a} for b in (0.02, 0.1) for a in (0.1, 0.5)],
     ),
     "EMU": (emu, "uniform", MUTATED),
+    "EMU, mixed, logQ": (emu, "mixed", MUTATED),
     "EMU, closed form": (expected, "uniform", MUTATED),
 }
 
@@ -233,7 +231,7 @@ def train(job: Job) -> Ranked:
     seen = torch.zeros(data.users, data.items, dtype=torch.bool)
     for events in (data.train,) if job.seed < 0 else (data.train, data.valid):
         seen[events.user, events.item] = True
-    if loss is corrected:
+    if "logQ" in job.contender:
         settings["log_q"] = log_probability(kind, data)
     return rank(score(data, job.epochs, lr, decay, loss, kind, settings, held), held, seen)
 
@@ -255,7 +253,7 @@ def train_towers(
             positive, negative = row.split([len(rows), NEGATIVES])
             negative = negative.where(negative != positive[:, None], -1)  # (B, K), −1 is padding
             query, table = model.users(batch), model.items(ids)
-            local = settings if log_q is None else {"log_q": log_q[ids]}
+            local = settings if log_q is None else settings | {"log_q": log_q[ids]}
             optimizer.zero_grad()
             loss(query, table, positive, negative, **local).backward()
             optimizer.step()
@@ -284,7 +282,8 @@ def train_graph(
     for _ in range(3 * epochs):
         for rows in torch.randperm(len(user)).split(4 * BATCH):
             z = model.get_embedding(links)
-            negative = torch.randint(data.items, (len(rows), 1)) + data.users
+            negative = torch.randint(data.items, (NEGATIVES,)) + data.users
+            negative = negative.where(negative != item[rows, None], -1)
             optimizer.zero_grad()
             loss(z[user[rows]], z, item[rows], negative).backward()
             optimizer.step()

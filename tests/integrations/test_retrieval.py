@@ -82,19 +82,19 @@ def test_corrected_softmax(example):
         cross_entropy((table[ids] @ q - log_q[ids])[None], torch.tensor([0]))
         for q, ids in zip(query, ([0, 3, 4], [1, 5], [2, 1, 1]), strict=True)
     ]
-    found = example.corrected(query, table, positive, negative, log_q)
+    found = example.softmax(query, table, positive, negative, log_q)
     torch.testing.assert_close(found, torch.stack(rows).mean())
     plain = example.softmax(query, table, positive, negative)
     constant = torch.full((6,), -2.0)
-    torch.testing.assert_close(example.corrected(query, table, positive, negative, constant), plain)
+    torch.testing.assert_close(example.softmax(query, table, positive, negative, constant), plain)
     assert not torch.isclose(found, plain)
 
 
 def test_bpr(example):
-    """Of the first negative; a row whose first is padding takes no part."""
+    """Of one set for the batch; a row's own item takes no part in it."""
     query, table = torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0], [1.0]])
-    loss = example.bpr(query, table, torch.tensor([0, 0]), torch.tensor([[1, 0], [-1, 1]]))
-    assert float(loss) == pytest.approx(np.log1p(np.exp(-2)))
+    loss = example.bpr(query, table, torch.tensor([0, 1]), torch.tensor([[1, -1], [-1, 0]]))
+    assert float(loss) == pytest.approx((np.log1p(np.exp(-2)) + np.log1p(np.exp(4))) / 2)
 
 
 def test_equal_budgets(example):
