@@ -26,7 +26,7 @@ REGISTERS = {
     ("aggregate", "rotate", "pna"): 132,
     ("message_gradient", "distmult", "sum"): 66,
     ("message_gradient", "distmult", "pna"): 80,
-    ("message_gradient", "rotate", "pna"): 160,
+    ("message_gradient", "rotate", "pna"): 88,
     ("join_pieces", "distmult", "sum"): 40,
     ("join_pieces", "distmult", "pna"): 40,
     ("join_pieces", "rotate", "pna"): 40,
@@ -47,8 +47,8 @@ def compiled(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
 
 
 def test_compiled_kernels_spill_nothing(compiled: list[dict[str, Any]]) -> None:
-    """But one register of two, once, outside of the loop, where ptxas prefers it to 88 registers:
-    of 16 or 64 bits on sm_80, by relations or with a row for all queries."""
+    """But 8 bytes, of rows of 16 or 64 bits on sm_80, where ptxas prefers that to more registers
+    than 64 or 80."""
     found = [row for row in compiled if row["spilled"]]
     assert [row for row in found if row["spilled"] > 8 or row["more"] == "[]"] == []
     assert {(row["target"], row["name"]) for row in found} <= {("sm_80", "message_gradient")}

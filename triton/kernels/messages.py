@@ -22,8 +22,8 @@ def tile(lanes: int, loads: int, size: int) -> launch.Tile:
         return launch.Tile(32, max(16, min(launch._power_of_2(lanes), 1024)), 1)
     each = 16 // size
     wide = max(16, min(launch._power_of_2(lanes), 64 * each))
-    rows = 4 if loads <= 4 else 2
-    return launch.Tile(rows // 2 if size == 2 else rows, wide, max(1, wide // (32 * each)))
+    rows = max(1, min(4, 16 // loads) // (2 if size == 2 else 1))
+    return launch.Tile(rows, wide, max(1, wide // (32 * each)))
 
 
 def run(

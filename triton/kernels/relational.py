@@ -50,12 +50,16 @@ class MessageKind(NamedTuple):
 
 @triton.jit
 def _place(B, kind: tl.constexpr):
-    """The program's row; its lanes, (1, WIDTH), and whether they exist."""
+    """The program's row; its lanes, (1, WIDTH), and whether they exist.
+
+    Blocks of lanes go by one after the other, each for all rows: what is gathered for one, WIDTH
+    numbers of each node, may fit in a GPU's cache, from which it is read once an edge.
+    """
     W: tl.constexpr = kind.W
     WIDTH: tl.constexpr = kind.WIDTH
-    blocks = tl.cdiv(B * W, WIDTH)
-    lane = (tl.program_id(0) % blocks) * WIDTH + tl.arange(0, WIDTH)[None, :]
-    return (tl.program_id(0) // blocks).to(tl.int64), lane, lane < B * W
+    rows = tl.num_programs(0) // tl.cdiv(B * W, WIDTH)
+    lane = (tl.program_id(0) // rows) * WIDTH + tl.arange(0, WIDTH)[None, :]
+    return (tl.program_id(0) % rows).to(tl.int64), lane, lane < B * W
 
 
 @triton.jit
