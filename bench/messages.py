@@ -35,6 +35,9 @@ class Task(NamedTuple):
     device: str = "cpu"
     triples: int = 272_115  # of zipf
 
+    def __str__(self) -> str:
+        return f"{self.graph}, {self.aggregate}, B={self.batch}, d={self.dim}, {self.device}"
+
     def tiny(self) -> Task:
         return self._replace(graph=ZIPF, batch=2, triples=1000)
 

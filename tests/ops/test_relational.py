@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from emu_kernels import RelationalGraph, backends, relational_spmm
-from emu_kernels.relational import AGGREGATES, MESSAGES
+from emu_kernels.relational import AGGREGATES, BACKENDS, MESSAGES
 
 KERNELS = [
     pytest.param(
@@ -236,6 +236,17 @@ def test_no_second_derivative(backend):
     (grad,) = torch.autograd.grad(out.square().sum(), nodes, create_graph=True)
     with pytest.raises(RuntimeError, match="relational_spmm has no second derivative"):
         grad.sum().backward()
+
+
+def test_triton_is_the_default_on_a_gpu(monkeypatch):
+    """The fastest backend that has the function; here as if all could run."""
+    for name in ("cuda", "triton"):
+        monkeypatch.setattr(type(backends.get(name)), "unavailable", lambda self: None)
+        monkeypatch.setattr(type(backends.get(name)), "device_types", ("cuda",))
+    gpu = torch.device("cuda")
+    assert backends.default_backend(gpu) == "cuda"
+    assert backends.resolve(None, gpu, BACKENDS).name == "triton"
+    assert backends.resolve(None, torch.device("mps"), BACKENDS).name == backends.REFERENCE
 
 
 @pytest.mark.parametrize(
