@@ -204,7 +204,7 @@ def _parser() -> argparse.ArgumentParser:
     part.add("--quick", False, "fewer settings")
 
     part = command("messages", "relational message passing, against plain PyTorch", 3)
-    part.add("--graph", ["CoDEx-S", "WN18RR", "FB15k-237"], "datasets")
+    part.add("--graph", ["CoDEx-S", "WN18RR", "FB15k-237"], "datasets, or zipf: synthetic")
     part.add("--batch", [16, 64], "queries at once")
     part.add("--aggregate", ["sum", "pna"], "names")
 

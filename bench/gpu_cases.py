@@ -21,7 +21,16 @@ from torch import Tensor
 from bench.inputs import DTYPES, SIMILARITIES, Shape, is_gpu, make
 from bench.measure import synchronize
 from bench.rivals import BACKENDS, BY_NAME, EMU, WHOLE, ours
-from emu_kernels import emu_mutate, emu_scores, fused_emu_loss, fused_softmax_loss
+from emu_kernels import (
+    RelationalGraph,
+    emu_mutate,
+    emu_scores,
+    fused_emu_loss,
+    fused_softmax_loss,
+    relational_spmm,
+)
+from emu_kernels.relational import AGGREGATES, MESSAGES
+from emu_kernels.relational import BACKENDS as MESSAGE_BACKENDS
 
 _ATOMIC = "emu_kernels.backends.cuda.CudaBackend.atomic_gradient"
 _TABLE = "emu_kernels.backends.triton.table_gradients"
@@ -83,6 +92,28 @@ def run(shape: Shape, backend: str, *, shared: bool) -> None:
     synchronize(shape.device)
 
 
+def run_messages(shape: Shape, backend: str) -> None:
+    """Each message and aggregate, forward and backward."""
+    draws = torch.Generator(shape.device).manual_seed(0)
+    many = functools.partial(torch.randint, generator=draws, device=shape.device)
+    relations = 3
+    index, kind = many(shape.entities, (2, 100)), many(relations, (100,))
+    graph = RelationalGraph(index, kind, shape.entities, relations)
+    rows = shape.batch, shape.dim
+    for message, aggregate in itertools.product(MESSAGES, AGGREGATES):
+        leaves = [
+            torch.zeros(count, *rows, device=shape.device, dtype=DTYPES[shape.dtype])
+            for count in (shape.entities, relations, shape.entities)
+        ]
+        nodes, of_relations, own = (leaf.requires_grad_() for leaf in leaves)
+        out = relational_spmm(
+            nodes, of_relations, graph, own=own, edge_weight=kind > 0, backend=backend,
+            message=message, aggregate=aggregate,
+        )  # fmt: skip
+        out.float().sum().backward()
+    synchronize(shape.device)
+
+
 def run_hot(shape: Shape, backend: str) -> None:
     step = BY_NAME[ours("emu", backend)].prepare(shape, make(shape), WHOLE)
     step()
@@ -111,6 +142,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shape = shape.replace(device=options.device)
         print(f"{backend}: {shape}{', shared, padded' if shared else ''}", flush=True)
         run_hot(shape, backend) if options.hot else run(shape, backend, shared=shared)
+    for backend, dtype in itertools.product(able, () if options.hot or options.list else DTYPES):
+        if backend in MESSAGE_BACKENDS:
+            print(f"{backend}: messages, {dtype}", flush=True)
+            run_messages(ODD.replace(device=options.device, dtype=dtype), backend)
     return 0 if able else 1
 
 

@@ -121,6 +121,7 @@ def stages(folder: Path, capability: str, *, quick: bool) -> list[Stage]:
     memcheck = f"PYTORCH_NO_CUDA_MEMORY_CACHING=1 {sanitizer} memcheck {cases_of}"
     racecheck = f"{sanitizer} racecheck {cases_of}"
     captured = f"{bench} captured --device cuda --results {out}/results"
+    messages = f"{bench} messages --device cuda --graph zipf --results {out}/results"
     report = f"{bench} report --results {out}/results"
 
     def limit(short: float, long: float) -> float:
@@ -135,6 +136,7 @@ def stages(folder: Path, capability: str, *, quick: bool) -> list[Stage]:
         Stage("racecheck", racecheck, limit(90, 900), "compute-sanitizer"),
         Stage("ncu", f"{ncu} {cases} --hot", limit(60, 300), "ncu"),
         Stage("captured", captured, limit(40, 120)),
+        Stage("messages", messages, limit(60, 120)),
         Stage("tables", f"{bench} gpu {rows}", limit(240, 2400)),
         Stage("summary", report, 60, "pandas tabulate", shown=True),
     ]

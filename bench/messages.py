@@ -2,7 +2,8 @@
 
 The graph is a dataset's training triples and their inverses, as NBFNet has them, with relations of
 each query and DistMult messages. Plain PyTorch gathers, multiplies and scatters: it is the
-specification, ``backend="reference"``.
+specification, ``backend="reference"``. The graph "zipf" is random, with as many nodes, relations
+and triples as FB15k-237, but the busiest node has a tenth of all triples; it needs no download.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from typing import NamedTuple
 import torch
 
 from bench import measure, results
+from bench.inputs import is_gpu
 from bench.results import Recorder
+from bench.trainers import ZIPF, zipf_triples
 from emu_kernels import RelationalGraph, relational_spmm
-from emu_kernels.trainer import datasets
 
 OURS, PLAIN = "relational_spmm", "gather, multiply, scatter"
-BACKENDS = {OURS: "cpu", PLAIN: "reference"}
+BACKENDS = {OURS: None, PLAIN: "reference"}
 
 
 class Task(NamedTuple):
@@ -30,24 +32,37 @@ class Task(NamedTuple):
     batch: int
     aggregate: str
     dim: int = 32
+    device: str = "cpu"
+    triples: int = 272_115  # of zipf
+
+    def __str__(self) -> str:
+        return f"{self.graph}, {self.aggregate}, B={self.batch}, d={self.dim}, {self.device}"
 
     def tiny(self) -> Task:
-        return self._replace(graph="nations", batch=2)
+        return self._replace(graph=ZIPF, batch=2, triples=1000)
 
     def messages(self) -> RelationalGraph:
-        graph = datasets.load_dataset(self.graph)
-        head, relation, tail = graph.triples["train"].unbind(1)
+        entities, relations = 14_541, 237
+        if self.graph == ZIPF:
+            triples = zipf_triples(entities, relations, self.triples)
+        else:
+            from emu_kernels.trainer.datasets import load_dataset  # a GPU's machine may lack it
+
+            graph = load_dataset(self.graph)
+            entities, relations = graph.num_entities, graph.num_relations
+            triples = graph.triples["train"]
+        head, relation, tail = triples.to(self.device).unbind(1)
         index = torch.stack([torch.cat([head, tail]), torch.cat([tail, head])])
-        kind = torch.cat([relation, relation + graph.num_relations])
-        return RelationalGraph(index, kind, graph.num_entities, 2 * graph.num_relations)
+        kind = torch.cat([relation, relation + relations])
+        return RelationalGraph(index, kind, entities, 2 * relations)
 
 
 def prepare(rival: str, task: Task) -> Callable[[], None]:
     graph = task.messages()
     shape = (task.batch, task.dim)
-    nodes = torch.randn(graph.num_nodes, *shape).requires_grad_()
-    relations = torch.randn(graph.num_relations, *shape).requires_grad_()
-    own = torch.randn(nodes.shape)
+    nodes = torch.randn(graph.num_nodes, *shape, device=task.device).requires_grad_()
+    relations = torch.randn(graph.num_relations, *shape, device=task.device).requires_grad_()
+    own = torch.randn_like(nodes)
 
     def step() -> None:
         out = relational_spmm(
@@ -60,36 +75,39 @@ def prepare(rival: str, task: Task) -> Callable[[], None]:
 
 def run(options: argparse.Namespace) -> int:
     torch.set_num_threads(options.threads)
+    device = options.device
     for graph, batch, aggregate in product(options.graph, options.batch, options.aggregate):
-        task = Task(graph, batch, aggregate)
+        task = Task(graph, batch, aggregate, device=device)
         task = task.tiny() if options.tiny else task
         edges = task.messages()
         # Plain PyTorch keeps some eight arrays of edges × batch × dim at a time.
         needed = 32 * edges.num_edges * task.batch * task.dim
-        reason = measure.too_large(needed, "cpu")
+        reason = measure.too_large(needed, device)
         rivals = [OURS] if reason else list(BACKENDS)
-        turns = {name: measure.turn_of(measure.Step(_call(name, task)), "cpu") for name in rivals}
+        steps = {name: prepare(name, task) for name in rivals}
+        turns = {name: measure.turn_of(_step(run), device) for name, run in steps.items()}
         times = measure.alternate(turns, options.rounds)
-        del turns
+        peaks = {name: measure.cuda_peak(steps[name])[1] for name in rivals if is_gpu(device)}
+        del turns, steps
         recorder = Recorder(
-            "cpu", family="messages", phase=aggregate, graph=task.graph, B=task.batch, D=task.dim,
+            device, family="messages", phase=aggregate, graph=task.graph, B=task.batch, D=task.dim,
             N=edges.num_nodes, K=edges.num_edges, threads=options.threads, dtype="float32",
         )  # fmt: skip
         for name in rivals:
             recorder.add_times(times, OURS, rival=name)
             if options.memory:
-                peak = measure.peak(prepare, name, task, options.threads)
-                recorder.add(results.MEMORY, [peak], rival=name)
+                if name not in peaks:
+                    peaks[name] = measure.peak(prepare, name, task, options.threads)
+                recorder.add(results.MEMORY, [peaks[name]], rival=name)
         for row in recorder.rows:
             spread = f"{row['median']:.4g} ({row['q20']:.4g} to {row['q80']:.4g}) {row['unit']}"
             print(f"{task}: {row['rival']}: {row['what']} {spread}", flush=True)
         if reason:
             print(f"{task}: {PLAIN}: skipped, {reason}", flush=True)
-        if not options.tiny:
+        if not options.tiny and not options.no_save:
             results.append(options.results, recorder.rows)
     return 0
 
 
-def _call(name: str, task: Task) -> Callable[[None], None]:
-    step = prepare(name, task)
-    return lambda _: step()
+def _step(run: Callable[[], None]) -> measure.Step:
+    return measure.Step(lambda _: run())

@@ -2,7 +2,8 @@
 
 ``relational_spmm`` is a generalised sparse product: at each node, an aggregate over its incoming
 edges of a message of the source's features and the relation's. ``reference`` is plain PyTorch and
-says what is meant; ``cpu`` has kernels, which compute each message where it is needed.
+says what is meant; ``cpu`` and ``triton`` have kernels, which compute each message where it is
+needed.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from emu_kernels import backends, queries, validate, values
 from emu_kernels.backends.native import NativeBackend, pointer
+from emu_kernels.backends.triton import TritonBackend
 from emu_kernels.library import Values, define, no_second_derivative
 
 MESSAGES = {
@@ -23,6 +25,7 @@ MESSAGES = {
     "rotate": queries.complex,  # a rotation where the relation's numbers have modulus 1
 }
 AGGREGATES = ("sum", "mean", "min", "max", "pna")
+BACKENDS = (backends.REFERENCE, "cpu", "triton")
 EPSILON = 1e-6
 """The least variance in the standard deviation of "pna", as NBFNet's authors have it."""
 
@@ -142,14 +145,13 @@ def relational_spmm(
             boundary condition).
         edge_weight: (E,) in the order of ``graph.edge_index``. bool: edges that are False are left
             out, as if they were not in the graph. float: multiplies the messages; has no gradient.
-        backend: as for :func:`emu_kernels.fused_emu_loss`; "reference" and "cpu" exist, None is
-            "cpu" on a CPU and "reference" elsewhere.
+        backend: as for :func:`emu_kernels.fused_emu_loss`; "reference", "cpu" and "triton" exist.
 
     Returns:
         (N, B, D), or for "pna" (N, B, 4, D) in the order above; dtype of ``nodes``. 0 at a node
-        that receives nothing. Sums are accumulated in float32 (float64 for float64); the same bits
-        for any number of threads. Where several messages are the minimum or maximum, each gets its
-        gradient whole. The variance of "pna" is at least 1e-6.
+        that receives nothing. Sums are accumulated in float32 (float64 for float64), in a fixed
+        order: the same bits in every run, for any number of threads. Where several messages are the
+        minimum or maximum, each gets its gradient whole. The variance of "pna" is at least 1e-6.
 
     Raises:
         TypeError: an argument has another type or dtype.
@@ -158,17 +160,15 @@ def relational_spmm(
         RuntimeError: the backend cannot run here.
     """
     _check(nodes, relations, graph, message, aggregate, own, edge_weight)
-    if backend is None and nodes.device.type != "cpu":
-        backend = backends.REFERENCE
-    name = backends.resolve(backend, nodes.device).name
-    if name not in ("cpu", backends.REFERENCE):
-        raise ValueError(f"backend: relational_spmm has 'reference' and 'cpu', got {name!r}")
-    real = torch.float64 if nodes.dtype == torch.float64 else torch.float32
+    name = backends.resolve(backend, nodes.device, BACKENDS).name
+    real = _real(nodes)
+    # Triton's kernels read what the others compute with.
+    rows = nodes.dtype if name == "triton" else real
     keep = edge_weight if edge_weight is not None and edge_weight.dtype == torch.bool else None
     weight = None if edge_weight is None or keep is not None else edge_weight.to(real)
     given: dict[str, Any] = {
-        "nodes": nodes.to(real).contiguous(),
-        "relations": relations.to(real).contiguous(),
+        "nodes": nodes.to(rows).contiguous(),
+        "relations": relations.to(rows).contiguous(),
         "own": None if own is None else own.to(real).contiguous(),
         "weight": None if weight is None else weight.contiguous(),
         "keep": None if keep is None else keep.contiguous(),
@@ -177,9 +177,15 @@ def relational_spmm(
         out = _reference(**given, graph=graph, message=message, aggregate=aggregate)
     else:
         sizes = {"num_relations": graph.num_relations, "graph": list(graph.sorted)}
-        out = _forward(given | sizes | {"message": message, "aggregate": aggregate})
+        names = {"message": message, "aggregate": aggregate, "backend": name}
+        out = _forward(given | sizes | names)
         out = out if aggregate == "pna" else out.squeeze(2)
     return out.to(nodes.dtype)
+
+
+def _real(nodes: Tensor) -> torch.dtype:
+    """What is computed with."""
+    return torch.float64 if nodes.dtype == torch.float64 else torch.float32
 
 
 def _check(
@@ -292,11 +298,16 @@ def _reference(
 
 _ARGUMENTS = (
     "Tensor nodes, Tensor relations, Tensor? own, Tensor? weight, Tensor? keep, "
-    "SymInt num_relations, Tensor[] graph, str message, str aggregate"
+    "SymInt num_relations, Tensor[] graph, str message, str aggregate, str backend"
 )
 
 
 def _run(given: Values, task: str, out: Tensor, **more: Any) -> Tensor:
+    backend = backends.get(given["backend"])
+    if isinstance(backend, TritonBackend):
+        backend.relational(given, task, out, **more)
+        return out
+    assert isinstance(backend, NativeBackend)
     nodes, relations = given["nodes"], given["relations"]
     count, batch, dim = nodes.shape
     absent = ("source", "relation", "piece_relation", "grad", "result")
@@ -304,8 +315,6 @@ def _run(given: Values, task: str, out: Tensor, **more: Any) -> Tensor:
     named = ("own", "weight", "keep")
     addresses |= {name: pointer(given[name]) for name in named}
     addresses |= {k: pointer(v) if isinstance(v, Tensor) else v for k, v in more.items()}
-    backend = backends.get("cpu")
-    assert isinstance(backend, NativeBackend)
     backend._native.relational(
         task=task,
         message=given["message"],
@@ -338,15 +347,17 @@ def _number(given: Values) -> Tensor:
 
 def _result(given: Values) -> Tensor:
     """(N, B, S, D) in memory, S sections."""
-    count, batch, dim = given["nodes"].shape
-    return given["nodes"].new_empty((count, batch, 4 if given["aggregate"] == "pna" else 1, dim))
+    nodes = given["nodes"]
+    count, batch, dim = nodes.shape
+    sections = 4 if given["aggregate"] == "pna" else 1
+    return nodes.new_empty((count, batch, sections, dim), dtype=_real(nodes))
 
 
-def _forward_on_cpu(given: Values) -> Tensor:
+def _run_forward(given: Values) -> Tensor:
     start, other, relation, edge = given["graph"][:4]
     order = {"start": start, "other": other, "relation": relation, "edge": edge}
     out = _run(given, "forward", _result(given), **order)
-    if given["aggregate"] in ("mean", "pna"):
+    if given["backend"] == "cpu" and given["aggregate"] in ("mean", "pna"):
         number = _number(given)
         mean, square = out[:, :, 0], out[:, :, -1]
         mean /= number.clamp(min=1)
@@ -373,19 +384,20 @@ def _upstream(given: Values, grad: Tensor, result: Tensor) -> Tensor:
     return grad
 
 
-def _backward_on_cpu(given: Values) -> tuple[Tensor, Tensor, Tensor]:
+def _run_backward(given: Values) -> tuple[Tensor, Tensor, Tensor]:
     result, nodes, own = given["result"], given["nodes"], given["own"]
+    relations, real = given["relations"], _real(given["nodes"])
     upstream = _upstream(given, given["grad"], result)
     both = {"grad": upstream, "result": result}
     start, other, relation, edge = given["graph"][4:8]
     order = {"start": start, "other": other, "relation": relation, "edge": edge}
-    of_nodes = _run(given, "nodes", torch.empty_like(nodes), **order, **both)
+    of_nodes = _run(given, "nodes", torch.empty_like(nodes, dtype=real), **order, **both)
     start, piece_relation, target, source, edge = given["graph"][8:]
     order = {"start": start, "other": target, "source": source, "edge": edge}
     pieces = {"piece_relation": piece_relation, "pieces": len(piece_relation)}
-    relations = torch.empty_like(given["relations"])
-    of_relations = _run(given, "relations", relations, **order, **pieces, **both)
-    of_own = nodes.new_empty(0)
+    of_relations = torch.empty_like(relations, dtype=real)
+    _run(given, "relations", of_relations, **order, **pieces, **both)
+    of_own = result.new_empty(0)
     if own is not None:
         of_own = upstream[:, :, 0].clone()
         if given["aggregate"] in ("min", "max"):
@@ -394,7 +406,7 @@ def _backward_on_cpu(given: Values) -> tuple[Tensor, Tensor, Tensor]:
             of_own.addcmul_(upstream[:, :, 3], own)
             for section in (1, 2):
                 of_own += upstream[:, :, section] * (own == result[:, :, section])
-    return of_nodes, of_relations, of_own
+    return of_nodes.to(nodes.dtype), of_relations.to(nodes.dtype), of_own
 
 
 def _fake_backward(given: Values) -> tuple[Tensor, Tensor, Tensor]:
@@ -402,15 +414,15 @@ def _fake_backward(given: Values) -> tuple[Tensor, Tensor, Tensor]:
     return (
         torch.empty_like(given["nodes"]),
         torch.empty_like(given["relations"]),
-        given["nodes"].new_empty(0) if own is None else torch.empty_like(own),
+        given["result"].new_empty(0) if own is None else torch.empty_like(own),
     )
 
 
-_forward = define("relational_spmm", f"{_ARGUMENTS}) -> Tensor", _forward_on_cpu, _result)
+_forward = define("relational_spmm", f"{_ARGUMENTS}) -> Tensor", _run_forward, _result)
 _backward = define(
     "relational_spmm_backward",
     f"{_ARGUMENTS}, Tensor grad, Tensor result) -> (Tensor, Tensor, Tensor)",
-    _backward_on_cpu,
+    _run_backward,
     _fake_backward,
 )
 _NAMES = tuple(part.split()[1] for part in _ARGUMENTS.split(", "))
@@ -420,7 +432,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     given = dict(zip(_NAMES, inputs, strict=True))
     optional = [given[name] for name in ("own", "weight", "keep")]
     ctx.save_for_backward(given["nodes"], given["relations"], output, *optional, *given["graph"])
-    ctx.rest = {k: given[k] for k in ("num_relations", "message", "aggregate")}
+    ctx.rest = {k: given[k] for k in ("num_relations", "message", "aggregate", "backend")}
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Sequence
 
 import torch
 
@@ -41,8 +42,9 @@ def get(name: str) -> Backend:
     return _BY_NAME[name]
 
 
-def default_backend(device: torch.device | str) -> str:
-    """The name that ``backend=None`` stands for on tensors of ``device``.
+def default_backend(device: torch.device | str, having: Sequence[str] = NAMES) -> str:
+    """The name that ``backend=None`` stands for on tensors of ``device``, in a function that the
+    backends ``having`` have.
 
     A GPU's kernels that are emulated on the CPU, for tests, are never it.
     """
@@ -54,7 +56,8 @@ def default_backend(device: torch.device | str) -> str:
         if not torch.compiler.is_compiling():
             _warn_of_reference(reason)
         return REFERENCE
-    return next(b.name for b in _BACKENDS if _takes(b, device) and b.unavailable() is None)
+    able = (b.name for b in _BACKENDS if _takes(b, device) and b.unavailable() is None)
+    return next(name for name in able if name in having)
 
 
 def _takes(backend: Backend, device: torch.device) -> bool:
@@ -71,18 +74,19 @@ def _warn_of_reference(reason: str) -> None:
     )
 
 
-def resolve(name: str | None, device: torch.device) -> Backend:
-    """The backend that the ``backend`` argument of a call means.
+def resolve(name: str | None, device: torch.device, having: Sequence[str] = NAMES) -> Backend:
+    """The backend that the ``backend`` argument of a call means, if it is of a function that the
+    backends ``having`` have.
 
     Raises:
-        ValueError: unknown name, or a backend that has no kernels for ``device``.
+        ValueError: unknown name, or a backend that has no kernels for this or for ``device``.
         RuntimeError: a backend that cannot run here; the message says why.
     """
     if name is None:
-        return get(default_backend(device))
-    if name not in _BY_NAME:
+        return get(default_backend(device, having))
+    if name not in having:
         raise ValueError(
-            f"backend: expected None or one of {', '.join(map(repr, NAMES))}, got {name!r}"
+            f"backend: expected None or one of {', '.join(map(repr, having))}, got {name!r}"
         )
     backend = _BY_NAME[name]
     reason = backend.unavailable()

@@ -28,6 +28,7 @@ from emu_kernels.backends.base import (
     SparseRows,
     SumWeights,
 )
+from emu_kernels.library import Values
 from emu_kernels.ops import KernelBackend
 from emu_kernels.request import Draws, LossRequest, Request
 from emu_kernels.validate import coefficient
@@ -139,3 +140,9 @@ class TritonBackend(KernelBackend):
 
     def mutate_backward(self, grad: Tensor, draws: Draws) -> MutateGradient:
         return _kernels().mutate_backward(grad, draws)
+
+    def relational(self, given: Values, task: str, out: Tensor, **more: Any) -> None:
+        """A part of :func:`emu_kernels.relational_spmm`, as its module names the parts."""
+        from emu_kernels.triton import messages
+
+        messages.run(given, task, out, **more)

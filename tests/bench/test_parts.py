@@ -1,4 +1,4 @@
-"""Rivals compute the same results; timers, byte counts, the report, ``make gpu-check``."""
+"""Rivals compute the same results; timers, byte counts, reports, messages, ``make gpu-check``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from bench import eager, gpu_cases, gpu_check, measure, report, results, rivals
-from bench.__main__ import _parser
+from bench.__main__ import _parser, main
 from bench.gpu_check import FAILED, OK, SKIPPED, TIMEOUT, Stage
 from bench.inputs import SIMILARITIES, Shape, make
 from bench.measure import Step
@@ -152,3 +152,10 @@ def test_the_cases_run_on_a_cpu(monkeypatch: pytest.MonkeyPatch, capsys: Capture
     assert gpu_cases.main(["--device", "cpu", "--list", "--backends", "cuda"]) == 1
     out = capsys.readouterr().out
     assert all(text in out for text in (*SIMILARITIES, "shared, padded", "bfloat16"))
+
+
+def test_messages(capsys: Capture) -> None:
+    options = ["--tiny", "--graph", "zipf", "--batch", "2", "--rounds", "1", "--no-memory"]
+    assert main(["messages", *options]) == 0
+    out = capsys.readouterr().out
+    assert out.count("gather, multiply, scatter: time ratio") == 2

@@ -1,4 +1,4 @@
-"""Study and message passing: experiments work, a stopped run goes on to the same rows."""
+"""Study: experiments work, a stopped run goes on to the same rows."""
 
 from __future__ import annotations
 
@@ -52,13 +52,6 @@ def test_a_stopped_run_goes_on(tmp_path, monkeypatch, capsys):
     assert straight is not None
     assert list(rows["mrr"]) == pytest.approx([row["mrr"] for row in straight], rel=1e-5)
     assert list(rows["step"]) == [row["step"] for row in straight]
-
-
-def test_messages(capsys):
-    options = ["--tiny", "--graph", "nations", "--batch", "2", "--rounds", "1", "--no-memory"]
-    assert main(["messages", *options]) == 0
-    out = capsys.readouterr().out
-    assert out.count("gather, multiply, scatter: time ratio") == 2
 
 
 def test_an_unknown_experiment(capsys):

@@ -10,22 +10,39 @@ import torch
 from torch import Tensor
 
 from emu_kernels import RelationalGraph, backends, relational_spmm
-from emu_kernels.relational import AGGREGATES, MESSAGES
+from emu_kernels.relational import AGGREGATES, BACKENDS, MESSAGES
 
-CPU = pytest.param(
-    "cpu",
-    marks=pytest.mark.skipif(
-        backends.get("cpu").unavailable() is not None, reason="no CPU kernels here"
-    ),
-)
+KERNELS = [
+    pytest.param(
+        name,
+        marks=pytest.mark.skipif(
+            backends.get(name).unavailable() is not None, reason=f"no kernels of {name} here"
+        ),
+    )
+    for name in ("cpu", "triton")
+]
+EVERY = [backends.REFERENCE, *KERNELS]
 
 
-def graph(nodes: int = 9, relations: int = 4, edges: int = 40, seed: int = 0) -> RelationalGraph:
-    """The last node has no edge; the last relation none either."""
+def on(backend: str) -> str:
+    """The device that the backend needs its tensors on."""
+    return next(iter(backends.get(backend).device_types), "cpu")
+
+
+def slow_to_run(backend: str) -> bool:
+    """Whether the backend is an interpreter."""
+    return backend == "triton" and on(backend) == "cpu"
+
+
+def graph(
+    backend: str = "cpu", nodes: int = 9, relations: int = 4, edges: int = 40, seed: int = 0
+) -> RelationalGraph:
+    """The last node has no edge; the last relation none either; some edges are there twice."""
     draws = torch.Generator().manual_seed(seed)
     index = torch.randint(nodes - 1, (2, edges), generator=draws)
     kind = torch.randint(relations - 1, (edges,), generator=draws)
-    return RelationalGraph(index, kind, nodes, relations)
+    index[:, 0], kind[0] = index[:, 1], kind[1]
+    return RelationalGraph(index.to(on(backend)), kind.to(on(backend)), nodes, relations)
 
 
 def inputs(
@@ -33,9 +50,11 @@ def inputs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Nodes, relations, own messages. Some messages are equal, and some 0."""
     draws = torch.Generator().manual_seed(1)
+    device = g.edge_type.device
 
     def some(*shape: int) -> Tensor:
-        return (torch.randint(-3, 4, shape, generator=draws) / 2).to(dtype).requires_grad_()
+        halves = torch.randint(-3, 4, shape, generator=draws) / 2
+        return halves.to(device, dtype).requires_grad_()
 
     relations = (g.num_relations, batch, dim) if per_query else (g.num_relations, dim)
     return some(g.num_nodes, batch, dim), some(*relations), some(g.num_nodes, batch, dim)
@@ -49,7 +68,7 @@ def results(leaves: tuple[Tensor | None, ...], g: RelationalGraph, **options: An
     assert relations is not None
     out = relational_spmm(nodes, relations, g, own=own, **options)
     upstream = torch.linspace(-1, 2, out.numel(), dtype=torch.float64).view_as(out)
-    out.backward(upstream.to(out.dtype))
+    out.backward(upstream.to(out))
     return [out, *(x.grad for x in leaves if x is not None and x.grad is not None)]
 
 
@@ -57,25 +76,36 @@ def results(leaves: tuple[Tensor | None, ...], g: RelationalGraph, **options: An
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5}
 
 
-@pytest.mark.parametrize("backend", [CPU])
+# Nodes, relations, edges; queries and components.
+SIZES = {
+    "part of a vector": ((9, 4, 40), 3, 6),
+    "several vectors": ((9, 4, 40), 2, 34),
+    "several chunks of queries": ((9, 4, 40), 40, 32),
+    "several pieces of a relation": ((5, 2, 3000), 2, 4),
+}
+
+
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("aggregate", AGGREGATES)
 @pytest.mark.parametrize("message", MESSAGES)
-def test_agrees_with_the_reference(backend, message, aggregate, dtype):
-    """Sizes: a vector's tail, several chunks of queries, several pieces of a relation."""
-    small = graph()
-    many = graph(nodes=5, relations=2, edges=3000)
-    for g, batch, dim in ((small, 3, 6), (small, 2, 34), (small, 40, 32), (many, 2, 4)):
-        weights = (None, torch.rand(g.num_edges) > 0.3, torch.rand(g.num_edges))
-        for per_query, alone, weight in product((False, True), (False, True), weights):
-            nodes, relations, own = inputs(g, batch, dim, dtype, per_query=per_query)
-            leaves = (nodes, relations, None if alone else own)
-            options = {"message": message, "aggregate": aggregate, "edge_weight": weight}
-            expected = results(leaves, g, backend="reference", **options)
-            found = results(leaves, g, backend=backend, **options)
-            for x, y in zip(found, expected, strict=True):
-                scale = y.abs().max().clamp(min=1.0)
-                assert (x - y).abs().max() <= TOLERANCES[dtype] * scale
+@pytest.mark.parametrize("size", SIZES)
+def test_agrees_with_the_reference(size, message, aggregate, dtype, backend):
+    sizes, batch, dim = SIZES[size]
+    g = graph(backend, *sizes)
+    draws = torch.rand(2, g.num_edges, generator=torch.Generator().manual_seed(2)).to(on(backend))
+    weights = (None, draws[0] > 0.3, draws[1])
+    cases = list(product((False, True), (False, True), weights))
+    # Of those left, each value of an argument is in one.
+    for per_query, alone, weight in cases[:: 4 if slow_to_run(backend) else 1]:
+        nodes, relations, own = inputs(g, batch, dim, dtype, per_query=per_query)
+        leaves = (nodes, relations, None if alone else own)
+        options = {"message": message, "aggregate": aggregate, "edge_weight": weight}
+        expected = results(leaves, g, backend="reference", **options)
+        found = results(leaves, g, backend=backend, **options)
+        for x, y in zip(found, expected, strict=True):
+            scale = y.abs().max().clamp(min=1.0)
+            assert (x - y).abs().max() <= TOLERANCES[dtype] * scale
 
 
 def test_by_hand():
@@ -94,12 +124,16 @@ def test_by_hand():
     assert relational_spmm(i, i[0], one_edge, message="rotate").tolist() == [[[-1.0, 0.0]]]
 
 
-@pytest.mark.parametrize("backend", ["reference", CPU])
+@pytest.mark.parametrize("backend", EVERY)
 def test_edges_left_out_are_as_if_they_were_not_there(backend):
-    g = graph()
-    keep = torch.rand(g.num_edges) > 0.5
+    """Not even if what they would send is not a number."""
+    g = graph(backend)
+    keep = torch.rand(g.num_edges, device=on(backend)) > 0.5
+    keep &= g.edge_index[0] != 3
     less = RelationalGraph(g.edge_index[:, keep], g.edge_type[keep], g.num_nodes, g.num_relations)
     leaves = inputs(g, 2, 4, torch.float64)
+    with torch.no_grad():
+        leaves[0][3] = float("nan")
     for aggregate in AGGREGATES:
         options = {"aggregate": aggregate, "backend": backend}
         found = results(leaves, g, edge_weight=keep, **options)
@@ -108,35 +142,38 @@ def test_edges_left_out_are_as_if_they_were_not_there(backend):
 
 
 @pytest.mark.parametrize("aggregate", AGGREGATES)
-@pytest.mark.parametrize("backend", ["reference", CPU])
+@pytest.mark.parametrize("backend", EVERY)
 def test_gradcheck(backend, aggregate):
     """Equal edges would be a kink: an extreme that two messages share."""
-    index = torch.tensor([[0, 1, 2, 0, 1, 1, 2], [1, 2, 0, 2, 0, 1, 1]])
-    g = RelationalGraph(index, torch.tensor([0, 1, 2, 2, 0, 1, 0]), 4, 4)
+    index = torch.tensor([[0, 1, 2, 0, 1, 1, 2], [1, 2, 0, 2, 0, 1, 1]], device=on(backend))
+    kind = torch.tensor([0, 1, 2, 2, 0, 1, 0], device=on(backend))
+    g = RelationalGraph(index, kind, 4, 4)
     leaves = [torch.randn_like(x).requires_grad_() for x in inputs(g, 2, 4, torch.float64)]
 
     def call(nodes: Tensor, relations: Tensor, own: Tensor) -> Tensor:
         return relational_spmm(nodes, relations, g, own=own, aggregate=aggregate, backend=backend)
 
-    assert torch.autograd.gradcheck(call, leaves)
+    # Fast: two random directions, where the interpreter would run for minutes.
+    assert torch.autograd.gradcheck(call, leaves, fast_mode=slow_to_run(backend))
 
 
-@pytest.mark.parametrize("backend", [CPU])
+@pytest.mark.parametrize("backend", KERNELS)
 def test_operator_keeps_its_contract(backend):
-    g = graph()
+    g = graph(backend)
     nodes, relations, own = inputs(g, 2, 4, torch.float32)
-    keep = torch.rand(g.num_edges) > 0.5
+    keep = torch.rand(g.num_edges, device=on(backend)) > 0.5
     arguments = (nodes, relations, own, None, keep, g.num_relations, list(g.sorted), "rotate")
-    torch.library.opcheck(torch.ops.emu_kernels.relational_spmm, (*arguments, "pna"))
+    torch.library.opcheck(torch.ops.emu_kernels.relational_spmm, (*arguments, "pna", backend))
 
 
-@pytest.mark.parametrize("backend", [CPU])
+@pytest.mark.parametrize("backend", KERNELS)
 def test_compile(backend):
-    g = graph()
+    g = graph(backend)
     leaves = inputs(g, 2, 4, torch.float32)
+    options = {"aggregate": "pna", "backend": backend}
 
     def call(nodes: Tensor, relations: Tensor, own: Tensor) -> Tensor:
-        return relational_spmm(nodes, relations, g, own=own, aggregate="pna").square().sum()
+        return relational_spmm(nodes, relations, g, own=own, **options).square().sum()
 
     compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
     found = torch.autograd.grad(compiled(*leaves), leaves)
@@ -144,8 +181,8 @@ def test_compile(backend):
         assert torch.equal(x, y)
 
 
-@pytest.mark.parametrize("backend", [CPU])
-def test_bits_do_not_depend_on_threads(backend):
+def test_bits_do_not_depend_on_threads():
+    backend = "cpu"
     g = graph(nodes=50, relations=3, edges=4000)
     leaves = inputs(g, 5, 8, torch.float32)
     threads = torch.get_num_threads()
@@ -158,36 +195,58 @@ def test_bits_do_not_depend_on_threads(backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("backend", ["reference", CPU])
+@pytest.mark.parametrize("backend", EVERY)
 def test_low_precision_is_that_of_float32_rounded(backend, dtype):
-    g = graph()
+    """Gradients too, which begin with one that is rounded already."""
+    g = graph(backend)
     leaves = tuple(x.detach() for x in inputs(g, 2, 4, dtype))
-    low = results(leaves, g, aggregate="pna", backend=backend)
-    high = results(tuple(x.float() for x in leaves), g, aggregate="pna", backend=backend)
-    assert low[0].dtype == dtype
-    assert torch.equal(low[0], high[0].to(dtype))
+    options = {"aggregate": "pna", "backend": backend}
+    low = results(leaves, g, **options)
+    wide = tuple(x.float().requires_grad_() for x in leaves)
+    high = relational_spmm(wide[0], wide[1], g, own=wide[2], **options)
+    upstream = torch.linspace(-1, 2, high.numel(), dtype=torch.float64).view_as(high)
+    high.backward(upstream.to(high.device, dtype).float())
+    gradients = [leaf.grad for leaf in wide if leaf.grad is not None]
+    for x, y in zip(low, (high, *gradients), strict=True):
+        assert x.dtype == dtype
+        assert torch.equal(x, y.to(dtype))
 
 
 @pytest.mark.parametrize("aggregate", AGGREGATES)
-@pytest.mark.parametrize("backend", ["reference", CPU])
+@pytest.mark.parametrize("backend", EVERY)
 def test_nan_reaches_the_result(backend, aggregate):
-    g = RelationalGraph(torch.tensor([[0, 1, 0], [2, 2, 2]]), torch.zeros(3).long(), 3, 1)
+    device = on(backend)
+    index, kind = torch.tensor([[0, 1, 0], [2, 2, 2]]), torch.zeros(3).long()
+    g = RelationalGraph(index.to(device), kind.to(device), 3, 1)
+    relations = torch.ones(1, 2, device=device)
+    options = {"aggregate": aggregate, "backend": backend}
     for bad in (0, 1):
-        nodes = torch.ones(3, 1, 2)
+        nodes = torch.ones(3, 1, 2, device=device)
         nodes[bad] = float("nan")
-        options = {"aggregate": aggregate, "backend": backend}
-        out = relational_spmm(nodes, torch.ones(1, 2), g, **options)
-        assert out[2].isnan().all()
+        assert relational_spmm(nodes, relations, g, **options)[2].isnan().all()
+    own = torch.full_like(nodes, float("nan"))
+    assert relational_spmm(torch.ones_like(own), relations, g, own=own, **options).isnan().all()
 
 
-@pytest.mark.parametrize("backend", [CPU])
+@pytest.mark.parametrize("backend", KERNELS)
 def test_no_second_derivative(backend):
-    g = graph()
+    g = graph(backend)
     nodes, relations, _ = inputs(g, 2, 4, torch.float64)
     out = relational_spmm(nodes, relations, g, backend=backend)
     (grad,) = torch.autograd.grad(out.square().sum(), nodes, create_graph=True)
     with pytest.raises(RuntimeError, match="relational_spmm has no second derivative"):
         grad.sum().backward()
+
+
+def test_triton_is_the_default_on_a_gpu(monkeypatch):
+    """The fastest backend that has the function; here as if all could run."""
+    for name in ("cuda", "triton"):
+        monkeypatch.setattr(type(backends.get(name)), "unavailable", lambda self: None)
+        monkeypatch.setattr(type(backends.get(name)), "device_types", ("cuda",))
+    gpu = torch.device("cuda")
+    assert backends.default_backend(gpu) == "cuda"
+    assert backends.resolve(None, gpu, BACKENDS).name == "triton"
+    assert backends.resolve(None, torch.device("mps"), BACKENDS).name == backends.REFERENCE
 
 
 @pytest.mark.parametrize(
@@ -206,7 +265,8 @@ def test_no_second_derivative(backend):
         ({"message": "hake"}, ValueError, "message: expected one of 'distmult', 'transe'"),
         ({"aggregate": "median"}, ValueError, "aggregate: expected one of 'sum', 'mean'"),
         ({"graph": torch.zeros(2, 40)}, TypeError, "graph: expected a RelationalGraph"),
-        ({"backend": "cupy"}, ValueError, "backend: expected None or one of"),
+        ({"backend": "cupy"}, ValueError, "expected None or one of 'reference', 'cpu', 'triton'"),
+        ({"backend": "cuda"}, ValueError, "backend: expected None or one of"),
     ],
 )
 def test_bad_input(change, error, said):

@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 import triton
+from emu_kernels import RelationalGraph, relational
 from emu_kernels.backends.base import ScoreWeights, SumWeights, new_scores
 from emu_kernels.mutation import Component, Expected, Mixup, Mutation, NoMutation, Pair
 from emu_kernels.request import LossRequest
@@ -158,6 +159,38 @@ def step(made: LossRequest, *, every: bool = False) -> list[Launch]:
                 negative = made.query.new_empty(*made.negative.shape, made.query.shape[1])
                 launch.mutate_forward(made.query, negative, made)
                 launch.mutate_backward(negative, made)
+    return launches
+
+
+def messages(
+    message: str,
+    aggregate: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    batch: int = 16,
+    dim: int = 32,
+    shared: bool = False,
+    weighted: bool = False,
+) -> list[Launch]:
+    """The launches of relational messages and their backward pass, as of NBFNet: with own messages,
+    and edges left out or, where weighted, none. The graph's values are never read."""
+    graph = RelationalGraph(torch.zeros(2, 1).long(), torch.zeros(1).long(), 1, 1)
+    real = torch.float64 if dtype == torch.float64 else torch.float32
+    given = {
+        "nodes": torch.empty(1, batch, dim, dtype=dtype),
+        "relations": torch.empty((1, dim) if shared else (1, batch, dim), dtype=dtype),
+        "own": torch.empty(1, batch, dim, dtype=real),
+        "weight": torch.empty(1, dtype=real) if weighted else None,
+        "keep": None if weighted else torch.ones(1, dtype=torch.bool),
+        "num_relations": 1,
+        "graph": list(graph.sorted),
+        "message": message,
+        "aggregate": aggregate,
+        "backend": "triton",
+    }
+    with recording() as launches:
+        out = relational._forward(given)
+        relational._backward(given | {"grad": out, "result": out})
     return launches
 
 
