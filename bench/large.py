@@ -41,6 +41,7 @@ COLUMNS = (
 )  # fmt: skip
 SETTINGS = ("entities", "triples", "dim", "batch", "negatives", "optimizer", "threads")
 QUERIES = 100
+WHOLE = "train, checkpoint, rank"
 
 
 class Parts:
@@ -99,7 +100,7 @@ def train(options: argparse.Namespace, folder: Path) -> list[Row]:
     with parts.part("start"):
         run = RunFolder.create(folder / "run", config, graph)
         trainer = Trainer(config, graph, run)
-    with parts.part("train, checkpoint, rank", options.steps):
+    with parts.part(WHOLE, options.steps):
         if not trainer.train():
             raise KeyboardInterrupt
     parts.add("steps of these", options.steps, trainer.seconds)
@@ -115,13 +116,12 @@ def predict(options: argparse.Namespace, folder: Path) -> list[Row]:
     parts = Parts(options)
     with parts.part("open, predict one", 1):
         predictor = Predictor(folder / "run")
-        ids = predictor.graph.triples["test"][:QUERIES]
-        names = [
-            (predictor.graph.entities[h], predictor.graph.relations[r]) for h, r, _ in ids.tolist()
-        ]
-        predictor.predict(*names[0])
-    with parts.part("predict many", len(names)):
-        predictor.complete([(head, relation, None) for head, relation in names])
+        graph = predictor.graph
+        ids = graph.triples["test"][:QUERIES].tolist()
+        queries = [(graph.entities[head], graph.relations[kind], None) for head, kind, _ in ids]
+        predictor.complete(queries[:1])
+    with parts.part("predict many", len(queries)):
+        predictor.complete(queries)
     return parts.rows
 
 

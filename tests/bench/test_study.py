@@ -64,12 +64,3 @@ def test_messages(capsys):
 def test_an_unknown_experiment(capsys):
     assert main(["study", "loses"]) == 1
     assert "no experiment loses; known: schedules, losses" in capsys.readouterr().err
-
-
-def test_large_works(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("pyarrow")
-    options = ["--tiny", "--threads", "1", f"--folder={tmp_path}", f"--results={tmp_path}"]
-    assert main(["large", *options]) == 0
-    said = capsys.readouterr().out
-    assert list(tmp_path.iterdir()) == []
-    assert "error" not in said
