@@ -208,6 +208,19 @@ def _parser() -> argparse.ArgumentParser:
     part.add("--batch", [16, 64], "queries at once")
     part.add("--aggregate", ["sum", "pna"], "names")
 
+    part = command("large", "a synthetic graph of Wikidata5M's size, from Parquet to predictions")
+    part.add("--entities", 4_600_000, "of the graph, each a head")
+    part.add("--triples", 20_000_000, "of the graph")
+    part.add("--steps", 300, "of training")
+    part.add("--ranked", 1000, "triples of validation and of test, among all entities")
+    for field, value in {"dim": 100, "batch": 1000, "negatives": 256}.items():
+        part.add(f"--{field}", value, "of training")
+    part.add("--optimizer", "RowwiseAdagrad", "of emu-train, with --sparse")
+    part.add("--threads", torch.get_num_threads(), "of torch and of our kernels")
+    part.add_argument("--results", type=Path, default=results.FOLDER / "large", help="of files")
+    part.add_argument("--folder", type=Path, help="for some GB of files, removed at the end")
+    part.add("--tiny", False, "a tiny graph, not saved: does it work?")
+
     part = command("study", "the study: named lists of training runs, resumed where they stopped")
     part.add_argument("experiments", nargs="*", metavar="NAME", help="default: all")
     for name in ("dataset", "model", "loss", "seed"):
@@ -235,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if is_gpu(getattr(options, "device", "cpu")):
             results.device_name("cuda")  # raises where there is none
-        if options.command in ("messages", "report", "study"):  # need what a GPU's machine may lack
+        if options.command in ("large", "messages", "report", "study"):  # which need pandas
             return importlib.import_module(f"bench.{options.command}").run(options)
         return 0 if (_all if options.command == "all" else _run)(options) else 1
     except (ImportError, OSError, ValueError, RuntimeError, AssertionError) as error:

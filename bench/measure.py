@@ -112,6 +112,18 @@ def _field(file: str, name: str) -> int:
     return int(found[1]) * 1024
 
 
+def resident(name: str) -> int:
+    """Bytes of this process: VmRSS now, VmHWM at its peak since :func:`reset_peak`."""
+    return _field("/proc/self/status", name)
+
+
+def reset_peak() -> None:
+    """Return freed memory to the system, and let the peak begin at what is left."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # proc(5): sets VmHWM to VmRSS
+
+
 def free_bytes(device: str) -> int:
     """What can still be allocated."""
     if is_gpu(device):
@@ -131,12 +143,10 @@ def _peak_here(prepare: Prepare, name: str, shape: Any, threads: int) -> float:
     torch.set_num_threads(threads)
     prepare(name, shape.tiny())()
     run = prepare(name, shape)
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # proc(5): sets VmHWM to VmRSS
-    before = _field("/proc/self/status", "VmRSS")
+    reset_peak()
+    before = resident("VmRSS")
     run()
-    return max(_field("/proc/self/status", "VmHWM") - before, 0) / MIB
+    return max(resident("VmHWM") - before, 0) / MIB
 
 
 def peak(prepare: Prepare, name: str, shape: Any, threads: int) -> float:

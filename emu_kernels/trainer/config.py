@@ -55,8 +55,8 @@ class ReadingOptions:
 
 OPTIMIZERS = {
     "Adagrad": Choice("a sum of squares for each component", ()),
-    "RowwiseAdagrad": Choice("one for each row: its state is 1/d of that", ()),
     "Adam": Choice("two moments for each component", ()),
+    "RowwiseAdagrad": Choice("Adagrad with a sum for each row, 1/d of the state", ()),
 }
 
 

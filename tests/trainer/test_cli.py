@@ -48,6 +48,23 @@ def test_train_prints_and_leaves_results(graph_folder, tmp_path, capsys):
     assert (run_folder / "best.safetensors").exists()
 
 
+def test_one_file_is_trained_on_by_rows_and_ranked_in_part(tmp_path, named_triples, capsys):
+    file, run_folder = tmp_path / "all.csv", tmp_path / "run"
+    lines = ["object,predicate,subject", *(",".join(t[::-1]) for t in named_triples["train"])]
+    file.write_text("\n".join(lines))
+    options = ["--columns", "subject,predicate,object", "--hold-out", "0.1", "--split-seed", "3"]
+    options += ["--sparse", "--optimizer", "RowwiseAdagrad", "--eval-triples", "20"]
+    options += ["--eval-candidates", "10", "--run-dir", run_folder]
+    assert train("--data", file, *options, *QUICK) == 0
+    out = capsys.readouterr().out
+    assert "48 entities, 4 relations; triples: 720 train, 90 valid, 90 test" in out
+    assert "both directions, a sample of 20 triples, among 10 drawn entities, the model of" in out
+    assert train("--resume", run_folder, "--steps", "60") == 0
+    config = json.loads((run_folder / "config.json").read_text())["config"]
+    assert (config["hold_out"], config["eval_candidates"], config["steps"]) == (0.1, 10, 60)
+    assert predict.main([str(run_folder), "--head", "e1", "--relation", "r1"]) == 0
+
+
 def test_train_by_name(data_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("EMU_KERNELS_DATA", str(data_folder))
     monkeypatch.chdir(tmp_path)

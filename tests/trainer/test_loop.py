@@ -557,7 +557,7 @@ def test_embeddings_open_elsewhere(graph, tmp_path, inverse_relations):
     trainer = start(tmp_path / "run", config, graph)
     trainer.train()
     trainer.export()
-    relations = graph.relations
+    relations = list(graph.relations)
     if inverse_relations:
         relations = relations + [f"{name}_inverse" for name in relations]
     arrays = load_file(tmp_path / "run" / "embeddings.safetensors")

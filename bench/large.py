@@ -1,0 +1,144 @@
+"""A graph of Wikidata5M's size on this machine: from a Parquet file to predictions.
+
+The graph is synthetic: degrees by Zipf's law, names as Wikidata's. Each part's row has its time by
+the clock and of the processor, the peak of the process's resident memory in it (files that it has
+mapped included), and the machine's load. What follows reading runs in the same process, as in
+emu-train; predictions have one of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import torch
+from pyarrow import parquet
+
+from bench import results
+from bench.measure import MIB, reset_peak, resident
+from bench.results import Row
+from bench.trainers import RELATIONS, zipf_triples
+from emu_kernels.trainer.config import Config
+from emu_kernels.trainer.loop import Trainer, settle
+from emu_kernels.trainer.predict import Predictor
+from emu_kernels.trainer.reading import load_graph
+from emu_kernels.trainer.run import RunFolder
+
+# amount: steps of train, triples of rank, queries of predict; load: of the last minute.
+COLUMNS = (
+    "date", "commit", "part", "entities", "triples", "dim", "batch", "negatives", "optimizer",
+    "amount", "seconds", "cpu_seconds", "peak_mib", "load", "threads", "device", "emu_kernels",
+    "torch", "python",
+)  # fmt: skip
+SETTINGS = ("entities", "triples", "dim", "batch", "negatives", "optimizer", "threads")
+QUERIES = 100
+WHOLE = "train, checkpoint, rank"
+
+
+class Parts:
+    """Measures one part after the other."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        torch.set_num_threads(options.threads)
+        self._shared = results.environment() | {name: getattr(options, name) for name in SETTINGS}
+        self.rows: list[Row] = []
+
+    @contextmanager
+    def part(self, name: str, amount: int = 0) -> Iterator[None]:
+        reset_peak()
+        started, cpu = time.perf_counter(), time.process_time()
+        yield
+        self.add(name, amount, time.perf_counter() - started, time.process_time() - cpu)
+
+    def add(self, name: str, amount: int, seconds: float, cpu: float | str = "") -> None:
+        measured = {"seconds": seconds, "cpu_seconds": cpu, "peak_mib": resident("VmHWM") / MIB}
+        load = {"load": os.getloadavg()[0]}
+        self.rows.append(self._shared | {"part": name, "amount": amount} | measured | load)
+        print(f"{name}: {seconds:.1f} s, {measured['peak_mib']:,.0f} MiB", flush=True)
+
+
+def make(options: argparse.Namespace, path: Path) -> None:
+    """Write a graph in which every entity is a head."""
+    triples = zipf_triples(options.entities, RELATIONS, options.triples)
+    draws = torch.Generator().manual_seed(1)
+    triples[: options.entities, 0] = torch.randperm(options.entities, generator=draws)
+    numbers = torch.randperm(10 * options.entities, generator=draws)[: options.entities]
+    names = [pyarrow.array([f"{letter}{n}" for n in x.tolist()], pyarrow.string())
+             for letter, x in (("Q", numbers), ("P", torch.arange(RELATIONS)))]  # fmt: skip
+    columns = {
+        part: pyarrow.DictionaryArray.from_arrays(triples[:, i].int().numpy(), names[i % 2])
+        for i, part in enumerate(("head", "relation", "tail"))
+    }
+    parquet.write_table(pyarrow.table(columns), path)
+
+
+def train(options: argparse.Namespace, folder: Path) -> list[Row]:
+    """What ``emu-train`` does."""
+    config = settle(
+        Config(
+            data=str(folder / "graph.parquet"), hold_out=0.001, sparse=True,
+            optimizer=options.optimizer, dim=options.dim, batch_size=options.batch,
+            negatives=options.negatives, steps=options.steps, eval_every=options.steps,
+            eval_triples=options.ranked,
+        )
+    )  # fmt: skip
+    parts = Parts(options)
+    with parts.part("read"):
+        graph = load_graph(Path(str(config.data)), config.layout, hold_out=config.hold_out)
+    with parts.part("check"):
+        graph.summary()
+        graph.doubts()
+    with parts.part("start"):
+        run = RunFolder.create(folder / "run", config, graph)
+        trainer = Trainer(config, graph, run)
+    with parts.part(WHOLE, options.steps):
+        if not trainer.train():
+            raise KeyboardInterrupt
+    parts.add("steps of these", options.steps, trainer.seconds)
+    with parts.part("rank", options.ranked):
+        trainer.finish()
+    with parts.part("export"):
+        trainer.export()
+    return parts.rows
+
+
+def predict(options: argparse.Namespace, folder: Path) -> list[Row]:
+    """What ``emu-predict`` does, for one query and for many."""
+    parts = Parts(options)
+    with parts.part("open, predict one", 1):
+        predictor = Predictor(folder / "run")
+        graph = predictor.graph
+        ids = graph.triples["test"][:QUERIES].tolist()
+        queries = [(graph.entities[head], graph.relations[kind], None) for head, kind, _ in ids]
+        predictor.complete(queries[:1])
+    with parts.part("predict many", len(queries)):
+        predictor.complete(queries)
+    return parts.rows
+
+
+def _in_process(function: Any, *arguments: Any) -> Any:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def run(options: argparse.Namespace) -> int:
+    if options.tiny:
+        options.entities, options.triples, options.steps, options.ranked = 2000, 9000, 20, 5
+    if options.triples < 2 * options.entities:
+        raise ValueError("--triples: expected at least twice as many as entities")
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
+        _in_process(make, options, folder / "graph.parquet")
+        rows = _in_process(train, options, folder) + _in_process(predict, options, folder)
+    if not options.tiny:
+        print(f"appended {len(rows)} rows to {results.append(options.results, rows, COLUMNS)}")
+    return 0
