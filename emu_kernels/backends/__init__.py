@@ -46,19 +46,29 @@ def default_backend(device: torch.device | str) -> str:
 
     A GPU's kernels that are emulated on the CPU, for tests, are never it.
     """
-    device = torch.device(device)
-    if device.type == "cpu":
-        reason = get("cpu").unavailable()
+    return _default(torch.device(device).type)
+
+
+# torch.compile calls the next two when it traces a call, rather than trace what asks the driver.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _default(device_type: str) -> str:
+    if device_type == "cpu":
+        reason = _unavailable("cpu")
         if reason is None:
             return "cpu"
-        if not torch.compiler.is_compiling():
-            _warn_of_reference(reason)
+        _warn_of_reference(reason)
         return REFERENCE
-    return next(b.name for b in _BACKENDS if _takes(b, device) and b.unavailable() is None)
+    able = (b.name for b in _BACKENDS if _takes(get(b.name), device_type))
+    return next(name for name in able if _unavailable(name) is None)
 
 
-def _takes(backend: Backend, device: torch.device) -> bool:
-    return not backend.device_types or device.type in backend.device_types
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _unavailable(name: str) -> str | None:
+    return get(name).unavailable()
+
+
+def _takes(backend: Backend, device_type: str) -> bool:
+    return not backend.device_types or device_type in backend.device_types
 
 
 @functools.cache
@@ -85,10 +95,10 @@ def resolve(name: str | None, device: torch.device) -> Backend:
             f"backend: expected None or one of {', '.join(map(repr, NAMES))}, got {name!r}"
         )
     backend = _BY_NAME[name]
-    reason = backend.unavailable()
+    reason = _unavailable(name)
     if reason is not None:
         raise RuntimeError(f"backend: {name!r} cannot run here: {reason}")
-    if not _takes(backend, device):
+    if not _takes(backend, device.type):
         raise ValueError(
             f"backend: {name!r} runs on tensors on {' or '.join(backend.device_types)}, "
             f"got tensors on {device}"
