@@ -18,7 +18,7 @@ from emu_kernels.backends.cuda import CudaBackend
 from emu_kernels.backends.reference import ReferenceBackend
 from emu_kernels.backends.triton import TritonBackend
 
-# Fastest first. That cuda comes before triton is an expectation: no GPU has timed them yet.
+# Fastest first. That cuda comes before triton is an expectation while neither is `measured`.
 _BACKENDS: tuple[Backend, ...] = (CudaBackend(), TritonBackend(), CpuBackend(), ReferenceBackend())
 _BY_NAME: dict[str, Backend] = {}
 
@@ -44,7 +44,8 @@ def get(name: str) -> Backend:
 def default_backend(device: torch.device | str) -> str:
     """The name that ``backend=None`` stands for on tensors of ``device``.
 
-    A GPU's kernels that are emulated on the CPU, for tests, are never it.
+    Warns once where it is not :attr:`~emu_kernels.backends.base.Kernels.measured`. A GPU's kernels
+    that are emulated on the CPU, for tests, are never it.
     """
     return _default(torch.device(device).type)
 
@@ -58,8 +59,11 @@ def _default(device_type: str) -> str:
             return "cpu"
         _warn_of_reference(reason)
         return REFERENCE
-    able = (b.name for b in _BACKENDS if _takes(get(b.name), device_type))
-    return next(name for name in able if _unavailable(name) is None)
+    taking = [b.name for b in _BACKENDS if _takes(get(b.name), device_type)]
+    name, *others = [name for name in taking if _unavailable(name) is None]
+    if not get(name).measured:
+        _warn_of_unmeasured(name, tuple(others))
+    return name
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -76,6 +80,20 @@ def _warn_of_reference(reason: str) -> None:
     """Once: the answers are right, and take far longer than they need."""
     warnings.warn(
         f"emu_kernels runs its plain PyTorch specification, which is slow: {reason}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+@functools.cache
+def _warn_of_unmeasured(name: str, others: tuple[str, ...]) -> None:
+    """Once: nobody has seen these kernels run on the hardware that they are for."""
+    choices = " or ".join(f"backend={other!r}" for other in others)
+    warnings.warn(
+        f"emu_kernels uses its backend {name!r}, which is tested on emulated hardware only: its "
+        f"results and its speed on a GPU are not known yet. {choices} chooses another, and "
+        f"backend={name!r} this one without a warning; `make gpu-check` tests and measures them "
+        "all on this machine",
         RuntimeWarning,
         stacklevel=2,
     )

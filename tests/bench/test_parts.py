@@ -19,7 +19,7 @@ from bench.gpu_check import FAILED, OK, SKIPPED, TIMEOUT, Stage
 from bench.inputs import SIMILARITIES, Shape, make
 from bench.measure import Step
 from bench.rivals import EMU
-from emu_kernels import fused_emu_loss, fused_softmax_loss
+from emu_kernels import backends, fused_emu_loss, fused_softmax_loss
 from emu_kernels.mask import mutation_mask, rate_to_threshold
 from tests.ops.support import Inputs, assert_agree, evaluate
 
@@ -152,3 +152,10 @@ def test_the_cases_run_on_a_cpu(monkeypatch: pytest.MonkeyPatch, capsys: Capture
     assert gpu_cases.main(["--device", "cpu", "--list", "--backends", "cuda"]) == 1
     out = capsys.readouterr().out
     assert all(text in out for text in (*SIMILARITIES, "shared, padded", "bfloat16"))
+
+
+def test_backends_are_measured_if_there_are_results() -> None:
+    """Once a GPU's backend has rows, it is `measured`, and calls that get it do not warn."""
+    measured = set(results.read(results.FOLDER)["rival"])
+    for name in rivals.BACKENDS:
+        assert backends.get(name).measured == (rivals.ours("emu", name) in measured)
