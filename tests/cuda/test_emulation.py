@@ -31,6 +31,7 @@ from emu_kernels import (
 from emu_kernels.backends import cuda as cuda_module
 from emu_kernels.backends import ids
 from emu_kernels.backends.cuda import CudaBackend
+from emu_kernels.mutation import NoMutation
 from emu_kernels.similarity import SIMILARITIES
 from tests.cuda import emulation
 from tests.ops.support import (
@@ -364,3 +365,37 @@ def test_atomics_are_not_for_deterministic_algorithms(
         assert same_bits(evaluate(fused_emu_loss, make(), backend="cuda", **LOSS), expected)
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("batch", [1, 40, 300])
+@pytest.mark.parametrize("rows", [3, 20_000])
+def test_runs_are_numbered(batch: int, rows: int, cuda: emulation.EmulatedCudaBackend) -> None:
+    """The touched row that each run of 32 entries begins in, of as many runs as there can be."""
+    inputs = make(batch, 900, 2, rows=rows, padding=True)
+    request = prepare.scores(
+        *inputs,
+        similarity="dot",
+        mutation=NoMutation(),
+        mask_unit="component",
+        scale=None,
+        similarity_weights=None,
+        phase_scale=1.0,
+        seed=None,
+        row_offset=0,
+        sparse_grad=True,
+    )
+    problem = cuda._problem(request)
+    ids = torch.cat([inputs.negative.flatten(), inputs.positive])
+    touched, ordinals = ids[ids >= 0].sort().values.unique(return_inverse=True)
+    for order, seed in ORDERS[:3]:
+        cuda.set_order(order, seed)
+        ordered, partials = cuda._sorted(request, problem)
+        assert ordered is not None
+        assert partials is not None
+        at = cuda._native.count_touched(
+            problem=problem, sorted=ordered.data_ptr(), partials=partials.data_ptr()
+        )
+        numbered = partials[: at + 8].view(torch.int64)
+        assert numbered[-1] == len(touched)
+        expected = ordinals[::32]
+        assert torch.equal(numbered[: len(expected)], expected)
