@@ -58,21 +58,10 @@ struct QueryMajor {
   static constexpr int kValues = kSums * kKinds * R;  // of R rows; value (s, kind, r) at (s·kinds + kind)·R + r
   static constexpr int kLanes = kWarp / kValues;      // lanes that hold the same value
 
-  // The words that a thread keeps while it goes through the negatives: sums, rows with their masks, and what rows are
-  // compared with, which with moments takes four for each component.
-  static constexpr int kKeptReals = (kPass == Pass::kScores ? 0 : A::kCount * H * V) + (H + Sums<Sim>::kScaled) * V +
-                                    (kMoments ? 4 * kSums : kMutated ? H : 0) * V;
-  static constexpr int kKept = kKeptReals * static_cast<int>(sizeof(Real) / 4) +
-                               R * H * (Chunk<T, V>::kWords + (masked(kMode) ? S::kWords : 0));
-  // A multiprocessor runs two blocks of the most threads if each thread has 128 registers. ptxas spills where more is
-  // kept than this: in passes over several tiles, of two halves and of one. Doubles are for tests.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-  static constexpr int kMostOfOneHalf = 76;
-#else
-  static constexpr int kMostOfOneHalf = 88;
-#endif
-  static constexpr int kMostKept = kPass == Pass::kScores ? (masked(kMode) ? 36 : 44) : H == 2 ? 92 : kMostOfOneHalf;
-  static constexpr int kBlocks = sizeof(T) < 8 && kKept <= kMostKept ? 2 : 1;
+  // A multiprocessor runs two blocks of the most threads if each thread has 128 registers. Only these fit into them on
+  // every target; of the others, with a scale, two halves, or eight rows or components a thread, some would spill.
+  static constexpr bool kFits = kPass == Pass::kOnline && kMutated && sizeof(T) == 4 && H == 1 && !Sums<Sim>::kScaled;
+  static constexpr int kBlocks = kFits ? 2 : 1;
 
   // A team's shared memory: masks, shares, scratch for sums. At the end it is used to join the teams' sums.
   struct Memory {
