@@ -1,7 +1,7 @@
 # Two commands on a fresh machine, set-up included: `make demo` trains and compares, `make test` shows that nothing broke.
 # Each works in .venv, made as needed. Overridable:
 #   make test PYTHON=python3.13 TORCH=torch==2.11.0
-# `make gpu-check QUICK=1 OUT=folder` is for a machine with a GPU: it takes PYTHON as it is, with the torch in it.
+# `make gpu-check PART=a OUT=folder` is for a machine with a GPU: it takes PYTHON as it is, with the torch in it.
 
 PYTHON ?= python3
 # One release, so that results can be repeated. Installed first and alone: then nothing else picks another build.
@@ -16,9 +16,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INPUTS := pyproject.toml setup.py CMakeLists.txt constraints.txt emu_kernels/_version.py \
 	$(shell find csrc -type f)
 
-# Of gpu-check: where to write, anything for the short variant, more of its options (bench/gpu_check.py).
+# Of gpu-check: where to write, the part (a, b or c), more of its options (bench/gpu_check.py).
 OUT ?= build/gpu-check
-QUICK ?=
+PART ?= a
 GPU_CHECK ?=
 
 # Tests run on all cores, in eight processes at most, since each takes most of a GB of memory. Tests that share
@@ -36,7 +36,7 @@ help:
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      all measurements that this machine can take: about half an hour"
 	@echo "make docs       the pages as a site, in build/site: figures drawn, links checked"
-	@echo "make gpu-check  tests, sanitizers and measurements on a GPU (QUICK=1, OUT=folder, PYTHON=python3)"
+	@echo "make gpu-check  tests, sanitizers and measurements on a GPU (PART=a, b or c; OUT=folder, PYTHON=python3)"
 	@echo "make clean      removes the environment and what was built"
 
 demo: $(VENV)/.installed-trainer
@@ -62,7 +62,7 @@ docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 gpu-check:
-	$(PYTHON) -m bench.gpu_check --out $(OUT) $(if $(QUICK),--quick) $(GPU_CHECK)
+	$(PYTHON) -m bench.gpu_check --out $(OUT) --part $(PART) $(GPU_CHECK)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info emu_kernels/_C.*.so emu_kernels/_cuda.*.so

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench import captured, results, rivals, steps, trainers
+from bench import captured, kernels, results, rivals, steps, trainers
 from bench.inputs import CHOICES, GRADIENTS, SIMILARITIES, SIZES, Shape, is_gpu
 from bench.results import Row
 from bench.rivals import PHASES, WHOLE
@@ -31,7 +31,7 @@ class Part(NamedTuple):
 
     settings: Callable[[Options], Iterable[Setting]]
     rivals: Sequence[Any]
-    rows: Callable[[Any, Setting, Options], list[Row]]
+    rows: Callable[[Any, Setting, Options], Iterator[list[Row]]]
 
 
 PARTS = {
@@ -40,6 +40,7 @@ PARTS = {
     "scale": Part(steps.scale_settings, rivals.RIVALS, steps.rows),
     "gpu": Part(steps.gpu_settings, rivals.RIVALS, steps.rows),
     "captured": Part(captured.settings, rivals.RIVALS, captured.rows),
+    "kernels": Part(kernels.settings, rivals.RIVALS, kernels.rows),
     "train": Part(trainers.settings, trainers.TRAINERS, trainers.rows),
 }
 _QUICK = ("--rounds", "10", "--rivals", *rivals.SCALED)
@@ -65,7 +66,7 @@ def _skip(reasons: Mapping[str, object]) -> None:
 
 
 def _measure(options: Options) -> Iterator[list[Row]]:
-    """The rows of one setting after the other, so that each is saved once it is measured."""
+    """Rows as they are measured, so that they can be saved at once."""
     part, seen = PARTS[options.command], set[tuple[str, str]]()
     kinds = (None, torch.device(options.device).type)
     for setting in part.settings(options):
@@ -80,7 +81,7 @@ def _measure(options: Options) -> Iterator[list[Row]]:
             continue
         print(f"\n{shape}", flush=True)
         try:
-            yield part.rows(chosen, setting._replace(shape=shape), options)
+            yield from part.rows(chosen, setting._replace(shape=shape), options)
         except FileNotFoundError as error:
             _skip({str(shape): error})
 
@@ -96,7 +97,7 @@ def _run(options: Options) -> list[Row]:
     measured: list[Row] = []
     for rows in _measure(options):
         measured += rows
-        if save:
+        if save and rows:
             print(f"appended {len(rows)} rows to {results.append(options.results, rows)}")
     _print(measured)
     return measured
@@ -199,6 +200,8 @@ def _parser() -> argparse.ArgumentParser:
     command("closed", "EMU in closed form; one set of negatives for all rows, all entities", 20)
 
     command("captured", "a whole training step, on a GPU as a CUDA graph", 20)
+
+    command("kernels", "each operator of our backends, at the shapes that are our targets", 20)
 
     part = command("gpu", "the operator on a GPU, in our target settings", 10, "cuda")
     part.add("--quick", False, "fewer settings")

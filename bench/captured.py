@@ -7,7 +7,7 @@ triples are random, as many as FB15k-237's. On a CPU the same step runs without 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from bench.results import Recorder, Row
 from bench.rivals import SCALED, Loss, Rival, base_of, instruction_set
 from bench.steps import Setting
 from bench.trainers import PHASE, zipf_triples
+
+_CAPTURED = ", captured"
 
 
 def training_step(
@@ -55,34 +57,37 @@ def settings(options: Any) -> list[Setting]:
     return [Setting(Shape(), SCALED, family="captured")]
 
 
-def rows(rivals: Sequence[Rival], setting: Setting, options: Any) -> list[Row]:
-    """Measure whole steps, on a GPU captured and launched one by one."""
+def rows(rivals: Sequence[Rival], setting: Setting, options: Any) -> Iterator[list[Row]]:
+    """Measure whole steps, on a GPU captured and launched one by one; first the one of ours that
+    all are compared with and plain PyTorch, then the others of ours."""
     shape, device, relations = setting.shape, setting.shape.device, 237
     triples = zipf_triples(shape.entities, relations, 100 if options.tiny else 272_115)
     repeats = 20 if is_gpu(device) else 1  # without waiting for the GPU in between, as in training
+    losses = {rival.name: rival.loss(shape) for rival in rivals}
+    kinds = ("", _CAPTURED) if is_gpu(device) else ("",)
 
-    def turn_of(run: Callable[[], Any]) -> measure.Turn:
+    def start(name: str) -> measure.Turn:
+        loss = losses[name.removesuffix(_CAPTURED)]
+        run: Callable[[], Any] = training_step(triples, shape, relations, loss)
+        if name.endswith(_CAPTURED):
+            run = measure.Captured(run)
         step = measure.Step(lambda _: [run() for _ in range(repeats)])
         return measure.turn_of(step, device, wall=True)
 
-    turns: dict[str, measure.Turn] = {}
-    for rival in rivals:
-        step = training_step(triples, shape, relations, rival.loss(shape))
-        turns[rival.name] = turn_of(step)
-        if is_gpu(device):
-            try:
-                turns[f"{rival.name}, captured"] = turn_of(measure.Captured(step))
-            except RuntimeError as error:
-                print(f"skipped: {rival.name}, captured: {str(error).splitlines()[0]}")
-    of_several = measure.alternate(turns, options.rounds)
-    times = {name: [t / (2 * repeats) for t in values] for name, values in of_several.items()}
-    base = base_of(times)
-    base = f"{base}, captured" if f"{base}, captured" in times else base
     record = Recorder(
         device, family=setting.family, phase=PHASE, graph=f"{len(triples)} random triples",
         model="DistMult", optimizer="Adagrad", threads=options.threads,
         instruction_set=instruction_set(device), **shape.columns(),
     )  # fmt: skip
-    for name in times:
-        record.add_times(times, base, rival=name, batch=shape.batch)
-    return record.rows
+    base = base_of(losses)
+    plain = [name for name in losses if not name.startswith("fused-")]
+    others = [name for name in losses if name not in (base, *plain)]
+    for group in (plain, others):
+        names = [name + kind for name in filter(None, (base, *group)) for kind in kinds]
+        of_several = measure.alternate(measure.turns_of(names, start), options.rounds)
+        times = {name: [t / (2 * repeats) for t in values] for name, values in of_several.items()}
+        of_ratios = next((b for kind in reversed(kinds) if (b := f"{base}{kind}") in times), None)
+        for name in times:
+            if group is plain or name.removesuffix(_CAPTURED) != base:
+                record.add_times(times, of_ratios, rival=name, batch=shape.batch)
+        yield record.taken()

@@ -1,9 +1,10 @@
-"""All checks that need a GPU, in one command: ``make gpu-check``.
+"""All checks that need a GPU, most valuable facts first: ``make gpu-check PART=a``, then b, then c.
 
-Builds in place with the given Python (no network, no environment of its own), runs the tests on
-the GPU, sanitizers on a small case of each kernel, the profiler on the hot ones, and the
-benchmarks, and prints a summary. Everything is also written to a folder: a log, JSON, CSV rows.
-Each stage has a time limit, and a failing one does not stop those after it.
+Each part is a call of at most 9.5 minutes. It builds in place with the given Python (no network, no
+environment of its own) and runs its stages: tests on the GPU, measurements, sanitizers on a small
+case of each kernel, the profiler on the hot ones. Everything is also written to a folder: a log,
+JSON, and rows, each when it is measured. Each stage has a time limit, at which it is interrupted as
+by Ctrl-C, so that its report survives, and a failing one does not stop those after it.
 
 Exit status: 0 where every stage passed or was skipped, 1 where one failed, 2 without a GPU.
 """
@@ -11,6 +12,7 @@ Exit status: 0 where every stage passed or was skipped, 1 where one failed, 2 wi
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
@@ -25,7 +27,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-LAST_SECONDS = 20.0  # kept for the summary where there is a total limit
+PARTS = ("a", "b", "c")
+MINUTES = 9.5  # of a part
+LAST_SECONDS = 25.0  # of these, for the summary
+GRACE = 15.0  # seconds that an interrupted stage has to write its report
 OK, FAILED, TIMEOUT, SKIPPED = "ok", "failed", "out of time", "skipped"
 
 
@@ -58,7 +63,8 @@ def run_stages(
     results: list[Result] = []
     for stage in stages:
         kept = 0.0 if stage is stages[-1] else LAST_SECONDS
-        results.append(_run(stage, min(stage.seconds, end - time.monotonic() - kept), log))
+        left = end - time.monotonic() - kept - GRACE
+        results.append(_run(stage, min(stage.seconds, left), log))
         print(results[-1], flush=True)
         record = [result._asdict() for result in results]
         (folder / "summary.json").write_text(json.dumps(record, indent=2) + "\n")
@@ -66,7 +72,8 @@ def run_stages(
 
 
 def _run(stage: Stage, limit: float, log: Path) -> Result:
-    """Run a stage's command; at its limit it is killed with all that it started."""
+    """Run a stage's command; at its limit it is interrupted, then killed with all that it
+    started."""
     absent = [t for t in stage.tools.split() if not (shutil.which(t) or find_spec(t))]
     if absent:
         return Result(stage.name, 0.0, SKIPPED, f"{absent[0]} is not installed")
@@ -77,91 +84,140 @@ def _run(stage: Stage, limit: float, log: Path) -> Result:
         print(f"\n== {stage.name}: {stage.command}", file=file, flush=True)
         begin, start = file.tell(), time.monotonic()
         process = subprocess.Popen(
-            ["env", "PYTHONUNBUFFERED=1", *shlex.split(stage.command)], cwd=ROOT,
+            ["env", "--default-signal=INT", "PYTHONUNBUFFERED=1", *shlex.split(stage.command)],
+            cwd=ROOT,
             stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True,
         )  # fmt: skip
         try:
             code = process.wait(limit)
             status, reason = (FAILED, f"exit {code}: ") if code else (OK, "")
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            os.killpg(process.pid, signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE)
+            with contextlib.suppress(ProcessLookupError):  # nothing of it is left
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             status, reason = TIMEOUT, ""
         seconds = time.monotonic() - start
         file.seek(begin)
         lines = [line for line in file.read().splitlines() if line.strip()]
+    failed = [line for line in lines if line.startswith("failed: ")]  # of bench
+    if failed and status == OK:
+        status, lines = FAILED, [*lines, f"{len(failed)} failed, {failed[0]}"]
     if stage.shown or status != OK:
         print("\n".join(lines if stage.shown else lines[-20:]))
     last = lines[-1].strip()[:160] if lines else ""
     return Result(stage.name, seconds, status, reason + last)
 
 
-def stages(folder: Path, capability: str, *, quick: bool) -> list[Stage]:
-    """``capability``: the GPU's, as "90", the only one to compile for."""
+def stages(part: str, folder: Path, capability: str, device: str = "cuda") -> list[Stage]:
+    """Those of a part.
+
+    ``capability``: the GPU's, as "90", the only one to compile for. ``device``: "cpu" rehearses
+    them: the same programs with tiny sizes, tests that are only collected, and a build elsewhere
+    that leaves the CUDA kernels out.
+    """
+    rehearsed = device == "cpu"
     python, out = shlex.quote(sys.executable), shlex.quote(str(folder))
-    bench, cases = f"{python} -m bench", f"{python} -m bench.gpu_cases"
-    rows = f"{'--quick ' if quick else ''}--results {out}/results"
+    rows = f"--device {device} --results {out}/results{' --tiny --no-memory' if rehearsed else ''}"
+    cases = f"{python} -m bench.gpu_cases --device {device}"
     # Under a sanitizer everything takes far longer: the two similarities that differ most.
-    cases_of = f"{cases} --similarities dot hake" if quick else cases
-    sanitizer = "compute-sanitizer --error-exitcode 1 --target-processes all --tool"
+    few = f"{cases} --similarities dot hake"
+    quickly = "-DEMU_CUDA=OFF -DCMAKE_BUILD_TYPE=Debug"
+    target = quickly if rehearsed else f"-DCMAKE_CUDA_ARCHITECTURES={capability}-real"
+    target = os.environ.get("CMAKE_ARGS") or target
+    elsewhere = f" --into {out}/built --work {out}/cmake" if rehearsed else ""
+    build = f"CMAKE_ARGS={shlex.quote(target)} EMU_CUDA_REPORTS={out}/ptxas {python} "
+    build += f"-m bench.gpu_build{elsewhere}"
+    sanitizer = "compute-sanitizer --error-exitcode 1 --target-processes all "
+    sanitizer += "--report-api-errors no --tool"
+    # Each tensor an allocation of its own, so that accesses beyond its end are found.
+    memcheck = f"PYTORCH_NO_CUDA_MEMORY_CACHING=1 {sanitizer} memcheck {few}"
+    sections = (
+        *("SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy", "LaunchStats"),
+        *("WarpStateStats", "SchedulerStats"),
+    )
     ncu = (
         "ncu --nvtx --nvtx-include hot/ --clock-control none --launch-count 80 --csv "
-        "--section SpeedOfLight --section MemoryWorkloadAnalysis --section Occupancy "
-        f"--section LaunchStats --page details --force-overwrite --log-file {out}/ncu.csv"
+        f"--page details {' '.join(f'--section {name}' for name in sections)} "
+        f"--force-overwrite --log-file {out}/ncu"
     )
-    pip = "-m pip install --no-build-isolation --no-deps --no-index --disable-pip-version-check"
-    target = os.environ.get("CMAKE_ARGS") or f"-DCMAKE_CUDA_ARCHITECTURES={capability}-real"
-    build = f"CMAKE_ARGS={shlex.quote(target)} {python} {pip} --editable ."
     workers = min(8, os.cpu_count() or 1)
-    tests = f"{python} -m pytest -q --maxfail=20 "
-    tests += f"-n {workers} " if find_spec("xdist") is not None and workers > 2 else ""
-    # Quick: only tests with a backend as a parameter.
-    tests += "-k 'cuda or triton' tests/ops" if quick else "tests/ops tests/cuda tests/triton"
-    # Each tensor an allocation of its own, so that accesses beyond its end are found.
-    memcheck = f"PYTORCH_NO_CUDA_MEMORY_CACHING=1 {sanitizer} memcheck {cases_of}"
-    racecheck = f"{sanitizer} racecheck {cases_of}"
-    captured = f"{bench} captured --device cuda --results {out}/results"
-    messages = f"{bench} messages --device cuda --graph zipf --results {out}/results"
-    report = f"{bench} report --results {out}/results"
+    xdist = find_spec("xdist") is not None and workers > 2
+    pytest = f"{python} -m pytest -q --tb=short --continue-on-collection-errors -p no:cacheprovider"
+    pytest += f" -n {workers}" if xdist else ""
+    pytest += " --collect-only" if rehearsed else ""
 
-    def limit(short: float, long: float) -> float:
-        return short if quick else long
+    def bench(part: str, *options: str) -> str:
+        return " ".join((f"{python} -m bench {part} {rows}", *options))
 
-    return [
-        Stage("environment", f"{python} -m torch.utils.collect_env", 60, shown=True),
-        Stage("build", build, limit(240, 600)),
-        Stage("backends", f"{cases} --list", 60, shown=True),
-        Stage("tests", tests, limit(120, 900)),
-        Stage("memcheck", memcheck, limit(90, 900), "compute-sanitizer"),
-        Stage("racecheck", racecheck, limit(90, 900), "compute-sanitizer"),
-        Stage("ncu", f"{ncu} {cases} --hot", limit(60, 300), "ncu"),
-        Stage("captured", captured, limit(40, 120)),
-        Stage("messages", messages, limit(60, 120)),
-        Stage("tables", f"{bench} gpu {rows}", limit(240, 2400)),
-        Stage("summary", report, 60, "pandas tabulate", shown=True),
+    def profile(backend: str, seconds: float) -> Stage:
+        hot = f"{cases} --hot --backends {backend}"
+        return Stage(f"ncu {backend}", f"{ncu}-{backend}.csv {hot}", seconds, "ncu")
+
+    def tests(name: str, what: str, seconds: float) -> Stage:
+        return Stage(name, f"{pytest} {what}", seconds)
+
+    first = [
+        Stage("environment", f"{python} -m torch.utils.collect_env", 30, shown=True),
+        Stage("build", build, 300),
+        Stage("backends", f"{cases} --list", 30, shown=True),
     ]
+    of_gpus = "tests/cuda/test_gpu.py tests/triton/test_gpu.py"
+    of_triton = "tests/ops/test_agreement.py tests/ops/test_mask.py tests/ops/test_similarities.py"
+    by_part = {
+        "a": [
+            tests("tests", f"{of_gpus} tests/ops/test_agreement.py -k 'test_gpu or cuda'", 120),
+            Stage("captured", bench("captured"), 120),
+            Stage("kernels", bench("kernels"), 60),
+            profile("cpu" if rehearsed else "cuda", 60),
+            Stage("tables", bench("gpu", "--quick"), 300),
+        ],
+        "b": [
+            tests("tests of cuda", "tests/cuda tests/ops -m 'not slow' -k cuda", 270),
+            Stage("memcheck", memcheck, 150, "compute-sanitizer"),
+            Stage("racecheck", f"{sanitizer} racecheck {few}", 150, "compute-sanitizer"),
+        ],
+        # Of Triton's cases few: compiling each takes longest.
+        "c": [
+            tests("tests of triton", f"{of_triton} -m 'not slow' -k triton", 200),
+            Stage("closed", bench("closed"), 60),
+            Stage("messages", bench("messages", "--graph zipf"), 60),
+            Stage("growth", bench("scale", "--axes D", "--gradient dense"), 120),
+            profile("cpu" if rehearsed else "triton", 60),
+            Stage("all tables", bench("gpu"), 400),
+        ],
+    }
+    report = f"{python} -m bench report --results {out}/results"
+    return [*first, *by_part[part], Stage("summary", report, 60, "pandas tabulate", shown=True)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_check", description=__doc__)
     add = parser.add_argument
     add("--out", type=Path, default=ROOT / "build" / "gpu-check", help="folder")
-    add("--quick", action="store_true", help="fewer settings, shorter limits")
-    add("--minutes", type=float, default=float("inf"), help="for all; stages are cut to fit")
-    add("--stages", nargs="+", metavar="NAME", help="only these")
+    add("--part", choices=PARTS, default=PARTS[0], help="of the stages")
+    add("--minutes", type=float, default=MINUTES, help="for the part; stages are cut to fit")
+    add("--stages", nargs="+", metavar="NAME", help="only these of the part")
+    rehearsed = "cuda, or cpu: rehearse it all on tiny sizes, without a GPU"
+    add("--device", choices=["cuda", "cpu"], default="cuda", help=rehearsed)
     options = parser.parse_args(arguments)
+    on_gpu = options.device == "cuda"
     try:
         import torch
 
-        reason = None if torch.cuda.is_available() else f"torch {torch.__version__} sees no GPU"
+        able = torch.cuda.is_available() or not on_gpu
+        reason = None if able else f"torch {torch.__version__} sees no GPU"
     except ImportError as error:
         reason = f"{error}: set PYTHON to a Python that has torch"
     if reason is not None:
         print(f"gpu-check: nothing to check: {reason}", file=sys.stderr)
         return 2
-    capability = "".join(map(str, torch.cuda.get_device_capability()))
-    folder = options.out.resolve()
-    every = {stage.name: stage for stage in stages(folder, capability, quick=options.quick)}
+    capability = "".join(map(str, torch.cuda.get_device_capability())) if on_gpu else ""
+    folder = options.out.resolve() / options.part
+    listed = stages(options.part, folder, capability, options.device)
+    every = {stage.name: stage for stage in listed}
     if unknown := set(options.stages or ()) - set(every):
         parser.error(f"--stages: no {', '.join(unknown)}; known: {', '.join(every)}")
     chosen = [stage for name, stage in every.items() if name in (options.stages or every)]

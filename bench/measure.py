@@ -8,7 +8,7 @@ import multiprocessing
 import re
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -92,6 +92,21 @@ def turn_of(
 
     step()
     return turn
+
+
+def _started(name: str, start: Callable[[str], Turn]) -> dict[str, Turn]:
+    try:
+        return {name: start(name)}
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        print(f"failed: {name}: {type(error).__name__}: {reason}", flush=True)
+        return {}
+
+
+def turns_of(names: Iterable[str], start: Callable[[str], Turn]) -> dict[str, Turn]:
+    """The turns that ``start`` makes, and warms up, of each name. One that cannot be started is
+    said to have failed, and does not stop the others."""
+    return {key: turn for name in names for key, turn in _started(name, start).items()}
 
 
 def alternate(turns: Mapping[str, Turn], rounds: int) -> dict[str, list[float]]:

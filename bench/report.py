@@ -173,11 +173,23 @@ def scale_table(rows: Rows) -> str:
     return table(shown, {axis: axis, "gradient": "gradient"}, columns, 2) + what
 
 
+def kernels_table(rows: Rows) -> str:
+    """One setting, a line for each operator; a column for each backend."""
+    row = rows.iloc[0]
+    present = [rival for rival in RIVALS if (rows["rival"] == rival.name).any()]
+    columns: Columns = [
+        column for rival in present for column in spread(f"{rival.title}, ms", rival.name, TIME)
+    ]
+    what = caption(rows, row["similarity"], sizes(row), row["dtype"], f"{row['gradient']} gradient")
+    return table(rows, {"phase": "operator"}, columns) + what
+
+
 # A family's table, and whether each setting has one of its own.
 TABLES = {
     "steps": (steps_table, False),
     "closed": (step_table, True),
     "captured": (trainers_table, True),
+    "kernels": (kernels_table, True),
     "train": (trainers_table, True),
     "scale-": (scale_table, False),
 }

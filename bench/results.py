@@ -49,6 +49,11 @@ class Recorder:
         self.shared: Row = dict.fromkeys(COLUMNS, "") | environment(device) | shared
         self.rows: list[Row] = []
 
+    def taken(self) -> list[Row]:
+        """The rows so far, which it keeps no longer: to be saved at once."""
+        taken, self.rows = self.rows, []
+        return taken
+
     def add(self, what: str, values: Sequence[float], *, per: float = 0, **columns: Any) -> None:
         """Quantiles of the values, or of ``per`` over the values."""
         low, median, high = map(float, np.quantile(values, (0.2, 0.5, 0.8)))

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import torch
 
 from bench import measure
-from bench.inputs import CHOICES, GRADIENTS, SIMILARITIES, SIZES, Shape, is_gpu, make
+from bench.inputs import CHOICES, GRADIENTS, SIMILARITIES, SIZES, Inputs, Shape, is_gpu, make
 from bench.results import MEMORY, Recorder, Row
 from bench.rivals import (
+    BACKENDS,
     BY_NAME,
     DEFAULT,
     FUSED,
@@ -66,8 +67,11 @@ def settings(options: Any) -> Iterator[Setting]:
 
 def closed_settings(options: Any) -> Iterator[Setting]:
     """Of the command ``closed``: a set of negatives a row; one for the batch, and all entities."""
-    yield Setting(Shape(), SCALED, (WHOLE,), "closed", ours("expected", "cpu"))
-    a_row = [ours(loss, "cpu") for loss in FUSED]
+    here = [
+        name for name, device in BACKENDS.items() if device == torch.device(options.device).type
+    ]
+    yield Setting(Shape(), SCALED, (WHOLE,), "closed", ours("expected", here[0]))
+    a_row = [ours(loss, backend) for backend in here for loss in FUSED]
     names = [*(rival.name for rival in PRODUCTS), *a_row]
     yield Setting(Shape(negatives=1024), names, (WHOLE,), "closed", names[0])
 
@@ -116,11 +120,11 @@ def for_memory(name: str, shape: Shape) -> Callable[[], None]:
     return run
 
 
-def rows(rivals: Sequence[Rival], setting: Setting, options: Any) -> list[Row]:
-    """Measure, with the options of the command line."""
+def rows(rivals: Sequence[Rival], setting: Setting, options: Any) -> Iterator[list[Row]]:
+    """Measure, with the options of the command line; the rows of one phase after the other."""
     shape, device = setting.shape, setting.shape.device
     record = Recorder(device, family=setting.family, threads=options.threads, **shape.columns())
-    _add_times(record, rivals, setting, options)
+    yield from _times(record, rivals, setting, options)
     gc.collect()
     if is_gpu(device):
         torch.cuda.empty_cache()  # the next shape's tensors have other sizes
@@ -128,25 +132,41 @@ def rows(rivals: Sequence[Rival], setting: Setting, options: Any) -> list[Row]:
         for rival in rivals:
             peak = measure.peak(for_memory, rival.name, shape, options.threads)
             record.add(MEMORY, [peak], rival=rival.name, phase=WHOLE, **rival.columns(shape))
-    return record.rows
+    yield record.taken()
 
 
-def _add_times(record: Recorder, rivals: Sequence[Rival], setting: Setting, options: Any) -> None:
-    """What it allocates is free when it returns."""
-    shape, device = setting.shape, setting.shape.device
-    inputs = make(shape)
-    shortest = 0.0 if options.tiny else None
+def _times(
+    record: Recorder, rivals: Sequence[Rival], setting: Setting, options: Any
+) -> Iterator[list[Row]]:
+    """What it allocates is free when it ends."""
+    inputs = make(setting.shape)
     for phase in setting.phases:
         compared = [rival for rival in rivals if phase in rival.phases]
-        if not compared:
-            continue
-        steps = {rival.name: rival.prepare(shape, inputs, phase) for rival in compared}
-        turns = {name: measure.turn_of(step, device, shortest) for name, step in steps.items()}
-        times = measure.alternate(turns, options.rounds)
-        for rival in compared:
-            here = {"rival": rival.name, "phase": phase, **rival.columns(shape)}
-            record.add_times(times, setting.base or base_of(steps), **here)
-            if options.memory and is_gpu(device):
-                step = steps[rival.name]
-                peak = measure.cuda_peak(functools.partial(step.run, step.before()))[1]
-                record.add(MEMORY, [peak], **here)
+        _add_times(record, compared, setting, inputs, phase, options)
+        yield record.taken()
+
+
+def _add_times(
+    record: Recorder,
+    rivals: Sequence[Rival],
+    setting: Setting,
+    inputs: Inputs,
+    phase: str,
+    options: Any,
+) -> None:
+    shape, device = setting.shape, setting.shape.device
+    by_name = {rival.name: rival for rival in rivals}
+    steps: dict[str, measure.Step] = {}
+
+    def start(name: str) -> measure.Turn:
+        steps[name] = by_name[name].prepare(shape, inputs, phase)
+        return measure.turn_of(steps[name], device, 0.0 if options.tiny else None)
+
+    times = measure.alternate(measure.turns_of(by_name, start), options.rounds)
+    for name in times:
+        here = {"rival": name, "phase": phase, **by_name[name].columns(shape)}
+        record.add_times(times, setting.base or base_of(times), **here)
+        if options.memory and is_gpu(device):
+            step = steps[name]
+            peak = measure.cuda_peak(functools.partial(step.run, step.before()))[1]
+            record.add(MEMORY, [peak], **here)

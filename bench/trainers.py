@@ -426,7 +426,7 @@ def for_memory(name: str, task: Any) -> Callable[[], Run]:
     return partial(BY_NAME[name].warm, task, task.load())
 
 
-def rows(trainers: Sequence[Trainer], setting: Setting, options: Any) -> list[Row]:
+def rows(trainers: Sequence[Trainer], setting: Setting, options: Any) -> Iterator[list[Row]]:
     """Measure, with the options of the command line."""
     task: Any = setting.shape
     graph = task.load()
@@ -453,7 +453,7 @@ def rows(trainers: Sequence[Trainer], setting: Setting, options: Any) -> list[Ro
         record.add_times(times, BASE, batch=task.batch, **here)
         if trainer.name in peaks:
             record.add(MEMORY, [peaks[trainer.name]], **here)
-    return record.rows
+    yield record.taken()
 
 
 def _turn(run: Run, min_seconds: float) -> measure.Turn:

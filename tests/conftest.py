@@ -19,6 +19,7 @@ from emu_kernels import backends
 from emu_kernels.backends.triton import interpreted
 from tests import emulated
 from tests.cuda import emulation
+from tests.ops.support import device_of
 
 KERNELS = tuple(name for name in backends.NAMES if name != backends.REFERENCE)
 
@@ -109,16 +110,11 @@ def kernel(request: pytest.FixtureRequest) -> str:
     return _usable(request.param)
 
 
-def _device(name: str) -> torch.device:
-    types = ("cpu",) if name == backends.REFERENCE else backends.get(name).device_types
-    return torch.device(types[0])
-
-
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> torch.device:
     """The device that the test's ``backend`` or ``kernel`` needs its tensors on."""
     name = "backend" if "backend" in request.fixturenames else "kernel"
-    return _device(request.getfixturevalue(name))
+    return device_of(request.getfixturevalue(name))
 
 
 @pytest.fixture

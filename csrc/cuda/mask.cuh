@@ -15,17 +15,28 @@ EMU_DEVICE void draw_block(uint64_t seed, uint32_t block, uint32_t k, uint32_t r
   philox4x32(counter, seed, words);
 }
 
-// Read again for every few rows (hence volatile): there are too few registers to keep the keys of all rounds.
-EMU_DEVICE uint64_t load_seed(const Draws& draws) {
-  return static_cast<uint64_t>(*static_cast<const volatile int64_t*>(draws.seed));
-}
+// In two registers. Each use hides where they come from: else the compiler would keep the keys of all rounds too, for
+// which there are too few registers.
+struct Seed {
+  uint32_t low = 0, high = 0;
+
+  EMU_DEVICE void load(const Draws& draws) {
+    const uint64_t seed = static_cast<uint64_t>(*draws.seed);
+    low = static_cast<uint32_t>(seed), high = static_cast<uint32_t>(seed >> 32);
+  }
+  EMU_DEVICE uint64_t value() const {
+    uint32_t own_low = low, own_high = high;
+    forget(own_low), forget(own_high);
+    return static_cast<uint64_t>(own_high) << 32 | own_low;
+  }
+};
 
 // The share of negative k of a row.
 template <class Real>
-EMU_DEVICE Real draw_share(const Draws& draws, uint32_t k, uint32_t row) {
+EMU_DEVICE Real draw_share(const Draws& draws, const Seed& seed, uint32_t k, uint32_t row) {
   const uint32_t counter[4] = {0, k, row, kShareStream};
   uint32_t words[4];
-  philox4x32(counter, load_seed(draws), words);
+  philox4x32(counter, seed.value(), words);
   Real uniform[4];
 #pragma unroll
   for (int w = 0; w < 4; ++w) {
@@ -70,10 +81,14 @@ struct MaskTile {
   const Limit limit;
   unsigned char* const bytes;  // (rows, row_bytes)
   const int tile, half, units, region;
+  Seed seed;
   int c0 = 0;
   // Philox blocks of each half's components. No arrays: those that are indexed at run time lie in local memory.
   int first0 = 0, first1 = 0, blocks0 = 0, blocks1 = 0;
-  int first_row, first_block, row_step, block_step;  // which a thread draws
+  // Which a thread draws: the place of its first call, and the step to the next. One word, for want of registers, has a
+  // row and a block of it.
+  static constexpr uint32_t kBlockBits = 22, kOneRow = 1u << kBlockBits;
+  uint32_t first_place, step;
 
   static EMU_MEMBER int row_bytes(int tile) { return H * (tile + kComponentsPerCall); }
 
@@ -100,24 +115,23 @@ struct MaskTile {
     }
     if (scattered()) first0 = 0, blocks0 = (units + kComponentsPerCall - 1) / kComponentsPerCall;
     const int all = blocks0 + blocks1;
-    first_row = team.at / all, first_block = team.at % all;
-    row_step = team.threads / all, block_step = team.threads % all;
+    const auto place = [&](int n) { return static_cast<uint32_t>(n / all) * kOneRow + static_cast<uint32_t>(n % all); };
+    first_place = place(team.at), step = place(team.threads);
   }
 
   // counter(r, k, row) sets the counter's words for row r; where it returns false, nothing is drawn.
   template <class Counter>
   EMU_DEVICE void draw(int rows, Counter&& counter) {
     const int all = blocks0 + blocks1;
-    int r = first_row, at = first_block;
-    const uint64_t seed = load_seed(draws);
 #pragma unroll 1
-    while (r < rows) {
+    for (uint32_t place = first_place; place < static_cast<uint32_t>(rows) * kOneRow;) {
+      const int r = static_cast<int>(place / kOneRow), at = static_cast<int>(place % kOneRow);
       uint32_t k, row;
       if (counter(r, k, row)) {
         const int h = H > 1 && at >= blocks0 ? 1 : 0;
         const int local = at - h * blocks0, block = (h == 0 ? first0 : first1) + local;
         uint32_t words[4];
-        draw_block(seed, static_cast<uint32_t>(block), k, row, words);
+        draw_block(seed.value(), static_cast<uint32_t>(block), k, row, words);
         limit.decide(draws, units, block, words);
         if (scattered()) {
           scatter(r, block, words);
@@ -127,8 +141,8 @@ struct MaskTile {
           *reinterpret_cast<uint4*>(bytes + r * H * region + h * region + local * kComponentsPerCall) = packed;
         }
       }
-      r += row_step, at += block_step;
-      if (at >= all) at -= all, ++r;
+      place += step;
+      if (place % kOneRow >= static_cast<uint32_t>(all)) place += kOneRow - static_cast<uint32_t>(all);
     }
   }
 

@@ -24,6 +24,7 @@ struct Bits {
   const Limit limit;
   const int block;
   const int64_t from, count;  // the first component, and how many there are
+  Seed seed;
   uint32_t words[4];
 
   EMU_DEVICE Bits(const MutateArgs& args, const Cut& cut, int64_t index)
@@ -31,10 +32,12 @@ struct Bits {
         limit(args.draws),
         block(static_cast<int>(index % cut.blocks)),
         from(index / cut.blocks * cut.units + block * int64_t{kComponentsPerCall}),
-        count(cut.units - block * int64_t{kComponentsPerCall}) {}
+        count(cut.units - block * int64_t{kComponentsPerCall}) {
+    seed.load(a.draws);
+  }
 
   EMU_DEVICE void draw(int64_t b, int64_t k) {
-    draw_block(load_seed(a.draws), static_cast<uint32_t>(block), static_cast<uint32_t>(k),
+    draw_block(seed.value(), static_cast<uint32_t>(block), static_cast<uint32_t>(k),
                a.draws.row_offset + static_cast<uint32_t>(b), words);
     limit.decide(a.draws, static_cast<int>(block * kComponentsPerCall + count), block, words);
   }

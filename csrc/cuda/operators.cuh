@@ -41,6 +41,7 @@ Plan make_plan(const Problem& p) {
 template <class Sim, class T, Mode kMode>
 Plan make_query_plan(const Problem& p, int columns) {
   constexpr int R = Shape<Sim, T, kMode>::R;
+  if (p.K > 0x7FFFFFFF) throw std::invalid_argument("negative: the cuda backend takes at most 2**31 - 1 ids a row");
   Plan plan = make_plan<Sim, T, kMode>(p);
   const int64_t groups = (p.K + R - 1) / R;
   if (plan.team_threads == kWarp) {

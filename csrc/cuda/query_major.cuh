@@ -53,9 +53,15 @@ struct QueryMajor {
   static constexpr int H = S::H, V = S::V, R = S::R, kSums = Sums<Sim>::kCount;
   static constexpr bool kMutated = kMode != Mode::kPlain, kDirect = Sums<Sim>::kDirect;
   static constexpr bool kMoments = kMode == Mode::kMoments, kDrawn = kMutated && !kMoments;
+  static constexpr bool kOneTile = kPass != Pass::kScores;  // a block has one, and online passes are of one
   static constexpr int kKinds = kMoments ? 4 : kMutated ? 2 : 1;  // moments: plain, M, V and one that is 0
   static constexpr int kValues = kSums * kKinds * R;  // of R rows; value (s, kind, r) at (s·kinds + kind)·R + r
   static constexpr int kLanes = kWarp / kValues;      // lanes that hold the same value
+
+  // A multiprocessor runs two blocks of the most threads if each thread has 128 registers. Only these fit into them on
+  // every target; of the others, with a scale, two halves, or eight rows or components a thread, some would spill.
+  static constexpr bool kFits = kPass == Pass::kOnline && kMutated && sizeof(T) == 4 && H == 1 && !Sums<Sim>::kScaled;
+  static constexpr int kBlocks = kFits ? 2 : 1;
 
   // A team's shared memory: masks, shares, scratch for sums. At the end it is used to join the teams' sums.
   struct Memory {
@@ -248,7 +254,7 @@ struct QueryMajor {
   EMU_DEVICE Real score_positive() {
     constexpr int kOf = kMoments ? 4 : 2;
     Real sums[kOf] = {};  // the second is of hake alone; then, with moments, what each gives to M
-    for (int tile_at = plan.tiles() - 1; tile_at >= 0; --tile_at) {
+    for (int tile_at = kOneTile ? 0 : plan.tiles() - 1; tile_at >= 0; --tile_at) {
       load_columns(tile_at * plan.tile);
       Real z[H][V];
 #pragma unroll
@@ -460,10 +466,11 @@ struct QueryMajor {
   // --- the pass --------------------------------------------------------------------------------------------
 
   EMU_DEVICE void run() {
+    if constexpr (kDrawn) tile.seed.load(p.draws);
     positive_row = find_row<T>(p, p.positive[b], 0, positive_bad);
     const int first_tile = kPass == Pass::kWeighted ? static_cast<int>(blockIdx.y) : 0;
-    const int last_tile = kPass == Pass::kWeighted ? first_tile + 1 : plan.tiles();
-    const bool one_tile = kPass != Pass::kScores || plan.tiles() == 1;
+    const int last_tile = kOneTile ? first_tile + 1 : plan.tiles();
+    const bool one_tile = kOneTile || plan.tiles() == 1;
     Real highest = 0;  // of this lane's kind
     if constexpr (kPass == Pass::kWeighted) {
       load_columns(first_tile * plan.tile);
@@ -482,16 +489,22 @@ struct QueryMajor {
     const int lane_r = lane_value % R, lane_kind = lane_value / R % kKinds, lane_sum = lane_value / (R * kKinds);
     const int64_t group = p.rows_per_group() > 0 ? b / p.rows_per_group() : 0;
     const int64_t* ids = p.negative + group * p.K;
+    const uint32_t K = static_cast<uint32_t>(p.K);
     const int64_t groups = (p.K + R - 1) / R;
-    const int64_t end = groups * (split + 1) / plan.splits;
-    for (int64_t n = groups * split / plan.splits + team.index; n < end; n += team.count) {
-      const int64_t k0 = n * R;
+    const uint32_t end = static_cast<uint32_t>(groups * (split + 1) / plan.splits) * R;
+    const uint32_t first = static_cast<uint32_t>(groups * split / plan.splits) + static_cast<uint32_t>(team.index);
+    const uint32_t step = static_cast<uint32_t>(team.count) * R;
+    for (uint32_t k0 = first * R; k0 < end; k0 += step) {
+      // All ids are loaded before one is checked: what reports a bad one is volatile, and loads would wait for it.
+      int64_t id[R];
+#pragma unroll
+      for (int r = 0; r < R; ++r) id[r] = k0 + r < K ? ids[k0 + r] : -1;
       const T* from[R];
       unsigned real = 0, bad = 0;  // a bit a row
 #pragma unroll
       for (int r = 0; r < R; ++r) {
         bool out_of_range;
-        from[r] = find_row<T>(p, k0 + r < p.K ? ids[k0 + r] : -1, 1, out_of_range);
+        from[r] = find_row<T>(p, id[r], 1, out_of_range);
         bad |= static_cast<unsigned>(out_of_range) << r;
         real |= static_cast<unsigned>(from[r] != nullptr) << r;
       }
@@ -499,13 +512,7 @@ struct QueryMajor {
       Real part[kValues] = {};
       for (int tile_at = first_tile; tile_at < last_tile; ++tile_at) {
         if (!one_tile) load_columns(tile_at * plan.tile);
-#pragma unroll
-        for (int r = 0; r < R; ++r) {
-#pragma unroll
-          for (int h = 0; h < H; ++h) {
-            rows[r][h] = load_row<T, V>(from[r], h * plan.half, at.j, at.end, plan.width);
-          }
-        }
+        load_rows(from);
         if constexpr (kDrawn) {
           // All of the team must have read the last masks before new ones are drawn. Where nothing has synchronised it
           // since, this does.
@@ -513,11 +520,11 @@ struct QueryMajor {
           const uint32_t row = p.draws.row_offset + static_cast<uint32_t>(b);
           if constexpr (kMode == Mode::kShare) {
             if (team.at < R) {
-              shares[team.at] = draw_share<Real>(p.draws, static_cast<uint32_t>(k0 + team.at), row);
+              shares[team.at] = draw_share<Real>(p.draws, tile.seed, k0 + static_cast<uint32_t>(team.at), row);
             }
           } else {
             tile.draw(R, [&](int r, uint32_t& k, uint32_t& of_row) {
-              k = static_cast<uint32_t>(k0 + r), of_row = row;
+              k = k0 + static_cast<uint32_t>(r), of_row = row;
               return true;
             });
           }
@@ -633,6 +640,25 @@ struct QueryMajor {
     if constexpr (kPass != Pass::kScores) finish(highest);
   }
 
+  // Of all rows by one branch on their width.
+  EMU_DEVICE void load_rows(const T* const (&from)[R]) {
+    if (plan.width == Width::kWhole) {
+      load_rows_of<Width::kWhole>(from);
+    } else if (plan.width == Width::kHalves) {
+      load_rows_of<Width::kHalves>(from);
+    } else {
+      load_rows_of<Width::kElements>(from);
+    }
+  }
+  template <Width kWidth>
+  EMU_DEVICE void load_rows_of(const T* const (&from)[R]) {
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+#pragma unroll
+      for (int h = 0; h < H; ++h) rows[r][h] = load_row<T, V>(from[r], h * plan.half, at.j, at.end, kWidth);
+    }
+  }
+
   EMU_DEVICE void scale_to_zero(int array) {
 #pragma unroll
     for (int h = 0; h < H; ++h) {
@@ -725,7 +751,8 @@ struct QueryMajor {
 };
 
 template <class Sim, class T, Mode kMode, Pass kPass>
-__global__ void __launch_bounds__(kMostTeamThreads, 1) query_major(const __grid_constant__ QueryMajorArgs args) {
+__global__ void __launch_bounds__(kMostTeamThreads, QueryMajor<Sim, T, kMode, kPass>::kBlocks)
+    query_major(const __grid_constant__ QueryMajorArgs args) {
   EMU_SHARED_MEMORY(shared);
   QueryMajor<Sim, T, kMode, kPass>(args, shared).run();
 }

@@ -4,7 +4,8 @@
 namespace emu::cuda {
 namespace {
 
-constexpr int kCountThreads = 128;
+constexpr int kCountThreads = 128, kNumberThreads = 1024;
+constexpr int kRunsAThread = 8;  // so that the most pieces that there usually are take one turn
 
 // ordinals[run] = how many touched rows begin in a run, the entries of one piece (chunks of rows share them).
 __global__ void __launch_bounds__(kCountThreads)
@@ -21,26 +22,45 @@ __global__ void __launch_bounds__(kCountThreads)
 }
 
 // From these counts: ordinals[run] = which touched row the run begins in; ordinals[runs] = how many there are in all.
-__global__ void __launch_bounds__(kWarp)
+// One block scans them; a thread has a few adjacent runs at a time.
+__global__ void __launch_bounds__(kNumberThreads)
     number_segments(SortedIds sorted, int64_t runs, int64_t entries_a_piece, int64_t* ordinals) {
-  const int lane = static_cast<int>(threadIdx.x);
-  int64_t before = 0;
-  for (int64_t from = 0; from < runs; from += kWarp) {
-    const int64_t run = from + lane;
-    const int64_t own = run < runs ? ordinals[run] : 0;
+  EMU_SHARED_MEMORY(shared);
+  int64_t* const of_warps = reinterpret_cast<int64_t*>(shared);
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
+  int64_t before = 0;  // of all threads
+  for (int64_t from = 0; from < runs; from += kNumberThreads * kRunsAThread) {
+    const int64_t first = from + thread * kRunsAThread;
+    int begun[kRunsAThread];
+    bool goes_on[kRunsAThread];  // whether the run begins inside of a segment
+    int64_t own = 0;
+#pragma unroll
+    for (int i = 0; i < kRunsAThread; ++i) {
+      const int64_t run = first + i, e = run * entries_a_piece;
+      begun[i] = run < runs ? static_cast<int>(ordinals[run]) : 0;
+      goes_on[i] = run > 0 && run < runs && sorted.key[e] == sorted.key[e - 1];
+      own += begun[i];
+    }
     int64_t sum = own;
     for (int distance = 1; distance < kWarp; distance *= 2) {
       const int64_t other = __shfl_up_sync(kAllLanes, sum, distance);
       if (lane >= distance) sum += other;
     }
-    if (run < runs) {
-      const int64_t e = run * entries_a_piece;
-      const bool begins = e == 0 || sorted.key[e] != sorted.key[e - 1];
-      ordinals[run] = before + sum - own - (begins ? 0 : 1);
+    __syncthreads();  // the last sums have been read
+    if (lane == kWarp - 1) of_warps[warp] = sum;
+    __syncthreads();
+    int64_t ordinal = before + sum - own;
+    for (int w = 0; w < kNumberThreads / kWarp; ++w) {
+      if (w < warp) ordinal += of_warps[w];
+      before += of_warps[w];
     }
-    before += from_lane(sum, kWarp - 1);
+#pragma unroll
+    for (int i = 0; i < kRunsAThread; ++i) {
+      if (first + i < runs) ordinals[first + i] = ordinal - goes_on[i];
+      ordinal += begun[i];
+    }
   }
-  if (lane == 0) ordinals[runs] = before;
+  if (thread == 0) ordinals[runs] = before;
 }
 
 }  // namespace
@@ -67,8 +87,8 @@ int64_t count_touched(const Problem& p, const TableGradientArgs& a) {
     EMU_LAUNCH(count_segments, "count_segments", grid(runs), kCountThreads, kCountThreads / kWarp * sizeof(int),
                p.place.stream, sorted, p.N, pieces.entries_a_piece, ordinals);
   }
-  EMU_LAUNCH(number_segments, "number_segments", 1, kWarp, 0, p.place.stream, sorted, runs, pieces.entries_a_piece,
-             ordinals);
+  EMU_LAUNCH(number_segments, "number_segments", 1, kNumberThreads, kNumberThreads / kWarp * sizeof(int64_t),
+             p.place.stream, sorted, runs, pieces.entries_a_piece, ordinals);
   return runs * int64_t{sizeof(int64_t)};
 }
 

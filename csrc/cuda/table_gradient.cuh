@@ -139,6 +139,7 @@ struct TableGradient {
     const Piece piece(a, index);
     if (piece.empty && !kAtomic) return;
     if (masked(kMode)) tile.move_to(team, static_cast<int>(blockIdx.y) * plan.tile);
+    if (masked(kMode) || kMode == Mode::kShare) tile.seed.load(p.draws);
     int64_t ordinal = a.ids != nullptr ? a.ordinals[index / a.pieces.chunks] : 0;
     uint32_t key = a.sorted.key[piece.first];
     bool at_first = true;
@@ -250,7 +251,7 @@ struct TableGradient {
       }
     }
     if constexpr (kMode == Mode::kShare) {
-      pairs.share[0][at] = draw_share<Real>(p.draws, k, p.draws.row_offset + static_cast<uint32_t>(row));
+      pairs.share[0][at] = draw_share<Real>(p.draws, tile.seed, k, p.draws.row_offset + static_cast<uint32_t>(row));
     }
   }
 

@@ -19,7 +19,7 @@ from emu_kernels.backends.cuda import CudaBackend
 from emu_kernels.backends.reference import ReferenceBackend
 from emu_kernels.backends.triton import TritonBackend
 
-# Fastest first. That cuda comes before triton is an expectation: no GPU has timed them yet.
+# Fastest first. That cuda comes before triton is an expectation while neither is `measured`.
 _BACKENDS: tuple[Backend, ...] = (CudaBackend(), TritonBackend(), CpuBackend(), ReferenceBackend())
 _BY_NAME: dict[str, Backend] = {}
 
@@ -46,22 +46,35 @@ def default_backend(device: torch.device | str, having: Sequence[str] = NAMES) -
     """The name that ``backend=None`` stands for on tensors of ``device``, in a function that the
     backends ``having`` have.
 
-    A GPU's kernels that are emulated on the CPU, for tests, are never it.
+    Warns once where it is not :attr:`~emu_kernels.backends.base.Kernels.measured`. A GPU's kernels
+    that are emulated on the CPU, for tests, are never it.
     """
-    device = torch.device(device)
-    if device.type == "cpu":
-        reason = get("cpu").unavailable()
+    return _default(torch.device(device).type, tuple(having))
+
+
+# torch.compile calls the next two when it traces a call, rather than trace what asks the driver.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _default(device_type: str, having: tuple[str, ...]) -> str:
+    if device_type == "cpu":
+        reason = _unavailable("cpu")
         if reason is None:
             return "cpu"
-        if not torch.compiler.is_compiling():
-            _warn_of_reference(reason)
+        _warn_of_reference(reason)
         return REFERENCE
-    able = (b.name for b in _BACKENDS if _takes(b, device) and b.unavailable() is None)
-    return next(name for name in able if name in having)
+    taking = [b for b in _BACKENDS if b.name in having and _takes(b, device_type)]
+    name, *others = [b.name for b in taking if _unavailable(b.name) is None]
+    if not get(name).measured:
+        _warn_of_unmeasured(name, tuple(others))
+    return name
 
 
-def _takes(backend: Backend, device: torch.device) -> bool:
-    return not backend.device_types or device.type in backend.device_types
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _unavailable(name: str) -> str | None:
+    return get(name).unavailable()
+
+
+def _takes(backend: Backend, device_type: str) -> bool:
+    return not backend.device_types or device_type in backend.device_types
 
 
 @functools.cache
@@ -69,6 +82,20 @@ def _warn_of_reference(reason: str) -> None:
     """Once: the answers are right, and take far longer than they need."""
     warnings.warn(
         f"emu_kernels runs its plain PyTorch specification, which is slow: {reason}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+@functools.cache
+def _warn_of_unmeasured(name: str, others: tuple[str, ...]) -> None:
+    """Once: nobody has seen these kernels run on the hardware that they are for."""
+    choices = " or ".join(f"backend={other!r}" for other in others)
+    warnings.warn(
+        f"emu_kernels uses its backend {name!r}, which is tested on emulated hardware only: its "
+        f"results and its speed on a GPU are not known yet. {choices} chooses another, and "
+        f"backend={name!r} this one without a warning; `make gpu-check` tests and measures them "
+        "all on this machine",
         RuntimeWarning,
         stacklevel=2,
     )
@@ -89,10 +116,10 @@ def resolve(name: str | None, device: torch.device, having: Sequence[str] = NAME
             f"backend: expected None or one of {', '.join(map(repr, having))}, got {name!r}"
         )
     backend = _BY_NAME[name]
-    reason = backend.unavailable()
+    reason = _unavailable(name)
     if reason is not None:
         raise RuntimeError(f"backend: {name!r} cannot run here: {reason}")
-    if not _takes(backend, device):
+    if not _takes(backend, device.type):
         raise ValueError(
             f"backend: {name!r} runs on tensors on {' or '.join(backend.device_types)}, "
             f"got tensors on {device}"

@@ -36,6 +36,10 @@ class Backend(Protocol):
     def device_types(self) -> tuple[str, ...]:
         """Types of the devices whose tensors it takes; empty for every device."""
 
+    @property
+    def measured(self) -> bool:
+        """Whether it has run on the hardware that it is for. See :attr:`Kernels.measured`."""
+
     def unavailable(self) -> str | None:
         """Why this backend cannot run here, or None where it can."""
 
@@ -122,6 +126,11 @@ class Kernels(ABC):
     @property
     @abstractmethod
     def device_types(self) -> tuple[str, ...]: ...
+
+    measured: bool = False
+    """Whether its tests have passed on the hardware that it is for, and its times are in
+    bench/results (of a GPU's backend: by ``make gpu-check``). Until then calls that choose no
+    backend warn when they get it."""
 
     @abstractmethod
     def unavailable(self) -> str | None:

@@ -29,6 +29,7 @@ class CpuBackend(NativeBackend):
 
     name = "cpu"
     device_types = ("cpu",)
+    measured = True
 
     def __init__(self) -> None:
         super().__init__(*load("_C"))

@@ -20,6 +20,7 @@ class ReferenceBackend:
 
     name = "reference"
     device_types: tuple[str, ...] = ()
+    measured = True
 
     def unavailable(self) -> str | None:
         return None

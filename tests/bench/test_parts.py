@@ -19,7 +19,7 @@ from bench.gpu_check import FAILED, OK, SKIPPED, TIMEOUT, Stage
 from bench.inputs import SIMILARITIES, Shape, make
 from bench.measure import Step
 from bench.rivals import EMU
-from emu_kernels import fused_emu_loss, fused_softmax_loss
+from emu_kernels import backends, fused_emu_loss, fused_softmax_loss
 from emu_kernels.mask import mutation_mask, rate_to_threshold
 from tests.ops.support import Inputs, assert_agree, evaluate
 
@@ -111,35 +111,43 @@ def test_the_report_of_a_gpu() -> None:
     assert [[line[column] for column in columns] for line in cells] == expected
 
 
-def test_stages(tmp_path: Path, capsys: Capture) -> None:
+def test_stages(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "GRACE", 1.0)
     sleep = "import subprocess, sys; print('began', flush=True); subprocess.run(['sleep', '60'])"
+    told = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('its report')"
+    deaf = "import signal, time; signal.signal(2, signal.SIG_IGN); print('deaf'); time.sleep(60)"
     stages = [
         Stage("a", "GIVEN=value env", 60, shown=True),
         Stage("b", f"{sys.executable} -c 'import sys; print(1); sys.exit(4)'", 60),
         Stage("c", f'{sys.executable} -c "{sleep}"', 1.0),
         Stage("d", "no-such-program", 60),
         Stage("e", "true", 60, tools="no_such_tool"),
+        Stage("f", f'{sys.executable} -c "{told}"', 1.0),
+        Stage("g", f'{sys.executable} -c "{deaf}"', 1.0),
+        Stage("h", "echo failed: a rival", 60),
     ]
     start = time.monotonic()
     found = gpu_check.run_stages(stages, tmp_path)
     assert time.monotonic() - start < 30  # the stage's child was killed too
-    assert [r.status for r in found] == [OK, FAILED, TIMEOUT, FAILED, SKIPPED]
-    assert [r.detail for r in found[1:3]] == ["exit 4: 1", "began"]
+    expected = [OK, FAILED, TIMEOUT, FAILED, SKIPPED, TIMEOUT, TIMEOUT, FAILED]
+    assert [r.status for r in found] == expected
+    assert found[1].detail == "exit 4: 1"
+    assert [r.detail for r in found[5:]] == ["its report", "deaf", "1 failed, failed: a rival"]
     assert "GIVEN=value" in capsys.readouterr().out
     record = json.loads((tmp_path / "summary.json").read_text())
-    assert [r["stage"] for r in record] == list("abcde")
+    assert [r["stage"] for r in record] == list("abcdefgh")
     (cut,) = gpu_check.run_stages([stages[0]], tmp_path, minutes=0)
     assert cut.detail == "no time was left for it"
 
 
-@pytest.mark.parametrize("quick", [True, False])
-def test_commands_of_gpu_check(quick: bool, tmp_path: Path, capsys: Capture) -> None:
-    for stage in gpu_check.stages(tmp_path, "90", quick=quick):
+@pytest.mark.parametrize("part", gpu_check.PARTS)
+def test_commands_of_gpu_check(part: str, tmp_path: Path, capsys: Capture) -> None:
+    for stage in gpu_check.stages(part, tmp_path, "90"):
         command = stage.command.split()
         if command[1:3] == ["-m", "bench"]:
             assert _parser().parse_args(command[3:]).results == tmp_path / "results"
         tests = [word for word in command if word.startswith("tests/")]
-        assert all((gpu_check.ROOT / folder).is_dir() for folder in tests)
+        assert all((gpu_check.ROOT / path).exists() for path in tests)
     if not torch.cuda.is_available():
         assert gpu_check.main(["--out", str(tmp_path)]) == 2
         assert "nothing to check" in capsys.readouterr().err
@@ -159,3 +167,10 @@ def test_messages(capsys: Capture) -> None:
     assert main(["messages", *options]) == 0
     out = capsys.readouterr().out
     assert out.count("gather, multiply, scatter: time ratio") == 2
+
+
+def test_backends_are_measured_if_there_are_results() -> None:
+    """Once a GPU's backend has rows, it is `measured`, and calls that get it do not warn."""
+    measured = set(results.read(results.FOLDER)["rival"])
+    for name in rivals.BACKENDS:
+        assert backends.get(name).measured == (rivals.ours("emu", name) in measured)

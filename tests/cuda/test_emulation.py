@@ -11,6 +11,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,7 +28,10 @@ from emu_kernels import (
     fused_softmax_loss,
     prepare,
 )
+from emu_kernels.backends import cuda as cuda_module
 from emu_kernels.backends import ids
+from emu_kernels.backends.cuda import CudaBackend
+from emu_kernels.mutation import NoMutation
 from emu_kernels.similarity import SIMILARITIES
 from tests.cuda import emulation
 from tests.ops.support import (
@@ -61,6 +65,48 @@ def cuda() -> Iterator[emulation.EmulatedCudaBackend]:
 
 def test_it_is_no_default(cuda: emulation.EmulatedCudaBackend) -> None:
     assert backends.default_backend("cpu") == "cpu"
+
+
+class Asking(emulation.EmulatedCudaBackend):
+    """Asks torch and the driver (a pybind function) whether it can run, as on a GPU's machine."""
+
+    def unavailable(self) -> str | None:
+        return CudaBackend.unavailable(self)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_torch_compile_does_not_trace_questions_to_the_driver(
+    device: str, cuda: emulation.EmulatedCudaBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By name, on the CPU's tensors; as the default of a GPU's tensors."""
+    asking = Asking(cuda._native)
+    asking.device_types = (device,)
+    gpu = SimpleNamespace(
+        is_available=lambda: True,
+        get_device_capability=lambda: (9, 0),
+        is_built=lambda: True,
+    )
+    # Not torch's own: torch.compile too would take them for a GPU.
+    patched = SimpleNamespace(**vars(torch) | {"cuda": gpu, "backends": SimpleNamespace(cuda=gpu)})
+    monkeypatch.setattr(cuda_module, "torch", patched)
+    monkeypatch.setitem(backends._BY_NAME, "cuda", asking)
+    cuda_module._device_problem.cache_clear()
+
+    def call(x: Tensor) -> Tensor:
+        if device == "cuda":
+            return x + len(backends.default_backend("cuda"))
+        return emu_mutate(x, x[:, None], mutation_rate=0.5, seed=1, backend="cuda")
+
+    x = torch.randn(3, 20)
+    torch.compiler.reset()
+    try:
+        fused = torch.compile(call, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(fused(x), call(x))
+        if device == "cuda":
+            assert torch.equal(call(x), x + 4)
+    finally:
+        torch.compiler.reset()
+        cuda_module._device_problem.cache_clear()
 
 
 def options_of(similarity: str, batch: int, dim: int) -> Options:
@@ -319,3 +365,37 @@ def test_atomics_are_not_for_deterministic_algorithms(
         assert same_bits(evaluate(fused_emu_loss, make(), backend="cuda", **LOSS), expected)
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("batch", [1, 40, 300])
+@pytest.mark.parametrize("rows", [3, 20_000])
+def test_runs_are_numbered(batch: int, rows: int, cuda: emulation.EmulatedCudaBackend) -> None:
+    """The touched row that each run of 32 entries begins in, of as many runs as there can be."""
+    inputs = make(batch, 900, 2, rows=rows, padding=True)
+    request = prepare.scores(
+        *inputs,
+        similarity="dot",
+        mutation=NoMutation(),
+        mask_unit="component",
+        scale=None,
+        similarity_weights=None,
+        phase_scale=1.0,
+        seed=None,
+        row_offset=0,
+        sparse_grad=True,
+    )
+    problem = cuda._problem(request)
+    ids = torch.cat([inputs.negative.flatten(), inputs.positive])
+    touched, ordinals = ids[ids >= 0].sort().values.unique(return_inverse=True)
+    for order, seed in ORDERS[:3]:
+        cuda.set_order(order, seed)
+        ordered, partials = cuda._sorted(request, problem)
+        assert ordered is not None
+        assert partials is not None
+        at = cuda._native.count_touched(
+            problem=problem, sorted=ordered.data_ptr(), partials=partials.data_ptr()
+        )
+        numbered = partials[: at + 8].view(torch.int64)
+        assert numbered[-1] == len(touched)
+        expected = ordinals[::32]
+        assert torch.equal(numbered[: len(expected)], expected)

@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from emu_kernels import Expected, backends
+
 ROOT = Path(__file__).resolve().parents[2]
 
 Options = dict[str, Any]
@@ -42,6 +44,19 @@ EMULATED = {
     "cuda": Limits(300, 100_000, 300_000),
 }
 """The largest shapes that are tested where GPU kernels are emulated on the CPU."""
+
+
+def device_of(backend: str) -> torch.device:
+    """The device that a backend's tensors are on; the CPU for the specification."""
+    types = ("cpu",) if backend == backends.REFERENCE else backends.get(backend).device_types
+    return torch.device(types[0])
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """A tensor, or what a rule keeps in one, there; anything else as it is."""
+    if isinstance(value, Expected):
+        return Expected(to_device(value.rate, device))
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def emulated(backend: str, device: torch.device) -> bool:

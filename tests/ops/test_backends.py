@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -53,6 +54,55 @@ def test_default_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.warns(RuntimeWarning, match="slow: absent"):
         assert backends.default_backend("cpu") == backends.REFERENCE
     assert torch.equal(fused_emu_loss(*inputs, **LOSS), expected)
+
+
+@pytest.fixture
+def gpu_backends(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """cuda and triton, as where both can run."""
+    backends._warn_of_unmeasured.cache_clear()
+
+    class OnAGpu:
+        device_types = ("cuda",)
+
+        def __init__(self, name: str, measured: bool) -> None:
+            self.name, self.measured = name, measured
+
+        def unavailable(self) -> None:
+            return None
+
+    standing = [OnAGpu(name, measured=False) for name in ("cuda", "triton")]
+    for backend in standing:
+        monkeypatch.setitem(backends._BY_NAME, backend.name, backend)
+    return standing
+
+
+def test_a_backend_that_ran_on_no_hardware_warns_once(gpu_backends: list[Any]) -> None:
+    choices = r"'cuda'.*emulated.*backend='triton' or backend='reference' chooses another"
+    with pytest.warns(RuntimeWarning, match=choices):
+        assert backends.default_backend("cuda") == "cuda"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backends.default_backend("cuda:0") == "cuda"
+
+
+def test_chosen_or_measured_backends_do_not_warn(gpu_backends: list[Any]) -> None:
+    gpu = torch.device("cuda", 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backends.resolve("cuda", gpu).name == "cuda"
+        gpu_backends[0].measured = True
+        assert backends.resolve(None, gpu).name == "cuda"
+        assert backends.default_backend("cpu") == "cpu"
+
+
+def test_it_warns_when_a_call_is_compiled(gpu_backends: list[Any]) -> None:
+    torch.compiler.reset()
+    fused = torch.compile(
+        lambda x: x + len(backends.default_backend("cuda")), fullgraph=True, backend="aot_eager"
+    )
+    with pytest.warns(RuntimeWarning, match="'cuda'.*emulated"):
+        assert fused(torch.ones(1)) == 5
+    torch.compiler.reset()
 
 
 def test_kernels_do_not_run_on_other_devices(kernel: str) -> None:

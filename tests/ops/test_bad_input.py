@@ -21,7 +21,7 @@ from emu_kernels import (
     uls_cross_entropy,
 )
 from emu_kernels.mutation import Component
-from tests.ops.support import LOSS, Options, emulated, make
+from tests.ops.support import LOSS, Options, device_of, emulated, make
 
 Change = Callable[[Options], Any]  # the good arguments -> the bad value of one of them
 
@@ -196,21 +196,18 @@ def ids(cases: list[Case]) -> list[str]:
     return [f"{name}-{i}" for i, (name, *_) in enumerate(cases)]
 
 
-@pytest.fixture(autouse=True)
-def _check_ids_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EMU_KERNELS_CHECK", "1")
-
-
 def check(function: Callable[..., Any], good: Options, case: Case) -> None:
     """Good arguments are accepted; the exception has the bad one's name and value."""
     name, change, exception, part = case
     backend = good.get("backend", backends.REFERENCE)
-    types = () if backend == backends.REFERENCE else backends.get(backend).device_types
-    if exception is not IndexError and "cpu" in types and emulated(backend, torch.device("cpu")):
+    if exception is not IndexError and emulated(backend, device_of(backend)):
         pytest.skip("checked before any backend has a part in it")
+    bad = change(good)
+    if isinstance(bad, Tensor) and bad.device.type == "cpu":  # not a wrong device too
+        bad = bad.to(device_of(backend))
     function(**good)
     with pytest.raises(exception, match=f"(?s){part}") as caught:
-        function(**good | {name: change(good)})
+        function(**good | {name: bad})
     # If two arguments disagree, the message may begin with the other one, but names both.
     assert name in str(caught.value) or exception is IndexError
 
@@ -222,13 +219,15 @@ def _check_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def skip_if_only_the_kernels_read_it(case: Case, backend: str, device: torch.device) -> None:
-    """Skip a coefficient on a GPU: it is not read before the launch, and a bad one gives NaN."""
+    """Skip a coefficient on a GPU, emulated or not: it is not read before the launch, and a bad one
+    gives NaN."""
     name, change, exception, _ = case
-    if name in ("beta", "alpha") and exception is ValueError and emulated(backend, device):
+    of_gpu = emulated(backend, device) or device.type != "cpu"
+    if name in ("beta", "alpha") and exception is ValueError and of_gpu:
         value = change({})
         scalar = isinstance(value, Tensor) and value.is_floating_point() and value.numel() == 1
         if scalar and not value.requires_grad:
-            pytest.skip(f"{backend} is emulated on the CPU, where the value is not looked at")
+            pytest.skip(f"{backend} does not look at the value before its kernels run")
 
 
 def batch(device: torch.device) -> Options:

@@ -103,6 +103,26 @@ def test_mutate_and_uls(backend: str, device: torch.device) -> None:
     )
 
 
+@pytest.mark.parametrize("needed", [(True, False), (False, True), (False, False)])
+def test_mutate_where_few_gradients_are_needed(
+    needed: tuple[bool, bool], backend: str, device: torch.device
+) -> None:
+    made = (torch.randn(3, 21), torch.randn(3, 5, 21))
+    leaves = [x.to(device).requires_grad_(need) for x, need in zip(made, needed, strict=True)]
+
+    def mutate(positive: Tensor, negative: Tensor) -> Tensor:
+        return emu_mutate(positive, negative, mutation_rate=0.5, seed=1, backend=backend)
+
+    fused = torch.compile(mutate, fullgraph=True, backend="aot_eager")
+    out = fused(*leaves)
+    assert torch.equal(out, mutate(*leaves))
+    assert out.requires_grad == any(needed)
+    wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
+    if wanted:
+        both = (torch.autograd.grad(f(*leaves).sum(), wanted) for f in (fused, mutate))
+        torch.testing.assert_close(*both)
+
+
 def test_seed_tensor_does_not_recompile(backend: str, device: torch.device) -> None:
     inputs = make(device=device)
     query = inputs.query.requires_grad_()

@@ -369,9 +369,13 @@ def test_no_seed_draws_from_torch(backend: str, device: torch.device) -> None:
     assert losses() == first
 
 
-def test_generator_is_left_alone_where_nothing_is_drawn(backend: str) -> None:
-    inputs = make()
-    before = torch.get_rng_state()
+def test_generator_is_left_alone_where_nothing_is_drawn(backend: str, device: torch.device) -> None:
+    inputs = make(device=device)
+
+    def state() -> Tensor:
+        return torch.get_rng_state() if device.type == "cpu" else torch.cuda.get_rng_state(device)
+
+    before = state()
     fused_emu_loss(*inputs, **LOSS, backend=backend)
     fused_softmax_loss(*inputs, backend=backend)
-    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(state(), before)

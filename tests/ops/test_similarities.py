@@ -20,7 +20,15 @@ from emu_kernels import (
 )
 from emu_kernels.mask import mixup_share, mutation_mask, rates_to_thresholds
 from emu_kernels.similarity import SIMILARITIES
-from tests.ops.support import Options, assert_near, emulated, make, random_like
+from tests.ops.support import (
+    Options,
+    assert_near,
+    device_of,
+    emulated,
+    make,
+    random_like,
+    to_device,
+)
 
 KAPPA = 2.5
 LOSS: Options = {"beta": 0.3, "alpha": 0.7, "seed": 2**40 + 7, "row_offset": 3}
@@ -72,6 +80,10 @@ class Case(NamedTuple):
     ids: tuple[Tensor, Tensor]
     options: Options
 
+    def to(self, device: torch.device) -> Case:
+        leaves = {name: leaf.to(device) for name, leaf in self.leaves.items()}
+        return self._replace(leaves=leaves, ids=(self.ids[0].to(device), self.ids[1].to(device)))
+
     def wide(self) -> Case:
         return self._replace(leaves={name: leaf.double() for name, leaf in self.leaves.items()})
 
@@ -101,7 +113,11 @@ def run(
     upstream: list[Tensor] | None = None,
     **options: Any,
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """Outputs and gradients by name, and the upstream gradients that were used."""
+    """Outputs and gradients by name, and the upstream gradients that were used. All is on the
+    device of the backend among the options."""
+    device = device_of(options["backend"])
+    made = made.to(device)
+    options = {name: to_device(value, device) for name, value in options.items()}
     leaves = {name: leaf.detach().requires_grad_() for name, leaf in made.leaves.items()}
     rest = {name: leaf for name, leaf in leaves.items() if name not in ("query", "table")}
     out = function(leaves["query"], leaves["table"], *made.ids, **made.options, **rest, **options)
@@ -202,6 +218,7 @@ def test_scores_without_mutation(similarity: str, backend: str) -> None:
     expected, _ = run(lambda *a, **o: emu_scores(*a, mutation_rate=0.5, **o)[:2], made, **options)
     for name, value in expected.items():
         torch.testing.assert_close(actual[name], value)
+    made = made.to(device_of(backend))
     with torch.no_grad():
         out = emu_scores(
             made.leaves["query"],
@@ -236,9 +253,10 @@ def test_without_scale_and_weights(similarity: str, kernel: str) -> None:
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("mutation", ["rate", "rates of pairs", "mixup", "expected"])
 @pytest.mark.parametrize("similarity", SIMILARITIES)
-def test_gradcheck(similarity: str, mutation: str, backend: str) -> None:
-    made = case(similarity, torch.float64, batch=4, count=3, dim=6, groups=2, rows=6)
+def test_gradcheck(similarity: str, mutation: str, backend: str, device: torch.device) -> None:
+    made = case(similarity, torch.float64, batch=4, count=3, dim=6, groups=2, rows=6).to(device)
     options = made.options | LOSS | mutation_of(mutation, similarity, 6)
+    options = {name: to_device(value, device) for name, value in options.items()}
     names = list(made.leaves)
     loss_of: Callable[..., Tensor] = fused_emu_loss
 
@@ -373,9 +391,9 @@ def test_sparse_gradient_is_the_dense_one(similarity: str, kernel: str) -> None:
 
 
 @pytest.mark.parametrize("similarity", SIMILARITIES)
-def test_compiles_in_one_graph(similarity: str, backend: str) -> None:
+def test_compiles_in_one_graph(similarity: str, backend: str, device: torch.device) -> None:
     made = case(similarity, batch=4, count=5, dim=20, rows=9)
-    rates = torch.linspace(0, 1, 20)
+    rates = torch.linspace(0, 1, 20, device=device)
     fused_loss: Callable[..., Tensor] = fused_emu_loss
     cases: list[Options] = [{"mutation_rate": rates}, {"mutation_rate": Mixup()}]
     for options in cases:
@@ -391,18 +409,18 @@ def test_compiles_in_one_graph(similarity: str, backend: str) -> None:
             torch.testing.assert_close(actual[name], value)
 
 
-def test_large_phases(kernel: str) -> None:
+def test_large_phases(kernel: str, device: torch.device) -> None:
     """The sine is still accurate for phases of thousands of turns."""
     generator = torch.Generator().manual_seed(0)
     table = torch.randn(6, 20, generator=generator) * 3e4
     table[:, 10:] = 0
     query = torch.zeros(2, 20)
     ids = torch.tensor([0, 1]), torch.tensor([[2, 3], [4, 5]])
-    out = emu_scores(
-        query, table, *ids, similarity="hake", mutation_rate=0.0, seed=1, backend=kernel
-    )
+    inputs = (x.to(device) for x in (query, table, *ids))
+    out = emu_scores(*inputs, similarity="hake", mutation_rate=0.0, seed=1, backend=kernel)
     expected = -(table[2:, :10].double() * 0.5).sin().abs().sum(dim=1)
-    torch.testing.assert_close(out.negative.flatten().double(), expected, rtol=1e-4, atol=1e-2)
+    actual = out.negative.flatten().double().cpu()
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-2)
 
 
 def test_masks_of_pairs_and_rates_are_bit_exact(backend: str, device: torch.device) -> None:
@@ -416,6 +434,7 @@ def test_masks_of_pairs_and_rates_are_bit_exact(backend: str, device: torch.devi
     ]
     for options in cases:
         rate = options["mutation_rate"]
+        options["mutation_rate"] = to_device(rate, device)
         threshold = rates_to_thresholds(rate) if isinstance(rate, Tensor) else round(256 * rate)
         expected = mutation_mask(
             3, 9, dim, seed=torch.tensor(11), row_offset=7, threshold=threshold,
@@ -434,11 +453,11 @@ def test_masks_of_pairs_and_rates_are_bit_exact(backend: str, device: torch.devi
             assert torch.equal(expected[..., : dim // 2], expected[..., dim // 2 :])
 
 
-def test_rates_are_the_shares_that_mutate(backend: str) -> None:
-    rates = torch.tensor([0.0, 1.0, 0.25, 0.5])
-    drawn = emu_mutate(
-        torch.ones(64, 4), torch.zeros(64, 500, 4), mutation_rate=rates, seed=3, backend=backend
-    ).mean(dim=(0, 1))
+def test_rates_are_the_shares_that_mutate(backend: str, device: torch.device) -> None:
+    rates = torch.tensor([0.0, 1.0, 0.25, 0.5], device=device)
+    positive, negative = torch.ones(64, 4, device=device), torch.zeros(64, 500, 4, device=device)
+    drawn = emu_mutate(positive, negative, mutation_rate=rates, seed=3, backend=backend)
+    drawn = drawn.mean(dim=(0, 1))
     assert drawn[0] == 0
     assert drawn[1] == 1
     torch.testing.assert_close(drawn, rates, rtol=0, atol=0.01)  # 4 standard deviations
