@@ -20,7 +20,7 @@ from .datasets import load_dataset
 from .errors import ConfigError, RunError, TrainerError
 from .loop import Trainer, settle
 from .losses import LOSSES
-from .models import MODELS
+from .models import SCORERS
 from .presets import PRESETS
 from .report import metrics_table
 from .run import RunFolder
@@ -88,7 +88,9 @@ def _train_and_report(trainer: Trainer, folder: Path) -> int:
 
 def _start(options: dict[str, Any]) -> Trainer:
     run_dir = options.pop("run_dir", None)
-    settings = dict(PRESETS.get(options.pop("preset", ""), {}))
+    preset = PRESETS.get(options.pop("preset", ""), {})
+    model = options.get("model", preset.get("model"))
+    settings = {**(SCORERS[model].defaults if model else {}), **preset}
     if "data" in options:
         settings.pop("dataset", None)
     settings |= options
@@ -144,15 +146,18 @@ def _resume(settings: dict[str, Any]) -> Trainer:
 
 def _summary(config: Config) -> str:
     """Model, loss, negatives, optimizer and backend on one line."""
-    norm = f", {config.norm}-norm" if MODELS[config.model].norms else ""
+    model = SCORERS[config.model]
+    norm = f", {config.norm}-norm" if model.norms else ""
+    own = "".join(f", {x.replace('_', ' ')} {getattr(config, x)}" for x in model.options)
     inverse = ", inverse relations" if config.inverse_relations else ""
     drawn = f"negatives from {SAMPLERS[config.sampler].summary(config)}"
     negatives = "all entities as negatives" if config.over_all else drawn
     weights = ", subsampling weights" if config.subsampling else ""
+    l3 = f", L3 {config.regularization:g}" if "regularization" not in model.without else ""
     return (
-        f"{config.model}{norm}, d = {config.dim}{inverse}, {LOSSES[config.loss].summary(config)}, "
-        f"{negatives}{weights}; "
-        f"{config.optimizer}, lr {config.lr:g}, L3 {config.regularization:g}, seed {config.seed}; "
+        f"{config.model}{norm}, d = {config.dim}{own}{inverse}, "
+        f"{LOSSES[config.loss].summary(config, model.without)}, {negatives}{weights}; "
+        f"{config.optimizer}, lr {config.lr:g}{l3}, seed {config.seed}; "
         f"backend {config.backend} on {config.device}"
     )
 

@@ -3,7 +3,7 @@
 A line holds a head, a relation and a tail, separated by tabs, in UTF-8, with or without a
 byte-order mark; it may end as on Windows. Files come from a folder or from an archive (tar or zip),
 which is read in memory. Names are numbered in the order of their characters, integers too: 0, 1,
-10, 2.
+10, 2. A folder for inductive models holds a second graph in its subfolder ``ind``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -27,6 +27,7 @@ from torch import Tensor
 from .errors import DataError
 
 SPLITS = ("train", "valid", "test")
+INDUCTIVE = "ind"  # the subfolder of a graph to test on
 
 Direction = Literal["head", "tail"]  # which entity of a triple is predicted
 DIRECTIONS: tuple[Direction, Direction] = ("tail", "head")
@@ -41,17 +42,26 @@ class Graph:
     entities: Sequence[str]
     relations: Sequence[str]
     triples: dict[str, Tensor]  # split -> (M, 3) int64: head, relation, tail
+    inductive: Graph | None = None
+    """The graph to test on, of entities of its own and the same relations: its test triples are to
+    be predicted from its train triples."""
 
     @classmethod
-    def from_names(cls, splits: dict[str, list[NamedTriple]]) -> Graph:
+    def from_names(
+        cls, splits: dict[str, list[NamedTriple]], relations: Sequence[str] | None = None
+    ) -> Graph:
         """Number the names in sorted order, whichever split they appear in.
 
         Names that appear only in validation or test are kept, as LibKGE does: their embeddings
         stay as initialised, and their triples are ranked like all others. See :meth:`unseen`.
+
+        Args:
+            relations: the relations' names, where they are another graph's.
         """
         everything = [triple for split in SPLITS for triple in splits[split]]
         entities = sorted({name for head, _, tail in everything for name in (head, tail)})
-        relations = sorted({relation for _, relation, _ in everything})
+        if relations is None:
+            relations = sorted({relation for _, relation, _ in everything})
         entity_id = {name: i for i, name in enumerate(entities)}
         relation_id = {name: i for i, name in enumerate(relations)}
         triples = {
@@ -62,6 +72,10 @@ class Graph:
             for split in SPLITS
         }
         return cls(entities, relations, triples)
+
+    def of_split(self, split: str) -> Graph:
+        """The graph whose entities the triples of a split are about."""
+        return self.inductive if split == "test" and self.inductive is not None else self
 
     @property
     def num_entities(self) -> int:
@@ -90,9 +104,10 @@ class Graph:
             for split in SPLITS[1:]
             if (count := self.unseen(split))
         ]
+        test = "" if self.inductive is None else f"\ntested on: {self.inductive.summary()}"
         return (
             f"{self.num_entities:,} entities, {self.num_relations:,} relations; "
-            f"triples: {sizes}{''.join(unseen)}"
+            f"triples: {sizes}{''.join(unseen)}{test}"
         )
 
     def doubts(self) -> list[str]:
@@ -138,6 +153,8 @@ class Graph:
             trained = int(torch.isin(keys[split], keys["train"]).sum())
             if trained:
                 lines.append(f"{trained:,} of the {split} triples are train triples too")
+        if self.inductive is not None:
+            lines += [f"the graph to test on: {line}" for line in self.inductive.doubts()]
         return lines
 
     def _keys(self, split: str) -> Tensor:
@@ -181,11 +198,57 @@ def split_triples(triples: Tensor, direction: Direction) -> tuple[Tensor, Tensor
     return (head, relation, tail) if direction == "tail" else (tail, relation, head)
 
 
+def with_inverses(triples: Tensor, num_relations: int) -> Tensor:
+    """(2M, 3): the triples (M, 3), then each of them the other way, its relation R higher."""
+    head, relation, tail = triples.T
+    return torch.cat([triples, torch.stack([tail, relation + num_relations, head], dim=1)])
+
+
 def load_graph(path: Path) -> Graph:
-    """Read a graph from a folder or from an archive, tar or zip.
+    """Read a graph from a folder or from an archive, tar or zip; a folder may hold a second one.
 
     Raises:
         DataError: something is missing, malformed, corrupted or unsafe; says where.
+    """
+    splits = read_splits(path)
+    for split in SPLITS:
+        if split not in splits:
+            raise DataError(f"{path} holds no {split}.txt; it must hold train, valid and test")
+    graph = Graph.from_names(splits)
+    second = path / INDUCTIVE
+    return with_inductive(graph, second) if second.is_dir() else graph
+
+
+def with_inductive(graph: Graph, path: Path) -> Graph:
+    """The graph with a second one to test on: train.txt and test.txt of a folder or an archive.
+
+    Raises:
+        DataError: as :func:`load_graph`, and where the second graph has a relation that the first
+            graph's train triples lack.
+    """
+    splits = read_splits(path)
+    for split in ("train", "test"):
+        if split not in splits:
+            raise DataError(
+                f"{path} holds no {split}.txt; a graph to test on must hold train and test"
+            )
+    trained = {graph.relations[i] for i in graph.triples["train"][:, 1].unique().tolist()}
+    for split, triples in splits.items():
+        for head, relation, tail in triples:
+            if relation not in trained:
+                raise DataError(
+                    f"{path}, {split}.txt: the relation {relation!r} of ({head}, {relation}, "
+                    f"{tail}) is not one of the {len(trained):,} relations that are trained on"
+                )
+    second = Graph.from_names({s: splits.get(s, []) for s in SPLITS}, graph.relations)
+    return replace(graph, inductive=second)
+
+
+def read_splits(path: Path) -> dict[str, list[NamedTriple]]:
+    """The triples of the files that are there; train.txt, if it is there, has some.
+
+    Raises:
+        DataError: as :func:`load_graph`.
     """
     if path.is_dir():
         contents = {
@@ -200,13 +263,12 @@ def load_graph(path: Path) -> Graph:
             f"{path}: no such folder or archive; expected a folder with train.txt, valid.txt and "
             "test.txt, or an archive of them, tar or zip"
         )
-    for split in SPLITS:
-        if split not in contents:
-            raise DataError(f"{path} holds no {split}.txt; it must hold train, valid and test")
     splits = {split: list(_parse(content, where)) for split, (where, content) in contents.items()}
-    if not splits["train"]:
-        raise DataError(f"{contents['train'][0]} holds no triples: there is nothing to train on")
-    return Graph.from_names(splits)
+    if "train" in splits and not splits["train"]:
+        raise DataError(
+            f"{contents['train'][0]} holds no triples: a graph without edges teaches nothing"
+        )
+    return splits
 
 
 def _read_archive(path: Path) -> dict[str, tuple[str, bytes]]:

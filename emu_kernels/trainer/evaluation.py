@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .data import DIRECTIONS, SPLITS, Direction, Graph, split_triples
 from .errors import TrainingError
-from .models import Model
+from .models import Score, Scorer
 
 _CHUNK_BYTES = 8 << 20  # scores of one chunk: small enough to stay in a CPU's cache
 
@@ -84,11 +84,13 @@ class Evaluator:
         self._graph = graph
         self._device = device or torch.device("cpu")
         self._truth = {d: _Truth(graph, d, self._device) for d in DIRECTIONS}
+        second = graph.inductive
+        self._inductive = None if second is None else Evaluator(second, self._device)
 
     def evaluate(
-        self, model: Model, split: str, stop: Callable[[], bool] = lambda: False
+        self, model: Scorer, split: str, stop: Callable[[], bool] = lambda: False
     ) -> Metrics:
-        """Both directions over a split.
+        """Both directions over a split; the test split of the graph to test on, if there is one.
 
         Args:
             stop: asked between chunks whether to give up.
@@ -97,6 +99,8 @@ class Evaluator:
             Stopped: it said so.
             TrainingError: the model holds a value that is not finite; its ranks would mean nothing.
         """
+        if split == "test" and self._inductive is not None:
+            return self._inductive.evaluate(model, split, stop)
         triples = self._graph.triples[split].to(self._device)
         return Metrics.from_ranks(
             torch.cat([self.ranks(model, triples, direction, stop) for direction in DIRECTIONS])
@@ -105,7 +109,7 @@ class Evaluator:
     @torch.no_grad()
     def ranks(
         self,
-        model: Model,
+        model: Scorer,
         triples: Tensor,
         direction: Direction,
         stop: Callable[[], bool] = lambda: False,
@@ -117,21 +121,18 @@ class Evaluator:
         for name, parameter in model.named_parameters():
             if not parameter.isfinite().all():
                 raise TrainingError(f"the model's {name} values are not all finite")
-        candidates = model.candidates()
+        score = model.scorer(self._graph)
         chunk = max(1, _CHUNK_BYTES // (4 * self._graph.num_entities))
         ranks = []
         for part in triples.split(chunk):
             if stop():
                 raise Stopped
-            ranks.append(self._rank_chunk(model, candidates, part, direction))
+            ranks.append(self._rank_chunk(score, part, direction))
         return torch.cat(ranks)
 
-    def _rank_chunk(
-        self, model: Model, candidates: Tensor, triples: Tensor, direction: Direction
-    ) -> Tensor:
+    def _rank_chunk(self, score: Score, triples: Tensor, direction: Direction) -> Tensor:
         given, relation, target = split_triples(triples, direction)
-        query = model.ask(model.entity[given], relation, direction)
-        scores = model.score(query, candidates)  # (C, N)
+        scores = score(given, relation, direction)  # (C, N)
         true = scores.gather(1, target.unsqueeze(1))  # (C, 1)
         row, answer = self._truth[direction].answers(given, relation)
         known = scores[row, answer]  # (P,)
