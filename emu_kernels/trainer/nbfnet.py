@@ -164,9 +164,11 @@ def _scaled(received: Tensor, weight: Tensor, scalers: Tensor) -> Tensor:
     is smaller, and no array is 12d wide.
     """
     by_scaler = weight.unflatten(1, (3, -1)).transpose(0, 1)  # (3, d, 4d)
-    if received.shape[1] < len(weight):
-        made = linear(received, by_scaler.flatten(0, 1)).unflatten(-1, (3, -1))
-        return (made * scalers[:, None, :, None]).sum(dim=2)
+    if received.shape[1] <= len(weight):
+        made, *others = linear(received, by_scaler.flatten(0, 1)).chunk(3, dim=-1)
+        for scaler, other in zip(scalers.T[1:], others, strict=True):  # the first is 1
+            made = torch.addcmul(made, scaler[:, None, None], other)
+        return made
     of_nodes = (scalers @ by_scaler.flatten(1)).unflatten(1, by_scaler.shape[1:])  # (N, d, 4d)
     return received @ of_nodes.transpose(1, 2)
 
