@@ -18,7 +18,7 @@ from .config import ADJUSTABLE, Config
 from .data import load_graph
 from .datasets import load_dataset
 from .errors import ConfigError, RunError, TrainerError
-from .loop import Trainer, settle
+from .loop import Trainer, check_graph, settle
 from .losses import LOSSES
 from .models import SCORERS
 from .presets import PRESETS
@@ -101,6 +101,7 @@ def _start(options: dict[str, Any]) -> Trainer:
     else:
         folder = Path(str(config.data))
         name, graph = folder.resolve().name, load_graph(folder)
+    check_graph(config, graph)
     for doubt in graph.doubts():
         print(f"emu-train: warning: {doubt}", file=sys.stderr)
     if run_dir is None:

@@ -52,6 +52,7 @@ class Trainer:
     """
 
     def __init__(self, config: Config, graph: Graph, run: RunFolder | None = None) -> None:
+        check_graph(config, graph)
         self.config = config
         self.graph = graph
         self.run = run
@@ -84,11 +85,6 @@ class Trainer:
 
     def _begin_with(self, model: Model) -> None:
         config, graph, run = self.config, self.graph, self.run
-        if graph.inductive is not None:
-            raise ConfigError(
-                f"{config.model} has no embeddings for the entities of a second graph, to test on; "
-                f"models that need none: {', '.join(sorted(SCORERS.keys() - MODELS.keys()))}"
-            )
         if config.init_entities is not None and not (run and run.last_file.exists()):
             file, frozen = Path(config.init_entities), config.freeze_entities
             tqdm.write(set_entities(model, graph, file, all_needed=frozen), file=sys.stderr)
@@ -382,6 +378,15 @@ def settle(config: Config) -> Config:
     except (RuntimeError, ValueError, AssertionError) as error:
         raise ConfigError(f"cannot run on device {config.device!r}: {error}") from error
     return dataclasses.replace(config, backend=backend)
+
+
+def check_graph(config: Config, graph: Graph) -> None:
+    """Raises: ConfigError: the model cannot be tested on the graph's second one."""
+    if graph.inductive is not None and config.model in MODELS:
+        raise ConfigError(
+            f"{config.model} has no embeddings for the entities of a second graph, to test on; "
+            f"models that need none: {', '.join(sorted(SCORERS.keys() - MODELS.keys()))}"
+        )
 
 
 @torch.no_grad()

@@ -509,9 +509,9 @@ def test_prediction_on_one_graph(graph, tmp_path):
 def test_other_models_need_one_graph(two_graphs, tmp_path, capsys):
     arguments = ["--data", str(two_graphs), "--run-dir", str(tmp_path / "run"), "--dim", "8"]
     assert main([*arguments, "--model", "DistMult"]) == 1
-    assert (
-        "DistMult has no embeddings for the entities of a second graph" in capsys.readouterr().err
-    )
+    said = capsys.readouterr().err
+    assert "DistMult has no embeddings for the entities of a second graph" in said
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
