@@ -7,6 +7,7 @@ A thin trainer: ordinary PyTorch around one call of :func:`emu_kernels.fused_emu
 ``names``         names as one tensor of bytes
 ``datasets``      the public datasets by name: addresses, checksums, cache
 ``models``        a query for each model, and the similarity that compares it
+``nbfnet``        NBFNet, which scores entities by the paths to them
 ``initial``       vectors that entities begin with
 ``losses``        the objectives of a step
 ``batches``       seeds, and batches as functions of (seed, step)

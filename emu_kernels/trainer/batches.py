@@ -76,6 +76,32 @@ class AlternatingBatches:
         return self._columns[:, order]
 
 
+class InverseBatches:
+    """Training triples; a batch's first half predicts tails, its second half heads.
+
+    Heads are predicted as tails of the inverse relation, whose id is R more, so that all rows have
+    one direction: how NBFNet's authors make their batches.
+
+    Args:
+        triples: (M, 3) on the device to train on, M > 0.
+        batch_size: B.
+    """
+
+    def __init__(self, triples: Tensor, num_relations: int, batch_size: int, seed: int) -> None:
+        self._triples = AlternatingBatches(triples, batch_size, seed)
+        self._num_relations = num_relations
+
+    def __call__(self, step: int) -> Batch:
+        head, relation, tail, _ = self._triples(step)
+        half = len(head) // 2
+        return Batch(
+            torch.cat([head[:half], tail[half:]]),
+            torch.cat([relation[:half], relation[half:] + self._num_relations]),
+            torch.cat([tail[:half], head[half:]]),
+            "tail",
+        )
+
+
 def stream_columns(epoch: Callable[[int], Tensor], size: int, start: int, count: int) -> Tensor:
     """(C, count): columns of the endless row epoch(0), epoch(1), ..., each (C, size), size > 0."""
     end = start + count

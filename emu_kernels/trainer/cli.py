@@ -20,9 +20,9 @@ from .config import ADJUSTABLE, Config
 from .datasets import load_dataset
 from .errors import ConfigError, RunError, TrainerError
 from .evaluation import Metrics
-from .loop import Trainer, settle
+from .loop import Trainer, check_graph, settle
 from .losses import LOSSES
-from .models import MODELS
+from .models import SCORERS
 from .presets import PRESETS
 from .reading import load_graph
 from .report import kinds_table, metrics_table
@@ -89,11 +89,12 @@ def _train_and_report(trainer: Trainer, folder: Path) -> int:
             say(f"stopped at step {trainer.step}; go on with: emu-train --resume {folder}")
             return INTERRUPTED
         if ranks := trainer.finish():
-            ranked = f"test, filtered, both directions{config.ranked}"
-            say(f"{ranked}, the model of step {trainer.best_step}:")
+            what = f"test, filtered, both directions{config.ranked}"
+            say(f"{what}, the model of step {trainer.best_step}:")
             say(metrics_table({f"{config.model} {config.loss}": Metrics.of(ranks)}))
             say("by kind of relation (each relation: relations.csv):")
-            say(kinds_table(by_kind(trainer.graph, trainer.evaluator.ranked("test"), ranks)))
+            graph, ranked = trainer.graph.of_split("test"), trainer.evaluator.ranked("test")
+            say(kinds_table(by_kind(graph, ranked, ranks)))
     trainer.export()
     say(f"predict with: emu-predict {folder} --head NAME --relation NAME")
     return 0
@@ -101,7 +102,9 @@ def _train_and_report(trainer: Trainer, folder: Path) -> int:
 
 def _start(options: dict[str, Any]) -> Trainer:
     run_dir = options.pop("run_dir", None)
-    settings = dict(PRESETS.get(options.pop("preset", ""), {}))
+    preset = PRESETS.get(options.pop("preset", ""), {})
+    model = options.get("model", preset.get("model"))
+    settings = {**(SCORERS[model].defaults if model else {}), **preset}
     if "data" in options:
         settings.pop("dataset", None)
     settings |= options
@@ -115,6 +118,7 @@ def _start(options: dict[str, Any]) -> Trainer:
             folder, config.layout, hold_out=config.hold_out, split_seed=config.split_seed
         )
         name = folder.resolve().name
+    check_graph(config, graph)
     for doubt in graph.doubts():
         print(f"emu-train: warning: {doubt}", file=sys.stderr)
     if run_dir is None:
@@ -160,15 +164,18 @@ def _resume(settings: dict[str, Any]) -> Trainer:
 
 def _summary(config: Config) -> str:
     """Model, loss, negatives, optimizer and backend on one line."""
-    norm = f", {config.norm}-norm" if MODELS[config.model].norms else ""
+    model = SCORERS[config.model]
+    norm = f", {config.norm}-norm" if model.norms else ""
+    own = "".join(f", {x.replace('_', ' ')} {getattr(config, x)}" for x in model.options)
     inverse = ", inverse relations" if config.inverse_relations else ""
     drawn = f"negatives from {SAMPLERS[config.sampler].summary(config)}"
     negatives = "all entities as negatives" if config.over_all else drawn
     weights = ", subsampling weights" if config.subsampling else ""
+    l3 = f", L3 {config.regularization:g}" if "regularization" not in model.without else ""
     return (
-        f"{config.model}{norm}, d = {config.dim}{inverse}, {LOSSES[config.loss].summary(config)}, "
-        f"{negatives}{weights}; "
-        f"{config.optimizer}, lr {config.lr:g}, L3 {config.regularization:g}, seed {config.seed}; "
+        f"{config.model}{norm}, d = {config.dim}{own}{inverse}, "
+        f"{LOSSES[config.loss].summary(config, model.without)}, {negatives}{weights}; "
+        f"{config.optimizer}, lr {config.lr:g}{l3}, seed {config.seed}; "
         f"backend {config.backend} on {config.device}"
     )
 

@@ -10,9 +10,10 @@ from .datasets import DATASETS, FOLDER_VARIABLE
 from .errors import ConfigError
 from .evaluation import EvaluationOptions
 from .losses import LOSSES, LossOptions
-from .models import MODELS, Model, ModelOptions
+from .models import MODELS, SCORERS, Model, ModelOptions
+from .nbfnet import NBFNetOptions
 from .reading import FORMATS, Layout
-from .sampling import ALL, SAMPLERS, SamplingOptions
+from .sampling import ALL, CORRUPTIONS, SAMPLERS, SamplingOptions
 from .schedule import SCHEDULES
 from .settings import ABOVE_0, AT_LEAST_0, AT_LEAST_1, Choice, Limit, check, setting
 from .trackers import TRACKERS
@@ -122,6 +123,7 @@ class Config(
     SourceOptions,
     ReadingOptions,
     ModelOptions,
+    NBFNetOptions,
     LossOptions,
     SamplingOptions,
     OptimisationOptions,
@@ -139,7 +141,10 @@ class Config(
             raise ConfigError("give either a dataset's name or a data folder, not both or neither")
         check(self)
         self._check_columns()
-        model, loss = MODELS[self.model], LOSSES[self.loss]
+        model, loss = SCORERS[self.model], LOSSES[self.loss]
+        self._check_options()
+        for name, value in model.settle(self).items():
+            object.__setattr__(self, name, value)
         if self.regularization is None:
             default = model.regularization if loss.regularized else 0.0
             object.__setattr__(self, "regularization", default)
@@ -152,10 +157,12 @@ class Config(
             raise ConfigError(f"rows_per_set: {self.sampler} negatives cannot be shared")
         if self.norm not in (model.norms or (1,)):
             raise ConfigError(f"norm must be left out: {self.model} has no choice")
-        if self.mask_unit == "pair" and model.entity_width * self.dim % 2:
+        if self.mask_unit == "pair" and MODELS[self.model].entity_width * self.dim % 2:
             raise ConfigError(f"mask_unit 'pair' needs an even dim with {self.model}")
         if self.freeze_entities and self.init_entities is None:
             raise ConfigError("freeze_entities needs init_entities, the vectors to keep")
+        if CORRUPTIONS[self.corruption].inverse:
+            self._check_inverse()
         self._settle_schedule()
         if self.negatives == ALL:
             self._check_all()
@@ -186,6 +193,20 @@ class Config(
     def draws_masks(self) -> bool:
         """Whether the mutation rate is one of drawn masks, and not of the closed form."""
         return LOSSES[self.loss].masks and not self.over_all
+
+    def _check_options(self) -> None:
+        """Whether the models' own settings are those of this model."""
+        for other, model in SCORERS.items():
+            for name in set(model.options) - set(SCORERS[self.model].options):
+                if getattr(self, name) is not None:
+                    raise ConfigError(f"{name} must be left out: it is a setting of {other}")
+
+    def _check_inverse(self) -> None:
+        """Whether batches of inverse relations can be trained on."""
+        if not self.inverse_relations:
+            raise ConfigError(f"corruption {self.corruption!r} needs inverse_relations")
+        if self.subsampling:
+            raise ConfigError(f"subsampling: corruption {self.corruption!r} has no weights")
 
     def _settle_schedule(self) -> None:
         """Store what the schedule takes from the steps, which --resume may change later."""

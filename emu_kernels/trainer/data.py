@@ -23,6 +23,7 @@ from .errors import DataError
 from .names import Names
 
 SPLITS = ("train", "valid", "test")
+INDUCTIVE = "ind"  # the subfolder of a graph to test on
 
 Direction = Literal["head", "tail"]  # which entity of a triple is predicted
 DIRECTIONS: tuple[Direction, Direction] = ("tail", "head")
@@ -46,6 +47,10 @@ class Graph:
     triples: dict[str, Tensor]  # split -> (M, 3) int64: head, relation, tail
     notes: tuple[str, ...] = ()  # what was not read as it stands in the files
 
+    inductive: Graph | None = None
+    """The graph to test on, of entities of its own and the same relations: its test triples are to
+    be predicted from its train triples."""
+
     def __post_init__(self) -> None:
         if self.num_entities**2 * self.num_relations >= 2**63:
             raise DataError(
@@ -67,7 +72,12 @@ class Graph:
         )
 
     @classmethod
-    def from_columns(cls, splits: dict[str, Columns], notes: tuple[str, ...] = ()) -> Graph:
+    def from_columns(
+        cls,
+        splits: dict[str, Columns],
+        notes: tuple[str, ...] = (),
+        relations: Sequence[str] | None = None,
+    ) -> Graph:
         """Number the names in sorted order, whichever split they appear in.
 
         Names that appear only in validation or test are kept, as LibKGE does: their embeddings
@@ -76,6 +86,7 @@ class Graph:
         Args:
             splits: strings, or integers that are ids from 0 and are kept; their names are their
                 digits.
+            relations: another graph's, which have all that are there.
 
         Raises:
             DataError: a name has a tab, a line's end or a NUL in it, which the files of a run
@@ -84,7 +95,12 @@ class Graph:
         chosen = [splits[split] for split in SPLITS]
         number = _keep if pyarrow.types.is_integer(chosen[0][0].type) else _number
         entities, ends = number([columns[part] for columns in chosen for part in (0, 2)])
-        relations, kinds = number([columns[1] for columns in chosen])
+        if relations is None:
+            relations, kinds = number([columns[1] for columns in chosen])
+        elif number is _keep:
+            kinds = _keep([columns[1] for columns in chosen])[1]
+        else:
+            kinds = [_places(columns[1], relations) for columns in chosen]
         triples = zip(ends[::2], kinds, ends[1::2], strict=True)
         stacked = (torch.stack(parts, dim=1) for parts in triples)
         return cls(entities, relations, dict(zip(SPLITS, stacked, strict=True)), notes)
@@ -131,6 +147,10 @@ class Graph:
         }
         return replace(self, triples=triples)
 
+    def of_split(self, split: str) -> Graph:
+        """The graph whose entities the triples of a split are about."""
+        return self.inductive if split == "test" and self.inductive is not None else self
+
     @property
     def num_entities(self) -> int:
         return len(self.entities)
@@ -158,9 +178,10 @@ class Graph:
             for split in SPLITS[1:]
             if (count := self.unseen(split))
         ]
+        test = "" if self.inductive is None else f"\ntested on: {self.inductive.summary()}"
         return (
             f"{self.num_entities:,} entities, {self.num_relations:,} relations; "
-            f"triples: {sizes}{''.join(unseen)}"
+            f"triples: {sizes}{''.join(unseen)}{test}"
         )
 
     def doubts(self) -> list[str]:
@@ -203,6 +224,8 @@ class Graph:
                 at = torch.searchsorted(trained, keys).clamp_(max=len(trained) - 1)
                 if leaked := int((trained[at] == keys).sum()):
                     lines.append(f"{leaked:,} of the {split} triples are train triples too")
+        if self.inductive is not None:
+            lines += [f"the graph to test on: {line}" for line in self.inductive.doubts()]
         return lines
 
     def _keys(self, split: str) -> Tensor:
@@ -241,7 +264,8 @@ _STRING = pyarrow.string()
 
 
 def _array(names: Sequence[str]) -> pyarrow.Array:
-    return names.array() if isinstance(names, Names) else pyarrow.array(names, _STRING)
+    kind = pyarrow.large_string()
+    return names.array() if isinstance(names, Names) else pyarrow.array(names, kind)
 
 
 def _number(columns: Columns) -> tuple[Names, list[Tensor]]:
@@ -257,6 +281,12 @@ def _number(columns: Columns) -> tuple[Names, list[Tensor]]:
     ids[order.to_numpy()] = numpy.arange(len(names))
     flat = torch.from_numpy(numpy.concatenate([ids[x.indices.to_numpy()] for x in encoded.chunks]))
     return Names.of(names.take(order)), list(flat.split([len(column) for column in columns]))
+
+
+def _places(column: pyarrow.ChunkedArray, names: Sequence[str]) -> Tensor:
+    """Of each value of a column the place in the names, which have it."""
+    places = pc.index_in(column.cast(pyarrow.large_string()), value_set=_array(names))
+    return torch.from_numpy(places.to_numpy().astype(numpy.int64))
 
 
 def _keep(columns: Columns) -> tuple[Names, list[Tensor]]:
@@ -280,3 +310,9 @@ def split_triples(triples: Tensor, direction: Direction) -> tuple[Tensor, Tensor
     """(given, relation, target), each (M,): the query's entity and relation, and its answer."""
     head, relation, tail = triples.T
     return (head, relation, tail) if direction == "tail" else (tail, relation, head)
+
+
+def with_inverses(triples: Tensor, num_relations: int) -> Tensor:
+    """(2M, 3): the triples (M, 3), then each of them the other way, its relation R higher."""
+    head, relation, tail = triples.T
+    return torch.cat([triples, torch.stack([tail, relation + num_relations, head], dim=1)])

@@ -17,7 +17,7 @@ import pooch
 
 from .data import SPLITS, Graph
 from .errors import DataError
-from .reading import load_graph
+from .reading import load_graph, with_inductive
 
 FOLDER_VARIABLE = "EMU_KERNELS_DATA"
 
@@ -68,6 +68,21 @@ def _codex(name: str, *blobs: str) -> Dataset:
     return Dataset(tuple(files), lambda train, *_: load_graph(train.parent))
 
 
+def _grail(name: str, *blobs: str) -> Dataset:
+    """Two graphs of three files each in the repository of GraIL (Teru et al., 2020)."""
+    url = "https://raw.githubusercontent.com/kkteru/grail/master/data"
+    names = (f"{folder}/{split}.txt" for folder in (name, f"{name}_ind") for split in SPLITS)
+    files = (
+        RemoteFile(file, f"{url}/{file}", f"git-blob:{blob}")
+        for file, blob in zip(names, blobs, strict=True)
+    )
+
+    def read(*files: Path) -> Graph:
+        return with_inductive(load_graph(files[0].parent), files[len(SPLITS)].parent)
+
+    return Dataset(tuple(files), read)
+
+
 DATASETS = {
     name: _conve(name, checksum)
     for name, checksum in {
@@ -84,6 +99,24 @@ DATASETS["CoDEx-S"] = _codex(
     "56aa40d8fb0229a150372cb40096e2f1b5601cef",
     "d5acbd01f35758bda56d1713cc6ed18c358ce746",
     "e3ac6c3c5e56010b1d6d1bc8c3aad742ac453639",
+)
+DATASETS["fb237_v1"] = _grail(
+    "fb237_v1",
+    "d38ca521bab6fb8daad8255670abaf9d66dc6dc6",
+    "85a17a46e3337798e94a0491b333f9d49b4be90f",
+    "e86b371da6b5bf55a87938976d6f8d96391f53fe",
+    "0ef0b9eae390e4932a7a33c490209521419c1a0f",
+    "4c56465129a66f2df777cac5b02569f2b1072a87",
+    "1dcb0a161bcd29c034a54e47a373dc06bd9f6ebe",
+)
+DATASETS["WN18RR_v1"] = _grail(
+    "WN18RR_v1",
+    "d7420f95868fa71e6ff123f64d0ddb6fec08e48d",
+    "656f8a603922252a657290818a83137781636092",
+    "7afbcd243fbdc6ab53128db55f3f4eb8b30f42ed",
+    "f20c78f764ea562eb05bd47e30a3849a5f4a9dc9",
+    "f05b5e43e5e7f588a4e3ce781725526f44f24bda",
+    "007c5054e86b9e64abce0a14d6890e95149d5dc1",
 )
 
 

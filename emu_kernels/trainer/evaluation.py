@@ -22,7 +22,7 @@ from emu_kernels.negatives import generator
 
 from .data import DIRECTIONS, SPLITS, Direction, Graph, split_triples
 from .errors import TrainingError
-from .models import Model, is_finite
+from .models import Model, Score, Scorer, is_finite
 from .settings import AT_LEAST_1, setting
 
 _CHUNK_BYTES = 8 << 20  # scores of one chunk: small enough to stay in a CPU's cache
@@ -152,11 +152,13 @@ class Evaluator:
         self._seed = seed
         self._device = device or torch.device("cpu")
         self._truth = {d: _Truth(graph, d, self._device) for d in DIRECTIONS}
+        second = graph.inductive
+        self._inductive = None if second is None else Evaluator(second, self._device, options, seed)
 
     def evaluate(
-        self, model: Model, split: str, stop: Callable[[], bool] = lambda: False
+        self, model: Scorer, split: str, stop: Callable[[], bool] = lambda: False
     ) -> Metrics:
-        """Both directions over a split.
+        """Both directions over a split; the test split of the graph to test on, if there is one.
 
         Args:
             stop: asked between chunks whether to give up.
@@ -169,6 +171,8 @@ class Evaluator:
 
     def ranked(self, split: str) -> Tensor:
         """(M, 3) the triples of a split that are ranked: all, or a sample."""
+        if split == "test" and self._inductive is not None:
+            return self._inductive.ranked(split)
         triples = self._graph.triples[split]
         count = self._options.eval_triples
         if count is not None and count < len(triples):
@@ -177,16 +181,18 @@ class Evaluator:
         return triples
 
     def split_ranks(
-        self, model: Model, split: str, stop: Callable[[], bool] = lambda: False
+        self, model: Scorer, split: str, stop: Callable[[], bool] = lambda: False
     ) -> Ranks:
         """The ranks that :meth:`evaluate` takes the means of."""
+        if split == "test" and self._inductive is not None:
+            return self._inductive.split_ranks(model, split, stop)
         triples = self.ranked(split).to(self._device)
         return {d: self.ranks(model, triples, d, stop) for d in DIRECTIONS}
 
     @torch.no_grad()
     def ranks(
         self,
-        model: Model,
+        model: Scorer,
         triples: Tensor,
         direction: Direction,
         stop: Callable[[], bool] = lambda: False,
@@ -198,7 +204,8 @@ class Evaluator:
         for name, parameter in model.named_parameters():
             if not is_finite(parameter):
                 raise TrainingError(f"the model's {name} values are not all finite")
-        candidates = model.candidates()
+        score = model.scorer(self._graph)
+        candidates = model.candidates() if isinstance(model, Model) else None
         ranks = []
         with tqdm(
             total=len(triples), desc=f"ranking {direction}s", leave=False, disable=None, delay=1
@@ -212,9 +219,9 @@ class Evaluator:
                     drawn = torch.randint(
                         self._graph.num_entities, shape, generator=draws, device=self._device
                     )
-                    ranks.append(self._rank_drawn(model, candidates, part, direction, drawn))
+                    ranks.append(self._rank_drawn(model, candidates, score, part, direction, drawn))
                 else:
-                    ranks.append(self._rank_chunk(model, candidates, part, direction))
+                    ranks.append(self._rank_chunk(score, part, direction))
                 bar.update(len(part))
         return torch.cat(ranks)
 
@@ -226,25 +233,33 @@ class Evaluator:
         return max(1, min(max(_CHUNK_BYTES // row, _QUERIES), _MOST_BYTES // row))
 
     def _rank_drawn(
-        self, model: Model, candidates: Tensor, triples: Tensor, direction: Direction, drawn: Tensor
+        self,
+        model: Scorer,
+        candidates: Tensor | None,
+        score: Score,
+        triples: Tensor,
+        direction: Direction,
+        drawn: Tensor,  # (C, K) entities
     ) -> Tensor:
-        """Args: drawn: (C, K) entities."""
         given, relation, target = split_triples(triples, direction)
         drawn[self._truth[direction].holds(given, relation, drawn)] = -1  # padding, scored -inf
-        query = model.ask(model.entity[given], relation, direction)
-        scores = emu_scores(
-            query.vector, candidates, target, drawn, mutation_rate=None, **model.phi(query)
-        )
-        true = scores.positive.unsqueeze(1)
-        better, as_good = (scores.negative > true).sum(1), (scores.negative >= true).sum(1)
+        if isinstance(model, Model):
+            assert candidates is not None
+            query = model.ask(model.entity[given], relation, direction)
+            scores = emu_scores(
+                query.vector, candidates, target, drawn, mutation_rate=None, **model.phi(query)
+            )
+            true, others = scores.positive.unsqueeze(1), scores.negative
+        else:
+            whole = score(given, relation, direction)
+            true = whole.gather(1, target.unsqueeze(1))
+            others = whole.gather(1, drawn.clamp(min=0)).masked_fill(drawn < 0, -torch.inf)
+        better, as_good = (others > true).sum(1), (others >= true).sum(1)
         return 1.0 + (better + as_good).double() / 2.0
 
-    def _rank_chunk(
-        self, model: Model, candidates: Tensor, triples: Tensor, direction: Direction
-    ) -> Tensor:
+    def _rank_chunk(self, score: Score, triples: Tensor, direction: Direction) -> Tensor:
         given, relation, target = split_triples(triples, direction)
-        query = model.ask(model.entity[given], relation, direction)
-        scores = model.score(query, candidates)  # (C, N)
+        scores = score(given, relation, direction)  # (C, N)
         true = scores.gather(1, target.unsqueeze(1))  # (C, 1)
         row, answer = self._truth[direction].answers(given, relation)
         known = scores[row, answer]  # (P,)

@@ -23,6 +23,7 @@ from emu_kernels import backends
 from emu_kernels.negatives import derive_seed
 
 from . import checkpoint
+from .batches import Batch
 from .breakdown import by_relation
 from .config import Config
 from .data import Graph
@@ -31,7 +32,7 @@ from .evaluation import Evaluator, Metrics, Ranks, Stopped, is_better
 from .frequency import SubsamplingWeights
 from .initial import set_entities
 from .losses import LOSSES, Step
-from .models import Model, is_finite
+from .models import MODELS, SCORERS, Model, Scorer, is_finite
 from .report import plot_metrics
 from .run import Metric, RunFolder, new_model, restore_model
 from .sampling import CORRUPTIONS, known_answers, new_negatives
@@ -58,15 +59,17 @@ class Trainer:
     tracker: Log | None = None
 
     def __init__(self, config: Config, graph: Graph, run: RunFolder | None = None) -> None:
+        check_graph(config, graph)
         self.config = config
         self.graph = graph
         self.run = run
         self.device = torch.device(config.device)
-        self.model: Model = new_model(config, graph).to(self.device)
-        if config.init_entities is not None and not (run and run.last_file.exists()):
-            file, frozen = Path(config.init_entities), config.freeze_entities
-            tqdm.write(set_entities(self.model, graph, file, all_needed=frozen), file=sys.stderr)
-        self.model.entity.requires_grad_(not config.freeze_entities)
+        self.model: Scorer = new_model(config, graph).to(self.device)
+        self._compare = None
+        if isinstance(self.model, Model):
+            self._begin_with(self.model)
+        else:
+            self._compare = self.model.comparer(config, graph)
         self.optimizer = new_optimizer(config, self.model, 0)
         self.evaluator = Evaluator(graph, self.device, config, config.seed)
 
@@ -86,6 +89,13 @@ class Trainer:
         self._saved = 0  # the step of the last checkpoint
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self._loss_count = 0  # steps since the last log line
+
+    def _begin_with(self, model: Model) -> None:
+        config, graph, run = self.config, self.graph, self.run
+        if config.init_entities is not None and not (run and run.last_file.exists()):
+            file, frozen = Path(config.init_entities), config.freeze_entities
+            tqdm.write(set_entities(model, graph, file, all_needed=frozen), file=sys.stderr)
+        model.entity.requires_grad_(not config.freeze_entities)
 
     @classmethod
     def resume(cls, config: Config, graph: Graph, run: RunFolder) -> Trainer:
@@ -168,8 +178,26 @@ class Trainer:
             group["lr"] = learning_rate(config, self.step)
         batch = self._batches(self.step)
         negative = self._negatives(self.step, batch)
-        known = self._known
+        weight = None if self._weights is None else self._weights(batch)
+        seed = derive_seed(config.seed, "mask", self.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        if isinstance(model, Model):
+            loss = self._differentiate(model, batch, negative, weight, seed)
+        else:
+            assert self._compare is not None
+            loss = LOSSES[config.loss](self._compare(batch, negative, weight, seed))
+            loss.backward()
+        self.optimizer.step()
 
+        self._loss_sum += loss.detach()
+        self._loss_count += 1
+        self.step += 1
+
+    def _differentiate(
+        self, model: Model, batch: Batch, negative: Tensor, weight: Tensor | None, seed: int
+    ) -> Tensor:
+        """The loss of a model with embeddings, after its backward pass."""
+        config, known = self.config, self._known
         # The query's rows are detached: their (B, D) gradient is added to the table's below, while
         # autograd would allocate a second (N, D) buffer for it.
         trained = model.entity.requires_grad
@@ -185,12 +213,10 @@ class Trainer:
                 known=None
                 if known is None
                 else known.lists(batch.given, batch.relation, batch.direction),
-                sample_weight=None if self._weights is None else self._weights(batch),
-                seed=derive_seed(config.seed, "mask", self.step),
+                sample_weight=weight,
+                seed=seed,
             )
         )
-
-        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if trained:
             assert model.entity.grad is not None
@@ -203,11 +229,7 @@ class Trainer:
             for table in (model.entity, model.relation):
                 if table.requires_grad:
                     add_l3_gradient(table, config.regularization)
-        self.optimizer.step()
-
-        self._loss_sum += loss.detach()
-        self._loss_count += 1
-        self.step += 1
+        return loss
 
     def _mean_loss(self) -> float:
         if not self._loss_count:
@@ -325,7 +347,7 @@ class Trainer:
         """The step of the best validation, or the current one if there was none."""
         return self.best["step"] if self.best else self.step
 
-    def best_model(self) -> Model:
+    def best_model(self) -> Scorer:
         """The model of the best validation, or the current one if nothing was written."""
         if self.run is None or not self.run.best_file.exists():
             return self.model
@@ -333,20 +355,24 @@ class Trainer:
 
     def finish(self) -> Ranks | None:
         """The best model's ranks of the test split, if there is one; notes their metrics."""
-        if len(self.graph.triples["test"]) == 0:
+        if len(self.graph.of_split("test").triples["test"]) == 0:
             return None
         ranks = self.evaluator.split_ranks(self.best_model(), "test")
         record = {"step": self.step, "split": "test", "of_step": self.best_step}
         record |= vars(Metrics.of(ranks))
         if self.run and record not in self.run.read_metrics():  # a finished run may be resumed
             self._log(record)
-            self.run.write_relations(by_relation(self.graph, self.evaluator.ranked("test"), ranks))
+            self.run.write_relations(
+                by_relation(self.graph.of_split("test"), self.evaluator.ranked("test"), ranks)
+            )
         return ranks
 
     def export(self) -> None:
-        """Write the best model's embeddings into the run folder."""
+        """Write the best model's embeddings, if it has any, into the run folder."""
         assert self.run is not None
-        self.run.export_embeddings(self.best_model(), self.graph, tsv=self.config.tsv)
+        model = self.best_model()
+        if isinstance(model, Model):
+            self.run.export_embeddings(model, self.graph, tsv=self.config.tsv)
 
     def _model_tensors(self) -> dict[str, Tensor]:
         return {f"model.{name}": parameter for name, parameter in self.model.named_parameters()}
@@ -366,6 +392,15 @@ def settle(config: Config) -> Config:
     except (RuntimeError, ValueError, AssertionError) as error:
         raise ConfigError(f"cannot run on device {config.device!r}: {error}") from error
     return dataclasses.replace(config, backend=backend)
+
+
+def check_graph(config: Config, graph: Graph) -> None:
+    """Raises: ConfigError: the model cannot be tested on the graph's second one."""
+    if graph.inductive is not None and config.model in MODELS:
+        raise ConfigError(
+            f"{config.model} has no embeddings for the entities of a second graph, to test on; "
+            f"models that need none: {', '.join(sorted(SCORERS.keys() - MODELS.keys()))}"
+        )
 
 
 @torch.no_grad()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from emu_kernels import (
+    EmuScores,
     Expected,
     Mixup,
     emu_scores,
@@ -30,8 +31,28 @@ if TYPE_CHECKING:
     from .config import Config
 
 
+class Compared(Protocol):
+    """A batch's positives and negatives, as the losses ask for them."""
+
+    @property
+    def config(self) -> Config: ...
+
+    @property
+    def sample_weight(self) -> Tensor | None:
+        """(B,); the loss is their weighted mean."""
+
+    def emu(self, mutation_rate: float | Mixup | Expected) -> Tensor:
+        """L_emu + α L_van."""
+
+    def softmax(self) -> Tensor:
+        """L_van."""
+
+    def scores(self) -> EmuScores:
+        """Of positives and negatives as they are, with the margin of a distance."""
+
+
 class Step(NamedTuple):
-    """The inputs of a loss."""
+    """The inputs of a loss, of a model that has embeddings of entities."""
 
     config: Config
     model: Model
@@ -60,18 +81,40 @@ class Step(NamedTuple):
             **self.model.phi(self.query),
         }
 
+    def emu(self, mutation_rate: float | Mixup | Expected) -> Tensor:
+        unit = self.config.mask_unit
+        if isinstance(mutation_rate, Expected):  # where the model says what a unit is
+            unit = "pair" if SIMILARITIES[self.model.similarity].coupled else "component"
+        options: dict[str, Any] = {
+            "mutation_rate": mutation_rate,
+            "beta": self.config.beta,
+            "alpha": self.config.alpha,
+            "mask_unit": unit,
+            "sample_weight": self.sample_weight,
+        }
+        if self.config.over_all:
+            return one_vs_all_loss(**self.of_all_entities, known=self.known, **options)
+        return fused_emu_loss(**self.arguments, seed=self.seed, **options)
+
+    def softmax(self) -> Tensor:
+        return fused_softmax_loss(**self.arguments, sample_weight=self.sample_weight)
+
+    def scores(self) -> EmuScores:
+        margin = 0.0 if self.model.similarity == "dot" else self.model.margin
+        return emu_scores(**self.arguments, mutation_rate=None, margin=margin)
+
 
 @dataclass(frozen=True)
 class Loss(Choice):
     """A loss: maps a step to a scalar."""
 
-    function: Callable[[Step], Tensor]
+    function: Callable[[Any], Tensor]
     regularized: bool  # by default, like the models' baselines in EMU's paper
     all_entities: bool  # its negatives are all entities, whatever the setting
     takes_all: bool  # its negatives can be all entities
     masks: bool  # it draws masks by the mutation rate, where it samples negatives
 
-    def __call__(self, step: Step) -> Tensor:
+    def __call__(self, step: Compared) -> Tensor:
         return self.function(step)
 
 
@@ -85,10 +128,10 @@ def loss(
     all_entities: bool = False,
     takes_all: bool = False,
     masks: bool = False,
-) -> Callable[[Callable[[Step], Tensor]], Loss]:
+) -> Callable[[Callable[[Any], Tensor]], Loss]:
     """Enter a function into :data:`LOSSES` under its own name."""
 
-    def enter(function: Callable[[Step], Tensor]) -> Loss:
+    def enter(function: Callable[[Any], Tensor]) -> Loss:
         entry = Loss(help, options, function, regularized, all_entities, takes_all, masks)
         return LOSSES.setdefault(function.__name__, entry)
 
@@ -125,64 +168,47 @@ class LossOptions:
     )
 
 
-def _emu(step: Step, mutation_rate: float | Mixup | Expected) -> Tensor:
-    unit = step.config.mask_unit
-    if isinstance(mutation_rate, Expected):  # where the model says what a unit is
-        unit = "pair" if SIMILARITIES[step.model.similarity].coupled else "component"
-    options: dict[str, Any] = {
-        "mutation_rate": mutation_rate,
-        "beta": step.config.beta,
-        "alpha": step.config.alpha,
-        "mask_unit": unit,
-        "sample_weight": step.sample_weight,
-    }
-    if step.config.over_all:
-        return one_vs_all_loss(**step.of_all_entities, known=step.known, **options)
-    return fused_emu_loss(**step.arguments, seed=step.seed, **options)
-
-
 @loss("EMU", "mutation_rate", "mask_unit", "beta", "alpha", takes_all=True, masks=True)
-def emu(step: Step) -> Tensor:
+def emu(step: Compared) -> Tensor:
     """Embedding mutation under unbounded label smoothing (Takamoto et al., 2025).
 
     No masks can be drawn for all entities: there it is the closed form.
     """
     rate = step.config.mutation_rate
-    return _emu(step, Expected(rate) if step.config.over_all else rate)
+    return step.emu(Expected(rate) if step.config.over_all else rate)
 
 
 @loss("EMU in closed form, without masks", "mutation_rate", "beta", "alpha", takes_all=True)
-def expected(step: Step) -> Tensor:
-    return _emu(step, Expected(step.config.mutation_rate))
+def expected(step: Compared) -> Tensor:
+    return step.emu(Expected(step.config.mutation_rate))
 
 
 @loss("EMU without mutation", "beta", "alpha", takes_all=True)
-def uls(step: Step) -> Tensor:
-    return _emu(step, Expected(0.0) if step.config.over_all else 0.0)
+def uls(step: Compared) -> Tensor:
+    return step.emu(Expected(0.0) if step.config.over_all else 0.0)
 
 
 @loss("EMU with Mixup in place of mutation", "mixup_order", "beta", "alpha")
-def mixup(step: Step) -> Tensor:
-    return _emu(step, Mixup(step.config.mixup_order))
+def mixup(step: Compared) -> Tensor:
+    return step.emu(Mixup(step.config.mixup_order))
 
 
 @loss("sampled softmax", regularized=True, takes_all=True)
-def softmax(step: Step) -> Tensor:
+def softmax(step: Compared) -> Tensor:
     """Cross-entropy of the positive among the sampled negatives: the baseline of EMU's paper."""
     if step.config.over_all:
         return onevsall(step)
-    return fused_softmax_loss(**step.arguments, sample_weight=step.sample_weight)
+    return step.softmax()
 
 
 @loss("self-adversarial negative sampling", "margin", "adversarial_temperature")
-def selfadv(step: Step) -> Tensor:
+def selfadv(step: Compared) -> Tensor:
     """−log σ(γ + s⁺) − Σ_k p_k log σ(−γ − s⁻_k), p = softmax(temperature · s⁻) without gradient.
 
     RotatE's equation 6 (arXiv 1902.10197), with distances −s. As in the authors' program, the dot
     product has no γ, which belongs to a distance. A row without negatives keeps its first term.
     """
-    margin = 0.0 if step.model.similarity == "dot" else step.model.margin
-    scores = emu_scores(**step.arguments, mutation_rate=None, margin=margin)
+    scores = step.scores()
     real = scores.negative != float("-inf")
     negative = scores.negative.masked_fill(~real, 0.0)
     logits = step.config.adversarial_temperature * negative.detach()

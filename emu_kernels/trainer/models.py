@@ -8,8 +8,9 @@ table of entities, a table of relations, and a small piece of ordinary PyTorch b
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,13 @@ from torch.nn.functional import embedding, normalize
 
 from emu_kernels import emu_scores, queries
 
-from .data import Direction
+from .data import Direction, Graph
 from .settings import AT_LEAST_0, AT_LEAST_1, setting
+
+if TYPE_CHECKING:
+    from .batches import Batch
+    from .config import Config
+    from .losses import Compared
 
 _CANDIDATES = 256  # scored at once: a tile of so many rows stays in a CPU's cache
 
@@ -30,10 +36,59 @@ class Query(NamedTuple):
     scale: Tensor | None = None  # a: multiplies the candidates' components
 
 
+Score = Callable[[Tensor, Tensor, Direction], Tensor]
+"""Scores (Q, N) of all entities for entities and relations (Q,) that are given."""
+
+SCORERS: dict[str, type[Scorer]] = {}
 MODELS: dict[str, type[Model]] = {}
+"""Those of the scorers that have embeddings of entities."""
 
 
-class Model(nn.Module):
+class Scorer(nn.Module):
+    """What checks, evaluation and predictions know of a model.
+
+    ``class Name(Scorer, name="Name")`` enters the subclass into :data:`SCORERS`.
+    """
+
+    norms: ClassVar[tuple[int, ...]] = ()
+    regularization: ClassVar[float] = 0.0  # L3, of the model's baseline in EMU's paper
+    keywords: ClassVar[tuple[str, ...]] = ()  # settings that __init__ takes
+    options: ClassVar[tuple[str, ...]] = ()  # settings of its own, which __init__ takes besides
+    without: ClassVar[tuple[str, ...]] = ()  # settings that make no sense with it
+    defaults: ClassVar[dict[str, Any]] = {}  # of emu-train, in the place of the settings' own
+
+    def __init_subclass__(cls, name: str | None = None) -> None:
+        if name is not None:
+            SCORERS[name] = cls
+
+    @classmethod
+    def settle(cls, config: Config) -> dict[str, Any]:
+        """Settings that follow from others, by name.
+
+        Raises:
+            ConfigError: settings that make no sense with this model.
+        """
+        return {}
+
+    def scorer(self, graph: Graph) -> Score:
+        """What scores all entities of a graph; made once for many queries."""
+        raise NotImplementedError
+
+    def comparer(
+        self, config: Config, graph: Graph
+    ) -> Callable[[Batch, Tensor, Tensor | None, int], Compared]:
+        """What makes a loss's inputs of a batch, its negatives (G, K), weights (B,) and a seed.
+
+        For models without embeddings: :class:`Model` is trained by :class:`.losses.Step`.
+        """
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+
+class Model(Scorer):
     """Two embedding tables and the query between them.
 
     ``class DistMult(Model, name="DistMult")`` enters the subclass into :data:`MODELS`.
@@ -51,15 +106,14 @@ class Model(nn.Module):
 
     entity_width: ClassVar[int] = 1  # reals an entity row holds for each dimension
     relation_width: ClassVar[int] = 1
-    norms: ClassVar[tuple[int, ...]] = ()
-    regularization: ClassVar[float] = 0.0  # L3, of the model's baseline in EMU's paper
-    options: ClassVar[tuple[str, ...]] = ()  # settings of its own: more keywords of __init__
+    keywords = ("margin", "norm", "inverse_relations")
 
     similarity: str  # φ, by the name the kernels know it by
     phase_scale: float = 1.0  # κ of φ
     similarity_weights: nn.Parameter | None  # w of φ
 
     def __init_subclass__(cls, name: str | None = None) -> None:
+        super().__init_subclass__(name)
         if name is not None:
             MODELS[name] = cls
 
@@ -135,6 +189,12 @@ class Model(nn.Module):
         ]
         return torch.cat([s.negative for s in scores], dim=1)
 
+    def scorer(self, graph: Graph) -> Score:
+        candidates = self.candidates()
+        return lambda given, relation, direction: self.score(
+            self.ask(embedding(given, self.entity), relation, direction), candidates
+        )
+
 
 def is_finite(values: Tensor) -> bool:
     """Whether all values are finite, without an array of answers."""
@@ -146,7 +206,11 @@ def is_finite(values: Tensor) -> bool:
 class ModelOptions:
     """model"""
 
-    model: str = setting("DistMult", "the scoring function", choices=MODELS.keys())
+    model: str = setting(
+        "DistMult",
+        "the scoring function; NBFNet changes defaults, see below",
+        choices=SCORERS.keys(),
+    )
     dim: int = setting(100, "dimension d", limit=AT_LEAST_1)
     norm: int = setting(
         1, "p of the distance's p-norm, in models that leave the choice", choices=(1, 2)

@@ -21,7 +21,7 @@ from emu_kernels import emu_scores
 
 from .data import PARTS, SPLITS, Direction, split_triples
 from .errors import DataError, TrainerError
-from .models import Query
+from .models import Model, Query, Score
 from .names import find
 from .run import RunFolder
 from .terminal import degrade_output, discard_output
@@ -58,7 +58,8 @@ class Predictor:
     """The best model of a run, with names. Its tables are the run's files, mapped into memory.
 
     Where relations have inverses, heads are predicted by the inverse relation; scores of whole
-    triples, and of relations, are those of the tail.
+    triples, and of relations, are those of the tail. A run with a second graph to test on predicts
+    that graph's triples.
 
     Args:
         run: a run folder of ``emu-train``.
@@ -66,7 +67,7 @@ class Predictor:
 
     Attributes:
         graph: names and triples; an entity's place in ``graph.entities`` is its row in the model.
-        model: the two tables, without gradients.
+        model: the two tables, or other parameters, without gradients.
         step: of training, that the model is of.
 
     Raises:
@@ -75,8 +76,9 @@ class Predictor:
 
     def __init__(self, run: str | os.PathLike[str], device: str = "cpu") -> None:
         folder = RunFolder.open(Path(run))
-        self.graph = folder.read_graph()
-        model, state = folder.load_model(self.graph)
+        graph = folder.read_graph()
+        model, state = folder.load_model(graph)
+        self.graph = graph.of_split("test")
         self.model = model.to(device).requires_grad_(False)
         self.step: int = state["step"]
 
@@ -140,7 +142,7 @@ class Predictor:
         found: list[list[Prediction]] = [[] for _ in triples]
         for part in range(3):
             places = (ids[:, part] < 0).nonzero()[:, 0]
-            dim, count = self.model.entity.shape[1], len(self._names(part))
+            dim, count = self._width, len(self._names(part))
             all_known = self._known(ids[places], part)
             width = count * dim if part == 1 else count + dim
             for start, chunk in _chunks(places, width):
@@ -178,15 +180,21 @@ class Predictor:
         Raises:
             UnknownNameError: the graph holds no such entity; says which are similar.
             ValueError: k is below 1.
+            TrainerError: the model has no embeddings.
         """
         _check_k(k)
+        model = self.model
+        if not isinstance(model, Model):
+            raise TrainerError(
+                f"{type(model).__name__} has no embeddings, so that no entity is near another"
+            )
         names = [entity] if isinstance(entity, str) else list(entity)
         ids = torch.tensor([find("entity", name, self.graph.entities) for name in names]).long()
         found: list[Neighbour] = []
         for start, chunk in _chunks(ids, len(self.graph.entities)):
-            rows = self._candidates[chunk.to(self._device)]
-            scores = self.model.score(Query(rows), self._candidates)
-            if self.model.similarity == "dot":
+            rows = self._candidates[chunk.to(model.device)]
+            scores = model.score(Query(rows), self._candidates)
+            if model.similarity == "dot":
                 scores /= rows.norm(dim=1, keepdim=True).clamp(min=1e-30)
                 scores /= self._norms
             own = [[i] for i in chunk.tolist()]
@@ -198,11 +206,17 @@ class Predictor:
         return found
 
     @property
-    def _device(self) -> torch.device:
-        return self.model.entity.device
+    def _width(self) -> int:
+        """Floats that a query takes, besides its scores."""
+        return self.model.entity.shape[1] if isinstance(self.model, Model) else 1
+
+    @cached_property
+    def _scorer(self) -> Score:
+        return self.model.scorer(self.graph)
 
     @cached_property
     def _candidates(self) -> Tensor:
+        assert isinstance(self.model, Model)
         return self.model.candidates()
 
     @cached_property
@@ -259,19 +273,25 @@ class Predictor:
             scores = self._score(whole).view(-1, count)
         else:
             direction: Direction = "tail" if part == 2 else "head"
-            given, relation, _ = split_triples(ids.to(self._device), direction)
-            query = self.model.ask(embedding(given, self.model.entity), relation, direction)
-            scores = self.model.score(query, self._candidates)
+            given, relation, _ = split_triples(ids.to(self.model.device), direction)
+            scores = self._scorer(given, relation, direction)
         return _top(scores, k, known)
 
     def _score(self, ids: Tensor) -> Tensor:
         """(M,): of each of the (M, 3) triples."""
         scores = [torch.empty(0)]
-        for _, chunk in _chunks(ids, 2 * self.model.entity.shape[1]):
-            head, relation, tail = chunk.to(self._device).T
-            query = self.model.ask(embedding(head, self.model.entity), relation, "tail")
+        model = self.model
+        if not isinstance(model, Model):
+            for _, chunk in _chunks(ids, len(self.graph.entities)):
+                head, relation, tail = chunk.to(model.device).T
+                of_all = self._scorer(head, relation, "tail")
+                scores.append(of_all.gather(1, tail[:, None])[:, 0].cpu())
+            return torch.cat(scores)
+        for _, chunk in _chunks(ids, 2 * self._width):
+            head, relation, tail = chunk.to(model.device).T
+            query = model.ask(embedding(head, model.entity), relation, "tail")
             none = tail.new_empty((0,))
-            phi = self.model.phi(query)
+            phi = model.phi(query)
             of_chunk = emu_scores(
                 query.vector, self._candidates, tail, none, mutation_rate=None, **phi
             )

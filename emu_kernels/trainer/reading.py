@@ -11,7 +11,7 @@
 Text is UTF-8, with or without a byte-order mark; lines may end as on Windows; each format but
 Parquet may be compressed by gzip (``.gz``). A graph is three such files, train, valid and test, in
 a folder or an archive (tar or zip), which is read in memory; or one file, of which some triples are
-held out.
+held out. A folder for inductive models holds a second graph in its subfolder ``ind``.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -34,7 +35,7 @@ import pyarrow.compute as pc
 from pyarrow import csv as arrow_csv
 from pyarrow import parquet
 
-from .data import PARTS, SPLITS, Columns, Graph
+from .data import INDUCTIVE, PARTS, SPLITS, Columns, Graph
 from .errors import DataError
 
 FORMATS = {".txt": "\t", ".tsv": "\t", ".csv": ",", ".parquet": None, ".nt": None}
@@ -87,22 +88,12 @@ def load_graph(
     Raises:
         DataError: something is missing, malformed, corrupted or unsafe; says where.
     """
-    if path.is_dir():
-        files = _collect(path, ((file.name, partial(_open, file)) for file in path.iterdir()))
-    elif path.is_file() and _kind(path.name)[1] in FORMATS:
+    if path.is_file() and _kind(path.name)[1] in FORMATS:
         file = File(str(path), path.name, _open(path))
         notes: list[str] = []
-        none = pyarrow.chunked_array([], layout.type)
-        columns = {"train": _read(file, layout, notes), "valid": [none] * 3, "test": [none] * 3}
-        _check_any(file, columns["train"])
+        columns = _columns({"train": file}, layout, notes)
         return Graph.from_columns(columns, tuple(notes)).hold_out(hold_out, split_seed)
-    elif path.is_file():
-        files = _read_archive(path)
-    else:
-        raise DataError(
-            f"{path}: no such folder or archive; expected a folder with train.txt, valid.txt "
-            f"and test.txt (or {', '.join(FORMATS)}), an archive of them, tar or zip, or one file"
-        )
+    files = _files(path)
     for split in SPLITS:
         if split not in files:
             raise DataError(
@@ -110,14 +101,59 @@ def load_graph(
                 "and test"
             )
     notes = []
-    splits = {split: _read(files[split], layout, notes) for split in SPLITS}
-    _check_any(files["train"], splits["train"])
-    return Graph.from_columns(splits, tuple(notes))
+    columns = _columns(files, layout, notes)
+    graph = Graph.from_columns(columns, tuple(notes))
+    second = path / INDUCTIVE
+    return with_inductive(graph, second, layout) if second.is_dir() else graph
 
 
-def _check_any(file: File, columns: Columns) -> None:
-    if not len(columns[0]):
-        raise DataError(f"{file.where} holds no triples: there is nothing to train on")
+def with_inductive(graph: Graph, path: Path, layout: Layout = PLAIN) -> Graph:
+    """The graph with a second one to test on: train.txt and test.txt of a folder or an archive.
+
+    Raises:
+        DataError: as :func:`load_graph`, and where the second graph has a relation that the first
+            graph's train triples lack.
+    """
+    files = _files(path)
+    for split in ("train", "test"):
+        if split not in files:
+            raise DataError(
+                f"{path} holds no {split}.txt; a graph to test on must hold train and test"
+            )
+    notes: list[str] = []
+    columns = _columns(files, layout, notes)
+    trained = [graph.relations[i] for i in graph.triples["train"][:, 1].unique().tolist()]
+    for split, parts in columns.items():
+        names = parts[1].cast(pyarrow.string())
+        unknown = pc.invert(pc.is_in(names, value_set=pyarrow.array(trained, pyarrow.string())))
+        if (at := pc.index(unknown, True).as_py()) >= 0:
+            head, relation, tail = (part[at].as_py() for part in parts)
+            raise DataError(
+                f"{files[split].where}: the relation {relation!r} of ({head}, {relation}, {tail}) "
+                f"is not one of the {len(trained):,} relations that are trained on"
+            )
+    return replace(graph, inductive=Graph.from_columns(columns, tuple(notes), graph.relations))
+
+
+def _files(path: Path) -> dict[str, File]:
+    """By split the file of a folder or an archive."""
+    if path.is_dir():
+        return _collect(path, ((file.name, partial(_open, file)) for file in path.iterdir()))
+    if path.is_file():
+        return _read_archive(path)
+    raise DataError(
+        f"{path}: no such folder or archive; expected a folder with train.txt, valid.txt "
+        f"and test.txt (or {', '.join(FORMATS)}), an archive of them, tar or zip, or one file"
+    )
+
+
+def _columns(files: dict[str, File], layout: Layout, notes: list[str]) -> dict[str, Columns]:
+    """By split the columns of its file, empty where it has none."""
+    none = pyarrow.chunked_array([], layout.type)
+    splits = {s: _read(files[s], layout, notes) if s in files else [none] * 3 for s in SPLITS}
+    if not len(splits["train"][0]):
+        raise DataError(f"{files['train'].where} holds no triples: there is nothing to train on")
+    return splits
 
 
 def _kind(name: str) -> tuple[str, str]:

@@ -39,7 +39,7 @@ from .config import Config
 from .data import DIRECTIONS, SPLITS, Graph
 from .errors import RunError
 from .evaluation import METRICS
-from .models import MODELS, Model
+from .models import SCORERS, Model, Scorer
 from .names import Names, encode
 
 Metric = dict[str, Any]
@@ -74,7 +74,7 @@ class RunFolder:
         run.lock()
         if run.config_file.exists():
             raise RunError(f"{path} holds a run already: continue it with --resume {path}")
-        checkpoint.save(run.graph_file, graph.triples | _names(graph), {})
+        checkpoint.save(run.graph_file, _tensors(graph), {})
         run.write_config(config, graph)
         return run
 
@@ -150,11 +150,7 @@ class RunFolder:
     def read_graph(self) -> Graph:
         tensors, _ = checkpoint.load(self.graph_file, mapped=True)
         try:
-            return Graph(
-                Names(tensors["entity_names"]),
-                Names(tensors["relation_names"]),
-                {split: tensors[split] for split in SPLITS},
-            )
+            return _graph(tensors)
         except KeyError as error:
             raise RunError(f"{self.graph_file} is not a run's graph: no {error}") from error
 
@@ -193,7 +189,7 @@ class RunFolder:
         kept = [json.dumps(m) + "\n" for m in self.read_metrics() if m["step"] <= step]
         checkpoint.write_atomically(self.metrics_file, lambda file: file.write_text("".join(kept)))
 
-    def load_model(self, graph: Graph) -> tuple[Model, dict[str, Any]]:
+    def load_model(self, graph: Graph) -> tuple[Scorer, dict[str, Any]]:
         """The best model, or the last one if there was no evaluation; its checkpoint's state.
 
         Its tables are the file, mapped into memory: what is not read is not loaded.
@@ -243,23 +239,20 @@ class RunFolder:
             _write_tsv(self.path / "relations.tsv", graph.relations, model.relation)
 
 
-def new_model(config: Config, graph: Graph) -> Model:
+def new_model(config: Config, graph: Graph) -> Scorer:
     """A model with its initial values, the same on every device."""
-    cls = MODELS[config.model]
+    cls = SCORERS[config.model]
     return cls(
         graph.num_entities,
         graph.num_relations,
         config.dim,
         generator(torch.device("cpu"), config.seed, "init"),
-        margin=config.margin,
-        norm=config.norm,
-        inverse_relations=config.inverse_relations,
-        **{name: getattr(config, name) for name in cls.options},
+        **{name: getattr(config, name) for name in (*cls.keywords, *cls.options)},
     )
 
 
 def restore_model(
-    model: Model, tensors: dict[str, Tensor], file: Path, *, assign: bool = False
+    model: Scorer, tensors: dict[str, Tensor], file: Path, *, assign: bool = False
 ) -> None:
     """Fill a model from a checkpoint's tensors, which may hold more (an optimizer's).
 
@@ -272,6 +265,26 @@ def restore_model(
         model.load_state_dict(values, assign=assign)
     except RuntimeError as error:
         raise RunError(f"{file} is a checkpoint of another model: {error}") from error
+
+
+_INDUCTIVE = "inductive."  # begins the names of the second graph's tensors
+
+
+def _tensors(graph: Graph) -> dict[str, Tensor]:
+    second = {} if graph.inductive is None else _tensors(graph.inductive)
+    second.pop("relation_names", None)  # the first graph's
+    return graph.triples | _names(graph) | {_INDUCTIVE + k: x for k, x in second.items()}
+
+
+def _graph(tensors: dict[str, Tensor]) -> Graph:
+    second = {k.removeprefix(_INDUCTIVE): x for k, x in tensors.items() if k.startswith(_INDUCTIVE)}
+    relations = tensors["relation_names"]
+    return Graph(
+        Names(tensors["entity_names"]),
+        Names(relations),
+        {split: tensors[split] for split in SPLITS},
+        inductive=_graph(second | {"relation_names": relations}) if second else None,
+    )
 
 
 def _names(graph: Graph) -> dict[str, Tensor]:

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import pooch
+import torch
 from torch import Tensor
 
-from emu_kernels.negatives import KnownTriples, UniformNegatives
+from emu_kernels.negatives import KnownTriples, UniformNegatives, generator
 
-from .batches import AlternatingBatches, Batch, BatchSampler
-from .data import Graph
+from .batches import AlternatingBatches, Batch, BatchSampler, InverseBatches
+from .data import Graph, with_inverses
 from .frequency import BernoulliBatches
 from .neighbourhood import StructureAwareNegatives, cached_neighbourhoods
 from .settings import AT_LEAST_0, AT_LEAST_1, Choice, Limit, setting
@@ -49,6 +50,55 @@ class FilteredNegatives:
         return self._known.remove(batch.given, batch.relation, negative, batch.direction)
 
 
+class StrictNegatives:
+    """Uniform among the entities that make no known triple: K of them, none is padding.
+
+    As NBFNet's authors draw them. A row for which every entity is known gets −1.
+
+    Args:
+        known: of distinct triples.
+        num_entities: N.
+        negatives: K.
+    """
+
+    def __init__(self, known: KnownTriples, num_entities: int, negatives: int, seed: int) -> None:
+        self._known = known
+        self._num_entities = num_entities
+        self._negatives = negatives
+        self._seed = seed
+
+    def __call__(self, step: int, batch: Batch) -> Tensor:
+        rows, device = len(batch.given), batch.given.device
+        offsets, ids = self._known.lists(batch.given, batch.relation, batch.direction)
+        counts = offsets.diff()
+        row = torch.repeat_interleave(counts)
+        place = torch.arange(len(ids), device=device) - offsets[row]
+        others = (self._num_entities - counts)[:, None]
+        draws = generator(device, self._seed, "strict negatives", step)
+        size = (rows, self._negatives)
+        share = torch.rand(size, dtype=torch.float64, generator=draws, device=device)
+        drawn = (share * others).long()  # among a row's others, in their order
+        # An answer with a others before it, a = id − place, comes before those numbered a and more.
+        stride = self._num_entities + 1
+        first = torch.arange(rows, device=device)[:, None] * stride
+        before = torch.searchsorted(row * stride + ids - place, first + drawn, right=True)
+        drawn += before - offsets[:-1, None]
+        return torch.where(others > 0, drawn, -1)
+
+
+def _known(config: Config, graph: Graph, train: Tensor) -> KnownTriples:
+    """The training triples, with their inverses where batches have those."""
+    relations = graph.num_relations
+    if CORRUPTIONS[config.corruption].inverse:
+        train, relations = with_inverses(train, relations), 2 * relations
+    return KnownTriples(train, graph.num_entities, relations)
+
+
+def _strict(config: Config, graph: Graph, train: Tensor) -> NegativeSampler:
+    known = _known(config, graph, train.unique(dim=0))
+    return StrictNegatives(known, graph.num_entities, config.negatives, config.seed)
+
+
 def _structure_aware(config: Config, graph: Graph, train: Tensor) -> NegativeSampler:
     neighbourhoods = cached_neighbourhoods(
         train,
@@ -67,6 +117,7 @@ class Sampler(Choice, Generic[T]):
 
     make: Callable[[Config, Graph, Tensor], T]  # of the training triples (M, 3), on the device
     shares_sets: bool = False  # supports rows_per_set
+    inverse: bool = False  # its batches have inverse relations
 
 
 CORRUPTIONS: dict[str, Sampler[BatchSampler]] = {
@@ -81,6 +132,14 @@ CORRUPTIONS: dict[str, Sampler[BatchSampler]] = {
         lambda config, graph, train: BernoulliBatches(
             train, graph.num_relations, config.batch_size, config.seed
         ),
+    ),
+    "both": Sampler(
+        "half of each batch tails, half heads, as tails of inverse relations",
+        (),
+        lambda config, graph, train: InverseBatches(
+            train, graph.num_relations, config.batch_size, config.seed
+        ),
+        inverse=True,
     ),
 }
 
@@ -97,6 +156,7 @@ SAMPLERS: dict[str, Sampler[NegativeSampler]] = {
         ),
         shares_sets=True,
     ),
+    "strict": Sampler("all entities but those true in training", (), _strict),
     "structure-aware": Sampler(
         "the given entity's neighbourhood, SAN", ("hops", "walks"), _structure_aware
     ),
@@ -139,12 +199,11 @@ def new_negatives(config: Config, graph: Graph, train: Tensor) -> NegativeSample
     negatives = SAMPLERS[config.sampler].make(config, graph, train)
     if not config.filter_negatives:
         return negatives
-    known = KnownTriples(train, graph.num_entities, graph.num_relations)
-    return FilteredNegatives(negatives, known)
+    return FilteredNegatives(negatives, _known(config, graph, train))
 
 
 def known_answers(config: Config, graph: Graph, train: Tensor) -> KnownTriples | None:
     """What makes the lists of a batch's known answers, where they are no negatives of all."""
     if not (config.filter_negatives and config.over_all):
         return None
-    return KnownTriples(train, graph.num_entities, graph.num_relations)
+    return _known(config, graph, train)

@@ -64,11 +64,13 @@ class Choice:
     help: str
     options: tuple[str, ...]  # names of the settings that it reads
 
-    def summary(self, settings: DataclassInstance) -> str:
-        """The help text and the values of the options."""
+    def summary(self, settings: DataclassInstance, without: Collection[str] = ()) -> str:
+        """The help text and the values of the options, some left out."""
         show = {f.name: f.metadata["show"] for f in fields(settings)}
         shown = [
-            f"{x.replace('_', ' ')} {show[x](getattr(settings, x), settings)}" for x in self.options
+            f"{x.replace('_', ' ')} {show[x](getattr(settings, x), settings)}"
+            for x in self.options
+            if x not in without
         ]
         return f"{self.help} ({', '.join(shown)})" if shown else self.help
 

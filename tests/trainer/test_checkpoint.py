@@ -19,6 +19,7 @@ from emu_kernels.trainer.config import Config
 from emu_kernels.trainer.data import SPLITS, Graph
 from emu_kernels.trainer.errors import RunError
 from emu_kernels.trainer.run import RunFolder, new_model
+from tests.trainer.support import embeddings
 
 
 @pytest.mark.parametrize("mapped", [False, True])
@@ -82,7 +83,7 @@ def test_text_is_written_by_rows(tmp_path):
         ["r"],
         {split: torch.zeros((1, 3), dtype=torch.int64) for split in SPLITS},
     )
-    model = new_model(Config(data="-", dim=100), graph)
+    model = embeddings(new_model(Config(data="-", dim=100), graph))
     run = RunFolder(tmp_path)
     run.export_embeddings(model, graph)
     assert grown(lambda: run.export_embeddings(model, graph, tsv=True)) < 25
@@ -164,6 +165,7 @@ def test_missing_file(tmp_path):
 WRITE_FOREVER = """
 import sys, itertools, pathlib, torch
 from emu_kernels.trainer import checkpoint
+from tests.trainer.support import embeddings
 for step in itertools.count(1):
     checkpoint.save(pathlib.Path(sys.argv[1]), {"x": torch.full((300_000,), step)}, {"step": step})
     print(step, flush=True)

@@ -32,6 +32,10 @@ SIZES = {  # entities, relations, train, valid, test
     "nations": (14, 55, 1592, 199, 201),
     "umls": (135, 46, 5216, 652, 661),
 }
+INDUCTIVE_SIZES = {  # the graph to train on, then that to test on
+    "WN18RR_v1": ((2746, 9, 5410, 630, 638), (922, 9, 1618, 185, 188)),
+    "fb237_v1": ((1594, 180, 4245, 489, 492), (1093, 180, 1993, 206, 205)),
+}
 
 
 @pytest.fixture
@@ -73,6 +77,18 @@ def test_public_datasets_have_their_known_sizes(data_folder, tmp_path, monkeypat
     graph = load_dataset(name)
     triples = [len(graph.triples[split]) for split in SPLITS]
     assert (graph.num_entities, graph.num_relations, *triples) == SIZES[name]
+
+
+@pytest.mark.parametrize("name", INDUCTIVE_SIZES)
+def test_inductive_datasets_have_their_known_sizes(data_folder, tmp_path, monkeypatch, name):
+    for part in (name, f"{name}_ind"):  # on a user's machine files of their own
+        shutil.unpack_archive(data_folder / f"{part}.tar.gz", tmp_path / part)
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    graph = load_dataset(name)
+    assert graph.inductive is not None
+    for one, sizes in zip((graph, graph.inductive), INDUCTIVE_SIZES[name], strict=True):
+        triples = [len(one.triples[split]) for split in SPLITS]
+        assert (one.num_entities, one.num_relations, *triples) == sizes
 
 
 def test_unknown_name_lists_the_known():

@@ -17,6 +17,7 @@ from emu_kernels.trainer.evaluation import EvaluationOptions, Evaluator, Metrics
 from emu_kernels.trainer.loop import Trainer
 from emu_kernels.trainer.models import MODELS, Model
 from emu_kernels.trainer.run import new_model
+from tests.trainer.support import embeddings
 
 
 def rank_by_definition(
@@ -45,7 +46,7 @@ def config() -> Config:
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_ranks_follow_their_definition(graph, config, direction):
-    model = new_model(config, graph)
+    model = embeddings(new_model(config, graph))
     with torch.no_grad():  # few distinct values, so that many scores are equal
         for table in model.parameters():
             table.sign_()
@@ -58,7 +59,7 @@ def test_ranks_follow_their_definition(graph, config, direction):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_chunks_change_nothing(graph, config, monkeypatch, name):
-    model = new_model(dataclasses.replace(config, model=name), graph)
+    model = embeddings(new_model(dataclasses.replace(config, model=name), graph))
     whole = Evaluator(graph).evaluate(model, "valid")
     monkeypatch.setattr(evaluation, "_CHUNK_BYTES", 7 * 4 * 11)  # blocks of 11 entities
     monkeypatch.setattr(evaluation, "_QUERIES", 7)
@@ -81,7 +82,7 @@ def test_chunks_of_a_large_graph():
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_ranks_among_drawn_candidates(graph, config, monkeypatch, name, direction):
     monkeypatch.setattr(evaluation, "_DRAWN", 7 * 40)  # chunks of 7 triples
-    model = new_model(dataclasses.replace(config, model=name), graph)
+    model = embeddings(new_model(dataclasses.replace(config, model=name), graph))
     triples = graph.triples["test"][:30]
     evaluator = Evaluator(graph, options=EvaluationOptions(eval_candidates=40), seed=3)
     drawn: list[list[int]] = []
@@ -112,7 +113,7 @@ def test_ranks_among_drawn_candidates(graph, config, monkeypatch, name, directio
 
 
 def test_drawn_candidates_that_score_alike_share_a_rank(graph, config):
-    model = new_model(config, graph)
+    model = embeddings(new_model(config, graph))
     torch.nn.init.zeros_(model.entity)
     options = EvaluationOptions(eval_candidates=20)
     ranks = Evaluator(graph, options=options).ranks(model, graph.triples["test"], "tail")
@@ -142,7 +143,7 @@ def test_a_sample_of_triples_is_ranked(graph, config, monkeypatch):
 
 
 def test_a_model_that_scores_all_alike_gains_nothing(graph, config):
-    model = new_model(config, graph)
+    model = embeddings(new_model(config, graph))
     torch.nn.init.zeros_(model.entity)
     metrics = Evaluator(graph).evaluate(model, "test")
     assert metrics.hits_at_10 < 0.1
@@ -152,7 +153,7 @@ def test_a_model_that_scores_all_alike_gains_nothing(graph, config):
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_ranks_of_every_model(graph, config, name, direction):
-    model = new_model(dataclasses.replace(config, model=name), graph)
+    model = embeddings(new_model(dataclasses.replace(config, model=name), graph))
     triples = graph.triples["test"][:30]
     ranks = Evaluator(graph).ranks(model, triples, direction)
     expected = [rank_by_definition(model, graph, triple, direction) for triple in triples.tolist()]
@@ -165,7 +166,7 @@ def test_a_triple_given_twice_is_filtered_once(config, direction):
     graph = Graph.from_names(
         {"train": [triple, triple, ("a", "r", "c")], "valid": [triple], "test": []}
     )
-    model = new_model(config, graph)
+    model = embeddings(new_model(config, graph))
     triples = graph.triples["valid"]
     expected = [rank_by_definition(model, graph, triples[0].tolist(), direction)]
     assert Evaluator(graph).ranks(model, triples, direction).tolist() == expected
@@ -173,7 +174,7 @@ def test_a_triple_given_twice_is_filtered_once(config, direction):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_values_that_are_not_finite_have_no_rank(graph, config, value):
-    model = new_model(config, graph)
+    model = embeddings(new_model(config, graph))
     with torch.no_grad():
         model.entity[3, 2] = value
     with pytest.raises(TrainingError, match="the model's entity values are not all finite"):
@@ -211,8 +212,8 @@ def test_agrees_with_pykeen_on_a_trained_model(nations, name):
     )
     with torch.no_grad():
         for representations, table in (
-            (theirs.entity_representations, trainer.model.entity),
-            (theirs.relation_representations, trainer.model.relation),
+            (theirs.entity_representations, embeddings(trainer.model).entity),
+            (theirs.relation_representations, embeddings(trainer.model).relation),
         ):
             weights = representations[0]._embeddings.weight
             if name == "ComplEx":  # real and imaginary parts side by side

@@ -18,6 +18,7 @@ from emu_kernels.trainer.loop import Trainer
 from emu_kernels.trainer.losses import LOSSES
 from emu_kernels.trainer.models import MODELS
 from emu_kernels.trainer.run import RunFolder, new_model
+from tests.trainer.support import embeddings
 
 SMALL = Config(data="-", dim=16, batch_size=64, negatives=8, steps=20, eval_every=10, log_every=10)
 
@@ -42,16 +43,16 @@ def test_vectors_go_to_their_names(graph, tmp_path, capsys):
     vectors = vectors_of(len(names))
     config = dataclasses.replace(SMALL, init_entities=write(tmp_path, names, vectors))
     trainer = Trainer(config, graph)
-    drawn = new_model(config, graph).entity
-    assert torch.equal(trainer.model.entity[:3], drawn[:3])
+    drawn = embeddings(new_model(config, graph)).entity
+    assert torch.equal(embeddings(trainer.model).entity[:3], drawn[:3])
     for name, vector in zip(names[:-1], vectors, strict=False):
-        row = trainer.model.entity[graph.entities.index(name)]
+        row = embeddings(trainer.model).entity[graph.entities.index(name)]
         assert torch.equal(row, torch.from_numpy(vector).float())
     said = capsys.readouterr().err
     assert "45 of 48 entities begin with its vectors, 3 are not in it and begin at random" in said
     assert "; 1 of its names are of no entity" in said
     trainer.train()
-    assert not torch.equal(trainer.model.entity[3:], drawn[3:])
+    assert not torch.equal(embeddings(trainer.model).entity[3:], drawn[3:])
 
 
 @pytest.mark.parametrize(
@@ -70,13 +71,13 @@ def test_frozen_entities_stay_and_relations_learn(graph, tmp_path, settings):
     vectors = vectors_of(graph.num_entities, width).astype(numpy.float32)
     file = write(tmp_path, list(graph.entities), vectors)
     trainer = Trainer(dataclasses.replace(config, init_entities=file), graph)
-    relations = trainer.model.relation.detach().clone()
+    relations = embeddings(trainer.model).relation.detach().clone()
     trainer.train()
-    assert torch.equal(trainer.model.entity, torch.from_numpy(vectors))
-    assert trainer.model.entity.grad is None
-    assert (trainer.model.relation != relations).any(dim=1).all()
+    assert torch.equal(embeddings(trainer.model).entity, torch.from_numpy(vectors))
+    assert embeddings(trainer.model).entity.grad is None
+    assert (embeddings(trainer.model).relation != relations).any(dim=1).all()
     parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
-    assert not any(p is trainer.model.entity for p in parameters)
+    assert not any(p is embeddings(trainer.model).entity for p in parameters)
 
 
 def test_relations_move_as_beside_entities_that_learn(graph, tmp_path):
@@ -89,7 +90,7 @@ def test_relations_move_as_beside_entities_that_learn(graph, tmp_path):
     ]
     for trainer in both:
         trainer._train_step()
-    assert torch.equal(both[0].model.relation, both[1].model.relation)
+    assert torch.equal(embeddings(both[0].model).relation, embeddings(both[1].model).relation)
 
 
 @pytest.mark.parametrize("freeze_entities", [False, True])
@@ -123,9 +124,9 @@ def test_from_an_earlier_run(graph, tmp_path):
     part = Graph.from_names({"train": [("e5", "r", "e31")], "valid": [], "test": []})
     file = str(tmp_path / "run" / "embeddings.safetensors")
     trainer = Trainer(dataclasses.replace(SMALL, init_entities=file), part)
-    theirs = earlier.best_model().entity
+    theirs = embeddings(earlier.best_model()).entity
     for name in part.entities:
-        mine = trainer.model.entity[part.entities.index(name)]
+        mine = embeddings(trainer.model).entity[part.entities.index(name)]
         assert torch.equal(mine, theirs[graph.entities.index(name)])
 
 

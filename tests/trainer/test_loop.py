@@ -27,6 +27,7 @@ from emu_kernels.trainer.run import RunFolder
 from emu_kernels.trainer.sampling import ALL
 from emu_kernels.trainer.schedule import learning_rate
 from emu_kernels.trainer.sparse import RowwiseAdagrad, add_rows
+from tests.trainer.support import embeddings
 
 SMALL = Config(data="-", dim=16, batch_size=64, negatives=8, steps=60, eval_every=30, log_every=10)
 
@@ -97,7 +98,7 @@ def test_it_learns(graph, name, loss, filter_negatives):
 def test_gradient_is_that_of_plain_autograd(graph, name):
     """The loop detaches the query's rows and adds their gradient itself; here autograd does."""
     config = small(model=name, steps=2)
-    trainer, plain = Trainer(config, graph), Trainer(config, graph).model
+    trainer, plain = Trainer(config, graph), embeddings(Trainer(config, graph).model)
     for step in range(2):  # one step for each direction
         plain.load_state_dict(trainer.model.state_dict())
         plain.zero_grad()
@@ -125,9 +126,9 @@ def test_gradient_is_that_of_plain_autograd(graph, name):
 def test_each_direction_trains_its_own_relations(graph, sparse):
     trainer = Trainer(small(inverse_relations=True, sparse=sparse), graph)
     for step, own in enumerate((slice(0, 4), slice(4, 8))):
-        before = trainer.model.relation.detach().clone()
+        before = embeddings(trainer.model).relation.detach().clone()
         trainer._train_step()
-        moved = (trainer.model.relation != before).any(dim=1)
+        moved = (embeddings(trainer.model).relation != before).any(dim=1)
         assert moved[own].all(), step
         assert moved.sum() == 4
 
@@ -168,11 +169,11 @@ def test_sparse_steps_are_the_dense_ones(graph, name, loss, optimizer):
 
 def test_sparse_steps_move_only_what_they_touch(graph):
     trainer = Trainer(small(sparse=True, batch_size=2, negatives=3), graph)
-    before = trainer.model.entity.detach().clone()
+    before = embeddings(trainer.model).entity.detach().clone()
     trainer._train_step()
     batch = trainer._batches(0)
     touched = [batch.given, batch.positive, trainer._negatives(0, batch).flatten()]
-    moved = (trainer.model.entity != before).any(dim=1).nonzero()[:, 0]
+    moved = (embeddings(trainer.model).entity != before).any(dim=1).nonzero()[:, 0]
     assert set(moved.tolist()) == set(torch.cat(touched).tolist())
     assert len(moved) < len(before)
 
@@ -476,7 +477,7 @@ def test_a_spoilt_model_replaces_no_checkpoint(graph, tmp_path, monkeypatch):
     trainer.train(until=30)
     before = trainer.run.last_file.read_bytes()  # type: ignore[union-attr]
     with torch.no_grad():
-        trainer.model.relation[0, 0] = torch.nan
+        embeddings(trainer.model).relation[0, 0] = torch.nan
     with pytest.raises(TrainingError, match=r"not all finite at step 30.*--resume"):
         trainer.save()
     assert trainer.run.last_file.read_bytes() == before  # type: ignore[union-attr]
@@ -579,7 +580,7 @@ def test_learned_weights_are_exported(graph, tmp_path):
     trainer.train()
     trainer.export()
     exported = load_file(tmp_path / "run" / "embeddings.safetensors")["similarity_weights"]
-    expected = trainer.best_model().similarity_weights
+    expected = embeddings(trainer.best_model()).similarity_weights
     assert expected is not None
     assert torch.equal(exported, expected)
 

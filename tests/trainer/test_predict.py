@@ -22,6 +22,7 @@ from emu_kernels.trainer.models import MODELS, Query
 from emu_kernels.trainer.names import UnknownNameError
 from emu_kernels.trainer.predict import Predictor
 from emu_kernels.trainer.run import RunFolder
+from tests.trainer.support import embeddings
 
 VARIANTS = [(name, inverse) for name in MODELS for inverse in (False, True)]
 
@@ -50,7 +51,7 @@ def predictor(run: Path) -> Predictor:
 
 
 def all_scores(predictor: Predictor, name: str, relation: str, direction: str) -> Tensor:
-    graph, model = predictor.graph, predictor.model
+    graph, model = predictor.graph, embeddings(predictor.model)
     row = model.entity[[graph.entities.index(name)]]
     ids = torch.tensor([graph.relations.index(relation)])
     query = model.ask(row, ids, "tail" if direction == "tail" else "head")
@@ -129,7 +130,7 @@ def test_many_queries_are_each_alone(predictor, monkeypatch):
 @pytest.mark.parametrize("name", MODELS)
 def test_neighbours(runs, name, monkeypatch):
     predictor = emu_kernels.load(runs / f"{name}-False")
-    model, names = predictor.model, list(predictor.graph.entities)
+    model, names = embeddings(predictor.model), list(predictor.graph.entities)
     rows = model.candidates()
     if model.similarity == "dot":
         scores = torch.cosine_similarity(rows[:, None], rows, dim=2)
