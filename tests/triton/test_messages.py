@@ -18,10 +18,9 @@ if backend._missing() is not None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 REGISTERS = {
-    # Of a thread, by message and aggregate, float32, for sm_80 and sm_90; a tenth above what Triton
-    # 3.9 takes. With 128 of them a multiprocessor holds 16 warps, each of which waits for 16 bytes
-    # of 4 or more rows at once.
-    ("aggregate", "distmult", "sum"): 72,
+    # Of a thread, by message and aggregate, float32, for sm_80 and sm_90: 5 to 25 % above what
+    # Triton 3.9 takes. With 128 of them a multiprocessor holds 16 warps.
+    ("aggregate", "distmult", "sum"): 66,
     ("aggregate", "distmult", "pna"): 140,
     ("aggregate", "rotate", "pna"): 132,
     ("message_gradient", "distmult", "sum"): 66,
