@@ -74,11 +74,13 @@ def make(options: argparse.Namespace, path: Path) -> None:
     numbers = torch.randperm(10 * options.entities, generator=draws)[: options.entities]
     names = [pyarrow.array([f"{letter}{n}" for n in x.tolist()], pyarrow.string())
              for letter, x in (("Q", numbers), ("P", torch.arange(RELATIONS)))]  # fmt: skip
-    columns = {
-        part: pyarrow.DictionaryArray.from_arrays(triples[:, i].int().numpy(), names[i % 2])
-        for i, part in enumerate(("head", "relation", "tail"))
-    }
-    parquet.write_table(pyarrow.table(columns), path)
+    parts = ("head", "relation", "tail")
+    with parquet.ParquetWriter(
+        path, pyarrow.schema([(x, pyarrow.string()) for x in parts])
+    ) as file:
+        for rows in triples.split(1 << 20):
+            columns = [names[i % 2].take(pyarrow.array(rows[:, i].numpy())) for i in range(3)]
+            file.write_table(pyarrow.table(columns, parts))
 
 
 def train(options: argparse.Namespace, folder: Path) -> list[Row]:

@@ -389,24 +389,27 @@ def _read_n_triples(file: File, notes: list[str]) -> Columns:
 
 
 def _read_parquet(file: File, layout: Layout) -> Columns:
+    found = []
     try:
         table = parquet.ParquetFile(pyarrow.BufferReader(file.content))
-        names = table.schema_arrow.names
-        columns = _choose(names, layout.columns)
+        schema = table.schema_arrow
+        columns = _choose(schema.names, layout.columns)
         if columns is None:
             wanted = ", ".join(layout.columns or PARTS)
-            raise DataError(f"{file.where}: expected columns {wanted}, got {', '.join(names)}")
-        found = [table.read([name]).column(0) for name in columns]
+            raise DataError(
+                f"{file.where}: expected columns {wanted}, got {', '.join(schema.names)}"
+            )
+        for name in columns:
+            kind = schema.field(name).type
+            if not _holds_names(kind, layout.numbered):
+                kinds = "integers" if layout.numbered else "strings or integers"
+                raise DataError(f"{file.where}: expected {kinds} in {name}, got {kind}")
+            column = table.read([name]).column(0).cast(layout.type)
+            if column.null_count or (len(column) and _has_empty(column)):
+                raise DataError(f"{file.where}: column {name} has rows without a value")
+            found.append(column)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{file.where} cannot be read as Parquet: {error}") from error
-    for name, column in zip(columns, found, strict=True):
-        if not _holds_names(column.type, layout.numbered):
-            kinds = "integers" if layout.numbered else "strings or integers"
-            raise DataError(f"{file.where}: expected {kinds} in {name}, got {column.type}")
-    found = [column.cast(layout.type) for column in found]
-    for name, column in zip(columns, found, strict=True):
-        if column.null_count or (len(column) and _has_empty(column)):
-            raise DataError(f"{file.where}: column {name} has rows without a value")
     return found
 
 
