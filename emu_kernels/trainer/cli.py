@@ -25,7 +25,7 @@ from .losses import LOSSES
 from .models import SCORERS
 from .presets import PRESETS
 from .reading import load_graph
-from .report import kinds_table, metrics_table
+from .report import kinds_table, metrics_table, seeds_table
 from .run import RunFolder
 from .sampling import SAMPLERS
 from .settings import add_options, flag
@@ -42,6 +42,7 @@ examples:
   emu-train --data my-graph.parquet --columns subject,predicate,object --hold-out 0.001
   emu-train --data my-graph/ --model ComplEx --dim 200 --run-dir runs/mine
   emu-train --resume runs/mine
+  emu-train --dataset CoDEx-S --seeds 3 --run-dir runs/codex
 """
 
 
@@ -56,14 +57,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = vars(parser.parse_args(arguments))
     if not options.keys() & {"dataset", "data", "preset", "resume"}:
         parser.error("give one of --dataset, --data, --preset and --resume")
+    seeds = options.pop("seeds", None)
     try:
-        return _train(options)
+        return _train(options)[0] if seeds is None else _train_seeds(options, seeds)
     except TrainerError as error:
         print(f"emu-train: {error}", file=sys.stderr)
         return 1
 
 
-def _train(options: dict[str, Any]) -> int:
+def _train(options: dict[str, Any]) -> tuple[int, Metrics | None]:
+    """The exit status, and the metrics of the test split if there is one."""
     trainer = _resume(options) if "resume" in options else _start(options)
     assert trainer.run is not None
     try:
@@ -72,7 +75,39 @@ def _train(options: dict[str, Any]) -> int:
         trainer.run.unlock()
 
 
-def _train_and_report(trainer: Trainer, folder: Path) -> int:
+def _train_seeds(options: dict[str, Any], count: int) -> int:
+    """Runs that differ by their seed alone, in folders of one, and the mean of their metrics."""
+    if count < 1 or "resume" in options or "run_dir" not in options:
+        raise ConfigError(
+            "--seeds needs a number of at least 1, and --run-dir, a folder for the runs: the same "
+            "command goes on where it was stopped"
+        )
+    parent, first = Path(options.pop("run_dir")), options.pop("seed", 0)
+    tested = []
+    for seed in range(first, first + count):
+        folder = parent / f"seed-{seed}"
+        given = options | {"seed": seed, "run_dir": folder}
+        if RunFolder(folder).config_file.exists():
+            before = RunFolder.open(folder).read_config()
+            for name in sorted(options.keys() - {*ADJUSTABLE, "preset"}):
+                if getattr(before, name) != options[name]:
+                    raise ConfigError(
+                        f"{folder} is a run with {flag(name)} {getattr(before, name)}, not "
+                        f"{options[name]}: give another --run-dir"
+                    )
+            given = {k: v for k, v in options.items() if k in ADJUSTABLE} | {"resume": folder}
+        status, metrics = _train(given)
+        if status:
+            say("or with the same command, for the other seeds, too")
+            return status
+        tested += [metrics] if metrics else []
+    if tested:
+        say(f"test, mean ± standard deviation over the seeds {first} to {first + count - 1}:")
+        say(seeds_table(tested))
+    return 0
+
+
+def _train_and_report(trainer: Trainer, folder: Path) -> tuple[int, Metrics | None]:
     say(trainer.graph.summary())
     say(_summary(trainer.config))
     say(f"run folder: {folder}")
@@ -87,17 +122,19 @@ def _train_and_report(trainer: Trainer, folder: Path) -> int:
             finished = False
         if not finished:
             say(f"stopped at step {trainer.step}; go on with: emu-train --resume {folder}")
-            return INTERRUPTED
+            return INTERRUPTED, None
+        metrics = None
         if ranks := trainer.finish():
+            metrics = Metrics.of(ranks)
             what = f"test, filtered, both directions{config.ranked}"
             say(f"{what}, the model of step {trainer.best_step}:")
-            say(metrics_table({f"{config.model} {config.loss}": Metrics.of(ranks)}))
+            say(metrics_table({f"{config.model} {config.loss}": metrics}))
             say("by kind of relation (each relation: relations.csv):")
             graph, ranked = trainer.graph.of_split("test"), trainer.evaluator.ranked("test")
             say(kinds_table(by_kind(graph, ranked, ranks)))
     trainer.export()
     say(f"predict with: emu-predict {folder} --head NAME --relation NAME")
-    return 0
+    return 0, metrics
 
 
 def _start(options: dict[str, Any]) -> Trainer:
@@ -197,6 +234,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--run-dir", metavar="FOLDER", help="where to write; default runs/NAME-MODEL-LOSS-TIME"
+    )
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        metavar="N",
+        help="N runs, of --seed and those after it, in folders of --run-dir; prints their mean",
     )
     source, *groups = Config.__bases__
     exclusive = parser.add_mutually_exclusive_group()

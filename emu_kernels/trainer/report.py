@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tabulate import tabulate
@@ -13,7 +14,7 @@ from tabulate import tabulate
 from .breakdown import Line
 from .checkpoint import write_atomically
 from .data import DIRECTIONS
-from .evaluation import Metrics
+from .evaluation import METRICS, Metrics
 
 
 def metrics_table(rows: dict[str, Metrics], **columns: Sequence[str]) -> str:
@@ -30,6 +31,18 @@ def metrics_table(rows: dict[str, Metrics], **columns: Sequence[str]) -> str:
     ]
     align = ["left", *["right"] * (len(header) - 1)]
     return tabulate(body, header, disable_numparse=True, colalign=align)
+
+
+def seeds_table(tested: Sequence[Metrics]) -> str:
+    """The mean of each metric over runs, and its deviation."""
+    header = ["runs", "MRR", "Hits@1", "Hits@3", "Hits@10", "MR"]
+    cells = [str(len(tested))]
+    for metric in METRICS:
+        values = torch.tensor([getattr(m, metric) for m in tested], dtype=torch.float64)
+        digits = 1 if metric == "mr" else 4
+        spread = f" ± {float(values.std()):.{digits}f}" if len(tested) > 1 else ""
+        cells.append(f"{float(values.mean()):.{digits}f}{spread}")
+    return tabulate([cells], header, disable_numparse=True)
 
 
 def kinds_table(lines: Sequence[Line]) -> str:

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -100,6 +101,30 @@ def test_a_finished_run_is_resumed(run_folder, capsys):
     assert not (run_folder / "entities.tsv").exists()
     assert train("--resume", run_folder, "--tsv") == 0
     assert len((run_folder / "entities.tsv").read_text().splitlines()) == 48
+
+
+def test_seeds(graph_folder, tmp_path, capsys):
+    runs = tmp_path / "runs"
+    command = ["--data", graph_folder, "--seeds", 3, "--seed", 4, "--run-dir", runs, *QUICK]
+    assert train(*command) == 0
+    out = capsys.readouterr().out
+    folders = [RunFolder(runs / f"seed-{seed}") for seed in (4, 5, 6)]
+    mrr = [folder.read_metrics()[-1]["mrr"] for folder in folders]
+    assert len({*mrr}) == 3
+    assert f"{statistics.mean(mrr):.4f} ± {statistics.stdev(mrr):.4f}" in out.splitlines()[-1]
+    alone = tmp_path / "alone"
+    assert train("--data", graph_folder, "--seed", 5, "--run-dir", alone, *QUICK) == 0
+    assert RunFolder(alone).read_metrics()[-1]["mrr"] == mrr[1]
+    # Goes on: to one seed more, and to more steps.
+    assert train(*command, "--seeds", 4) == 0
+    assert "± " in capsys.readouterr().out.splitlines()[-1]
+    assert [folder.read_metrics()[-1]["mrr"] for folder in folders] == mrr
+    assert train(*command, "--seeds", 1, "--steps", 60) == 0
+    assert folders[0].read_metrics()[-1]["step"] == 60
+    assert train(*command, "--dim", 12) == 1
+    assert "seed-4 is a run with --dim 8, not 12" in capsys.readouterr().err
+    assert train("--data", graph_folder, "--seeds", 2) == 1
+    assert "--seeds needs a number of at least 1, and --run-dir" in capsys.readouterr().err
 
 
 def test_another_rate_after_a_run_went_wrong(run_folder):
