@@ -32,7 +32,7 @@ from importlib.util import find_spec
 
 _missing = [
     name
-    for name in ("matplotlib", "pooch", "safetensors", "tabulate", "tqdm")
+    for name in ("matplotlib", "pooch", "pyarrow", "safetensors", "tabulate", "tqdm")
     if find_spec(name) is None
 ]
 if _missing:

@@ -210,7 +210,8 @@ class Graph:
                 )
         if header := self._header():
             lines.append(
-                f"a header, it seems, is read as a triple, in the first line of {', '.join(header)}"
+                "a header, it seems, is read as a triple, in the first line of "
+                f"{', '.join(header)}: delete it, or name its columns by --columns"
             )
         if differ := self._columns_differ():
             lines.append(f"{differ}: each line should be head, relation, tail")

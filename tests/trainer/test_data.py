@@ -220,13 +220,17 @@ HEADER: list[NamedTriple] = [("source", "kind", "target")]
         (
             {"train": HEADER + CHAIN[:6], "test": HEADER + CHAIN[6:]},
             [
-                "a header, it seems, is read as a triple, in the first line of train, test",
+                "a header, it seems, is read as a triple, in the first line of train, test: "
+                "delete it, or name its columns by --columns",
                 "1 of the test triples are train triples too",
             ],
         ),
         (
             {"train": [("h", "Relation", "t"), *CHAIN]},
-            ["a header, it seems, is read as a triple, in the first line of train"],
+            [
+                "a header, it seems, is read as a triple, in the first line of train: "
+                "delete it, or name its columns by --columns"
+            ],
         ),
         (
             {"train": [(h, t, r) for h, r, t in CHAIN]},
