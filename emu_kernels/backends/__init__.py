@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeVar
 
 import torch
 
@@ -18,6 +19,9 @@ from emu_kernels.backends.cpu import CpuBackend
 from emu_kernels.backends.cuda import CudaBackend
 from emu_kernels.backends.reference import ReferenceBackend
 from emu_kernels.backends.triton import TritonBackend
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # Fastest first. That cuda comes before triton is an expectation while neither is `measured`.
 _BACKENDS: tuple[Backend, ...] = (CudaBackend(), TritonBackend(), CpuBackend(), ReferenceBackend())
@@ -52,8 +56,16 @@ def default_backend(device: torch.device | str, having: Sequence[str] = NAMES) -
     return _default(torch.device(device).type, tuple(having))
 
 
-# torch.compile calls the next two when it traces a call, rather than trace what asks the driver.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _constant(function: Callable[P, R]) -> Callable[P, R]:
+    """Has torch.compile call it when it traces a call, rather than trace what asks the driver.
+
+    As ``torch.compiler.assume_constant_result``, which imports the whole compiler first.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant
 def _default(device_type: str, having: tuple[str, ...]) -> str:
     if device_type == "cpu":
         reason = _unavailable("cpu")
@@ -61,14 +73,14 @@ def _default(device_type: str, having: tuple[str, ...]) -> str:
             return "cpu"
         _warn_of_reference(reason)
         return REFERENCE
-    taking = [b for b in _BACKENDS if b.name in having and _takes(b, device_type)]
-    name, *others = [b.name for b in taking if _unavailable(b.name) is None]
+    taking = [b.name for b in _BACKENDS if b.name in having and _takes(get(b.name), device_type)]
+    name, *others = [name for name in taking if _unavailable(name) is None]
     if not get(name).measured:
         _warn_of_unmeasured(name, tuple(others))
     return name
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@_constant
 def _unavailable(name: str) -> str | None:
     return get(name).unavailable()
 
