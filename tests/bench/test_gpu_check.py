@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from bench import results
-from bench.gpu_check import OK, PARTS, ROOT, TIMEOUT
+from bench.gpu_check import FAILED, OK, PARTS, ROOT, TIMEOUT
 
 ABSENT = ("hypothesis", "pooch", "pykeen", "setuptools", "torch_geometric", "torchkge", "tqdm")
 """What a GPU's machine may lack, or have in a version that is too old."""
@@ -60,9 +60,14 @@ def test_a_part_ends_with_its_facts_saved(part: str, tmp_path: Path) -> None:
     # Compiling every rival takes longer than a part has; on a busy machine so does building.
     late = {stage["stage"] for stage in stages if stage["status"] == TIMEOUT}
     assert late <= {"build", "growth", "tables", "all tables"}, log
-    assert {stage["status"] for stage in stages} <= {OK, TIMEOUT}, done.stdout + log
+    # On a CPU torch.compile needs setuptools, on a GPU it does not: that rival is left out.
+    lost = {stage["stage"] for stage in stages if stage["status"] == FAILED}
+    assert lost <= {"tables", "all tables"}, log
+    failures = [line for line in log.splitlines() if line.strip().startswith("failed: ")]
+    assert all("compiled-emu" in x and "setuptools halted" in x for x in failures), log
+    assert {stage["status"] for stage in stages} <= {OK, FAILED, TIMEOUT}, done.stdout + log
     assert sum(stage["seconds"] for stage in stages) < 9.5 * 60
-    assert done.returncode == (1 if late else 0)
+    assert done.returncode == (2 if late or lost else 0)  # make's
     families = set(results.read(out / part / "results")["family"]) if part != "b" else set()
     wanted = {
         "a": {"captured", "kernels", "steps"},
