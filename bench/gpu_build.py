@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if code := subprocess.run(command).returncode:
             return code
     kernels = PACKAGE / "triton"
-    if not kernels.exists():
+    if options.into == PACKAGE and not kernels.exists():
         kernels.symlink_to(Path("..", "triton", "kernels"))
     return 0
 
