@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from emu_kernels import backends, prepare, validate
-from emu_kernels.mutation import Expected, Mixup, Mutation
+from emu_kernels.mutation import Expected, Mixup
 
 
 class EMULoss(nn.Module):
@@ -43,8 +43,7 @@ class EMULoss(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(mutation_rate, (Tensor, Mutation)):
-            validate.rate("mutation_rate", mutation_rate)
+        validate.rate_or_rule("mutation_rate", mutation_rate)
         self.mutation_rate = mutation_rate
         self.beta = validate.coefficient("beta", beta)
         self.alpha = validate.coefficient("alpha", alpha)

@@ -13,7 +13,7 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
-from emu_kernels.mutation import MASK_UNITS
+from emu_kernels.mutation import MASK_UNITS, Mutation
 from emu_kernels.similarity import SIMILARITIES
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -216,6 +216,12 @@ def rate(name: str, value: object) -> float:
     if not 0 <= given <= 1:
         raise ValueError(f"{name}: expected a number in [0, 1], got {value}")
     return given
+
+
+def rate_or_rule(name: str, value: object) -> None:
+    """What can be said of a mutation rate before there are tensors that it has to fit."""
+    if not isinstance(value, (Tensor, Mutation)):
+        rate(name, value)
 
 
 def coefficient(name: str, value: object) -> float | Tensor:

@@ -11,7 +11,6 @@ from torch.nn.functional import normalize
 
 from emu_kernels import Expected, fused_emu_loss, validate
 from emu_kernels.integrations._require import require
-from emu_kernels.mutation import Mutation
 
 require("sentence-transformers", (6, 0), extra="sentence-transformers")
 
@@ -53,8 +52,7 @@ class EMURankingLoss(MultipleNegativesRankingLoss):
             raise ValueError(
                 f"similarity_fct: expected cos_sim or dot_score, got {similarity_fct!r}"
             )
-        if not isinstance(mutation_rate, (Tensor, Mutation)):
-            validate.rate("mutation_rate", mutation_rate)
+        validate.rate_or_rule("mutation_rate", mutation_rate)
         super().__init__(model, scale=scale, similarity_fct=similarity_fct)
         self.mutation_rate = mutation_rate
         self.beta = validate.coefficient("beta", beta)

@@ -11,6 +11,7 @@ github.com/KiddoZhu/NBFNet-PyG.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -341,14 +342,8 @@ class NBFNet(Scorer, name="NBFNet"):
                 )
         if config.over_all or config.loss == "mixup":
             raise ConfigError("loss: NBFNet takes one of sampled negatives, and not mixup")
-        default = {
-            "layers": 6,
-            "message": "distmult",
-            "aggregate": "pna",
-            "relation_features": "query",
-            "removed_edges": "own",
-        }
-        settled = {k: x for k, x in default.items() if getattr(config, k) is None}
+        default = inspect.signature(cls).parameters
+        settled = {k: default[k].default for k in cls.options if getattr(config, k) is None}
         if config.message == "rotate" and config.dim % 2:
             raise ConfigError(f"message 'rotate' needs an even dim, got {config.dim}")
         return settled | {"inverse_relations": True}
