@@ -18,14 +18,7 @@ import pytest
 from emu_kernels.trainer import cli, predict
 from emu_kernels.trainer.losses import LOSSES
 from emu_kernels.trainer.run import RunFolder
-
-QUICK = """
-    --dim=8 --batch-size=64 --negatives=8 --steps=40 --eval-every=20 --log-every=10
-""".split()  # noqa: SIM905
-
-
-def train(*arguments: object) -> int:
-    return cli.main([str(argument) for argument in arguments])
+from tests.trainer.support import QUICK, train
 
 
 @pytest.fixture

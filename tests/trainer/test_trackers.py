@@ -7,28 +7,24 @@ from typing import Any
 
 import pytest
 
-from emu_kernels.trainer import cli, trackers
+from emu_kernels.trainer import trackers
 from emu_kernels.trainer.config import Config
 from emu_kernels.trainer.errors import ConfigError
 from emu_kernels.trainer.loop import settle
 from emu_kernels.trainer.run import RunFolder
 from emu_kernels.trainer.trackers import TRACKERS, Tracker
-
-QUICK = """
-    --dim=8 --batch-size=64 --negatives=8 --steps=40 --eval-every=20 --log-every=10
-""".split()  # noqa: SIM905
-
-
-def train(*arguments: object) -> None:
-    assert cli.main([str(argument) for argument in arguments]) == 0
+from tests.trainer.support import QUICK, train
 
 
 def test_tensorboard(graph_folder, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = RunFolder(tmp_path / "run")
-    train("--data", graph_folder, "--run-dir", run.path, "--tracker", "tensorboard", *QUICK)
-    train("--resume", run.path, "--steps", 60)
+    assert (
+        train("--data", graph_folder, "--run-dir", run.path, "--tracker", "tensorboard", *QUICK)
+        == 0
+    )
+    assert train("--resume", run.path, "--steps", 60) == 0
     read = EventAccumulator(str(run.path / "tensorboard")).Reload()
     assert json.loads(run.config_file.read_text())["config"]["tracker"] == "tensorboard"
     for name, split in (("loss", None), ("mrr", "valid"), ("hits_at_10", "test")):
@@ -54,8 +50,8 @@ def test_wandb(graph_folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(wandb.Run, "log", log)
     run = RunFolder(tmp_path / "run")
-    train("--data", graph_folder, "--run-dir", run.path, "--tracker", "wandb", *QUICK)
-    train("--resume", run.path, "--steps", 60)
+    assert train("--data", graph_folder, "--run-dir", run.path, "--tracker", "wandb", *QUICK) == 0
+    assert train("--resume", run.path, "--steps", 60) == 0
     assert [line["step"] for line in logged] == [m["step"] for m in run.read_metrics()]
     assert logged[-1]["test/mrr"] == run.read_metrics()[-1]["mrr"]
     folders = list((run.path / "wandb").glob("offline-run-*"))
