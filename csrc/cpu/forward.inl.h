@@ -243,8 +243,10 @@ static void accumulate_rates(const RowScratch<F, Sim, kMoments>& s, const Layout
 // fewer where more were not faster because a vector takes much arithmetic.
 template <class Sim, Mode kMode>
 constexpr int accumulators() {
-  if (kMode == kMoments) return Sim::kBilinear ? 4 : 2;
-  return Sim::kBilinear && kMode != kShare ? 6 : Sim::kCoupled || kMode == kShare ? 2 : 3;
+  constexpr bool kManyRegisters = kVectorBytes == 64;
+  if (kMode == kMoments) return Sim::kBilinear ? (kManyRegisters ? 8 : 4) : 2;
+  if (Sim::kBilinear && kMode != kShare) return kManyRegisters ? 8 : 6;
+  return Sim::kCoupled || kMode == kShare ? 2 : 3;
 }
 
 // Cuts the vectors evenly into blocks of at most kMost, and calls body(first, Vectors<N>) for each block.
@@ -257,6 +259,10 @@ EMU_INLINE void for_blocks(int64_t vectors, Body&& body) {
   const int64_t blocks = (vectors + kMost - 1) / kMost;
   for (int64_t i = 0, at = 0; i < blocks; ++i) {
     const int64_t n = (vectors - at + blocks - i - 1) / (blocks - i);
+    if constexpr (kMost >= 8) {
+      if (n == 8) body(at, Vectors<8>{});
+      if (n == 7) body(at, Vectors<7>{});
+    }
     if constexpr (kMost >= 4) {
       if (n == 6) body(at, Vectors<6>{});
       if (n == 5) body(at, Vectors<5>{});
