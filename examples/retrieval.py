@@ -183,6 +183,7 @@ def rank(score: Tensor, held: Events, seen: Tensor) -> Ranked:
 
 # Each contender: its loss, what its negatives are, and the settings it may choose from.
 TOWERS = [{"lr": lr, "decay": decay} for lr in (0.005, 0.015) for decay in (0.01, 0.3)]
+GRAPHS = [{"lr": lr, "decay": decay} for lr in (0.015, 0.05) for decay in (0.01, 0.1)]
 MUTATED = [
     {"rate": rate, "beta": beta, "alpha": 0.5} for rate in (0.2, 0.5) for beta in (0.02, 0.1)
 ]
@@ -192,7 +193,7 @@ CONTENDERS: dict[str, tuple[Callable[..., Tensor], str, list[dict[str, Any]]]] =
     "softmax, in-batch, logQ": (softmax, "in-batch", TOWERS),
     "softmax, mixed, logQ": (softmax, "mixed", TOWERS),
     "BPR": (bpr, "uniform", TOWERS),
-    "LightGCN": (bpr, "uniform", TOWERS),
+    "LightGCN": (bpr, "uniform", GRAPHS),
     UNMUTATED: (
         emu,
         "uniform",
@@ -280,7 +281,7 @@ def train_graph(
     nn.init.normal_(model.embedding.weight, std=0.1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=decay)
     for _ in range(3 * epochs):
-        for rows in torch.randperm(len(user)).split(4 * BATCH):
+        for rows in torch.randperm(len(user)).split(8 * BATCH):
             z = model.get_embedding(links)
             negative = torch.randint(data.items, (NEGATIVES,)) + data.users
             negative = negative.where(negative != item[rows, None], -1)

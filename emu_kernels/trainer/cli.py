@@ -28,7 +28,7 @@ from .reading import load_graph
 from .report import kinds_table, metrics_table, seeds_table
 from .run import RunFolder
 from .sampling import SAMPLERS
-from .settings import add_options, flag
+from .settings import add_options, flag, unread
 from .terminal import degrade_output, say
 from .trackers import TRACKERS
 
@@ -147,6 +147,8 @@ def _start(options: dict[str, Any]) -> Trainer:
     settings |= options
     settings.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
     config = settle(Config(**settings))
+    for name, chosen in unread(options, config).items():
+        print(f"emu-train: warning: {chosen} does not use {flag(name)}", file=sys.stderr)
     if config.dataset is not None:
         name, graph = config.dataset, load_dataset(config.dataset)
     else:
@@ -229,6 +231,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--preset",
+        type=str.lower,
         choices=PRESETS,
         metavar="NAME",
         help="settings by name, of those below; options given beside it override it",

@@ -40,6 +40,8 @@ from .schedule import has_switched, learning_rate, new_optimizer
 from .sparse import adagrad_step
 from .trackers import TRACKERS, Log
 
+STEPS_BEFORE_ESTIMATE = 100
+
 
 class Trainer:
     """One run: a model, its optimizer, and its progress.
@@ -140,9 +142,12 @@ class Trainer:
             if self.step and self._due(until) and self._validated < self.step:
                 whole = self._validate(math.nan, stop)
             started = time.perf_counter()
+            told_at = self.step + STEPS_BEFORE_ESTIMATE
             while self.step < until and not (stop.is_set() or self.out_of_patience):
                 self._train_step()
                 bar.update(config.batch_size)
+                if self.step == told_at < until:
+                    self._tell_time(time.perf_counter() - started, until)
                 log = self.step % config.log_every == 0
                 evaluate = self._due(until)
                 if not (log or evaluate):
@@ -247,6 +252,15 @@ class Trainer:
         saved = f"of step {self._saved}" if self._saved else "none, so it starts anew"
         lr = f"{self.config.lr / 2:g}"
         return f": emu-train --resume {self.run.path} --lr {lr} (the last checkpoint: {saved})"
+
+    def _tell_time(self, seconds: float, until: int) -> None:
+        """Say how long the rest takes, by the steps so far."""
+        minutes = seconds / STEPS_BEFORE_ESTIMATE * (until - self.step) / 60
+        tqdm.write(
+            f"{STEPS_BEFORE_ESTIMATE} steps took {seconds:.3g} s: about {minutes:.2g} min for the "
+            f"other {until - self.step:,}, without validation",
+            file=sys.stderr,
+        )
 
     def _log_loss(self, loss: float) -> None:
         self._loss_sum.zero_()

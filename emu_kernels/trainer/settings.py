@@ -89,6 +89,22 @@ def check(settings: DataclassInstance) -> None:
             raise ConfigError(f"{f.name} must be {limit.words}, got {value}")
 
 
+def unread(given: Collection[str], settings: DataclassInstance) -> dict[str, str]:
+    """Of the settings given, those of choices that were not made: "loss softmax" by name."""
+    read, unread = set[str](), dict[str, str]()
+    for f in fields(settings):
+        registry, chosen = f.metadata["choices"], getattr(settings, f.name)
+        if not isinstance(registry, Mapping) or chosen not in registry:
+            continue
+        for name, choice in registry.items():
+            own = getattr(choice, "options", ())
+            if name == chosen:
+                read.update(own)
+            else:
+                unread |= {x: f"{f.name} {chosen}" for x in own if x in given and x not in unread}
+    return {name: chosen for name, chosen in unread.items() if name not in read}
+
+
 def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
@@ -111,16 +127,17 @@ def add_options(parser: argparse._ActionsContainer, settings: type[DataclassInst
             help += ": " + ", ".join(f"{name} ({choice.help})" for name, choice in choices.items())
         if f.default is not None:
             help += f" (default {f.default})"
-        parser.add_argument(
-            flag(f.name), type=_reader(kind, f.metadata["words"] or {}), help=help, **keywords
-        )
+        words = f.metadata["words"] or {}
+        if kind is str and choices is not None:  # whatever their case
+            words = {**words, **{name.lower(): name for name in choices}}
+        parser.add_argument(flag(f.name), type=_reader(kind, words), help=help, **keywords)
 
 
 def _reader(kind: type[T], words: Mapping[str, T]) -> Callable[[str], T]:
     """Reads a word's value, or else a text as ``kind``, which argparse names in its errors."""
 
     def read(text: str) -> T:
-        return words[text] if text in words else kind(text)  # type: ignore[call-arg]
+        return words[text.lower()] if text.lower() in words else kind(text)  # type: ignore[call-arg]
 
     read.__name__ = kind.__name__
     return read

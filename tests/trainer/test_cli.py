@@ -246,6 +246,25 @@ def test_a_graph_that_cannot_be_right_is_told(graph_folder, tmp_path, capsys):
     assert "emu-train: warning: 100 of the test triples repeat another one" in err
 
 
+def test_a_setting_that_nothing_reads_is_told(graph_folder, tmp_path, capsys):
+    given = ("--loss", "softmax", "--mutation-rate", 0.3, "--steps", 10, "--negatives", 4)
+    assert train("--data", graph_folder, "--run-dir", tmp_path / "run", *QUICK, *given) == 0
+    err = capsys.readouterr().err
+    assert "emu-train: warning: loss softmax does not use --mutation-rate" in err
+    assert err.count("does not use") == 1
+
+
+def test_names_in_any_case_and_an_estimate(graph_folder, tmp_path, capsys):
+    folder = tmp_path / "run"
+    given = ("--model", "COMPLEX", "--loss", "EMU", "--optimizer", "adam", "--steps", 120)
+    assert train("--data", graph_folder, "--run-dir", folder, *QUICK, *given) == 0
+    config = RunFolder.open(folder).read_config()
+    assert (config.model, config.loss, config.optimizer) == ("ComplEx", "emu", "Adam")
+    assert re.search(
+        r"^100 steps took [\d.]+ s: about \S+ min for the other 20,", capsys.readouterr().err, re.M
+    )
+
+
 def test_a_preset_and_what_overrides_it(graph_folder, tmp_path, capsys):
     """Options override its dataset too; another loss brings its own default regularisation."""
     path = tmp_path / "run"
