@@ -394,6 +394,21 @@ def test_a_grid_search(new_job):
     assert len(losses) == 2
 
 
+def test_the_pages_configuration_loads(tmp_path):
+    page = Path(__file__).resolve().parents[2].joinpath("docs", "libkge.md").read_text()
+    _, first, second, *_ = page.split("```diff\n")
+    for text, name in ((first, "emu"), (second, "emu_1vsAll")):
+        lines = text.split("```")[0].splitlines()
+        file = tmp_path / f"{name}.yaml"
+        file.write_text("\n".join(line[1:] for line in lines if line[0] != "-"))
+        config = Config()
+        config.load(str(file))
+        assert config.get("train.type") == name
+        for option in config.get(name):
+            assert option == "class_name" or f"`{option}`" in page
+    assert "model: complex" in first
+
+
 # --- refusals -------------------------------------------------------------------------------------
 
 
