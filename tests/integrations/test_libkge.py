@@ -97,7 +97,7 @@ def new_job(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ne
         config.load_options(
             {
                 "modules": ["emu_kernels.integrations.libkge"],
-                "import": [name, "emu", "emu_1vsAll"],
+                "import": [name, "projection_embedder", "emu", "emu_1vsAll"],
                 "model": "reciprocal_relations_model" if reciprocal else name,
             }
         )
@@ -254,8 +254,23 @@ def test_subbatches_change_nothing(new_job, monkeypatch, shared):
     assert_same(step(job, batch), whole)
 
 
-def test_computed_embeddings(new_job):
-    """A dropout and a projection: the embedder is asked, once an entity."""
+@pytest.mark.parametrize("train_type", ["emu", "emu_1vsAll"])
+def test_projected_embeddings(new_job, train_type):
+    options = {
+        **SOFTMAX,
+        "emu_1vsAll.softmax": True,
+        "distmult.entity_embedder.type": "projection_embedder",
+        "eval.type": "training_loss",
+        "valid.metric": "avg_loss",
+        "valid.metric_max": False,
+    }
+    theirs = "negative_sampling" if train_type == "emu" else "1vsAll"
+    ours = new_job("distmult", train_type, options)
+    assert_same(*both(ours, new_job("distmult", theirs, options)))
+    assert ours.valid_job.run()["avg_loss"] > 0
+
+
+def test_dropped_embeddings(new_job):
     dropped = new_job("distmult", "emu", {"distmult.entity_embedder.dropout": 0.5})
     plain = new_job("distmult", "emu", {})
     plain.model.load_state_dict(dropped.model.state_dict())
@@ -358,21 +373,6 @@ def test_a_run_validates_and_resumes(new_job, train_type, reciprocal):
     resumed.run()
     assert resumed.epoch == 2
     assert len(resumed.valid_trace) == 2
-
-
-def test_evaluation_by_training_loss(new_job):
-    job = new_job(
-        "distmult",
-        "emu",
-        {
-            "eval.type": "training_loss",
-            "valid.every": 1,
-            "valid.metric": "avg_loss",
-            "valid.metric_max": False,
-        },
-    )
-    job.run()
-    assert job.valid_trace[0]["avg_loss"] > 0
 
 
 def test_a_grid_search(new_job):

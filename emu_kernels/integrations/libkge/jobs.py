@@ -109,13 +109,14 @@ class TrainingJobEMU(TrainingJobNegativeSampling):
         embedder = embedder_of(self.model, slot)
         positive = triples[:, slot]
         table = plain_table(embedder)
-        # A sparse gradient does not pass through a half of the table.
-        if table is None or (embedder.sparse and self._mapping.halved):
+        sparse = table is not None and embedder.sparse
+        if table is None or (sparse and self._mapping.halved):
+            # Computed embeddings, or a half of the table, through which no sparse gradient passes.
             ids, place = torch.cat((positive, negative.flatten())).unique(return_inverse=True)
-            table = embedder.embed(ids)
+            table, sparse = embedder.embed(ids), False
             positive = place[: len(positive)]
             negative = place[len(positive) :].view(negative.shape)
-        self.emu_loss.sparse_grad = table.is_leaf and embedder.sparse
+        self.emu_loss.sparse_grad = sparse
         return self.emu_loss(
             query,
             self._mapping.candidates(table, side),
