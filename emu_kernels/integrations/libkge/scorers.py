@@ -117,14 +117,15 @@ def query_of(
 ) -> tuple[Tensor, Side]:
     """The queries of a batch for the entity in ``slot``, S or O, and its side in the mapping."""
     subject, relation, object_ = triples.unbind(dim=1)
+    reciprocal = isinstance(model, ReciprocalRelationsModel)
+    to: Side = "tail" if slot == O or reciprocal else "head"
     if slot == O:
-        given, to = model.get_s_embedder().embed(subject), "tail"
+        given = model.get_s_embedder().embed(subject)
     else:
-        given, to = model.get_o_embedder().embed(object_), "head"
-        if isinstance(model, ReciprocalRelationsModel):
-            relation, to = relation + model.dataset.num_relations(), "tail"
-    side: Side = "tail" if to == "tail" else "head"
-    return mapping.query(given, model.get_p_embedder().embed(relation), side), side
+        given = model.get_o_embedder().embed(object_)
+        if reciprocal:  # (o, p⁻¹, ?) in the place of (?, p, o)
+            relation = relation + model.dataset.num_relations()
+    return mapping.query(given, model.get_p_embedder().embed(relation), to), to
 
 
 def embedder_of(model: KgeModel, slot: int) -> KgeEmbedder:
