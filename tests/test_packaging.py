@@ -192,6 +192,7 @@ def test_wheel_contents(wheel: Path) -> None:
     modules = {str(path.relative_to(ROOT)) for path in ROOT.glob("emu_kernels/**/*.py")}
     modules |= {f"emu_kernels/triton/{path.name}" for path in ROOT.glob("triton/kernels/*.py")}
     assert "emu_kernels/triton/launch.py" in modules
+    modules |= {str(path.relative_to(ROOT)) for path in ROOT.glob("emu_kernels/**/*.yaml")}
     assert modules <= set(names)
     assert "emu_kernels/py.typed" in names
     assert len([name for name in names if EXTENSION.fullmatch(name)]) == 1

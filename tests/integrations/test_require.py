@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError
@@ -34,6 +34,14 @@ def test_a_missing_library_names_its_extra(monkeypatch, name):
     monkeypatch.setattr(_require, "version", missing)
     with pytest.raises(ImportError, match=rf"is not installed; .* 'emu-kernels\[{name}\]'"):
         importlib.reload(module)
+
+
+def test_a_missing_libkge_is_said_in_words(monkeypatch):
+    name = "emu_kernels.integrations.libkge"
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"LibKGE is not installed.* clone https://"):
+        importlib.import_module(name)
 
 
 @pytest.mark.parametrize(("name", "old"), [("pykeen", "1.11.0"), ("pyg", "2.3.1")])
