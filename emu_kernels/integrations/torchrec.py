@@ -1,9 +1,9 @@
 """An entity table larger than one machine: TorchRec holds its rows, our kernels take the loss.
 
-:class:`ShardedEntities` spreads the rows over the processes of a ``torch.distributed`` group. A step
-fetches the rows of its batch, takes any loss of this package on them, and sends the gradients home,
-where TorchRec's fused optimizer steps the rows. Relations are small: each process has them all. See
-docs/distributed.md.
+:class:`ShardedEntities` spreads the rows over the processes of a ``torch.distributed`` group. A
+step fetches the rows of its batch, takes any loss of this package on them, and sends the gradients
+home, where TorchRec's fused optimizer steps the rows. Relations are small: each process has them
+all. See docs/distributed.md.
 """
 
 from __future__ import annotations
@@ -434,6 +434,7 @@ class ShardedEntities:
 
         It takes this object itself: ``save({"entities": entities, ...}, checkpoint_id=folder)``
         writes each process's part, and ``load`` of the same reads it, on any number of processes.
+        The learning rate is not in it.
         """
         return {"rows": self.collection.state_dict(), "optimizer": self._optimizer.state_dict()}
 

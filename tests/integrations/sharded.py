@@ -70,7 +70,9 @@ def part(case: Case, rank: int, processes: int) -> slice:
     return slice(first * BATCH // parts, (rank + 1 + case.uneven) * BATCH // parts)
 
 
-def loss_of(case: Case, step: int, table: Tensor, relation: Tensor, ids: Any, offset: int) -> Tensor:
+def loss_of(
+    case: Case, step: int, table: Tensor, relation: Tensor, ids: Any, offset: int
+) -> Tensor:
     given, positive, negative = ids
     query = getattr(queries, case.model)(table[given], relation, "tail")
     similarity = SIMILARITIES[case.model]

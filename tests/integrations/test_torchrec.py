@@ -17,7 +17,6 @@ from torch import Tensor
 
 from emu_kernels import queries
 from emu_kernels.trainer.sparse import RowwiseAdagrad
-
 from tests.integrations import sharded
 
 integration = pytest.importorskip("emu_kernels.integrations.torchrec", exc_type=ImportError)
@@ -55,7 +54,7 @@ def one_process(case: sharded.Case, steps: int, rates: list[float]) -> dict[str,
         loss.backward()
         for optimizer in (of_table, of_relation):
             optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return {"table": table.detach(), "relation": relation.detach(), "losses": losses}
 
 
@@ -187,9 +186,9 @@ class TestOneProcess:
         make = integration.ShardedEntities
         with pytest.raises(ValueError, match="dim: expected a multiple of 4, got 6"):
             make(30, 6)
-        with pytest.raises(ValueError, match="num_entities: .*got 0"):
+        with pytest.raises(ValueError, match=r"num_entities: .*got 0"):
             make(0, 4)
-        with pytest.raises(ValueError, match="optimizer: .*Adagrad.*'adam'"):
+        with pytest.raises(ValueError, match=r"optimizer: .*Adagrad.*'adam'"):
             make(30, 4, optimizer="adam")
         entities = make(30, 4)
         with pytest.raises(IndexError, match="below 30, got 30"):
