@@ -22,7 +22,7 @@ from emu_kernels.integrations._require import require
 from emu_kernels.negatives import generator
 from emu_kernels.validate import one_of
 
-MINIMUM = (1, 1)  # of torch 2.6
+MINIMUM = (1, 6)  # of torch 2.11
 
 
 def _require_pair() -> None:

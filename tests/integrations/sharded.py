@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -159,16 +160,18 @@ def main() -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT))
     rank, processes = dist.get_rank(), dist.get_world_size()
     results: dict[Any, Any] = {}
-    if task == "die":
+    if task in ("die", "hang"):
         run = Run(CASES[0])
-        if rank == 1:
+        if rank == 1 and task == "die":
             os._exit(3)
+        if rank == 1:
+            time.sleep(600)
         run.train(0, 1)
     if task == "all":
         for case in CASES:
             run = Run(case)
             run.train(0, STEPS)
-            results[case] = run.result()
+            results[tuple(case)] = run.result()
             if processes == 2 and case in CASES[:2]:
                 dcp.save(run.state, checkpoint_id=folder / f"saved-{case.model}")
     if task in ("all", "resume"):
@@ -179,7 +182,7 @@ def main() -> None:
             dcp.load(run.state, checkpoint_id=folder / f"saved-{case.model}")
             run.entities.lr = LR / 2
             run.train(STEPS, 2)
-            results["resumed", case] = run.result()
+            results[("resumed", *case)] = run.result()
     if rank == 0:
         torch.save(results, folder / f"{task}-{processes}.pt")
     dist.destroy_process_group()

@@ -104,7 +104,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("case", sharded.CASES, ids=str)
 @pytest.mark.parametrize("processes", [2, 3])
 def test_the_numbers_are_those_of_one_process(folder, processes, case):
-    found = torch.load(folder / f"all-{processes}.pt", weights_only=False)[case]
+    found = torch.load(folder / f"all-{processes}.pt", weights_only=False)[tuple(case)]
     assert len(found["shards"]) == processes
     assert max(found["shards"]) < sharded.ENTITIES
     compare(found, one_process(case, sharded.STEPS, CONSTANT))
@@ -117,7 +117,8 @@ def test_the_numbers_are_those_of_one_process(folder, processes, case):
 @pytest.mark.parametrize(("task", "processes"), [("all", 3), ("resume", 1)])
 def test_another_number_of_processes_goes_on(folder, task, processes, case):
     """Trained and saved by two, then with half the rate: Adagrad's sums are read, too."""
-    found = torch.load(folder / f"{task}-{processes}.pt", weights_only=False)["resumed", case]
+    results = torch.load(folder / f"{task}-{processes}.pt", weights_only=False)
+    found = results[("resumed", *case)]
     assert len(found["shards"]) == processes
     compare(found, one_process(case, sharded.STEPS + 2, CHANGED))
 
@@ -129,6 +130,15 @@ def test_a_process_that_dies_ends_all(tmp_path):
     assert "exitcode  : 3" in ended.stderr
     assert "rank      : 1" in ended.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_ends_all(tmp_path):
+    """After the group's timeout, with a message."""
+    ended = torchrun(2, "hang", tmp_path)
+    assert ended.returncode != 0
+    assert "Timed out waiting" in ended.stderr
+    assert "rank      : 0" in ended.stderr
 
 
 @pytest.fixture
@@ -208,6 +218,11 @@ class TestOneProcess:
                 integration.ShardedEntities(30, 4)
         finally:
             set_gradient_division(True)
+
+
+def test_the_minimum_is_that_of_the_extra():
+    line = f'torchrec = ["torchrec>={".".join(map(str, integration.MINIMUM))}"]'
+    assert line in (ROOT / "pyproject.toml").read_text().splitlines()
 
 
 def test_no_process_group():
