@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from emu_kernels import fused_emu_loss
 from emu_kernels.integrations.torchrec import ShardedEntities
@@ -145,7 +146,7 @@ def main() -> None:
     is_first = dist.get_rank() == 0
     training = Training(load_dataset(options.dataset), options)
     if options.folder is not None and (options.folder / ".metadata").exists():
-        dcp.load(training.state, checkpoint_id=options.folder)
+        load(training.state, checkpoint_id=options.folder)
     first, started = int(training.step), time.perf_counter()
     for step in range(first, options.steps):
         loss = training.train_step()
@@ -153,7 +154,7 @@ def main() -> None:
             rate = (step + 1 - first) / (time.perf_counter() - started)
             print(f"step {step + 1}: loss {float(loss):.4f}, {rate:.0f} steps a second", flush=True)
     if options.folder is not None:
-        dcp.save(training.state, checkpoint_id=options.folder)
+        save(training.state, checkpoint_id=options.folder)
     metrics = training.rank("test")
     if is_first:
         print(

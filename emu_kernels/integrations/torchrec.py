@@ -59,9 +59,6 @@ def _require_pair() -> None:
 
 _require_pair()
 
-from torch.distributed.optim import (  # noqa: E402
-    _apply_optimizer_in_backward as apply_optimizer_in_backward,
-)
 from torchrec.distributed.comm_ops import get_gradient_division  # noqa: E402
 from torchrec.distributed.embedding import EmbeddingCollectionSharder  # noqa: E402
 from torchrec.distributed.shard import shard  # noqa: E402
@@ -70,6 +67,7 @@ from torchrec.distributed.types import ShardingEnv  # noqa: E402
 from torchrec.modules.embedding_configs import EmbeddingConfig  # noqa: E402
 from torchrec.modules.embedding_modules import EmbeddingCollection  # noqa: E402
 from torchrec.optim import RowWiseAdagrad  # noqa: E402
+from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward  # noqa: E402
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor  # noqa: E402
 
 __all__ = ["OPTIMIZERS", "Rows", "ShardedEntities"]

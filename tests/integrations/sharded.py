@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from emu_kernels import Expected, fused_emu_loss, fused_softmax_loss, queries
 
 ENTITIES, RELATIONS, DIM, BATCH, NEGATIVES, STEPS, LR = 41, 3, 8, 12, 5, 3, 0.1
-TIMEOUT = 20  # seconds that a process waits for the others
+TIMEOUT, SHORT = 90, 15  # seconds that a process waits for the others
 
 
 class Case(NamedTuple):
@@ -79,9 +80,9 @@ def loss_of(
     similarity = SIMILARITIES[case.model]
     if case.loss == "softmax":
         return fused_softmax_loss(query, table, positive, negative, similarity=similarity)
-    rate = {"emu": 0.5, "uls": 0.0, "expected": Expected(0.5)}[case.loss]
+    rates: dict[str, Any] = {"emu": 0.5, "uls": 0.0, "expected": Expected(0.5)}
     return fused_emu_loss(
-        query, table, positive, negative, similarity=similarity, mutation_rate=rate, beta=0.5,
+        query, table, positive, negative, similarity=similarity, mutation_rate=rates[case.loss], beta=0.5,
         alpha=0.3, seed=7 + step, row_offset=offset,
         mask_unit="pair" if case.model == "rotate" else "component",
     )  # fmt: skip
@@ -157,7 +158,8 @@ class Run:
 def main() -> None:
     task, folder = sys.argv[1], Path(sys.argv[2])
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT))
+    seconds = SHORT if task == "hang" else TIMEOUT
+    dist.init_process_group("gloo", timeout=timedelta(seconds=seconds))
     rank, processes = dist.get_rank(), dist.get_world_size()
     results: dict[Any, Any] = {}
     if task in ("die", "hang"):
@@ -173,16 +175,16 @@ def main() -> None:
             run.train(0, STEPS)
             results[tuple(case)] = run.result()
             if processes == 2 and case in CASES[:2]:
-                dcp.save(run.state, checkpoint_id=folder / f"saved-{case.model}")
+                save(run.state, checkpoint_id=folder / f"saved-{case.model}")
     if task in ("all", "resume"):
         for case in CASES[:2]:
             if processes == 2:
                 continue
             run = Run(case)
-            dcp.load(run.state, checkpoint_id=folder / f"saved-{case.model}")
+            load(run.state, checkpoint_id=folder / f"saved-{case.model}")
             run.entities.lr = LR / 2
             run.train(STEPS, 2)
-            results[("resumed", *case)] = run.result()
+            results["resumed", tuple(case)] = run.result()
     if rank == 0:
         torch.save(results, folder / f"{task}-{processes}.pt")
     dist.destroy_process_group()
