@@ -144,6 +144,8 @@ def main() -> None:
     # A process that waits for a dead one gives up after this time; torchrun then ends all.
     dist.init_process_group("gloo", timeout=timedelta(minutes=2))
     is_first = dist.get_rank() == 0
+    if options.sets < dist.get_world_size():
+        parser.error("--sets must be at least the number of processes")
     training = Training(load_dataset(options.dataset), options)
     if options.folder is not None and (options.folder / ".metadata").exists():
         load(training.state, checkpoint_id=options.folder)

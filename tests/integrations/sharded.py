@@ -82,8 +82,8 @@ def loss_of(
         return fused_softmax_loss(query, table, positive, negative, similarity=similarity)
     rates: dict[str, Any] = {"emu": 0.5, "uls": 0.0, "expected": Expected(0.5)}
     return fused_emu_loss(
-        query, table, positive, negative, similarity=similarity, mutation_rate=rates[case.loss], beta=0.5,
-        alpha=0.3, seed=7 + step, row_offset=offset,
+        query, table, positive, negative, similarity=similarity, mutation_rate=rates[case.loss],
+        beta=0.5, alpha=0.3, seed=7 + step, row_offset=offset,
         mask_unit="pair" if case.model == "rotate" else "component",
     )  # fmt: skip
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
 import os
 import subprocess
 import sys
@@ -16,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from emu_kernels import queries
+from emu_kernels.trainer.evaluation import Evaluator
+from emu_kernels.trainer.models import MODELS
 from emu_kernels.trainer.sparse import RowwiseAdagrad
 from tests.integrations import sharded
 
@@ -156,6 +160,26 @@ class TestOneProcess:
             run = sharded.Run(case)
             run.train(0, sharded.STEPS)
             compare(run.result(), one_process(case, sharded.STEPS, CONSTANT))
+
+    def test_the_example(self, nations_graph):
+        """Its ranks over the shards are the evaluator's of the gathered model."""
+        spec = importlib.util.spec_from_file_location("_example", ROOT / "examples/distributed.py")
+        assert spec is not None
+        assert spec.loader is not None
+        example = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(example)
+        sizes = {"batch_size": 100, "negatives": 8, "sets": 4}
+        options = argparse.Namespace(model="RotatE", dim=6, lr=0.1, seed=0, **sizes)
+        training = example.Training(nations_graph, options)
+        losses = [float(training.train_step()) for _ in range(60)]
+        assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+        relations = nations_graph.num_relations
+        model = MODELS["RotatE"](nations_graph.num_entities, relations, 6, torch.Generator())
+        model.load_state_dict(
+            {"entity": training.entities.local, "relation": training.model.relation.detach()}
+        )
+        metrics, expected = training.rank("test"), Evaluator(nations_graph).evaluate(model, "test")
+        assert vars(metrics) == pytest.approx(vars(expected))
 
     def test_initial_values(self):
         entities = integration.ShardedEntities(30, 4, bound=0.25, seed=1)
