@@ -17,6 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bench import results
+from bench.__main__ import main as bench_main
+from bench.distributed import COLUMNS
 from emu_kernels import queries
 from emu_kernels.trainer.evaluation import Evaluator
 from emu_kernels.trainer.models import MODELS
@@ -143,6 +146,17 @@ def test_a_process_that_hangs_ends_all(tmp_path):
     assert ended.returncode != 0
     assert "Timed out waiting" in ended.stderr
     assert "rank      : 0" in ended.stderr
+
+
+@pytest.mark.slow
+def test_the_benchmark(tmp_path):
+    sizes = "--entities 300 --dim 8 --batch 16 --negatives 8 --steps 2 --processes 2 --sets 4"
+    assert bench_main(["distributed", *sizes.split(), f"--results={tmp_path}"]) == 0
+    (row,) = results.read(tmp_path, COLUMNS).to_dict("records")
+    assert float(row["steps_per_second"]) > 0
+    rows = 16 + 16 + 4 * 8  # at most, of which half are the other's
+    each = 2 * 8 * 4 + 8
+    assert 0.1 * rows * each < 1e6 * float(row["moved_mb"]) < 0.9 * rows * each
 
 
 @pytest.fixture
