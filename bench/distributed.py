@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
+from torch.multiprocessing.spawn import spawn
 
 from bench import results
 from bench.results import Row
@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
         for sets in options.sets or (options.batch, 8):
             with tempfile.TemporaryDirectory() as folder:
                 arguments: Any = (processes, sets, options, folder)
-                multiprocessing.spawn(work, arguments, nprocs=processes)
+                spawn(work, arguments, nprocs=processes)
                 speed, moved = torch.load(Path(folder) / "measured", weights_only=False)
             measured = {"steps_per_second": float(speed), "moved_mb": float(moved) / 1e6}
             rows.append(shared | {"processes": processes, "sets": sets} | measured)

@@ -59,6 +59,9 @@ def _require_pair() -> None:
 
 _require_pair()
 
+from torch.distributed.optim.apply_optimizer_in_backward import (  # noqa: E402
+    _apply_optimizer_in_backward as apply_optimizer_in_backward,
+)
 from torchrec.distributed.comm_ops import get_gradient_division  # noqa: E402
 from torchrec.distributed.embedding import EmbeddingCollectionSharder  # noqa: E402
 from torchrec.distributed.shard import shard  # noqa: E402
@@ -67,7 +70,6 @@ from torchrec.distributed.types import ShardingEnv  # noqa: E402
 from torchrec.modules.embedding_configs import EmbeddingConfig  # noqa: E402
 from torchrec.modules.embedding_modules import EmbeddingCollection  # noqa: E402
 from torchrec.optim import RowWiseAdagrad  # noqa: E402
-from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward  # noqa: E402
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor  # noqa: E402
 
 __all__ = ["OPTIMIZERS", "Rows", "ShardedEntities"]
@@ -117,7 +119,7 @@ class ShardedEntities:
         num_entities: N, at least the number of processes.
         dim: D, a multiple of 4, which FBGEMM asks for.
         optimizer: a name of :data:`OPTIMIZERS`, or a class that FBGEMM has a fused kernel of, which
-            TorchRec's ``apply_optimizer_in_backward`` is given.
+            torch's ``_apply_optimizer_in_backward`` is given.
         lr: its learning rate; the attribute :attr:`lr` changes it.
         eps: added to Adagrad's root; torch's own default.
         bound: initial values are uniform in ±``bound``, the same for any number of processes.
