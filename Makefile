@@ -8,6 +8,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 # For the tests, where torch brings none: its builds for GPUs come with the Triton that they need.
 TRITON ?= triton==3.9.0
+# For the tests on a CPU. 1.n goes with torch 2.(n + 5); with another torch, or if empty, its tests are skipped.
+TORCHREC ?= $(if $(filter torch==2.13.%,$(TORCH)),$(if $(filter x86_64,$(shell uname -m)),torchrec==1.8.0 fbgemm-gpu-cpu==1.8.0))
 VENV ?= .venv
 
 BIN := $(VENV)/bin
@@ -84,4 +86,7 @@ $(VENV)/.installed-%: $(VENV)/.torch $(INPUTS)
 	$(if $(filter test,$*),$(PIP) show -q triton || $(PIP) install '$(TRITON)')
 	EMU_CUDA_REPORTS='$(CURDIR)/build/ptxas' \
 		$(PIP) install --constraint constraints.txt $(firstword $(TORCH)) --editable '.[$*]'
+	@# Without its dependencies: they are FBGEMM for GPUs, and a torchmetrics of 2023.
+	$(if $(and $(filter test,$*),$(TORCHREC)),$(PIP) install --no-deps $(TORCHREC) && $(PIP) install \
+		--constraint constraints.txt $(firstword $(TORCH)) pyre-extensions tensordict torchmetrics tqdm)
 	touch $@

@@ -224,6 +224,18 @@ def _parser() -> argparse.ArgumentParser:
     part.add_argument("--folder", type=Path, help="for some GB of files, removed at the end")
     part.add("--tiny", False, "a tiny graph, not saved: does it work?")
 
+    part = command("distributed", "steps with the entities on several processes, by TorchRec")
+    part.add("--processes", [1, 2], "numbers of them")
+    part.add("--entities", 1_000_000, "of the table")
+    part.add_argument("--sets", type=int, nargs="+", help="of negatives; default: a row's own, 8")
+    for field, value in {"dim": 100, "batch": 1000, "negatives": 256}.items():
+        part.add(f"--{field}", value, "of a process")
+    part.add("--optimizer", "RowwiseAdagrad", "of the table")
+    part.add("--steps", 30, "that are timed")
+    part.add("--threads", 1, "of a process")
+    part.add_argument("--results", type=Path, default=results.FOLDER / "distributed", help="files")
+    part.add("--tiny", False, "tiny, not saved: does it work?")
+
     part = command("study", "the study: named lists of training runs, resumed where they stopped")
     part.add_argument("experiments", nargs="*", metavar="NAME", help="default: all")
     for name in ("dataset", "model", "loss", "seed"):
@@ -251,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if is_gpu(getattr(options, "device", "cpu")):
             results.device_name("cuda")  # raises where there is none
-        if options.command in ("large", "messages", "report", "study"):  # which need pandas
+        if options.command in ("distributed", "large", "messages", "report", "study"):
             return importlib.import_module(f"bench.{options.command}").run(options)
         return 0 if (_all if options.command == "all" else _run)(options) else 1
     except (ImportError, OSError, ValueError, RuntimeError, AssertionError) as error:

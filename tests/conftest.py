@@ -47,6 +47,7 @@ if interpreted() and backends.get("triton").unavailable() is None:
 
 TOGETHER = (
     "tests/test_packaging.py",  # a wheel and an sdist
+    "tests/integrations/test_torchrec.py",  # runs of several processes
     "tests/triton/test_aot.py",  # the kernels, compiled for GPUs
     "tests/triton/test_messages.py::test_compiled",
     "tests/ops/test_autograd.py::test_opcheck[cpu",  # the recorded calls of each backend

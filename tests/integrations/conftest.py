@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 
+import pykeen.losses  # noqa: F401  # PyKEEN cannot be imported after TorchRec
 import pytest
 import torch
 from pykeen.datasets import Nations
