@@ -30,8 +30,6 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
 EXTENSION = re.compile(r"emu_kernels/_C\.[^/]*\.so")
 WITHOUT_CUDA = "-DEMU_CUDA=OFF"
-NEON_COMPILER = "aarch64-linux-gnu-g++"
-CPU_SOURCES = sorted(ROOT.glob("csrc/cpu/*.cpp"))
 
 
 def run(*command: str | Path, cwd: Path, env: dict[str, str] | None = None) -> str:
@@ -321,24 +319,6 @@ def test_old_nvcc_is_said_in_words(wanted: str, build_env: dict[str, str], tmp_p
     said = " ".join((done.stdout + done.stderr).split())
     assert (done.returncode == 0) == (wanted == "AUTO")
     assert f"{nvcc} is of CUDA 11.8, and they need 12.4" in said
-
-
-@pytest.mark.skipif(not shutil.which(NEON_COMPILER), reason=f"{NEON_COMPILER} is not installed")
-@pytest.mark.parametrize(
-    "source", [path for path in CPU_SOURCES if "avx" not in path.name], ids=lambda path: path.stem
-)
-def test_neon_build_compiles(source: Path, tmp_path: Path) -> None:
-    flags = ("-std=c++17", "-O3", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-psabi", "-Werror")
-    run(
-        NEON_COMPILER,
-        *flags,
-        f"-I{ROOT / 'csrc'}",
-        "-c",
-        source,
-        "-o",
-        tmp_path / "o",
-        cwd=tmp_path,
-    )
 
 
 def test_the_pages_build(tmp_path: Path) -> None:
