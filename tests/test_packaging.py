@@ -24,6 +24,7 @@ import pytest
 import torch
 
 import emu_kernels
+from tools import release
 
 pytestmark = pytest.mark.slow
 
@@ -241,6 +242,11 @@ def test_version_stands_in_one_place(wheel: Path, sdist: Path) -> None:
     files += ROOT.glob("emu_kernels/**/*.py")
     holders = [file for file in files if f'"{version}"' in file.read_text()]
     assert holders == [ROOT / "emu_kernels" / "_version.py"]
+
+
+def test_a_release_of_another_version_is_refused() -> None:
+    with pytest.raises(SystemExit, match=r"is 99\.0, CITATION.cff has \d"):
+        release.check_versions("99.0")
 
 
 def test_import_from_the_source_tree() -> None:

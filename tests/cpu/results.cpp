@@ -91,7 +91,7 @@ void scores_and_loss(int similarity, int rule, bool each) {
   p.positive = positive.data(), p.negative = negative.data();
   p.dtype = kType, p.similarity = similarity;
   p.table_stride = D, p.N = N, p.B = B, p.D = D, p.G = G, p.K = K;
-  p.phase_scale = each ? 65536 : 2.5;  // the first has sines of large numbers, which are exact in fp32
+  p.phase_scale = each ? 0x1p25 : 2.5;  // the first has sines of large numbers, which are exact in fp32
   p.draws.rule = rule, p.draws.kind = Rule::kDraw, p.draws.pairs = Rule::kPairs;
   p.draws.seed = &kSeed, p.draws.row_offset = 3;
   p.draws.threshold = 100, p.draws.thresholds = each ? thresholds.data() : nullptr, p.draws.order = 3;
@@ -100,7 +100,8 @@ void scores_and_loss(int similarity, int rule, bool each) {
   p.place.threads = 1;
 
   std::vector<Real> weight(S * B * K), mutated_weight(S * B * K), variance_weight(S * B * K);
-  std::vector<Real> grad_rate(B * U), grad_query(B * D), grad_positive(B * D), grad_scale(B * D / H), grad_weights(B * 2);
+  std::vector<Real> grad_rate(B * U), grad_query(B * D), grad_positive(B * D), grad_scale(B * D / H);
+  std::vector<Real> grad_weights(B * 2);
   const GradientArgs gradient{weight.data(),
                               mutated_weight.data(),
                               variance_weight.data(),
