@@ -33,7 +33,7 @@ help:
 	@echo "make demo       builds, trains with and without EMU on FB15k-237, prints the result: minutes"
 	@echo "make test       lint, types, every feature on every backend: over 10 minutes on two cores"
 	@echo "make test-all   make test, then the slow tests: half an hour on two cores"
-	@echo "make lint       ruff and mypy"
+	@echo "make lint       ruff, mypy and clang-format"
 	@echo "make bench      all measurements that this machine can take: about half an hour"
 	@echo "make docs       the pages as a site, in build/site: figures drawn, links checked"
 	@echo "make gpu-check  tests, sanitizers and measurements on a GPU (PART=a, b or c; OUT=folder, PYTHON=python3)"
@@ -55,6 +55,7 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m bench

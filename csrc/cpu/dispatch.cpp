@@ -13,8 +13,8 @@ int runnable_kernels(const Kernels* out[3]) {
   __builtin_cpu_init();
 #endif
 #if defined(EMU_HAS_AVX512)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq")) {
     out[count++] = &kAvx512Kernels;
   }
 #endif
@@ -36,8 +36,10 @@ static const Kernels* choose() {
     if (std::string(wanted) == runnable[i]->name) return runnable[i];
     names += (i ? ", " : "") + std::string(runnable[i]->name);
   }
-  throw std::invalid_argument("EMU_KERNELS_CPU: expected one of the instruction sets that this build and "
-                              "this machine have (" + names + "), got '" + wanted + "'");
+  throw std::invalid_argument(
+      "EMU_KERNELS_CPU: expected one of the instruction sets that this build and "
+      "this machine have (" +
+      names + "), got '" + wanted + "'");
 }
 
 [[noreturn]] void throw_out_of_memory() { throw std::bad_alloc(); }

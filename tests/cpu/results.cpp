@@ -121,9 +121,9 @@ void scores_and_loss(int similarity, int rule, bool each) {
   };
 
   std::vector<Real> loss(B), terms(2), row_scale(B);
-  kernels().loss_forward(p, {0.3, 0.2, nullptr, each ? sample_weight.data() : nullptr,
-                             each ? log_q.data() : nullptr, each ? log_q.data() + B : nullptr, Reduction::kNone, true,
-                             loss.data(), terms.data(), row_scale.data(), gradient, nullptr});
+  kernels().loss_forward(p, {0.3, 0.2, nullptr, each ? sample_weight.data() : nullptr, each ? log_q.data() : nullptr,
+                             each ? log_q.data() + B : nullptr, Reduction::kNone, true, loss.data(), terms.data(),
+                             row_scale.data(), gradient, nullptr});
   write(name + "-loss", real, loss);
   write_gradients("-loss");
 
