@@ -75,8 +75,8 @@ wheel:
 	rm -rf build/wheel
 	CXX='$(CURDIR)/$(WHEEL_ENV)/bin/python-zig c++ -target x86_64-linux-gnu.2.28' CMAKE_ARGS=-DEMU_CUDA=OFF \
 		$(WHEEL_ENV)/bin/python -m build --wheel --outdir build/wheel
-	PATH='$(CURDIR)/$(WHEEL_ENV)/bin':"$$PATH" auditwheel repair --plat manylinux_2_28_x86_64 --wheel-dir dist \
-		build/wheel/*.whl
+	PATH='$(CURDIR)/$(WHEEL_ENV)/bin':"$$PATH" auditwheel repair --strip --plat manylinux_2_28_x86_64 \
+		--wheel-dir dist build/wheel/*.whl
 
 release-check: wheel
 	$(WHEEL_ENV)/bin/python tools/release.py
