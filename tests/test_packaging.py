@@ -24,14 +24,13 @@ import pytest
 import torch
 
 import emu_kernels
+from tools import release
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent
 EXTENSION = re.compile(r"emu_kernels/_C\.[^/]*\.so")
 WITHOUT_CUDA = "-DEMU_CUDA=OFF"
-NEON_COMPILER = "aarch64-linux-gnu-g++"
-CPU_SOURCES = sorted(ROOT.glob("csrc/cpu/*.cpp"))
 
 
 def run(*command: str | Path, cwd: Path, env: dict[str, str] | None = None) -> str:
@@ -246,6 +245,11 @@ def test_version_stands_in_one_place(wheel: Path, sdist: Path) -> None:
     assert holders == [ROOT / "emu_kernels" / "_version.py"]
 
 
+def test_a_release_of_another_version_is_refused() -> None:
+    with pytest.raises(SystemExit, match=r"is 99\.0, CITATION.cff has \d"):
+        release.check_versions("99.0")
+
+
 def test_import_from_the_source_tree() -> None:
     output = python("-c", "import emu_kernels._C as c; print(c.__file__)", cwd=ROOT)
     assert Path(output.strip()).parent == ROOT / "emu_kernels"
@@ -322,24 +326,6 @@ def test_old_nvcc_is_said_in_words(wanted: str, build_env: dict[str, str], tmp_p
     said = " ".join((done.stdout + done.stderr).split())
     assert (done.returncode == 0) == (wanted == "AUTO")
     assert f"{nvcc} is of CUDA 11.8, and they need 12.4" in said
-
-
-@pytest.mark.skipif(not shutil.which(NEON_COMPILER), reason=f"{NEON_COMPILER} is not installed")
-@pytest.mark.parametrize(
-    "source", [path for path in CPU_SOURCES if "avx" not in path.name], ids=lambda path: path.stem
-)
-def test_neon_build_compiles(source: Path, tmp_path: Path) -> None:
-    flags = ("-std=c++17", "-O3", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-psabi", "-Werror")
-    run(
-        NEON_COMPILER,
-        *flags,
-        f"-I{ROOT / 'csrc'}",
-        "-c",
-        source,
-        "-o",
-        tmp_path / "o",
-        cwd=tmp_path,
-    )
 
 
 def test_the_pages_build(tmp_path: Path) -> None:

@@ -268,16 +268,14 @@ py::dict describe_similarity() {
   for (int s = 0; s < Sums<Sim>::kCount; ++s) roots[s] = Sim::root(s);
   using namespace py::literals;
   return py::dict("name"_a = Sim::name, "halves"_a = Sim::kHalves, "coupled"_a = Sim::kCoupled,
-                  "bilinear"_a = Sim::kBilinear, "weights"_a = Sim::kWeights, "factors"_a = factors,
-                  "roots"_a = roots);
+                  "bilinear"_a = Sim::kBilinear, "weights"_a = Sim::kWeights, "factors"_a = factors, "roots"_a = roots);
 }
 
 template <class Rule>
 py::dict describe_mutation() {
   constexpr const char* kDraws[] = {"none", "mask", "share", "moments"};
   using namespace py::literals;
-  return py::dict("name"_a = Rule::name, "draw"_a = kDraws[static_cast<int>(Rule::kDraw)],
-                  "pairs"_a = Rule::kPairs);
+  return py::dict("name"_a = Rule::name, "draw"_a = kDraws[static_cast<int>(Rule::kDraw)], "pairs"_a = Rule::kPairs);
 }
 
 template <class... Sims>

@@ -15,8 +15,8 @@ namespace emu {
 
 enum class Draw {
   kNone,
-  kMask,  // a byte for each unit, which is mutated (taken from the positive) if its byte is below a threshold
-  kShare,  // one number for each negative: how much of itself it keeps
+  kMask,    // a byte for each unit, which is mutated (taken from the positive) if its byte is below a threshold
+  kShare,   // one number for each negative: how much of itself it keeps
   kMoments  // nothing: the mean and the variance of what masks would give are taken
 };
 
@@ -122,9 +122,9 @@ struct Moments {
 template <class V>
 EMU_INNER Moments<V> moments_of_root(V m, V v, V inverse) {
   const V square = inverse * inverse, cube = square * inverse;
-  return {v * cube * 0.125f - m * inverse, v * square * 0.25f,  //
-          inverse + v * cube * square * 0.375f, cube * -0.5f,   //
-          v * square * square * 0.5f, -square};
+  return {v * cube * 0.125f - m * inverse,      v * square * 0.25f,  //
+          inverse + v * cube * square * 0.375f, cube * -0.5f,        //
+          v * square * square * 0.5f,           -square};
 }
 
 // How the inner loops mutate a negative. Where a term is a function of one component, the mutated term is the

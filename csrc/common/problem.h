@@ -42,22 +42,22 @@ struct Problem {
 
 // What a backward pass needs, all real. A weight is what a sum's terms share (backends/base.py, LossState).
 struct GradientArgs {
-  void* weight;          // (S, B, K)
-  void* mutated_weight;  // (S, B, K) with mutation
-  void* variance_weight; // (S, B, K) with moments, by half the variance
-  void* grad_rate;       // (B, U) with moments, or null
-  void* grad_query;      // (B, D)
-  void* grad_positive;   // (B, D)
-  void* grad_scale;      // (B, scale's width) or null
-  void* grad_weights;    // (B, W) or null
+  void* weight;           // (S, B, K)
+  void* mutated_weight;   // (S, B, K) with mutation
+  void* variance_weight;  // (S, B, K) with moments, by half the variance
+  void* grad_rate;        // (B, U) with moments, or null
+  void* grad_query;       // (B, D)
+  void* grad_positive;    // (B, D)
+  void* grad_scale;       // (B, scale's width) or null
+  void* grad_weights;     // (B, W) or null
 };
 
 struct LossArgs {
   double beta, alpha;
-  const void* coefficients;   // CUDA: (2,) real, β and α in the place of the two numbers, or null
-  const void* sample_weight;  // (B,) real or null
-  const void* positive_log_q; // (B,) real, what is taken off the positive's score, or null
-  const void* negative_log_q; // (G, K) real, off the negatives' and the mutated ones', or null; 0 where padding
+  const void* coefficients;    // CUDA: (2,) real, β and α in the place of the two numbers, or null
+  const void* sample_weight;   // (B,) real or null
+  const void* positive_log_q;  // (B,) real, what is taken off the positive's score, or null
+  const void* negative_log_q;  // (G, K) real, off the negatives' and the mutated ones', or null; 0 where padding
   Reduction reduction;
   bool need_grad;
   // Outputs, all real; those of gradient are written if need_grad.
@@ -85,16 +85,16 @@ struct QueryGradientArgs {
 };
 
 struct TableGradientArgs {
-  const void* row_scale;       // (B,) real
-  const void* weight;          // (S, B, K)
-  const void* mutated_weight;  // (S, B, K) with mutation
-  const void* variance_weight; // (S, B, K) with moments
-  const void* grad_positive;   // (B, D)
-  int64_t* ids;                // (touched,): the sparse form; null: the dense form
-  void* out;                   // (N, D) or (touched, D) of dtype
-  const void* sorted;          // the batch's ids in order: cpu/segments.h, cuda/sort.h
-  int64_t sorted_size;         // CPU
-  void* partials;              // CUDA: of partials_workspace bytes
+  const void* row_scale;        // (B,) real
+  const void* weight;           // (S, B, K)
+  const void* mutated_weight;   // (S, B, K) with mutation
+  const void* variance_weight;  // (S, B, K) with moments
+  const void* grad_positive;    // (B, D)
+  int64_t* ids;                 // (touched,): the sparse form; null: the dense form
+  void* out;                    // (N, D) or (touched, D) of dtype
+  const void* sorted;           // the batch's ids in order: cpu/segments.h, cuda/sort.h
+  int64_t sorted_size;          // CPU
+  void* partials;               // CUDA: of partials_workspace bytes
 };
 
 struct MutateArgs {

@@ -5,22 +5,40 @@
 
 #include "cpu/kernels.h"
 
+#if defined(EMU_HAS_AVX2) || defined(EMU_HAS_AVX512)
+#include <cpuid.h>
+#endif
+
 namespace emu {
+
+#if defined(EMU_HAS_AVX2) || defined(EMU_HAS_AVX512)
+// What __builtin_cpu_supports says, which finds nothing where Zig has linked.
+struct Found {
+  bool avx2, avx512;
+};
+static Found find_instruction_sets() {
+  const auto bit = [](unsigned word, int place) { return (word >> place & 1) != 0; };
+  unsigned a, b, c, d;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !bit(c, 27)) return {};  // no xgetbv
+  const bool fma = bit(c, 12) && bit(c, 29);                      // and F16C
+  unsigned saved, high;                                           // the registers that the system keeps
+  __asm__("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return {};
+  const bool f = bit(b, 16), dq = bit(b, 17), bw = bit(b, 30), vl = bit(b, 31);
+  return {fma && bit(b, 5) && (saved & 0x06) == 0x06, fma && f && dq && bw && vl && (saved & 0xE6) == 0xE6};
+}
+#endif
 
 int runnable_kernels(const Kernels* out[3]) {
   int count = 0;
-#if defined(__x86_64__)
-  __builtin_cpu_init();
+#if defined(EMU_HAS_AVX2) || defined(EMU_HAS_AVX512)
+  const Found found = find_instruction_sets();
 #endif
 #if defined(EMU_HAS_AVX512)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-    out[count++] = &kAvx512Kernels;
-  }
+  if (found.avx512) out[count++] = &kAvx512Kernels;
 #endif
 #if defined(EMU_HAS_AVX2)
-  // Every processor with AVX2 and FMA has F16C.
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) out[count++] = &kAvx2Kernels;
+  if (found.avx2) out[count++] = &kAvx2Kernels;
 #endif
   out[count++] = &kBaselineKernels;
   return count;
@@ -36,8 +54,10 @@ static const Kernels* choose() {
     if (std::string(wanted) == runnable[i]->name) return runnable[i];
     names += (i ? ", " : "") + std::string(runnable[i]->name);
   }
-  throw std::invalid_argument("EMU_KERNELS_CPU: expected one of the instruction sets that this build and "
-                              "this machine have (" + names + "), got '" + wanted + "'");
+  throw std::invalid_argument(
+      "EMU_KERNELS_CPU: expected one of the instruction sets that this build and "
+      "this machine have (" +
+      names + "), got '" + wanted + "'");
 }
 
 [[noreturn]] void throw_out_of_memory() { throw std::bad_alloc(); }

@@ -17,8 +17,8 @@ EMU_INLINE typename F::V tail_load(const typename F::Real* from, int64_t count) 
 
 // Statistics of softmax(positive, scores), where all but padding is finite. Writes e^(s_k − max) to `powers`.
 template <class F>
-static Softmax<typename F::Real> softmax(typename F::Real positive, const typename F::Real* scores,
-                                         int64_t count, typename F::Real* powers) {
+static Softmax<typename F::Real> softmax(typename F::Real positive, const typename F::Real* scores, int64_t count,
+                                         typename F::Real* powers) {
   using Real = typename F::Real;
   using V = typename F::V;
   const Real none = -static_cast<Real>(__builtin_inf());
@@ -208,8 +208,8 @@ static void accumulate_coupled(RowScratch<F, Sim, kMode>& s, const Layout<Sim>& 
 
 // Adds the tile's part of the gradient of half h's rates: Σ_k ŵ_k (p − t_k) + v_k (1/2 − ρ) (t_k − p)².
 template <class F, class Sim, int h>
-static void accumulate_rates(const RowScratch<F, Sim, kMoments>& s, const Layout<Sim>& at, int64_t from,
-                             int64_t count, typename F::Real* sums) {
+static void accumulate_rates(const RowScratch<F, Sim, kMoments>& s, const Layout<Sim>& at, int64_t from, int64_t count,
+                             typename F::Real* sums) {
   using V = typename F::V;
   const typename F::Real half = static_cast<typename F::Real>(0.5);
   for (int64_t j = 0; j < at.half; j += F::kLanes) {
@@ -278,8 +278,7 @@ EMU_INLINE void for_blocks(int64_t vectors, Body&& body) {
 }
 
 template <class F, class Sim, Mode kMode, bool kUniform>
-EMU_INLINE void accumulate_query(RowScratch<F, Sim, kMode>& s, const Layout<Sim>& at, int64_t from,
-                                 int64_t count) {
+EMU_INLINE void accumulate_query(RowScratch<F, Sim, kMode>& s, const Layout<Sim>& at, int64_t from, int64_t count) {
   const int64_t vectors = (at.half + F::kLanes - 1) / F::kLanes;
   for_blocks<accumulators<Sim, kMode>()>(vectors, [&](int64_t first, auto n) {
     constexpr int N = decltype(n)::value;
@@ -413,9 +412,9 @@ struct RowLoss {
 //   ∂/∂s⁻_k = α p_k      ∂/∂ŝ_k = ((1 + βK) p̂_k − β)/K      ∂/∂s⁺ = ((1 + βK) p̂_0 − 1)/K + α (p_0 − 1)
 // With moments p̂ is of the cumulants c, and ∂/∂c_k = (1 + βK) p̂_k / K, ∂/∂m_k = −β/K.
 template <class F, Mode kMode>
-static RowLoss<typename F::Real> row_loss(const LossArgs& a, typename F::Real positive,
-                                          typename F::Real* plain, typename F::Real* mutated,
-                                          typename F::Real* cumulant, int64_t count, int64_t real) {
+static RowLoss<typename F::Real> row_loss(const LossArgs& a, typename F::Real positive, typename F::Real* plain,
+                                          typename F::Real* mutated, typename F::Real* cumulant, int64_t count,
+                                          int64_t real) {
   using Real = typename F::Real;
   using V = typename F::V;
   const Real alpha = static_cast<Real>(a.alpha), beta = static_cast<Real>(a.beta);

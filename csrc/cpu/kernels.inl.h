@@ -22,9 +22,8 @@
 // Calls body(similarity, mode), whose types say which.
 template <class Body>
 static void specialise(const Problem& p, Body&& body) {
-  with_entry(Similarities{}, p.similarity, [&](auto sim) {
-    with_mode<decltype(sim)>(p.draws.kind, [&](auto mode) { body(sim, mode); });
-  });
+  with_entry(Similarities{}, p.similarity,
+             [&](auto sim) { with_mode<decltype(sim)>(p.draws.kind, [&](auto mode) { body(sim, mode); }); });
 }
 
 // Doubles are for checking gradients, so their kernels are compiled for one instruction set only.
@@ -35,9 +34,9 @@ static void specialise(const Problem& p, Body&& body) {
 #define EMU_DOUBLE_KERNEL(function, p, a) kBaselineKernels.function(p, a)
 #endif
 
-#define EMU_KERNEL(function, Args)                                                                         \
-  static void function##_any(const Problem& p, const Args& a) {                                            \
-    if (p.dtype == DType::kDouble) return EMU_DOUBLE_KERNEL(function, p, a);                               \
+#define EMU_KERNEL(function, Args)                                                                          \
+  static void function##_any(const Problem& p, const Args& a) {                                             \
+    if (p.dtype == DType::kDouble) return EMU_DOUBLE_KERNEL(function, p, a);                                \
     specialise(p, [&](auto sim, auto mode) { function<F32, decltype(sim), decltype(mode)::value>(p, a); }); \
   }
 

@@ -66,9 +66,7 @@ EMU_INLINE void with_table(const Problem& p, Body&& body) {
   }
 }
 
-EMU_INLINE int64_t element_size(DType dtype) {
-  return dtype == DType::kDouble ? 8 : dtype == DType::kFloat ? 4 : 2;
-}
+EMU_INLINE int64_t element_size(DType dtype) { return dtype == DType::kDouble ? 8 : dtype == DType::kFloat ? 4 : 2; }
 
 EMU_INLINE void prefetch_row(const void* row, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i);
@@ -86,8 +84,7 @@ static void write_row(DType dtype, void* out, int64_t at, const Real* from, int6
       case DType::kHalf:
         for (int64_t j = 0; j < dim; ++j) narrow(from[j], static_cast<Half*>(out) + at + j);
         return;
-      default:
-        __builtin_memcpy(static_cast<float*>(out) + at, from, static_cast<size_t>(dim) * 4);
+      default: __builtin_memcpy(static_cast<float*>(out) + at, from, static_cast<size_t>(dim) * 4);
     }
   }
 }

@@ -71,7 +71,7 @@ class Random {
 
  private:
   struct Block {
-    uint64_t c0, c1, c2;  // what the second round adds to a pair's words
+    uint64_t c0, c1, c2;                                            // what the second round adds to a pair's words
     uint8_t last[kComponentsPerCall], allowed[kComponentsPerCall];  // of each component, if they differ
   };
 

@@ -40,8 +40,8 @@ EMU_INLINE Real larger(Real a, Real b) {
 template <class Real>
 struct Relational {
   const RelationalArgs& a;
-  const int64_t L;            // components of a node in all queries
-  const int64_t chunk;        // queries
+  const int64_t L;      // components of a node in all queries
+  const int64_t chunk;  // queries
   const int64_t chunks;
   const Real *nodes, *relations, *own, *weight;
 
@@ -190,8 +190,8 @@ struct Relational {
           for (int64_t b = 0; b < queries; ++b) {
             const int64_t at = (a.other[i] * a.B + first + b) * kSections * a.D;
             add_gradient<kMessage, kAggregate, true>(nodes + u * L + (first + b) * a.D,
-                                                     relation(a.relation[i], first + b), w, a.D, grad + at,
-                                                     result + at, sum + b * a.D);
+                                                     relation(a.relation[i], first + b), w, a.D, grad + at, result + at,
+                                                     sum + b * a.D);
           }
         }
         copy(static_cast<Real*>(a.out) + u * L + first * a.D, sum, queries * a.D);
@@ -220,9 +220,8 @@ struct Relational {
         const Real w = weight_of(e);
         for (int64_t b = 0; b < queries; ++b) {
           const int64_t at = (a.other[i] * a.B + first + b) * kSections * a.D;
-          add_gradient<kMessage, kAggregate, false>(nodes + a.source[i] * L + (first + b) * a.D,
-                                                    relation(r, first + b), w, a.D, grad + at, result + at,
-                                                    sum + (shared ? 0 : b * a.D));
+          add_gradient<kMessage, kAggregate, false>(nodes + a.source[i] * L + (first + b) * a.D, relation(r, first + b),
+                                                    w, a.D, grad + at, result + at, sum + (shared ? 0 : b * a.D));
         }
       }
     });
@@ -234,8 +233,8 @@ struct Relational {
     }
   }
 
-  static constexpr Real HUGE_REAL = sizeof(Real) == 8 ? static_cast<Real>(__builtin_huge_val())
-                                                      : static_cast<Real>(__builtin_huge_valf());
+  static constexpr Real HUGE_REAL =
+      sizeof(Real) == 8 ? static_cast<Real>(__builtin_huge_val()) : static_cast<Real>(__builtin_huge_valf());
 };
 
 template <class Real, Message kMessage, Aggregate kAggregate>

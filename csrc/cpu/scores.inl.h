@@ -1,9 +1,9 @@
 // A row's negatives in a tile that fits the cache, and their scores.
 
-constexpr int64_t kTileBytes = 256 * 1024;     // of a tile's rows: what else it holds is as much at most
-constexpr int kStreamRows = 8;                 // gathered, masked and scored together
-constexpr int kPrefetchRows = 8;               // ahead
-constexpr int64_t kPrefetchBytes = 1024;       // of a row; the processor goes on by itself
+constexpr int64_t kTileBytes = 256 * 1024;  // of a tile's rows: what else it holds is as much at most
+constexpr int kStreamRows = 8;              // gathered, masked and scored together
+constexpr int kPrefetchRows = 8;            // ahead
+constexpr int64_t kPrefetchBytes = 1024;    // of a row; the processor goes on by itself
 
 template <class F, class Sim, Mode kMode>
 struct Tile {
@@ -40,8 +40,7 @@ struct Tile {
   // Fills the arrays, a few negatives at a time, and calls body(k, n) while negatives k .. k + n − 1 of the tile are
   // in the L1 cache.
   template <class Body>
-  void stream(const Problem& p, const Random& random, int64_t g, int64_t b, int64_t from, int64_t count,
-              Body&& body) {
+  void stream(const Problem& p, const Random& random, int64_t g, int64_t b, int64_t from, int64_t count, Body&& body) {
     const Layout<Sim> at(p.D);
     const bool gathered = group == g && first == from, complete = holds(g, b, from);
     group = g, first = from, scored_row = b;
@@ -62,8 +61,7 @@ struct Tile {
     }
   }
 
-  void gather_rows(const Problem& p, const Layout<Sim>& at, const int64_t* ids, int64_t k, int64_t n,
-                   int64_t count) {
+  void gather_rows(const Problem& p, const Layout<Sim>& at, const int64_t* ids, int64_t k, int64_t n, int64_t count) {
     with_table<F>(p, [&](auto* table) {
       const int64_t bytes = min64(p.D * static_cast<int64_t>(sizeof(*table)), kPrefetchBytes);
       for (int64_t i = k; i < k + n; ++i) {
@@ -106,7 +104,7 @@ struct RowScratch {
   Real *query, *factor, *positive, *positive_term, *gradient, *share, *factor_gradient;
   // (row,) each, of kMoments: 1 − ρ, ρ (1 − ρ), the positive's terms p, also of coupled ones, and ρ's gradient.
   Real *keep, *spread, *own_term, *grad_rate;
-  bool uniform;                     // whether all components have one rate, which loops then leave to the end
+  bool uniform;  // whether all components have one rate, which loops then leave to the end
   Real uniform_keep, uniform_spread;
   Real from_positive[kSums];  // Σ_j ρ_j p_j
   // (K rounded up to whole vectors,) each. plain and mutated hold sums, then scores, then weights of scores. Where a
@@ -121,8 +119,7 @@ struct RowScratch {
   RowScratch(const Problem& p, Carver& carver) {
     const int64_t row = Layout<Sim>(p.D).row, kp = (p.K + 15) / 16 * 16;
     tile.carve(p, carver);
-    Real** const arrays[] = {&query,    &factor, &positive,       &positive_term,
-                             &gradient, &share,  &factor_gradient};
+    Real** const arrays[] = {&query, &factor, &positive, &positive_term, &gradient, &share, &factor_gradient};
     for (Real** a : arrays) {
       *a = carver.take<Real>(row);
       if (*a != nullptr) __builtin_memset(*a, 0, sizeof(Real) * row);
@@ -172,7 +169,6 @@ struct RowScratch {
     gather<F, Sim>(p, at, p.positive[b], positive);
     if (kMode == kMoments && p.draws.rate_rows > 1) load_rates(p, at, b, keep, spread);
   }
-
 };
 
 // A RowScratch for each thread slot.
@@ -425,8 +421,7 @@ static void finish_moments(const Problem& p, RowScratch<F, Sim, kMoments>& s) {
 
 // From the weights of means and cumulants to those of each sum's M and V/2; adds to the gradient of w.
 template <class F, class Sim>
-static void finish_moment_weights(const Problem& p, RowScratch<F, Sim, kMoments>& s,
-                                  typename F::Real* grad_weights) {
+static void finish_moment_weights(const Problem& p, RowScratch<F, Sim, kMoments>& s, typename F::Real* grad_weights) {
   using V = typename F::V;
   const auto half = static_cast<typename F::Real>(0.5);
   V of_weight[Sums<Sim>::kCount] = {};
@@ -522,8 +517,8 @@ static void finish_weights(const Problem& p, RowScratch<F, Sim, kMode>& s, typen
 
 // The sums of row b's negatives from .. from + count − 1, which fill a tile.
 template <class F, class Sim, Mode kMode>
-static void score_tile(const Problem& p, const Random& random, RowScratch<F, Sim, kMode>& s, int64_t b,
-                       int64_t from, int64_t count) {
+static void score_tile(const Problem& p, const Random& random, RowScratch<F, Sim, kMode>& s, int64_t b, int64_t from,
+                       int64_t count) {
   const Layout<Sim> at(p.D);
   s.tile.stream(p, random, b / p.rows_per_group(), b, from, count, [&](int64_t k, int64_t n) {
     const int64_t end = k + n;
@@ -534,8 +529,7 @@ static void score_tile(const Problem& p, const Random& random, RowScratch<F, Sim
 
 // Scores of row b into scratch.plain and scratch.mutated; returns s⁺.
 template <class F, class Sim, Mode kMode>
-static typename F::Real score_row(const Problem& p, const Random& random, RowScratch<F, Sim, kMode>& s,
-                                  int64_t b) {
+static typename F::Real score_row(const Problem& p, const Random& random, RowScratch<F, Sim, kMode>& s, int64_t b) {
   score_positive<F, Sim, kMode>(s, Layout<Sim>(p.D));
   for (int64_t from = 0; from < p.K; from += s.tile.capacity) {
     score_tile<F, Sim, kMode>(p, random, s, b, from, min64(s.tile.capacity, p.K - from));

@@ -32,10 +32,9 @@ Segments::Segments(const Problem& p) {
   const int64_t negatives = p.G * p.K;
   const int64_t n = negatives + p.B;
   if (n >= (int64_t{1} << 32) - 1 || p.N >= (int64_t{1} << 32) - 1) {
-    throw std::invalid_argument(
-        "negative: the cpu backend takes at most 2**32 - 2 ids and table rows a call");
+    throw std::invalid_argument("negative: the cpu backend takes at most 2**32 - 2 ids and table rows a call");
   }
-  if (p.B == 0) return;  // a set of negatives without a row contributes nothing
+  if (p.B == 0) return;                                    // a set of negatives without a row contributes nothing
   const int bits = bit_width(static_cast<uint64_t>(p.N));  // keys 0..N; N is padding
   const int digit_bits = choose_digit_bits(bits, n);
   const uint32_t bins = 1u << digit_bits;

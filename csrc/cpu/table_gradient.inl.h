@@ -11,11 +11,11 @@ struct Pairs {
   uint32_t key[kBuffer];
   int64_t row[kBuffer];
   int64_t k[kBuffer];
-  Real plain[kSums][kBuffer];    // g_b w_bk
-  Real mutated[kSums][kBuffer];  // g_b ŵ_bk; for kSelect g_b (w_bk + ŵ_bk)
+  Real plain[kSums][kBuffer];     // g_b w_bk
+  Real mutated[kSums][kBuffer];   // g_b ŵ_bk; for kSelect g_b (w_bk + ŵ_bk)
   Real variance[kSums][kBuffer];  // of kMoments: g_b v_bk
-  Real shares[kBuffer];          // of kShare
-  uint8_t* masks;                // (kBuffer, mask_row)
+  Real shares[kBuffer];           // of kShare
+  uint8_t* masks;                 // (kBuffer, mask_row)
   int count;
 };
 
@@ -33,9 +33,9 @@ constexpr bool kNeedsCandidate = !Sim::kBilinear || kMode == kMoments;
 // sum += Σ over pairs of (w + ŵ (1 − λ)) ∂φ/∂c, for N vectors of half h's components from component j on.
 // Of one rate for all components, kUniform, `plain` is g (w + ŵ (1 − ρ)) and `variance` g v ρ (1 − ρ).
 template <class F, class Sim, Mode kMode, int h, int N, bool kUniform>
-static void accumulate_candidate(const Pairs<F, Sim>& pairs, int from, int to,
-                                 const RowData<typename F::Real>& rows, const Layout<Sim>& at, int64_t j,
-                                 const typename F::Real* candidate, typename F::Real* sum) {
+static void accumulate_candidate(const Pairs<F, Sim>& pairs, int from, int to, const RowData<typename F::Real>& rows,
+                                 const Layout<Sim>& at, int64_t j, const typename F::Real* candidate,
+                                 typename F::Real* sum) {
   using V = typename F::V;
   const int64_t first = h * at.half_padded + j;
   V s[N], c[N];
@@ -90,9 +90,8 @@ static void accumulate_candidate(const Pairs<F, Sim>& pairs, int from, int to,
 
 template <class F, class Sim, Mode kMode, int N>
 static void accumulate_candidate_coupled(const Pairs<F, Sim>& pairs, int from, int to,
-                                         const RowData<typename F::Real>& rows, const Layout<Sim>& at,
-                                         int64_t j, const typename F::Real* candidate,
-                                         typename F::Real* sum) {
+                                         const RowData<typename F::Real>& rows, const Layout<Sim>& at, int64_t j,
+                                         const typename F::Real* candidate, typename F::Real* sum) {
   using V = typename F::V;
   const int64_t first[2] = {j, at.half_padded + j};
   V s[2][N], c[2][N];
@@ -272,12 +271,8 @@ struct TableGradient {
   int64_t begin(int64_t piece) const { return piece * entries_per_piece; }
   int64_t end(int64_t piece) const { return min64(size, begin(piece) + entries_per_piece); }
   // Whether the piece's first segment began in the one before, and its last goes on in the one after.
-  bool continues(int64_t piece) const {
-    return begin(piece) > 0 && key_at(begin(piece) - 1) == key_at(begin(piece));
-  }
-  bool goes_on(int64_t piece) const {
-    return end(piece) < size && key_at(end(piece)) == key_at(end(piece) - 1);
-  }
+  bool continues(int64_t piece) const { return begin(piece) > 0 && key_at(begin(piece) - 1) == key_at(begin(piece)); }
+  bool goes_on(int64_t piece) const { return end(piece) < size && key_at(end(piece)) == key_at(end(piece) - 1); }
   bool one_segment(int64_t piece) const { return key_at(begin(piece)) == key_at(end(piece) - 1); }
 
   void zero_rows(int64_t from, int64_t to) {
@@ -334,8 +329,7 @@ struct TableGradient {
     if (a.ids == nullptr && last == size) zero_rows(key + int64_t{1}, p.N);
   }
 
-  void finish_segment(int64_t piece, uint32_t key, int64_t ordinal, bool is_first, bool is_last,
-                      const Real* sum) {
+  void finish_segment(int64_t piece, uint32_t key, int64_t ordinal, bool is_first, bool is_last, const Real* sum) {
     if (is_first && continues(piece)) {
       copy(partials + piece * 2 * at.row, sum, at.row);
     } else if (is_last && goes_on(piece)) {

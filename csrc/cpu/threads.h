@@ -18,9 +18,7 @@ bool joins_torch();
 
 template <class F>
 inline void parallel(int threads, int64_t items, F&& body) {
-  parallel_for(
-      threads, items, [](void* f, int64_t item, int slot) { (*static_cast<F*>(f))(item, slot); },
-      &body);
+  parallel_for(threads, items, [](void* f, int64_t item, int slot) { (*static_cast<F*>(f))(item, slot); }, &body);
 }
 
 }  // namespace emu

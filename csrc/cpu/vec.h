@@ -52,9 +52,7 @@ struct F32 {
   EMU_INLINE M load_mask(const uint8_t* bytes) {
     return (M)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)));
   }
-  EMU_INLINE V select(M m, V yes, V no) {
-    return (V)_mm256_blendv_ps((__m256)no, (__m256)yes, (__m256)m);
-  }
+  EMU_INLINE V select(M m, V yes, V no) { return (V)_mm256_blendv_ps((__m256)no, (__m256)yes, (__m256)m); }
   EMU_INLINE V keep(M m, V v) { return (V)((VI)v & m); }
   EMU_INLINE V fma(V a, V b, V c) { return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 #else
@@ -66,9 +64,7 @@ struct F32 {
   EMU_INLINE V select(M m, V yes, V no) { return (V)(((VI)yes & m) | ((VI)no & ~m)); }
   EMU_INLINE V keep(M m, V v) { return (V)((VI)v & m); }
 #if defined(__aarch64__)
-  EMU_INLINE V fma(V a, V b, V c) {
-    return (V)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
-  }
+  EMU_INLINE V fma(V a, V b, V c) { return (V)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
 #else
   EMU_INLINE V fma(V a, V b, V c) { return a * b + c; }
 #endif
@@ -77,9 +73,7 @@ struct F32 {
 
   EMU_INLINE V abs(V x) { return (V)((VI)x & 0x7FFFFFFF); }
   // 0 for 0.
-  EMU_INLINE V sign(V x) {
-    return (V)((((VI)x & INT32_MIN) | (VI)broadcast(1)) & (VI)(x != 0));
-  }
+  EMU_INLINE V sign(V x) { return (V)((((VI)x & INT32_MIN) | (VI)broadcast(1)) & (VI)(x != 0)); }
   // x^(−1/2) to about 3 ulp; 0 below the smallest normal number.
   EMU_INLINE V inverse_root(V x) {
 #if defined(__AVX512F__)
@@ -181,9 +175,7 @@ struct F64 {
   EMU_INLINE V broadcast(double x) { return V{} + x; }
 
   EMU_INLINE V abs(V x) { return (V)((VL)x & INT64_MAX); }
-  EMU_INLINE V sign(V x) {
-    return (V)((((VL)x & INT64_MIN) | (VL)broadcast(1)) & (VL)(x != 0));
-  }
+  EMU_INLINE V sign(V x) { return (V)((((VL)x & INT64_MIN) | (VL)broadcast(1)) & (VL)(x != 0)); }
   EMU_INLINE V inverse_root(V x) {
     for (int i = 0; i < kLanes; ++i) x[i] = x[i] > 0 ? 1 / __builtin_sqrt(x[i]) : x[i] * 0;
     return x;
@@ -219,8 +211,7 @@ EMU_INLINE void horizontal_sums(const typename F::V* v, typename F::Real* to) {
     __m256 half[4];
     for (int r = 0; r < 4; ++r) {
 #if defined(__AVX512F__)
-      half[r] = _mm256_add_ps(_mm512_castps512_ps256((__m512)v[r]),
-                              _mm512_extractf32x8_ps((__m512)v[r], 1));
+      half[r] = _mm256_add_ps(_mm512_castps512_ps256((__m512)v[r]), _mm512_extractf32x8_ps((__m512)v[r], 1));
 #else
       half[r] = (__m256)v[r];
 #endif

@@ -163,8 +163,8 @@ struct MaskTile {
   template <int V, int kWords>
   EMU_DEVICE void load(int r, int h, int j, uint32_t (&words)[kWords]) const {
     const int of = h == 1 && draws.pairs ? 0 : h;
-    const int at = of * region + (of * half + j) -
-                   (scattered() ? c0 : (of == 0 ? first0 : first1) * kComponentsPerCall);
+    const int at =
+        of * region + (of * half + j) - (scattered() ? c0 : (of == 0 ? first0 : first1) * kComponentsPerCall);
     const unsigned char* from = bytes + r * H * region + at;
     if constexpr (V < 4) {
       words[0] = 0;

@@ -29,8 +29,9 @@ Plan make_plan(const Problem& p) {
     return aligned(p.table, bytes) && p.table_stride * int64_t{sizeof(T)} % bytes == 0 &&
            plan.half * int64_t{sizeof(T)} % bytes == 0;
   };
-  plan.width = loadable(kChunk) ? Width::kWhole
-               : kChunk == 16 && sizeof(T) < 8 && loadable(8) ? Width::kHalves : Width::kElements;
+  plan.width = loadable(kChunk)                               ? Width::kWhole
+               : kChunk == 16 && sizeof(T) < 8 && loadable(8) ? Width::kHalves
+                                                              : Width::kElements;
   plan.whole_reals =
       plan.half % kReals == 0 && aligned(p.query, 16) && aligned(p.scale, 16) && aligned(p.draws.rate, 16);
   return plan;
@@ -121,9 +122,7 @@ struct Operators {
     }
   };
 
-  static int64_t loss_workspace(const Problem& p, bool need_grad) {
-    return LossMemory(p, need_grad, nullptr).bytes;
-  }
+  static int64_t loss_workspace(const Problem& p, bool need_grad) { return LossMemory(p, need_grad, nullptr).bytes; }
 
   static void loss_forward(const Problem& p, const LossArgs& a) {
     const LossMemory memory(p, a.need_grad, a.workspace);
@@ -145,9 +144,22 @@ struct Operators {
       }
       if (!in_one) run_pass<Pass::kScores>(args, "query_major (scores)");
 
-      RowLossArgs rows{p,      memory.positive_value,  args.value, args.mutated_value, args.variance,
-                       a.beta, a.alpha,                a.coefficients, a.positive_log_q, a.negative_log_q,
-                       memory.uls, memory.vanilla, memory.state, a.gradient.grad_weights, kMutated, a.need_grad};
+      RowLossArgs rows{p,
+                       memory.positive_value,
+                       args.value,
+                       args.mutated_value,
+                       args.variance,
+                       a.beta,
+                       a.alpha,
+                       a.coefficients,
+                       a.positive_log_q,
+                       a.negative_log_q,
+                       memory.uls,
+                       memory.vanilla,
+                       memory.state,
+                       a.gradient.grad_weights,
+                       kMutated,
+                       a.need_grad};
       EMU_LAUNCH((row_loss<Sim, Real, kMoments>), "row_loss", grid(p.B), kRowThreads,
                  kRowThreads / kWarp * sizeof(Real), p.place.stream, rows);
       if (a.need_grad) {
@@ -160,8 +172,8 @@ struct Operators {
         }
       }
     }
-    const ReduceArgs reduce{p.B,  memory.uls, memory.vanilla, a.sample_weight, a.coefficients, a.alpha, a.reduction,
-                            kMutated, a.loss, a.terms, a.row_scale};
+    const ReduceArgs reduce{p.B,         memory.uls, memory.vanilla, a.sample_weight, a.coefficients, a.alpha,
+                            a.reduction, kMutated,   a.loss,         a.terms,         a.row_scale};
     EMU_LAUNCH(reduce_rows<Real>, "reduce_rows", 1, kReduceThreads, kReduceThreads / kWarp * sizeof(double),
                p.place.stream, reduce);
   }
@@ -183,8 +195,15 @@ struct Operators {
   template <Pass kPass>
   static void finish_gradient(const Problem& p, const Plan& plan, const Real* sums, const Real* highest,
                               const RowState<Real>* state, const GradientArgs& gradient) {
-    const RowGradientArgs args{p,     plan, sums, highest, state, gradient.grad_query, gradient.grad_positive,
-                               gradient.grad_scale, gradient.grad_rate};
+    const RowGradientArgs args{p,
+                               plan,
+                               sums,
+                               highest,
+                               state,
+                               gradient.grad_query,
+                               gradient.grad_positive,
+                               gradient.grad_scale,
+                               gradient.grad_rate};
     EMU_LAUNCH((row_gradient<Sim, T, kMode, kPass>), "row_gradient", grid(p.B), kRowThreads, 0, p.place.stream, args);
   }
 
@@ -216,9 +235,7 @@ struct Operators {
     }
   };
 
-  static int64_t query_gradient_workspace(const Problem& p) {
-    return WeightsMemory(p, nullptr).bytes;
-  }
+  static int64_t query_gradient_workspace(const Problem& p) { return WeightsMemory(p, nullptr).bytes; }
 
   static void query_gradient(const Problem& p, const QueryGradientArgs& a) {
     if (p.B == 0) return;

@@ -17,10 +17,10 @@
 
 #define EMU_DEVICE __device__ __forceinline__
 #define EMU_SHARED_MEMORY(name) extern __shared__ __align__(16) unsigned char name[]
-#define EMU_LAUNCH(kernel, name, grid, block, shared, stream, ...)                                          \
-  do {                                                                                                      \
-    kernel<<<grid, block, shared, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__);                        \
-    ::emu::cuda::check(cudaGetLastError(), name);                                                           \
+#define EMU_LAUNCH(kernel, name, grid, block, shared, stream, ...)                   \
+  do {                                                                               \
+    kernel<<<grid, block, shared, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__); \
+    ::emu::cuda::check(cudaGetLastError(), name);                                    \
   } while (false)
 
 namespace emu::cuda {
@@ -37,8 +37,7 @@ inline void fill_zero(void* to, size_t bytes, void* stream, const char* what) {
 // to[0..3] += v, 16-byte aligned, in one transaction where the hardware has it.
 EMU_DEVICE void add_vector(float* to, float x, float y, float z, float w) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x), "f"(y), "f"(z), "f"(w)
-               : "memory");
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x), "f"(y), "f"(z), "f"(w) : "memory");
 #else
   atomicAdd(to, x), atomicAdd(to + 1, y), atomicAdd(to + 2, z), atomicAdd(to + 3, w);
 #endif

@@ -18,9 +18,9 @@ struct QueryMajorArgs {
   // kScores, kOnline: outputs for each sum (or minus its root): (S, B) and (S, B, K), or null. With moments
   // mutated_value is M, and variance V.
   void *positive_value, *value, *mutated_value, *variance;
-  void *positive_score, *score, *mutated_score, *cumulant;        // (B,), (B, K), .. or null
-  const void *weight, *mutated_weight, *variance_weight;          // kWeighted: (S, B, K), of the sums
-  const void *positive_log_q, *negative_log_q;  // kOnline: of LossArgs
+  void *positive_score, *score, *mutated_score, *cumulant;  // (B,), (B, K), .. or null
+  const void *weight, *mutated_weight, *variance_weight;    // kWeighted: (S, B, K), of the sums
+  const void *positive_log_q, *negative_log_q;              // kOnline: of LossArgs
   void* highest;  // kOnline: (B, splits, 2), what the weights of a split are relative to
   void* sums;     // kOnline, kWeighted: (B, splits, arrays, D)
 };
@@ -53,7 +53,7 @@ struct QueryMajor {
   static constexpr int H = S::H, V = S::V, R = S::R, kSums = Sums<Sim>::kCount;
   static constexpr bool kMutated = kMode != Mode::kPlain, kDirect = Sums<Sim>::kDirect;
   static constexpr bool kMoments = kMode == Mode::kMoments, kDrawn = kMutated && !kMoments;
-  static constexpr bool kOneTile = kPass != Pass::kScores;  // a block has one, and online passes are of one
+  static constexpr bool kOneTile = kPass != Pass::kScores;        // a block has one, and online passes are of one
   static constexpr int kKinds = kMoments ? 4 : kMutated ? 2 : 1;  // moments: plain, M, V and one that is 0
   static constexpr int kValues = kSums * kKinds * R;  // of R rows; value (s, kind, r) at (s·kinds + kind)·R + r
   static constexpr int kLanes = kWarp / kValues;      // lanes that hold the same value
@@ -93,9 +93,9 @@ struct QueryMajor {
   Columns<Sim, T, V> at;
   const T* positive_row;
   bool positive_bad;
-  Real positive[H][V];       // z⁺, where candidates are mixed with it
-  Real positive_term[H][V];  // its terms, where those are selected
-  Rates<Sim, T, V> rates;    // of moments
+  Real positive[H][V];        // z⁺, where candidates are mixed with it
+  Real positive_term[H][V];   // its terms, where those are selected
+  Rates<Sim, T, V> rates;     // of moments
   Real from_positive[kSums];  // Σ_j ρ_j p_j, of moments
   Chunk<T, V> rows[R][H];
   uint32_t words[R][H][S::kWords];

@@ -53,8 +53,8 @@ struct RowValues {
 #pragma unroll
     for (int s = 0; s < kSums; ++s) {
       const Real w = weight(s);
-      const Moments<Real> of = moments_of<Sim>(s, static_cast<const Real*>(means)[at(s, k)],
-                                               static_cast<const Real*>(variances)[at(s, k)]);
+      const Moments<Real> of =
+          moments_of<Sim>(s, static_cast<const Real*>(means)[at(s, k)], static_cast<const Real*>(variances)[at(s, k)]);
       e.mean += w * of.mean;
       e.cumulant += w * of.mean + w * w * of.variance * static_cast<Real>(0.5);
     }
@@ -88,15 +88,15 @@ struct RowValues {
 
 struct RowLossArgs {
   Problem p;
-  const void* positive_value;     // (S, B)
+  const void* positive_value;              // (S, B)
   void *value, *mutated_value, *variance;  // (S, B, K); with need_grad they become the weights of the sums;
-                                  // mutated_value is M with moments, and variance V
+                                           // mutated_value is M with moments, and variance V
   double beta, alpha;
-  const void* coefficients;       // (2,) or null
+  const void* coefficients;                     // (2,) or null
   const void *positive_log_q, *negative_log_q;  // of LossArgs
-  void *uls, *vanilla;            // (B,) of L_emu and L_van
-  void* state;                    // (B,) RowState, if need_grad
-  void* grad_weights;             // (B, W) or null
+  void *uls, *vanilla;                          // (B,) of L_emu and L_van
+  void* state;                                  // (B,) RowState, if need_grad
+  void* grad_weights;                           // (B, W) or null
   bool mutated, need_grad;
 };
 
@@ -244,11 +244,11 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks) row_loss(const __grid
 
 struct RowWeightsArgs {
   Problem p;
-  const void* positive_value;                                  // (S, B), or null where scores are sums
+  const void* positive_value;                                               // (S, B), or null where scores are sums
   const void *positive_weight, *weight, *mutated_weight, *cumulant_weight;  // of scores: (B,), (B, K), ..
-  void *value, *mutated_value, *variance;                      // (S, B, K); become the weights of the sums
-  void* state;                                                 // (B,) RowState
-  void* grad_weights;                                          // (B, W) or null
+  void *value, *mutated_value, *variance;                                   // (S, B, K); become the weights of the sums
+  void* state;                                                              // (B,) RowState
+  void* grad_weights;                                                       // (B, W) or null
   bool mutated;
 };
 
@@ -412,7 +412,8 @@ __global__ void __launch_bounds__(kReduceThreads) reduce_rows(const __grid_const
   const Real* weights = static_cast<const Real*>(a.sample_weight);
   const Real* uls = static_cast<const Real*>(a.uls);
   const Real* vanilla = static_cast<const Real*>(a.vanilla);
-  const Real alpha = a.coefficients != nullptr ? static_cast<const Real*>(a.coefficients)[1] : static_cast<Real>(a.alpha);
+  const Real alpha =
+      a.coefficients != nullptr ? static_cast<const Real*>(a.coefficients)[1] : static_cast<Real>(a.alpha);
   double total = 0, total_weight = 0, total_uls = 0, total_vanilla = 0;
   for (int64_t b = threadIdx.x; b < a.B; b += blockDim.x) {
     const double w = weights != nullptr ? static_cast<double>(weights[b]) : 1.0;

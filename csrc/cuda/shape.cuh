@@ -13,7 +13,9 @@ template <class Sim, class T, Mode kMode>
 struct Shape {
   static constexpr int H = Sim::kHalves;
   static constexpr int V = sizeof(T) == 8 ? 2 : sizeof(T) == 2 && H == 1 ? 8 : 4;
-  static constexpr int R = H == 2 && kMode != Mode::kPlain ? 2 : sizeof(T) == 4 && H == 1 && kMode == Mode::kPlain ? 8 : 4;
+  static constexpr int R = H == 2 && kMode != Mode::kPlain                     ? 2
+                           : sizeof(T) == 4 && H == 1 && kMode == Mode::kPlain ? 8
+                                                                               : 4;
   static constexpr int kWords = V < 4 ? 1 : V / 4;
 };
 
@@ -38,9 +40,9 @@ template <class Sim, class T, int V>
 struct Columns {
   using Real = typename Sum<T>::Real;
   static constexpr int H = Sim::kHalves;
-  Real query[H][V];     // of phases times κ/2
-  Real factor[H][V];    // what multiplies the candidate: a, 1 or κ/2
-  int j, end;           // the first component in its half, and the half's end
+  Real query[H][V];   // of phases times κ/2
+  Real factor[H][V];  // what multiplies the candidate: a, 1 or κ/2
+  int j, end;         // the first component in its half, and the half's end
 
   EMU_DEVICE void load(const Problem& p, const Plan& plan, int64_t b, int column) {
     load(p, plan, b, column, plan.whole_reals);

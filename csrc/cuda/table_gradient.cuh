@@ -44,7 +44,7 @@ struct TableGradientKernelArgs {
   const int64_t* ordinals;  // (pieces without chunks,), in the sparse form: which touched row each begins in
   int64_t* ids;             // the sparse form, or null
   void* out;
-  void* partials;           // (pieces, 2, D) real: of the first and of the last segment
+  void* partials;  // (pieces, 2, D) real: of the first and of the last segment
 };
 
 // One piece: where it begins and ends, and whether its first and its last segment lie in other pieces too.
@@ -65,8 +65,7 @@ struct Piece {
     opens = chunk == 0;
     one_segment = key[first] == key[last - 1];
     continues = chunk > 0 || (first > 0 && key[first - 1] == key[first]);
-    goes_on = key[last - 1] < a.p.N &&
-              (chunk + 1 < cut.chunks || (last < cut.entries && key[last] == key[last - 1]));
+    goes_on = key[last - 1] < a.p.N && (chunk + 1 < cut.chunks || (last < cut.entries && key[last] == key[last - 1]));
   }
 };
 
@@ -85,8 +84,8 @@ struct TableGradient {
   // Contributions to rows of the table: of negative k of row b; of row b's positive; or nothing.
   static constexpr uint32_t kPositive = 0xFFFFFFFFu, kNothing = 0xFFFFFFFEu;
   struct Pairs {
-    Real plain[kSums][kBatch];    // g_b w_bk
-    Real mutated[kSums][kBatch];  // g_b ŵ_bk; for kSelect g_b (w_bk + ŵ_bk)
+    Real plain[kSums][kBatch];                 // g_b w_bk
+    Real mutated[kSums][kBatch];               // g_b ŵ_bk; for kSelect g_b (w_bk + ŵ_bk)
     Real share[kMoments ? kSums : 1][kBatch];  // of kShare; for kMoments g_b v_bk
     uint32_t key[kBatch], row[kBatch], k[kBatch];
   };
@@ -258,8 +257,8 @@ struct TableGradient {
   // Row b's query; for a positive, its gradient.
   EMU_DEVICE void load_query(int at, Real (&to)[H][V]) {
     const bool positive = pairs.k[at] == kPositive;
-    const Real* from = static_cast<const Real*>(positive ? a.grad_positive : p.query) +
-                       static_cast<int64_t>(pairs.row[at]) * p.D;
+    const Real* from =
+        static_cast<const Real*>(positive ? a.grad_positive : p.query) + static_cast<int64_t>(pairs.row[at]) * p.D;
 #pragma unroll
     for (int h = 0; h < H; ++h) {
       load_reals<V>(from + h * plan.half, j, plan.half, plan.whole_reals, to[h]);
@@ -371,8 +370,7 @@ struct TableGradient {
           const Real z = positive[h].at(i);
           if (kMode == Mode::kMask) mutated[h] = tile.limit.mutated(words[h][i / 4], i % 4);
           const bool taken = kMoments || mutated[h];
-          const Real candidate_mixed =
-              kMode == Mode::kShare ? z + multiply(share, subtract(c, z)) : taken ? z : c;
+          const Real candidate_mixed = kMode == Mode::kShare ? z + multiply(share, subtract(c, z)) : taken ? z : c;
           mixed[h] = difference<Sim, 0>(query[h][i], Real{1}, candidate_mixed);
         }
       }
@@ -458,9 +456,9 @@ __global__ void __launch_bounds__(kJoinThreads) join_pieces(const __grid_constan
   }
   // Which touched row it is: the next piece begins with this segment, but this piece may begin with another.
   const int64_t next_of_entry = (piece.index + 1) / a.pieces.chunks;
-  const int64_t ordinal = a.ids == nullptr                                ? static_cast<int64_t>(key)
-                          : a.pieces.chunks > 1                           ? a.ordinals[piece.index / a.pieces.chunks]
-                                                                          : a.ordinals[next_of_entry];
+  const int64_t ordinal = a.ids == nullptr      ? static_cast<int64_t>(key)
+                          : a.pieces.chunks > 1 ? a.ordinals[piece.index / a.pieces.chunks]
+                                                : a.ordinals[next_of_entry];
   if (a.ids != nullptr && threadIdx.x == 0) a.ids[ordinal] = key;
   T* const to = static_cast<T*>(a.out) + ordinal * D;
   for (int64_t j = threadIdx.x; j < D; j += kJoinThreads) {

@@ -187,8 +187,8 @@ inline void run_block(const char* name) {
   for (int t = 0; t < n; ++t) {
     Fibre& fibre = m.fibres[static_cast<size_t>(t)];
     if (fibre.stack == nullptr) {
-      void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
-                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      void* stack =
+          mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
       if (stack == MAP_FAILED) throw std::bad_alloc();
       fibre.stack = static_cast<char*>(stack);
     }
@@ -245,8 +245,7 @@ inline void launch(const char* name, dim3 grid, int threads, size_t shared, void
 
 template <class Job>
 void launch(const char* name, dim3 grid, int threads, size_t shared, Job&& job) {
-  launch(name, grid, threads, shared, [](void* data) { (*static_cast<std::remove_reference_t<Job>*>(data))(); },
-         &job);
+  launch(name, grid, threads, shared, [](void* data) { (*static_cast<std::remove_reference_t<Job>*>(data))(); }, &job);
 }
 
 // The value of another lane of the same warp; all of its lanes have to call it.
@@ -308,7 +307,9 @@ inline void fill_zero(void* to, size_t bytes, void*, const char*) {
   if (bytes > 0) std::memset(to, 0, bytes);
 }
 
-inline void add_vector(float* to, float x, float y, float z, float w) { to[0] += x, to[1] += y, to[2] += z, to[3] += w; }
+inline void add_vector(float* to, float x, float y, float z, float w) {
+  to[0] += x, to[1] += y, to[2] += z, to[3] += w;
+}
 
 inline void forget(uint32_t&) {}
 
@@ -337,7 +338,7 @@ inline uint16_t float_to_half(float x) {
   const uint16_t sign = static_cast<uint16_t>((u >> 16) & 0x8000);
   if (rest > 0x7F800000) return static_cast<uint16_t>(sign | 0x7E00);
   if (rest >= 0x477FF000) return static_cast<uint16_t>(sign | 0x7C00);  // rounds to 65536 or more
-  if (rest < 0x38800000) {  // subnormal half: let float addition round
+  if (rest < 0x38800000) {                                              // subnormal half: let float addition round
     return static_cast<uint16_t>(sign | (float_to_bits(bits_to_float(rest) + 0.5f) - float_to_bits(0.5f)));
   }
   return static_cast<uint16_t>(sign | ((rest - 0x38000000 + 0xFFF + ((rest >> 13) & 1)) >> 13));

@@ -66,18 +66,20 @@ void run(int64_t D, bool pairs, bool each) {
   Array<Real> weight(S * B * K), mutated_weight(S * B * K), variance_weight(S * B * K), grad_rate(B * units);
   Array<Real> grad_query(B * D), grad_positive(B * D);
   Array<Real> grad_scale(B * D), grad_weights(B * 2), loss(B), terms(2), ones(B);
-  const GradientArgs gradient{weight.get(),        mutated_weight.get(),
+  const GradientArgs gradient{weight.get(),
+                              mutated_weight.get(),
                               variance_weight.get(),
                               p.draws.learned ? grad_rate.get() : nullptr,
-                              grad_query.get(),    grad_positive.get(),
+                              grad_query.get(),
+                              grad_positive.get(),
                               p.scale != nullptr ? grad_scale.get() : nullptr,
                               W > 0 ? grad_weights.get() : nullptr};
   const Array<Real> positive_log_q(B), negative_log_q(G * K);
   for (const bool need_grad : {false, true}) {
     const Array<char> workspace(Of::loss_workspace(p, need_grad));
-    Of::loss_forward(p, {0.3, 0.2, nullptr, nullptr, each ? positive_log_q.get() : nullptr,
-                         each ? negative_log_q.get() : nullptr, Reduction::kNone, need_grad, loss.get(), terms.get(),
-                         row_scale.get(), gradient, workspace.get()});
+    Of::loss_forward(
+        p, {0.3, 0.2, nullptr, nullptr, each ? positive_log_q.get() : nullptr, each ? negative_log_q.get() : nullptr,
+            Reduction::kNone, need_grad, loss.get(), terms.get(), row_scale.get(), gradient, workspace.get()});
   }
 
   Array<char> sorted(sort_workspace(p));

@@ -1,0 +1,73 @@
+"""The NEON build gives what the x86-64 baseline gives, which is tested against the specification.
+
+A program that calls every CPU kernel is compiled for both. That for ARM runs in an emulator.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.ops.support import ROOT, assert_near
+
+CROSS = "aarch64-linux-gnu-g++"
+EMULATOR = next(filter(shutil.which, ("qemu-aarch64", "qemu-aarch64-static")), "qemu-aarch64")
+SOURCES = [
+    ROOT / "tests/cpu/results.cpp",
+    *(path for path in sorted(ROOT.glob("csrc/cpu/*.cpp")) if "avx" not in path.name),
+]
+FLAGS = ("-std=c++17", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-psabi", f"-I{ROOT / 'csrc'}")
+EXACT = ("mutate", "shares", "relational")
+"""What no kernel may round in another way: components and masks, random bits, sums in order."""
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not shutil.which(CROSS), reason=f"{CROSS} is not installed"),
+]
+
+
+def build(compiler: str, folder: Path, *extra: str) -> Path:
+    program = folder / Path(compiler).name
+    command = [compiler, *FLAGS, *extra, *map(str, SOURCES), "-o", str(program)]
+    done = subprocess.run([*command, "-pthread", "-ldl"], text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    return program
+
+
+def results(*command: str | Path) -> dict[str, Tensor]:
+    done = subprocess.run(command, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    return {
+        name: torch.frombuffer(bytearray.fromhex(data), dtype=getattr(torch, dtype))
+        for name, dtype, data in lines
+    }
+
+
+@pytest.fixture(scope="module")
+def neon(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As CMakeLists.txt has it, without a warning; static, so that it needs no library of ARM's."""
+    return build(CROSS, tmp_path_factory.mktemp("neon"), "-O3", "-Werror", "-static")
+
+
+def test_no_compiler_warning(neon: Path) -> None:
+    assert neon.is_file()
+
+
+@pytest.mark.skipif(not shutil.which(EMULATOR), reason=f"{EMULATOR} is not installed")
+def test_same_results(neon: Path, tmp_path: Path) -> None:
+    """Sums may differ, by where a product and a sum are rounded once: to the tests' tolerance."""
+    expected = results(build(os.environ.get("CXX", "g++"), tmp_path, "-O1"))
+    actual = results(EMULATOR, neon)
+    assert actual.keys() == expected.keys()
+    for name, tensor in actual.items():
+        if name.startswith(EXACT) or not tensor.is_floating_point():
+            assert torch.equal(tensor, expected[name]), name
+        else:
+            assert_near(tensor, expected[name], name)
