@@ -1,6 +1,7 @@
 """The mutation rules: how a negative is mutated toward the positive, and with which parameters.
 
-A rule is a frozen dataclass here; its arithmetic stands in :mod:`emu_kernels.reference`,
+A rule draws a mask, which takes the positive's components, or shares, which mix linearly. Kernels
+know no other. It is a frozen dataclass here; its arithmetic stands in :mod:`emu_kernels.reference`,
 csrc/common/mutation.h and triton/kernels/masks.py. The parameters' names are theirs everywhere, the
 operators' schemas included.
 """

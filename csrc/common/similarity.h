@@ -3,8 +3,9 @@
 // emu_kernels/similarity.py describes the same similarities.
 //
 // φ = Σ_s w_s S_s, where S_s is a sum of terms over components, or minus the root of a sum of squares. A term
-// is a function of u, which is q·c or q − a·c. A row may be two halves, D/2 components each, with a sum each;
-// or a term may be a function of both halves (kCoupled), as of a complex number's parts.
+// is u itself where u is q·c, or a function of u = q − a·c that is 0 at 0 (padding is summed, too). A row may be two
+// halves, D/2 components each, with a sum each; or a term may be a function of both halves (kCoupled), as of a complex
+// number's parts.
 //
 // Each has: name, kHalves, kCoupled, kBilinear, kWeights (how many w it takes), root(s) (whether sum s is of squares
 // under a root), factor(h), and, with M the mathematics of a V, the slopes from which every gradient is made:

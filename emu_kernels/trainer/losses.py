@@ -100,7 +100,8 @@ class Step(NamedTuple):
         return fused_softmax_loss(**self.arguments, sample_weight=self.sample_weight)
 
     def scores(self) -> EmuScores:
-        margin = 0.0 if self.model.similarity == "dot" else self.model.margin
+        bilinear = SIMILARITIES[self.model.similarity].bilinear
+        margin = 0.0 if bilinear else self.model.margin
         return emu_scores(**self.arguments, mutation_rate=None, margin=margin)
 
 

@@ -19,6 +19,7 @@ from emu_kernels import (
     fused_softmax_loss,
 )
 from emu_kernels.mask import mixup_share, mutation_mask, rates_to_thresholds
+from emu_kernels.mutation import RULES, Mutation
 from emu_kernels.similarity import SIMILARITIES
 from tests.ops.support import (
     Options,
@@ -45,6 +46,17 @@ MUTATIONS: dict[str, Callable[[int], Options]] = {
     "all": lambda dim: {"mutation_rate": 1.0},
     "expected": lambda dim: {"mutation_rate": Expected(0.4)},
 }
+
+
+def _rule(options: Options) -> str:
+    rate = options["mutation_rate"]
+    return rate.name if isinstance(rate, Mutation) else options.get("mask_unit", "component")
+
+
+def test_every_mutation_rule_has_a_case() -> None:
+    assert {_rule(options(2)) for options in MUTATIONS.values()} | {"none"} == RULES.keys()
+
+
 SHAPES: list[Options] = [
     {"batch": 1, "count": 1, "dim": 2, "rows": 4},
     {"batch": 3, "count": 9, "dim": 14, "rows": 5},
