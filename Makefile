@@ -33,7 +33,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist
 
 help:
 	@echo "make demo       builds, trains with and without EMU on FB15k-237, prints the result: minutes"
-	@echo "make test       lint, types, every feature on every backend: over 10 minutes on two cores"
+	@echo "make test       lint, types, every feature on every backend: some ten minutes on two cores"
 	@echo "make test-all   make test, then the slow tests: half an hour on two cores"
 	@echo "make lint       ruff, mypy and clang-format"
 	@echo "make bench      all measurements that this machine can take: about half an hour"

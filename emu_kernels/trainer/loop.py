@@ -142,12 +142,12 @@ class Trainer:
             if self.step and self._due(until) and self._validated < self.step:
                 whole = self._validate(math.nan, stop)
             started = time.perf_counter()
-            told_at = self.step + STEPS_BEFORE_ESTIMATE
+            told_at, before = self.step + STEPS_BEFORE_ESTIMATE, self.seconds
             while self.step < until and not (stop.is_set() or self.out_of_patience):
                 self._train_step()
                 bar.update(config.batch_size)
                 if self.step == told_at < until:
-                    self._tell_time(time.perf_counter() - started, until)
+                    self._tell_time(self.seconds - before + time.perf_counter() - started, until)
                 log = self.step % config.log_every == 0
                 evaluate = self._due(until)
                 if not (log or evaluate):
