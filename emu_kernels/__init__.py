@@ -15,7 +15,7 @@ from emu_kernels.api import (
     uls_cross_entropy,
 )
 from emu_kernels.module import EMULoss
-from emu_kernels.mutation import Expected, Mixup
+from emu_kernels.mutation import Expected, Mixup, MutationRate
 from emu_kernels.one_vs_all import one_vs_all_loss
 from emu_kernels.relational import RelationalGraph, relational_spmm
 
@@ -27,6 +27,7 @@ __all__ = [
     "EmuScores",
     "Expected",
     "Mixup",
+    "MutationRate",
     "RelationalGraph",
     "__version__",
     "emu_mutate",

@@ -14,7 +14,7 @@ from typing import NamedTuple, ParamSpec, TypeVar
 from torch import Tensor
 
 from emu_kernels import backends, prepare, reference, validate
-from emu_kernels.mutation import Expected, Mixup, NoMutation
+from emu_kernels.mutation import MutationRate, NoMutation
 from emu_kernels.values import usable_coefficient
 
 __all__ = [
@@ -59,9 +59,9 @@ class EmuScores(NamedTuple):
     """(B, K) scores of the negatives as they are; −inf where padding."""
     mutated: Tensor
     """(B, K) scores of the mutated negatives; −inf where padding. ``negative`` without mutation;
-    with :class:`Expected` the means over all masks."""
+    with :class:`emu_kernels.Expected` the means over all masks."""
     cumulant: Tensor
-    """(B, K) log E e^ŝ over all masks, to second order, with :class:`Expected`; −inf where padding.
+    """(B, K) log E e^ŝ over all masks, to second order, with ``Expected``; −inf where padding.
     Of a drawn mask it is ``mutated`` itself: a loss with a logsumexp over these fits both."""
 
 
@@ -72,7 +72,7 @@ def fused_emu_loss(
     negative: Tensor,  # (G, K) or (K,)
     *,
     similarity: str = "dot",
-    mutation_rate: float | Tensor | Mixup | Expected,
+    mutation_rate: MutationRate,
     beta: float | Tensor,
     alpha: float | Tensor,
     scale: Tensor | None = None,  # (B, D), or (B, D/2)
@@ -125,8 +125,9 @@ def fused_emu_loss(
             Where a distance is 0 its subgradient is 0.
         mutation_rate: in [0, 1], effective in steps of 1/256
             (:func:`emu_kernels.mask.effective_rate`); a tensor holds one rate (), or one a
-            component (D,), or a pair (D/2,), and gets no gradient; a :class:`Mixup` mixes instead;
-            :class:`Expected` takes the expectation over all masks, and draws none.
+            component (D,), or a pair (D/2,), and gets no gradient. An
+            :class:`emu_kernels.Expected` takes the expectation over all masks, and draws none; a
+            :class:`emu_kernels.Mixup` mixes instead.
         beta: the label β ≥ 0 of a mutated negative under unbounded label smoothing; a number, or a
             one-element tensor (for schedules), which gets no gradient.
         alpha: the weight α ≥ 0 of the vanilla term; likewise.
@@ -219,12 +220,9 @@ def fused_softmax_loss(
             negative,
             similarity=similarity,
             mutation=NoMutation(),
-            mask_unit="component",
             scale=scale,
             similarity_weights=similarity_weights,
             phase_scale=phase_scale,
-            seed=None,
-            row_offset=0,
             sparse_grad=sparse_grad,
         ),
         beta=0.0,
@@ -244,7 +242,7 @@ def emu_scores(
     negative: Tensor,  # (G, K) or (K,)
     *,
     similarity: str = "dot",
-    mutation_rate: float | Tensor | Mixup | Expected | None,
+    mutation_rate: MutationRate | None,
     margin: float = 0.0,
     scale: Tensor | None = None,  # (B, D), or (B, D/2)
     similarity_weights: Tensor | None = None,

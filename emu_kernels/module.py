@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from emu_kernels import backends, prepare, validate
-from emu_kernels.mutation import Expected, Mixup
+from emu_kernels.mutation import MutationRate
 
 
 class EMULoss(nn.Module):
@@ -32,7 +32,7 @@ class EMULoss(nn.Module):
     def __init__(
         self,
         *,
-        mutation_rate: float | Tensor | Mixup | Expected,
+        mutation_rate: MutationRate,
         beta: float | Tensor,
         alpha: float | Tensor,
         similarity: str = "dot",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeAlias
 
 from torch import Tensor
 
@@ -135,12 +135,21 @@ class Expected(Mutation):
             raise TypeError(f"rate: expected a number or a tensor, got {self.rate}")
 
 
+MutationRate: TypeAlias = float | Tensor | Mixup | Expected
+"""What ``mutation_rate`` may be: the rate of drawn masks, for all components or in a tensor for
+each; a :class:`Mixup`; or an :class:`Expected`, for the closed form."""
+
 RULES: dict[str, type[Mutation]] = {
     rule.name: rule for rule in (NoMutation, Component, Pair, Mixup, Expected)
 }
 
 MASK_UNITS = tuple(rule.name for rule in RULES.values() if rule.draw == "mask")
 """The values of ``mask_unit``: the rules that a plain mutation rate can mean."""
+
+
+def mask_unit(*, pairs: bool) -> str:
+    """The unit that is a component, or that is a pair."""
+    return next(unit for unit in MASK_UNITS if RULES[unit].pairs == pairs)
 
 
 def masked(unit: str, rate: float | Tensor) -> Mutation:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from emu_kernels import validate
-from emu_kernels.mutation import RULES, Expected, Mutation, masked
+from emu_kernels.mutation import RULES, Expected, Mutation, mask_unit, masked
 from emu_kernels.request import Draws, LossRequest, Request
 from emu_kernels.similarity import SIMILARITIES
 from emu_kernels.values import usable_rates, usable_thresholds
@@ -54,7 +54,7 @@ def _expected(rule: Expected, unit: str, query: Tensor, similarity: str) -> Expe
     """The rule with its rates as a tensor: one of all (1, 1), of all rows (1, U) or of each
     (B, U)."""
     coupled = SIMILARITIES[similarity].coupled
-    wanted = "pair" if coupled else "component"
+    wanted = mask_unit(pairs=coupled)
     if unit != wanted:
         raise ValueError(
             f"mask_unit: Expected is for {wanted}s where similarity is {similarity!r}: "
@@ -80,13 +80,13 @@ def scores(
     *,
     similarity: str,
     mutation: float | Tensor | Mutation,
-    mask_unit: str,
-    scale: Tensor | None,
-    similarity_weights: Tensor | None,
-    phase_scale: float,
-    seed: int | Tensor | None,
-    row_offset: int,
-    sparse_grad: bool,
+    mask_unit: str = "component",
+    scale: Tensor | None = None,
+    similarity_weights: Tensor | None = None,
+    phase_scale: float = 1.0,
+    seed: int | Tensor | None = None,
+    row_offset: int = 0,
+    sparse_grad: bool = False,
 ) -> Request:
     validate.batch(
         query,
@@ -153,18 +153,7 @@ def loss(
         of_positive = _of_ids(log_q, request.positive, like.dtype)
         of_negative = _of_ids(log_q, request.negative, like.dtype)
     return LossRequest(
-        mutation=request.mutation,
-        seed=request.seed,
-        row_offset=request.row_offset,
-        query=request.query,
-        table=request.table,
-        scale=request.scale,
-        weights=request.weights,
-        positive=request.positive,
-        negative=request.negative,
-        similarity=request.similarity,
-        phase_scale=request.phase_scale,
-        sparse_grad=request.sparse_grad,
+        **vars(request),
         beta=float(beta),
         alpha=float(alpha),
         coefficients=coefficients,

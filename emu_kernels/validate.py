@@ -13,7 +13,7 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
-from emu_kernels.mutation import MASK_UNITS, Mutation
+from emu_kernels.mutation import MASK_UNITS, RULES, Mutation
 from emu_kernels.similarity import SIMILARITIES
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -270,8 +270,8 @@ def row_offset(value: object, rows: int) -> int:
 
 def mask_unit(value: object, dim: int | torch.SymInt) -> None:
     one_of("mask_unit", value, MASK_UNITS)
-    if value == "pair" and dim % 2:
-        raise ValueError(f"mask_unit: 'pair' needs an even number of components, got {dim}")
+    if RULES[str(value)].pairs and dim % 2:
+        raise ValueError(f"mask_unit: {value!r} needs an even number of components, got {dim}")
 
 
 def rates(name: str, value: Tensor, unit: str, units: int, device: torch.device) -> None:

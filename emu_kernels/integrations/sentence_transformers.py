@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from emu_kernels import Expected, fused_emu_loss, validate
+from emu_kernels import MutationRate, fused_emu_loss, validate
 from emu_kernels.integrations._require import require
 
 require("sentence-transformers", (6, 0), extra="sentence-transformers")
@@ -41,7 +41,7 @@ class EMURankingLoss(MultipleNegativesRankingLoss):
         self,
         model: SentenceTransformer,
         *,
-        mutation_rate: float | Tensor | Expected,
+        mutation_rate: MutationRate,
         beta: float,
         alpha: float,
         scale: float = 20.0,

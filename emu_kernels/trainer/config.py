@@ -6,6 +6,8 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from emu_kernels.mutation import RULES
+
 from .datasets import DATASETS, FOLDER_VARIABLE
 from .errors import ConfigError
 from .evaluation import EvaluationOptions
@@ -157,8 +159,8 @@ class Config(
             raise ConfigError(f"rows_per_set: {self.sampler} negatives cannot be shared")
         if self.norm not in (model.norms or (1,)):
             raise ConfigError(f"norm must be left out: {self.model} has no choice")
-        if self.mask_unit == "pair" and MODELS[self.model].entity_width * self.dim % 2:
-            raise ConfigError(f"mask_unit 'pair' needs an even dim with {self.model}")
+        if RULES[self.mask_unit].pairs and MODELS[self.model].entity_width * self.dim % 2:
+            raise ConfigError(f"mask_unit {self.mask_unit!r} needs an even dim with {self.model}")
         if self.freeze_entities and self.init_entities is None:
             raise ConfigError("freeze_entities needs init_entities, the vectors to keep")
         if CORRUPTIONS[self.corruption].inverse:

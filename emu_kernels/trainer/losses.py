@@ -20,7 +20,7 @@ from emu_kernels import (
     one_vs_all_loss,
 )
 from emu_kernels.mask import MAX_MIXUP_ORDER, effective_rate
-from emu_kernels.mutation import MASK_UNITS
+from emu_kernels.mutation import MASK_UNITS, mask_unit
 from emu_kernels.reference import reduce
 from emu_kernels.similarity import SIMILARITIES
 
@@ -84,7 +84,7 @@ class Step(NamedTuple):
     def emu(self, mutation_rate: float | Mixup | Expected) -> Tensor:
         unit = self.config.mask_unit
         if isinstance(mutation_rate, Expected):  # where the model says what a unit is
-            unit = "pair" if SIMILARITIES[self.model.similarity].coupled else "component"
+            unit = mask_unit(pairs=SIMILARITIES[self.model.similarity].coupled)
         options: dict[str, Any] = {
             "mutation_rate": mutation_rate,
             "beta": self.config.beta,

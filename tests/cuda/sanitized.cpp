@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
 #include "cuda/operators.cuh"
@@ -27,6 +28,13 @@ T number(int64_t i) {
   T x;
   narrow(static_cast<typename Sum<T>::Real>((i * 7919 % 31 - 15) / 16.0), &x);
   return x;
+}
+
+template <class Rule, class... Rules>
+constexpr int place_of(List<Rules...>) {
+  int place = 0;
+  static_cast<void>(((std::is_same_v<Rule, Rules> || (++place, false)) || ...));
+  return place;
 }
 
 template <class Sim, class T, Mode kMode>
@@ -58,7 +66,7 @@ void run(int64_t D, bool pairs, bool each) {
   p.phase_scale = 1;
   p.draws.pairs = pairs, p.draws.seed = seed.get(), p.draws.row_offset = 3;
   p.draws.threshold = 100, p.draws.thresholds = each ? thresholds.get() : nullptr;
-  p.draws.rule = 3, p.draws.order = 2;  // Mixup's, for kernels that draw shares
+  p.draws.rule = place_of<Mixup>(Mutations{}), p.draws.order = 2;  // for kernels that draw shares
   p.draws.rate = kMode == Mode::kMoments ? rate.get() : nullptr;
   p.draws.rate_rows = each ? B : 1, p.draws.rate_units = units, p.draws.learned = kMode == Mode::kMoments && each;
   p.place.processors = 1;

@@ -24,7 +24,7 @@ from emu_kernels.trainer.losses import LOSSES
 from emu_kernels.trainer.models import MODELS
 from emu_kernels.trainer.presets import PRESETS
 from emu_kernels.trainer.run import RunFolder
-from emu_kernels.trainer.sampling import ALL
+from emu_kernels.trainer.sampling import ALL, CORRUPTIONS, SAMPLERS
 from emu_kernels.trainer.schedule import learning_rate
 from emu_kernels.trainer.sparse import RowwiseAdagrad, add_rows
 from tests.trainer.support import embeddings
@@ -725,9 +725,12 @@ def test_device_or_backend_that_cannot_run(settings):
 
 
 SAMPLING: dict[str, dict[str, Any]] = {
-    "structure-aware": {"sampler": "structure-aware", "hops": 2, "walks": 50},
+    **{name: {"sampler": name, "hops": 2, "walks": 50} for name in SAMPLERS},
+    **{
+        name: {"corruption": name, "inverse_relations": x.inverse, "subsampling": not x.inverse}
+        for name, x in CORRUPTIONS.items()
+    },
     "shared": {"rows_per_set": 8},
-    "bernoulli": {"corruption": "bernoulli", "subsampling": True},
     "sparse": {"sparse": True, "regularization": 0.0},
 }
 

@@ -15,6 +15,8 @@ from kge.util.sampler import BatchNegativeSample, NaiveSharedNegativeSample
 from torch import Tensor
 
 from emu_kernels import EMULoss, Expected, backends, one_vs_all_loss, validate
+from emu_kernels.mutation import MASK_UNITS, mask_unit
+from emu_kernels.similarity import SIMILARITIES
 from emu_kernels.validate import MAX_SEED
 
 from .scorers import O, P, S, embedder_of, map_model, plain_table, query_of
@@ -57,9 +59,9 @@ class TrainingJobEMU(TrainingJobNegativeSampling):
             )
         self._mapping = map_model(self.model)
         expected = config.get("emu.expected")
-        unit = config.check("emu.mask_unit", ["auto", "component", "pair"])
+        unit = config.check("emu.mask_unit", ["auto", *MASK_UNITS])
         if unit == "auto":
-            unit = "pair" if expected and self._mapping.similarity == "rotate" else "component"
+            unit = mask_unit(pairs=expected and SIMILARITIES[self._mapping.similarity].coupled)
         rate = validate.rate("emu.mutation_rate", config.get("emu.mutation_rate"))
         self.emu_loss = EMULoss(
             mutation_rate=Expected(rate) if expected else rate,
@@ -187,7 +189,7 @@ class TrainingJobEMU1vsAll(TrainingJob1vsAll):
             mutation_rate=self.mutation_rate,
             beta=self.beta,
             alpha=self.alpha,
-            mask_unit="pair" if self._mapping.similarity == "rotate" else "component",
+            mask_unit=mask_unit(pairs=SIMILARITIES[self._mapping.similarity].coupled),
             reduction="sum",
             backend=self.backend,
         )

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torch_geometric.nn.kge import ComplEx, DistMult, KGEModel, RotatE, TransE
 
-from emu_kernels import fused_emu_loss, queries, validate
+from emu_kernels import MutationRate, fused_emu_loss, queries, validate
 
 CORRUPT = ("both", "head", "tail")
 
@@ -24,7 +24,7 @@ def emu_loss(
     rel_type: Tensor,  # (B,)
     tail_index: Tensor,  # (B,)
     *,
-    mutation_rate: float | Tensor,
+    mutation_rate: MutationRate,
     beta: float | Tensor,
     alpha: float | Tensor,
     num_negatives: int | None = None,
