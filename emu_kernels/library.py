@@ -87,16 +87,16 @@ class Function(torch.autograd.Function):
         # PyTorch asks for forward's signature at each call. Making it anew costs 20 µs.
         cls.forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
 
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Keeps nothing, if not overridden."""
+
 
 class FirstOrder(Function):
     """A gradient that cannot be differentiated again."""
 
     what: ClassVar[str]
     """The function whose gradient it is."""
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        pass
 
     @classmethod
     def backward(cls, ctx: Any, *grads: Any) -> Any:

@@ -66,60 +66,46 @@ def _checked(values: Values) -> Kernels:
     return kernels
 
 
-def _loss_forward(values: Values) -> LossState:
-    kernels = _checked(values)
-    return kernels.loss_forward(build(LossRequest, values), need_grad=values["need_grad"])
+def _unchecked(values: Values) -> Kernels:
+    """The backend of a call whose ids were checked before."""
+    return _KERNELS[values["backend"]]
+
+
+def _score_weights(values: Values) -> ScoreWeights:
+    return ScoreWeights(**{name: values[name] for name in ScoreWeights._fields})
+
+
+def _sum_weights(values: Values) -> SumWeights:
+    return SumWeights(**{name: values[name] for name in SumWeights._fields})
 
 
 loss_forward = define(
     "loss_forward",
     f"{arguments(LossRequest)}, str backend, bool need_grad) -> {tensors(len(LossState._fields))}",
-    _loss_forward,
-    lambda values: new_loss_state(build(LossRequest, values), need_grad=values["need_grad"]),
+    lambda x: _checked(x).loss_forward(build(LossRequest, x), need_grad=x["need_grad"]),
+    lambda x: new_loss_state(build(LossRequest, x), need_grad=x["need_grad"]),
 )
-
-
-def _scores_forward(values: Values) -> Scores:
-    return _checked(values).scores_forward(build(Request, values))
-
 
 scores_forward = define(
     "scores_forward",
     f"{_REQUEST}) -> {tensors(len(Scores._fields))}",
-    _scores_forward,
-    lambda values: new_scores(build(Request, values)),
+    lambda x: _checked(x).scores_forward(build(Request, x)),
+    lambda x: new_scores(build(Request, x)),
 )
-
-
-def _query_gradient(values: Values) -> ScoresGradient:
-    upstream = ScoreWeights(**{name: values[name] for name in ScoreWeights._fields})
-    return _KERNELS[values["backend"]].query_gradient(build(Request, values), upstream)
-
 
 query_gradient = define(
     "query_gradient",
     f"{_REQUEST}, {_SCORE_WEIGHTS}) -> {tensors(len(ScoresGradient._fields))}",
-    _query_gradient,
-    lambda values: new_scores_gradient(build(Request, values)),
+    lambda x: _unchecked(x).query_gradient(build(Request, x), _score_weights(x)),
+    lambda x: new_scores_gradient(build(Request, x)),
 )
-
-
-def _table_gradient(values: Values) -> Tensor:
-    sums = SumWeights(**{name: values[name] for name in SumWeights._fields})
-    return _KERNELS[values["backend"]].table_gradient(build(Request, values), sums)
-
 
 table_gradient = define(
     "table_gradient",
     f"{_REQUEST}, {_SUM_WEIGHTS}) -> Tensor",
-    _table_gradient,
-    lambda values: values["table"].new_empty(values["table"].shape),
+    lambda x: _unchecked(x).table_gradient(build(Request, x), _sum_weights(x)),
+    lambda x: x["table"].new_empty(x["table"].shape),
 )
-
-
-def _table_gradient_sparse(values: Values) -> SparseRows:
-    sums = SumWeights(**{name: values[name] for name in SumWeights._fields})
-    return _KERNELS[values["backend"]].table_gradient_sparse(build(Request, values), sums)
 
 
 def _table_gradient_sparse_fake(values: Values) -> SparseRows:
@@ -132,27 +118,16 @@ def _table_gradient_sparse_fake(values: Values) -> SparseRows:
 table_gradient_sparse = define(
     "table_gradient_sparse",
     f"{_REQUEST}, {_SUM_WEIGHTS}) -> {tensors(len(SparseRows._fields))}",
-    _table_gradient_sparse,
+    lambda x: _unchecked(x).table_gradient_sparse(build(Request, x), _sum_weights(x)),
     _table_gradient_sparse_fake,
 )
-
-
-def _mutate_forward(values: Values) -> Tensor:
-    kernels = _KERNELS[values["backend"]]
-    return kernels.mutate_forward(values["positive"], values["negative"], build(Draws, values))
-
 
 mutate_forward = define(
     "mutate_forward",
     f"Tensor positive, Tensor negative, {_DRAWS}) -> Tensor",
-    _mutate_forward,
-    lambda values: values["negative"].new_empty(values["negative"].shape),
+    lambda x: _unchecked(x).mutate_forward(x["positive"], x["negative"], build(Draws, x)),
+    lambda x: x["negative"].new_empty(x["negative"].shape),
 )
-
-
-def _mutate_backward(values: Values) -> MutateGradient:
-    kernels = _KERNELS[values["backend"]]
-    return kernels.mutate_backward(values["grad"], build(Draws, values))
 
 
 def _mutate_backward_fake(values: Values) -> MutateGradient:
@@ -164,7 +139,7 @@ def _mutate_backward_fake(values: Values) -> MutateGradient:
 mutate_backward = define(
     "mutate_backward",
     f"Tensor grad, {_DRAWS}) -> {tensors(len(MutateGradient._fields))}",
-    _mutate_backward,
+    lambda x: _unchecked(x).mutate_backward(x["grad"], build(Draws, x)),
     _mutate_backward_fake,
 )
 

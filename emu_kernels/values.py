@@ -7,6 +7,7 @@ range makes the loss NaN.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -48,16 +49,27 @@ def check_rates(name: str, rates: Tensor) -> None:
         raise ValueError(f"{name}: expected rates in [0, 1], got {float(rates[at])} at {place}")
 
 
-def _checked_ids(values: Values) -> Tensor:
-    ids: Tensor = values["ids"]
-    check_ids(values["name"], ids, rows=values["rows"], lowest=values["lowest"])
-    return ids.clone()
+def _checked(name: str, rest: str, check: Callable[[Values], object]) -> Callable[[Values], Any]:
+    """An operator that checks the values of a tensor, ``value``, and returns a copy of it."""
+
+    def run(values: Values) -> Tensor:
+        check(values)
+        copy: Tensor = values["value"].clone()
+        return copy
+
+    schema = f"Tensor value, {rest}str name) -> Tensor"
+    return define(name, schema, run, lambda values: torch.empty_like(values["value"]))
 
 
-def _checked_coefficient(values: Values) -> Tensor:
-    value: Tensor = values["value"]
-    coefficient(values["name"], value.item())
-    return value.clone()
+_IDS = _checked(
+    "checked_ids",
+    "SymInt rows, SymInt lowest, ",
+    lambda x: check_ids(x["name"], x["value"], rows=x["rows"], lowest=x["lowest"]),
+)
+_COEFFICIENT = _checked(
+    "checked_coefficient", "", lambda x: coefficient(x["name"], x["value"].item())
+)
+_RATES = _checked("checked_rates", "", lambda x: check_rates(x["name"], x["value"]))
 
 
 def _rates_to_thresholds(values: Values) -> Tensor:
@@ -67,18 +79,6 @@ def _rates_to_thresholds(values: Values) -> Tensor:
     return rates_to_thresholds(rates)
 
 
-_IDS = define(
-    "checked_ids",
-    "Tensor ids, SymInt rows, SymInt lowest, str name) -> Tensor",
-    _checked_ids,
-    lambda values: torch.empty_like(values["ids"]),
-)
-_COEFFICIENT = define(
-    "checked_coefficient",
-    "Tensor value, str name) -> Tensor",
-    _checked_coefficient,
-    lambda values: torch.empty_like(values["value"]),
-)
 _THRESHOLDS = define(
     "rates_to_thresholds",
     "Tensor rates, str name) -> Tensor",
@@ -93,29 +93,11 @@ def usable_thresholds(name: str, rates: Tensor) -> Tensor:
     return thresholds
 
 
-def _checked_rates(values: Values) -> Tensor:
-    rates: Tensor = values["rates"]
-    check_rates(values["name"], rates)
-    return rates.clone()
-
-
-_RATES = define(
-    "checked_rates",
-    "Tensor rates, str name) -> Tensor",
-    _checked_rates,
-    lambda values: torch.empty_like(values["rates"]),
-)
-
-
 class _UsableRates(Function):
     @staticmethod
     def forward(name: str, rates: Tensor) -> Tensor:
-        checked: Tensor = _RATES({"rates": rates, "name": name})
+        checked: Tensor = _RATES({"value": rates, "name": name})
         return checked
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
@@ -138,8 +120,8 @@ def usable_ids(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Ids that are safe to index with; on a GPU a (B,) factor too, NaN where a row's are bad."""
     if positive.device.type == "cpu":
-        positive = _IDS({"ids": positive, "rows": rows, "lowest": 0, "name": "positive"})
-        negative = _IDS({"ids": negative, "rows": rows, "lowest": -1, "name": "negative"})
+        positive = _IDS({"value": positive, "rows": rows, "lowest": 0, "name": "positive"})
+        negative = _IDS({"value": negative, "rows": rows, "lowest": -1, "name": "negative"})
         return positive, negative, None
     bad_positive = (positive < 0) | (positive >= rows)
     bad_negative = (negative < -1) | (negative >= rows)

@@ -76,10 +76,6 @@ class _Sparse(Function):
         return table.view_as(table)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass
-
-    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         touched = (grad != 0).any(dim=1).nonzero()[:, 0]
         return torch.sparse_coo_tensor(
