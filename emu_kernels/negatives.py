@@ -51,8 +51,6 @@ class KnownTriples:
         self._num_entities = num_entities
         self._num_relations = num_relations
         self._keys: dict[Side, Tensor] = {}
-        # On a CPU a table of bits, hashed by the pair, rules out most candidates without a binary
-        # search: the bits of a row's candidates are adjacent, so they stay in the cache.
         self._mask = (1 << max(10, (len(triples) * self._BUCKETS_PER_TRIPLE).bit_length())) - 1
         self._maybe: dict[Side, Tensor] = {}
         head, relation, tail = triples.T
@@ -61,12 +59,7 @@ class KnownTriples:
             ("head", tail, head),
         )
         for to, given, target in sides:
-            pair = self._pair(given, relation)
-            self._keys[to] = (pair * num_entities + target).sort().values
-            if triples.device.type == "cpu":
-                table = torch.zeros(self._mask + 1 + num_entities, dtype=torch.bool)
-                table[self._stretch(pair) + target] = True
-                self._maybe[to] = table
+            self._keys[to] = (self._pair(given, relation) * num_entities + target).unique()
 
     def remove(
         self, given: Tensor, relation: Tensor, negative: Tensor, to: Side = "tail"
@@ -94,12 +87,12 @@ class KnownTriples:
         return negative
 
     def _remove(self, pair: Tensor, negative: Tensor, to: Side) -> Tensor:
-        if not self._maybe:  # picking out the suspects would wait for the device
+        if pair.device.type != "cpu":  # picking out the suspects would wait for the device
             key = pair.unsqueeze(1) * self._num_entities + negative
             return torch.where(self._contains(key, to), -1, negative)
         # index_select: indexing by tensors is many times slower on a CPU.
         bucket = self._stretch(pair).unsqueeze(1) + negative
-        suspect = self._maybe[to].index_select(0, bucket.flatten()).nonzero()[:, 0]
+        suspect = self._suspects(to).index_select(0, bucket.flatten()).nonzero()[:, 0]
         candidate = negative.flatten().index_select(0, suspect)
         row = suspect // max(1, negative.shape[1])
         known = self._contains(pair.index_select(0, row) * self._num_entities + candidate, to)
@@ -107,8 +100,25 @@ class KnownTriples:
         negative.view(-1).index_fill_(0, suspect.masked_select(known), -1)
         return negative
 
+    def _suspects(self, to: Side) -> Tensor:
+        """A table of bits, hashed by the pair, that rules out most candidates without a binary
+        search: the bits of a row's candidates are adjacent, so they stay in a CPU's cache."""
+        if to not in self._maybe:
+            pair, keys = self._keys[to] // self._num_entities, self._keys[to]
+            table = torch.zeros(self._mask + 1 + self._num_entities, dtype=torch.bool)
+            table[self._stretch(pair) + keys % self._num_entities] = True
+            self._maybe[to] = table
+        return self._maybe[to]
+
+    def holds(self, given: Tensor, relation: Tensor, target: Tensor, to: Side) -> Tensor:
+        """(B, K): which of the targets (B, K) are known answers of (B,) entities and relations."""
+        return self._contains(
+            (self._pair(given, relation) * self._num_entities)[:, None] + target, to
+        )
+
     def lists(self, given: Tensor, relation: Tensor, to: Side) -> tuple[Tensor, Tensor]:
-        """Offsets (B + 1,) and ids (M,): those of row b are all known answers of its pair."""
+        """Offsets (B + 1,) and ids (M,): those of row b are all known answers of its pair, each
+        once."""
         keys, first = self._keys[to], self._pair(given, relation) * self._num_entities
         start = torch.searchsorted(keys, first)
         counts = torch.searchsorted(keys, first + self._num_entities) - start

@@ -107,7 +107,7 @@ class Training:
     def rank(self, split: str) -> Metrics:
         """Each process asks for its part of the triples; all score."""
         entities, graph = self.entities, self.graph
-        every = torch.cat([graph.triples[name] for name in SPLITS]).unique(dim=0)
+        every = torch.cat([graph.triples[name] for name in SPLITS])
         known = KnownTriples(every, graph.num_entities, graph.num_relations)
         found: list[Tensor] = []
         for direction in DIRECTIONS:

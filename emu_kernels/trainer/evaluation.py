@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from emu_kernels import emu_scores
-from emu_kernels.negatives import generator
+from emu_kernels.negatives import KnownTriples, generator
 
 from .data import DIRECTIONS, SPLITS, Direction, Graph, split_triples
 from .errors import TrainingError
@@ -99,35 +99,6 @@ def is_better(metric: str, value: float, than: float) -> bool:
     return value < than if metric == "mr" else value > than
 
 
-class _Truth:
-    """For one direction, the entities known to complete each (given, relation)."""
-
-    def __init__(self, graph: Graph, direction: Direction, device: torch.device) -> None:
-        self._entities, self._relations = graph.num_entities, graph.num_relations
-        triples = torch.cat([graph.triples[split] for split in SPLITS]).to(device)
-        given, relation, target = split_triples(triples, direction)
-        self._keys = (self._first_key(given, relation) + target).unique()  # sorted
-
-    def answers(self, given: Tensor, relation: Tensor) -> tuple[Tensor, Tensor]:
-        """(query, entity), each (P,): every known answer of each of the (Q,) queries."""
-        first = self._first_key(given, relation)
-        start, end = torch.searchsorted(self._keys, torch.stack([first, first + self._entities]))
-        count = end - start
-        query = torch.repeat_interleave(count)
-        rank = torch.arange(len(query), device=query.device) - (count.cumsum(0) - count)[query]
-        return query, self._keys[start[query] + rank] % self._entities
-
-    def holds(self, given: Tensor, relation: Tensor, target: Tensor) -> Tensor:
-        """(Q, K): which of the targets (Q, K) are known answers of their query."""
-        key = self._first_key(given, relation).unsqueeze(1) + target
-        at = torch.searchsorted(self._keys, key).clamp_(max=len(self._keys) - 1)
-        return self._keys[at] == key
-
-    def _first_key(self, given: Tensor, relation: Tensor) -> Tensor:
-        """A triple's key is this plus its target, so a query's answers have adjacent keys."""
-        return (given * self._relations + relation) * self._entities
-
-
 class Stopped(Exception):
     """The evaluation was asked to stop."""
 
@@ -151,7 +122,8 @@ class Evaluator:
         self._options = options or EvaluationOptions()
         self._seed = seed
         self._device = device or torch.device("cpu")
-        self._truth = {d: _Truth(graph, d, self._device) for d in DIRECTIONS}
+        every = torch.cat([graph.triples[split] for split in SPLITS]).to(self._device)
+        self._known = KnownTriples(every, graph.num_entities, graph.num_relations)
         second = graph.inductive
         self._inductive = None if second is None else Evaluator(second, self._device, options, seed)
 
@@ -242,7 +214,8 @@ class Evaluator:
         drawn: Tensor,  # (C, K) entities
     ) -> Tensor:
         given, relation, target = split_triples(triples, direction)
-        drawn[self._truth[direction].holds(given, relation, drawn)] = -1  # padding, scored -inf
+        known = self._known.holds(given, relation, drawn, direction)
+        drawn[known] = -1  # padding, scored -inf
         if isinstance(model, Model):
             assert candidates is not None
             query = model.ask(model.entity[given], relation, direction)
@@ -261,7 +234,8 @@ class Evaluator:
         given, relation, target = split_triples(triples, direction)
         scores = score(given, relation, direction)  # (C, N)
         true = scores.gather(1, target.unsqueeze(1))  # (C, 1)
-        row, answer = self._truth[direction].answers(given, relation)
+        offsets, answer = self._known.lists(given, relation, direction)
+        row = torch.repeat_interleave(offsets.diff())
         known = scores[row, answer]  # (P,)
 
         # Count all entities that score at least as well, then subtract the known ones. Comparing

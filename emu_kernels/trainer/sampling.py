@@ -56,7 +56,6 @@ class StrictNegatives:
     As NBFNet's authors draw them. A row for which every entity is known gets −1.
 
     Args:
-        known: of distinct triples.
         num_entities: N.
         negatives: K.
     """
@@ -95,7 +94,7 @@ def _known(config: Config, graph: Graph, train: Tensor) -> KnownTriples:
 
 
 def _strict(config: Config, graph: Graph, train: Tensor) -> NegativeSampler:
-    known = _known(config, graph, train.unique(dim=0))
+    known = _known(config, graph, train)
     return StrictNegatives(known, graph.num_entities, config.negatives, config.seed)
 
 

@@ -86,13 +86,13 @@ def test_ranks_among_drawn_candidates(graph, config, monkeypatch, name, directio
     triples = graph.triples["test"][:30]
     evaluator = Evaluator(graph, options=EvaluationOptions(eval_candidates=40), seed=3)
     drawn: list[list[int]] = []
-    holds = evaluator._truth[direction].holds
+    holds = evaluator._known.holds
 
-    def spy(given: Tensor, relation: Tensor, target: Tensor) -> Tensor:
+    def spy(given: Tensor, relation: Tensor, target: Tensor, to: Direction) -> Tensor:
         drawn.extend(target.tolist())
-        return holds(given, relation, target)
+        return holds(given, relation, target, to)
 
-    monkeypatch.setattr(evaluator._truth[direction], "holds", spy)
+    monkeypatch.setattr(evaluator._known, "holds", spy)
     ranks = evaluator.ranks(model, triples, direction)
     known = {tuple(other) for split in SPLITS for other in graph.triples[split].tolist()}
     left_out = 0
