@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -81,14 +79,9 @@ def block(count: int) -> int:
     return max(16, min(1024, _power_of_2(max(count, 1))))
 
 
-@contextmanager
-def _on(tensor: Tensor) -> Iterator[None]:
+def _on(tensor: Tensor) -> AbstractContextManager[None]:
     """Launches go to the tensor's device, whichever is current."""
-    if tensor.device.type == "cpu":
-        yield
-    else:
-        with torch.cuda.device(tensor.device):
-            yield
+    return nullcontext() if tensor.device.type == "cpu" else torch.cuda.device(tensor.device)
 
 
 def run(kernel: Any, programs: int, warps: int, **arguments: Any) -> None:
@@ -300,13 +293,8 @@ def _one_pass(p: Problem) -> bool:
     return fits if passes is None else passes == 1
 
 
-@dataclass(frozen=True)
-class Spans:
-    """The sums of each of ``splits`` spans of a row's negatives (rows.py)."""
-
-    splits: int
-    maxima: Tensor
-    sums: Tensor
+Spans = dict[str, Any]
+"""What :func:`_accumulate` has of the spans of each row's negatives, as rows.merge takes it."""
 
 
 def _accumulate(p: Problem, positive: Tensor, state: LossState) -> Spans:
@@ -314,16 +302,18 @@ def _accumulate(p: Problem, positive: Tensor, state: LossState) -> Spans:
     mutated, scaled = p.kind.MUTATED, p.request.scale is not None
     # As many as the last one's number in rows.accumulate.
     vectors = 8 if mutated and scaled else 6 if scaled else 5 if mutated else 1
-    spans = Spans(splits, p.new(2, p.rows, splits), p.new(vectors, p.rows, splits, p.dim))
+    spans: Spans = {
+        "maxima": p.new(2, p.rows, splits),
+        "sums": p.new(vectors, p.rows, splits, p.dim),
+        "SPLITS": splits,
+    }
     p.run(
         rows.accumulate,
         p.rows * splits,
         positive_out=positive,
         plain_out=state.weight,
         mutated_out=state.mutated_weight,
-        maxima=spans.maxima,
-        sums=spans.sums,
-        SPLITS=splits,
+        **spans,
     )
     return spans
 
@@ -335,14 +325,12 @@ def _merge(
         rows.merge,
         p.rows * p.kind.CHUNKS,
         warps=1,
-        maxima=spans.maxima,
-        sums=spans.sums,
         statistics=statistics,
         positive_weight=positive_weight,
         grad_query=state.grad_query,
         grad_positive=state.grad_positive,
         grad_scale=_optional(state.grad_scale),
-        SPLITS=spans.splits,
+        **spans,
     )
 
 
