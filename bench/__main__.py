@@ -10,13 +10,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from bench import captured, kernels, results, rivals, steps, trainers
+from bench import captured, results, rivals, steps, trainers
 from bench.inputs import CHOICES, GRADIENTS, SIMILARITIES, SIZES, Shape, is_gpu
 from bench.results import Row
 from bench.rivals import PHASES, WHOLE
@@ -40,8 +40,8 @@ PARTS = {
     "scale": Part(steps.scale_settings, rivals.RIVALS, steps.rows),
     "gpu": Part(steps.gpu_settings, rivals.RIVALS, steps.rows),
     "captured": Part(captured.settings, rivals.RIVALS, captured.rows),
-    "kernels": Part(kernels.settings, rivals.RIVALS, kernels.rows),
-    "train": Part(trainers.settings, trainers.TRAINERS, trainers.rows),
+    "kernels": Part(steps.kernels_settings, rivals.RIVALS, steps.rows),
+    "train": Part(trainers.settings, trainers.TRAINERS, steps.rows),
 }
 _QUICK = ("--rounds", "10", "--rivals", *rivals.SCALED)
 DEFAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -60,45 +60,42 @@ DEFAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
 """What ``all`` runs."""
 
 
-def _skip(reasons: Mapping[str, object]) -> None:
-    for name, reason in reasons.items():
-        print(f"skipped: {name}: {reason}", flush=True)
+def _skip(name: str, reason: object) -> None:
+    print(f"skipped: {name}: {reason}", flush=True)
 
 
-def _measure(options: Options) -> Iterator[list[Row]]:
-    """Rows as they are measured, so that they can be saved at once."""
-    part, seen = PARTS[options.command], set[tuple[str, str]]()
-    kinds = (None, torch.device(options.device).type)
+def _run(options: Options) -> list[Row]:
+    """Measure a part. Rows are saved when they are measured."""
+    save = not options.tiny or options.results != results.FOLDER
+    if options.tiny:
+        options.rounds = 2
+    torch.set_num_threads(options.threads)
+    print(f"{options.command}: {options.threads} threads; {results.device_name(options.device)}")
+    part, measured, said = PARTS[options.command], list[Row](), set[tuple[str, str]]()
     for setting in part.settings(options):
         setting = setting.tiny() if options.tiny else setting
         shape = setting.shape.replace(device=options.device)
-        asked = [r for r in part.rivals if r.name in setting.rivals and r.device in kinds]
-        reasons = {r.name: reason for r in asked if (reason := r.unavailable(shape)) is not None}
-        _skip({name: reason for name, reason in reasons.items() if (name, reason) not in seen})
-        seen |= reasons.items()
-        chosen = [rival for rival in asked if rival.name not in reasons]
+        chosen = []
+        for rival in part.rivals:
+            kinds = (None, torch.device(options.device).type)
+            if rival.name not in setting.rivals or rival.device not in kinds:
+                continue
+            if (reason := rival.unavailable(shape)) is None:
+                chosen.append(rival)
+            elif (rival.name, reason) not in said:
+                said.add((rival.name, reason))
+                _skip(rival.name, reason)
         if not chosen:
             continue
         print(f"\n{shape}", flush=True)
         try:
-            yield from part.rows(chosen, setting._replace(shape=shape), options)
+            for rows in part.rows(chosen, setting._replace(shape=shape), options):
+                measured += rows
+                if save and rows:
+                    path = results.append(options.results, rows)
+                    print(f"appended {len(rows)} rows to {path}")
         except FileNotFoundError as error:
-            _skip({str(shape): error})
-
-
-def _run(options: Options) -> list[Row]:
-    """Measure a part and save its rows."""
-    save = not options.no_save
-    if options.tiny:
-        options.rounds = 2
-        save = save and options.results != results.FOLDER
-    torch.set_num_threads(options.threads)
-    print(f"{options.command}: {options.threads} threads; {results.device_name(options.device)}")
-    measured: list[Row] = []
-    for rows in _measure(options):
-        measured += rows
-        if save and rows:
-            print(f"appended {len(rows)} rows to {results.append(options.results, rows)}")
+            _skip(str(shape), error)
     _print(measured)
     return measured
 
@@ -114,17 +111,15 @@ def _print(rows: list[Row]) -> None:
         print(f"\n{report.markdown(pd.DataFrame(rows))}\n" if rows else "nothing was measured")
 
 
-def _all(options: Options) -> list[Row]:
-    """Each part with its defaults."""
-    names = ("device", "threads", "results", "memory", "no_save", "tiny")
-    shared = {name: getattr(options, name) for name in names}
+def _all(options: Options, given: Sequence[str]) -> list[Row]:
+    """Each part with its defaults and the options that are given."""
     measured: list[Row] = []
     for part in DEFAULTS[torch.device(options.device).type]:
         print(f"\n== python -m bench {' '.join(part)}", flush=True)
         try:
-            measured += _run(Options(**vars(_parser().parse_args(part)) | shared))
+            measured += _run(_parser().parse_args([*part, *given]))
         except (FileNotFoundError, ModuleNotFoundError) as error:
-            _skip({part[0]: error})
+            _skip(part[0], error)
     print("\n== all")
     _print(measured)
     return measured
@@ -138,18 +133,22 @@ def _positive(text: str) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    def add(self, flag: str, default: Any, help: str) -> None:
-        """An option of the default's type; a list takes several values."""
+    def add(self, flag: str, default: Any, help: str = "", choices: Iterable[str] = ()) -> None:
+        """An option of the default's type; a list takes several values, any of the choices."""
         first = default[0] if isinstance(default, list) else default
         more: dict[str, Any] = {"nargs": "+"} if isinstance(default, list) else {}
         more |= {"type": _positive if isinstance(first, int) else type(first)}
         more = {"action": "store_true"} if first is False else more
+        if listed := list(choices):
+            more |= {"choices": listed, "metavar": "NAME"}
+            help = f"some of {', '.join(listed)}"
         self.add_argument(flag, default=default, help=help, **more)
 
-    def some(self, flag: str, choices: Iterable[str], default: Iterable[str]) -> None:
-        named: dict[str, Any] = {"choices": list(choices), "metavar": "NAME"}
-        text = f"some of {', '.join(choices)}"
-        self.add_argument(flag, nargs="+", default=list(default), help=text, **named)
+    def training(self, entities: int, whose: str) -> None:
+        """Sizes of a training run."""
+        self.add("--entities", entities, "of the synthetic graph")
+        for field, value in {"dim": 100, "batch": 1000, "negatives": 256}.items():
+            self.add(f"--{field}", value, whose)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -159,95 +158,85 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
 
-    def command(name: str, text: str, rounds: int = 0, device: str = "cpu") -> _Parser:
+    def command(name: str, text: str, folder: str = "", threads: int = 0) -> _Parser:
         formatter = argparse.ArgumentDefaultsHelpFormatter
         part = commands.add_parser(name, help=text, description=text, formatter_class=formatter)
-        if rounds:  # it measures
-            part.add("--device", device, "cpu or cuda")
-            part.add("--rounds", rounds, "turns of each rival")
-            part.add("--threads", torch.get_num_threads(), "of torch and of our kernels")
-            part.add_argument("--no-memory", action="store_false", dest="memory", help="only time")
-            part.add_argument("--results", type=Path, default=results.FOLDER, help="of CSV files")
-            part.add("--no-save", False, "do not append to the results")
-            part.add("--tiny", False, "tiny sizes, 2 rounds, not saved: does it work?")
+        part.add("--results", results.FOLDER / folder, "folder of CSV files")
+        if name != "report":
+            part.add("--tiny", False, "tiny sizes, not saved without --results: does it work?")
+        if threads:
+            part.add("--threads", threads, "of torch and of our kernels")
         return part
 
-    command("all", "the default: each part with its defaults", 10)
-    part = command("steps", "one training step of the operator, rival against rival", 20)
+    def measuring(name: str, text: str, rounds: int = 0, device: str = "cpu") -> _Parser:
+        part = command(name, text, threads=torch.get_num_threads())
+        part.add("--device", device, "cpu or cuda")
+        part.add_argument("--no-memory", action="store_false", dest="memory", help="only time")
+        if rounds:
+            part.add("--rounds", rounds, "turns of each rival; 2 if tiny")
+        return part
+
+    measuring("all", "the default: each part with its defaults")
+    part = measuring("steps", "one training step of the operator, rival against rival", 20)
     for name, field in SIZES.items():
         part.add(f"--{field}", [getattr(Shape, field)], name)
     for field, choices in CHOICES.items():
-        part.some(f"--{field}", choices, [getattr(Shape, field)])
-    part.some("--phases", PHASES, [WHOLE])
-    part.some("--rivals", rivals.BY_NAME, rivals.DEFAULT)
+        part.add(f"--{field}", [getattr(Shape, field)], choices=choices)
+    part.add("--phases", [WHOLE], choices=PHASES)
+    part.add("--rivals", list(rivals.DEFAULT), choices=rivals.DEFAULT)
 
-    part = command("train", "trainers from end to end", 7)
+    part = measuring("train", "trainers from end to end", 7)
     part.add("--graph", [Task.graph], "datasets, or zipf: synthetic")
     part.add("--model", [Task.model], "names")
-    part.add("--entities", Task.entities, "of the synthetic graph")
-    for field in ("dim", "batch", "negatives"):
-        part.add(f"--{field}", getattr(Task, field), "of all trainers")
+    part.training(Task.entities, "of all trainers")
     part.add_argument("--optimizer", choices=["Adagrad", "Adam"], default="Adagrad", help="of all")
     where = "where possible; by default sparse for zipf"
     part.add_argument("--gradient", choices=GRADIENTS, help=where)
-    part.some("--rivals", trainers.BY_NAME, trainers.BY_NAME)
+    part.add("--rivals", list(trainers.BY_NAME), choices=trainers.BY_NAME)
 
-    part = command("scale", "time and memory as one size grows", 5)
-    part.some("--axes", SCALES, ["N"])
-    part.some("--gradient", GRADIENTS, GRADIENTS)
-    part.some("--rivals", rivals.BY_NAME, rivals.SCALED)
+    part = measuring("scale", "time and memory as one size grows", 5)
+    part.add("--axes", ["N"], choices=SCALES)
+    part.add("--gradient", list(GRADIENTS), choices=GRADIENTS)
+    part.add("--rivals", list(rivals.SCALED), choices=rivals.DEFAULT)
 
-    command("closed", "EMU in closed form; one set of negatives for all rows, all entities", 20)
-
-    command("captured", "a whole training step, on a GPU as a CUDA graph", 20)
-
-    command("kernels", "each operator of our backends, at the shapes that are our targets", 20)
-
-    part = command("gpu", "the operator on a GPU, in our target settings", 10, "cuda")
+    measuring("closed", "EMU in closed form; one set of negatives for all rows, all entities", 20)
+    measuring("captured", "a whole training step, on a GPU as a CUDA graph", 20)
+    measuring("kernels", "each operator of our backends, at the shapes that are our targets", 20)
+    part = measuring("gpu", "the operator on a GPU, in our target settings", 10, "cuda")
     part.add("--quick", False, "fewer settings")
 
-    part = command("messages", "relational message passing, against plain PyTorch", 3)
+    part = measuring("messages", "relational message passing, against plain PyTorch", 3)
     part.add("--graph", ["CoDEx-S", "WN18RR", "FB15k-237"], "datasets, or zipf: synthetic")
     part.add("--batch", [16, 64], "queries at once")
     part.add("--aggregate", ["sum", "pna"], "names")
 
-    part = command("large", "a synthetic graph of Wikidata5M's size, from Parquet to predictions")
-    part.add("--entities", 4_600_000, "of the graph, each a head")
+    text = "a synthetic graph of Wikidata5M's size, from Parquet to predictions"
+    part = command("large", text, "large", torch.get_num_threads())
+    part.training(4_600_000, "of training")
     part.add("--triples", 20_000_000, "of the graph")
     part.add("--steps", 300, "of training")
     part.add("--ranked", 1000, "triples of validation and of test, among all entities")
-    for field, value in {"dim": 100, "batch": 1000, "negatives": 256}.items():
-        part.add(f"--{field}", value, "of training")
     part.add("--optimizer", "RowwiseAdagrad", "of emu-train, with --sparse")
-    part.add("--threads", torch.get_num_threads(), "of torch and of our kernels")
-    part.add_argument("--results", type=Path, default=results.FOLDER / "large", help="of files")
     part.add_argument("--folder", type=Path, help="for some GB of files, removed at the end")
-    part.add("--tiny", False, "a tiny graph, not saved: does it work?")
 
-    part = command("distributed", "steps with the entities on several processes, by TorchRec")
+    text = "steps with the entities on several processes, by TorchRec"
+    part = command("distributed", text, "distributed", 1)
+    part.training(1_000_000, "of a process")
     part.add("--processes", [1, 2], "numbers of them")
-    part.add("--entities", 1_000_000, "of the table")
     part.add_argument("--sets", type=int, nargs="+", help="of negatives; default: a row's own, 8")
-    for field, value in {"dim": 100, "batch": 1000, "negatives": 256}.items():
-        part.add(f"--{field}", value, "of a process")
     part.add("--optimizer", "RowwiseAdagrad", "of the table")
     part.add("--steps", 30, "that are timed")
-    part.add("--threads", 1, "of a process")
-    part.add_argument("--results", type=Path, default=results.FOLDER / "distributed", help="files")
-    part.add("--tiny", False, "tiny, not saved: does it work?")
 
-    part = command("study", "the study: named lists of training runs, resumed where they stopped")
+    text = "the study: named lists of training runs, resumed where they stopped"
+    part = command("study", text, "study")
     part.add_argument("experiments", nargs="*", metavar="NAME", help="default: all")
     for name in ("dataset", "model", "loss", "seed"):
         part.add_argument(f"--{name}", nargs="+", help="only the runs with one of these")
     part.add("--jobs", 1, "runs at a time, of one thread each")
-    part.add("--tiny", False, "runs of seconds: does it work?")
     part.add("--report", False, "only print the tables")
-    part.add_argument("--results", type=Path, default=results.FOLDER / "study", help="of files")
     part.add_argument("--folder", type=Path, default=Path("build/study"), help="of unfinished runs")
 
     part = command("report", "Markdown tables of the results")
-    part.add_argument("--results", type=Path, default=results.FOLDER, help="a file or a folder")
     part.add_argument("--into", type=Path, metavar="FILE", help="write between FILE's markers")
     only = "only these: steps, train, train:WN18RR, scale-N, ..."
     part.add_argument("--parts", nargs="+", metavar="NAME", help=only)
@@ -265,7 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             results.device_name("cuda")  # raises where there is none
         if options.command in ("distributed", "large", "messages", "report", "study"):
             return importlib.import_module(f"bench.{options.command}").run(options)
-        return 0 if (_all if options.command == "all" else _run)(options) else 1
+        return 0 if (_all(options, given[1:]) if options.command == "all" else _run(options)) else 1
     except (ImportError, OSError, ValueError, RuntimeError, AssertionError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -16,9 +16,9 @@ from torch import Tensor
 from bench import measure
 from bench.inputs import Shape, is_gpu
 from bench.results import Recorder, Row
-from bench.rivals import SCALED, Loss, Rival, base_of, instruction_set
+from bench.rivals import SCALED, TRAINING, Loss, Rival, base_of, instruction_set
 from bench.steps import Setting
-from bench.trainers import PHASE, zipf_triples
+from bench.trainers import zipf_triples
 
 _CAPTURED = ", captured"
 
@@ -71,11 +71,10 @@ def rows(rivals: Sequence[Rival], setting: Setting, options: Any) -> Iterator[li
         run: Callable[[], Any] = training_step(triples, shape, relations, loss)
         if name.endswith(_CAPTURED):
             run = measure.Captured(run)
-        step = measure.Step(lambda _: [run() for _ in range(repeats)])
-        return measure.turn_of(step, device, wall=True)
+        return measure.turn_of(lambda: lambda: [run() for _ in range(repeats)], device, wall=True)
 
     record = Recorder(
-        device, family=setting.family, phase=PHASE, graph=f"{len(triples)} random triples",
+        device, family=setting.family, phase=TRAINING, graph=f"{len(triples)} random triples",
         model="DistMult", optimizer="Adagrad", threads=options.threads,
         instruction_set=instruction_set(device), **shape.columns(),
     )  # fmt: skip
@@ -84,7 +83,7 @@ def rows(rivals: Sequence[Rival], setting: Setting, options: Any) -> Iterator[li
     others = [name for name in losses if name not in (base, *plain)]
     for group in (plain, others):
         names = [name + kind for name in filter(None, (base, *group)) for kind in kinds]
-        of_several = measure.alternate(measure.turns_of(names, start), options.rounds)
+        of_several = measure.alternate(names, start, options.rounds)
         times = {name: [t / (2 * repeats) for t in values] for name, values in of_several.items()}
         of_ratios = next((b for kind in reversed(kinds) if (b := f"{base}{kind}") in times), None)
         for name in times:

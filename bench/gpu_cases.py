@@ -116,10 +116,10 @@ def run_messages(shape: Shape, backend: str) -> None:
 
 def run_hot(shape: Shape, backend: str) -> None:
     step = BY_NAME[ours("emu", backend)].prepare(shape, make(shape), WHOLE)
-    step()
-    step()
+    step()()
+    step()()
     with torch.cuda.nvtx.range("hot") if is_gpu(shape.device) else contextlib.nullcontext():
-        step()
+        step()()
     synchronize(shape.device)
 
 
@@ -130,7 +130,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
     add("--similarities", nargs="+", choices=SIMILARITIES, default=list(SIMILARITIES))
     add("--device", default="cuda")
-    add("--list", action="store_true", help="only list which backends can run")
     options = parser.parse_args(arguments)
     able = []
     for backend in options.backends:
@@ -138,11 +137,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{backend}: {reason or 'can run'}", flush=True)
         able += [backend] if reason is None else []
     chosen = [(shape, False) for shape in HOT] if options.hot else cases(options.similarities)
-    for backend, (shape, shared) in itertools.product([] if options.list else able, chosen):
+    for backend, (shape, shared) in itertools.product(able, chosen):
         shape = shape.replace(device=options.device)
         print(f"{backend}: {shape}{', shared, padded' if shared else ''}", flush=True)
         run_hot(shape, backend) if options.hot else run(shape, backend, shared=shared)
-    for backend, dtype in itertools.product(able, () if options.hot or options.list else DTYPES):
+    for backend, dtype in itertools.product(able, () if options.hot else DTYPES):
         if backend in MESSAGE_BACKENDS:
             print(f"{backend}: messages, {dtype}", flush=True)
             run_messages(ODD.replace(device=options.device, dtype=dtype), backend)

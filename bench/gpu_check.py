@@ -120,20 +120,22 @@ def stages(part: str, folder: Path, capability: str, device: str = "cuda") -> li
     """
     rehearsed = device == "cpu"
     python, out = shlex.quote(sys.executable), shlex.quote(str(folder))
-    rows = f"--device {device} --results {out}/results{' --tiny --no-memory' if rehearsed else ''}"
+    tiny = " --tiny --no-memory" if rehearsed else ""
+    bench = f"{python} -m bench {{}} --device {device} --results {out}/results{tiny}"
     cases = f"{python} -m bench.gpu_cases --device {device}"
-    # Under a sanitizer everything takes far longer: the two similarities that differ most.
-    few = f"{cases} --similarities dot hake"
-    quickly = "-DEMU_CUDA=OFF -DCMAKE_BUILD_TYPE=Debug"
-    target = quickly if rehearsed else f"-DCMAKE_CUDA_ARCHITECTURES={capability}-real"
+    target = f"-DCMAKE_CUDA_ARCHITECTURES={capability}-real"
+    target = "-DEMU_CUDA=OFF -DCMAKE_BUILD_TYPE=Debug" if rehearsed else target
     target = os.environ.get("CMAKE_ARGS") or target
-    elsewhere = f" --into {out}/built --work {out}/cmake" if rehearsed else ""
-    build = f"CMAKE_ARGS={shlex.quote(target)} EMU_CUDA_REPORTS={out}/ptxas {python} "
-    build += f"-m bench.gpu_build{elsewhere}"
-    sanitizer = "compute-sanitizer --error-exitcode 1 --target-processes all "
-    sanitizer += "--report-api-errors no --tool"
+    folders = f"{out}/built {out}/cmake" if rehearsed else "emu_kernels build/gpu-check-cmake"
+    build = f"CMAKE_ARGS={shlex.quote(target)} EMU_CUDA_REPORTS={out}/ptxas "
+    build += f"sh bench/gpu_build.sh {python} {folders}"
+    # Under a sanitizer everything takes far longer: the two similarities that differ most.
+    sanitizer = (
+        "compute-sanitizer --error-exitcode 1 --target-processes all --report-api-errors no "
+        f"--tool {{}} {cases} --similarities dot hake"
+    )
     # Each tensor an allocation of its own, so that accesses beyond its end are found.
-    memcheck = f"PYTORCH_NO_CUDA_MEMORY_CACHING=1 {sanitizer} memcheck {few}"
+    memcheck = f"PYTORCH_NO_CUDA_MEMORY_CACHING=1 {sanitizer.format('memcheck')}"
     sections = (
         *("SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy", "LaunchStats"),
         *("WarpStateStats", "SchedulerStats"),
@@ -141,57 +143,53 @@ def stages(part: str, folder: Path, capability: str, device: str = "cuda") -> li
     ncu = (
         "ncu --nvtx --nvtx-include hot/ --clock-control none --launch-count 80 --csv "
         f"--page details {' '.join(f'--section {name}' for name in sections)} "
-        f"--force-overwrite --log-file {out}/ncu"
+        f"--force-overwrite --log-file {out}/ncu-{{0}}.csv {cases} --hot --backends {{0}}"
     )
     workers = min(8, os.cpu_count() or 1)
     xdist = find_spec("xdist") is not None and workers > 2
     pytest = f"{python} -m pytest -q --tb=short --continue-on-collection-errors -p no:cacheprovider"
-    pytest += f" -n {workers}" if xdist else ""
-    pytest += " --collect-only" if rehearsed else ""
+    pytest += f"{f' -n {workers}' if xdist else ''}{' --collect-only' if rehearsed else ''}"
 
-    def bench(part: str, *options: str) -> str:
-        return " ".join((f"{python} -m bench {part} {rows}", *options))
+    def profile(backend: str) -> Stage:
+        backend = "cpu" if rehearsed else backend
+        return Stage(f"ncu {backend}", ncu.format(backend), 60, "ncu")
 
-    def profile(backend: str, seconds: float) -> Stage:
-        hot = f"{cases} --hot --backends {backend}"
-        return Stage(f"ncu {backend}", f"{ncu}-{backend}.csv {hot}", seconds, "ncu")
-
-    def tests(name: str, what: str, seconds: float) -> Stage:
-        return Stage(name, f"{pytest} {what}", seconds)
-
-    first = [
-        Stage("environment", f"{python} -m torch.utils.collect_env", 30, shown=True),
-        Stage("build", build, 300),
-        Stage("backends", f"{cases} --list", 30, shown=True),
-    ]
     of_gpus = "tests/cuda/test_gpu.py tests/triton/test_gpu.py"
     of_triton = "tests/ops/test_agreement.py tests/ops/test_mask.py tests/ops/test_similarities.py"
+    facts = f"{pytest} {of_gpus} tests/ops/test_agreement.py -k 'test_gpu or cuda'"
+    of_cuda = f"{pytest} tests/cuda tests/ops -m 'not slow' -k cuda"
+    growth = bench.format("scale --axes D --gradient dense")
     by_part = {
         "a": [
-            tests("tests", f"{of_gpus} tests/ops/test_agreement.py -k 'test_gpu or cuda'", 120),
-            Stage("captured", bench("captured"), 120),
-            Stage("kernels", bench("kernels"), 60),
-            profile("cpu" if rehearsed else "cuda", 60),
-            Stage("tables", bench("gpu", "--quick"), 300),
+            Stage("tests", facts, 120),
+            Stage("captured", bench.format("captured"), 120),
+            Stage("kernels", bench.format("kernels"), 60),
+            profile("cuda"),
+            Stage("tables", bench.format("gpu --quick"), 300),
         ],
         "b": [
-            tests("tests of cuda", "tests/cuda tests/ops -m 'not slow' -k cuda", 270),
+            Stage("tests of cuda", of_cuda, 270),
             Stage("memcheck", memcheck, 150, "compute-sanitizer"),
-            Stage("racecheck", f"{sanitizer} racecheck {few}", 150, "compute-sanitizer"),
+            Stage("racecheck", sanitizer.format("racecheck"), 150, "compute-sanitizer"),
         ],
         # Of Triton's cases few: compiling each takes longest.
         "c": [
-            tests("tests of triton", f"{of_triton} -m 'not slow' -k triton", 200),
-            Stage("closed", bench("closed"), 60),
-            Stage("messages", bench("messages", "--graph zipf"), 60),
-            Stage("growth", bench("scale", "--axes D", "--gradient dense"), 120),
-            profile("cpu" if rehearsed else "triton", 60),
-            Stage("all tables", bench("gpu"), 400),
+            Stage("tests of triton", f"{pytest} {of_triton} -m 'not slow' -k triton", 200),
+            Stage("closed", bench.format("closed"), 60),
+            Stage("messages", bench.format("messages --graph zipf"), 60),
+            Stage("growth", growth, 120),
+            profile("triton"),
+            Stage("all tables", bench.format("gpu"), 400),
         ],
     }
     report = f"{python} -m bench report --results {out}/results"
-    summary = Stage("summary", report, 60, "pandas tabulate", shown=True)
-    return [*first, *by_part[part], *([] if part == "b" else [summary])]  # b measures nothing
+    return [
+        Stage("environment", f"{python} -m torch.utils.collect_env", 30, shown=True),
+        Stage("build", build, 300),
+        Stage("backends", f"{python} -m emu_kernels", 30, shown=True),
+        *by_part[part],
+        *([Stage("summary", report, 60, "pandas tabulate", shown=True)] if part != "b" else []),
+    ]  # b measures nothing
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

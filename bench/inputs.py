@@ -55,6 +55,10 @@ class Shape:
         """For tests, and to warm up before memory is measured."""
         return self.replace(batch=8, negatives=5, dim=20, entities=50)
 
+    def load(self: S) -> tuple[S, Any]:
+        """The shape, and what its steps need."""
+        return self, make(self)
+
     @property
     def sparse(self) -> bool:
         return self.gradient == "sparse"

@@ -8,31 +8,23 @@ import multiprocessing
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from bench.inputs import is_gpu
 
 T = TypeVar("T")
+Step = Callable[[], Callable[[], Any]]  # prepares, and returns what is timed
 Turn = Callable[[], float]  # takes one turn and returns the seconds of a step
 Prepare = Callable[[str, Any], Callable[[], Any]]  # of a rival by its name and a task, steps to run
 MEMORY_STEPS = 3
 MIB = 2**20
-
-
-class Step(NamedTuple):
-    """A function to time, and another that makes its argument before the clock starts."""
-
-    run: Callable[[Any], Any]
-    before: Callable[[], Any] = lambda: None
-
-    def __call__(self) -> Any:
-        return self.run(self.before())
 
 
 def synchronize(device: str) -> None:
@@ -42,10 +34,10 @@ def synchronize(device: str) -> None:
 
 def wall_clock(step: Step, device: str = "cpu") -> float:
     """Seconds of a call; on a GPU from idle to idle, launches included."""
-    argument = step.before()
+    run = step()
     synchronize(device)
     start = time.perf_counter()
-    result = step.run(argument)
+    result = run()
     synchronize(device)
     seconds = time.perf_counter() - start
     del result  # freeing it is not timed
@@ -58,12 +50,12 @@ def cuda_clock(step: Step) -> float:
     The GPU is kept busy for about a millisecond first, so that launches queue up and their cost on
     the CPU is hidden, unless the step itself waits for the GPU (as coalescing does).
     """
-    argument = step.before()
+    run = step()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     torch.cuda._sleep(2_000_000)  # cycles
     start.record()
-    result = step.run(argument)
+    result = run()
     end.record()
     end.synchronize()
     del result
@@ -90,33 +82,31 @@ def turn_of(
             times.append(clock(step))
         return statistics.median(times)
 
-    step()
+    step()()
     return turn
 
 
-def _started(name: str, start: Callable[[str], Turn]) -> dict[str, Turn]:
-    try:
-        return {name: start(name)}
-    except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
-        print(f"failed: {name}: {type(error).__name__}: {reason}", flush=True)
-        return {}
+def alternate(
+    names: Iterable[str], start: Callable[[str], Turn], rounds: int
+) -> dict[str, list[float]]:
+    """Seconds of each in each round. The order rotates by one each round.
 
-
-def turns_of(names: Iterable[str], start: Callable[[str], Turn]) -> dict[str, Turn]:
-    """The turns that ``start`` makes, and warms up, of each name. One that cannot be started is
-    said to have failed, and does not stop the others."""
-    return {key: turn for name in names for key, turn in _started(name, start).items()}
-
-
-def alternate(turns: Mapping[str, Turn], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each in each round. The order rotates by one each round."""
-    names = list(turns)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for i in range(rounds):
-        first = i % len(names)
-        for name in names[first:] + names[:first]:
+    ``start`` makes the turns of a name, and warms it up. One that cannot be started is said to have
+    failed, and does not stop the others.
+    """
+    turns: dict[str, Turn] = {}
+    for name in names:
+        try:
+            turns[name] = start(name)
+        except Exception as error:  # noqa: PERF203
+            reason = str(error).strip().partition("\n")[0]
+            print(f"failed: {name}: {type(error).__name__}: {reason}", flush=True)
+    times: dict[str, list[float]] = {name: [] for name in turns}
+    order = deque(turns)
+    for _ in range(rounds):
+        for name in order:
             times[name].append(turns[name]())
+        order.rotate(-1)
     return times
 
 

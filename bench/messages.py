@@ -82,32 +82,30 @@ def run(options: argparse.Namespace) -> int:
         edges = task.messages()
         # Plain PyTorch keeps some eight arrays of edges × batch × dim at a time.
         needed = 32 * edges.num_edges * task.batch * task.dim
-        reason = measure.too_large(needed, device)
-        rivals = [OURS] if reason else list(BACKENDS)
-        steps = {name: prepare(name, task) for name in rivals}
-        turns = {name: measure.turn_of(_step(run), device) for name, run in steps.items()}
-        times = measure.alternate(turns, options.rounds)
-        peaks = {name: measure.cuda_peak(steps[name])[1] for name in rivals if is_gpu(device)}
-        del turns, steps
-        recorder = Recorder(
+        if reason := measure.too_large(needed, device):
+            print(f"{task}: {PLAIN}: skipped, {reason}", flush=True)
+        peaks: dict[str, float] = {}
+
+        def start(name: str, task: Task = task, peaks: dict[str, float] = peaks) -> measure.Turn:
+            step = prepare(name, task)
+            if is_gpu(device):
+                peaks[name] = measure.cuda_peak(step)[1]
+            return measure.turn_of(lambda: step, device)
+
+        times = measure.alternate([OURS] if reason else BACKENDS, start, options.rounds)
+        record = Recorder(
             device, family="messages", phase=aggregate, graph=task.graph, B=task.batch, D=task.dim,
             N=edges.num_nodes, K=edges.num_edges, threads=options.threads, dtype="float32",
         )  # fmt: skip
-        for name in rivals:
-            recorder.add_times(times, OURS, rival=name)
+        for name in times:
+            record.add_times(times, OURS, rival=name)
             if options.memory:
-                if name not in peaks:
+                if not is_gpu(device):
                     peaks[name] = measure.peak(prepare, name, task, options.threads)
-                recorder.add(results.MEMORY, [peaks[name]], rival=name)
-        for row in recorder.rows:
+                record.add(results.MEMORY, [peaks[name]], rival=name)
+        for row in record.rows:
             spread = f"{row['median']:.4g} ({row['q20']:.4g} to {row['q80']:.4g}) {row['unit']}"
             print(f"{task}: {row['rival']}: {row['what']} {spread}", flush=True)
-        if reason:
-            print(f"{task}: {PLAIN}: skipped, {reason}", flush=True)
-        if not options.tiny and not options.no_save:
-            results.append(options.results, recorder.rows)
+        if not options.tiny:
+            results.append(options.results, record.rows)
     return 0
-
-
-def _step(run: Callable[[], None]) -> measure.Step:
-    return measure.Step(lambda _: run())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import pandas as pd
@@ -14,8 +13,7 @@ from tabulate import tabulate
 from bench import results
 from bench.inputs import SIZES, Shape
 from bench.results import MEMORY, QUANTILES, RATIO, SPEED, TIME
-from bench.rivals import PHASES, RIVALS, WHOLE
-from bench.trainers import PHASE as STEP
+from bench.rivals import PHASES, RIVALS, TRAINING, WHOLE, Rival
 from bench.trainers import TRAINERS
 
 MARKERS = ("<!-- bench report: begin -->", "<!-- bench report: end -->")
@@ -128,18 +126,14 @@ def variations(rows: Rows) -> str:
     return table(rows, {c: c for c in differ}, columns, len(differ)) + what
 
 
-def gpu_table(rows: Rows) -> str:
-    """A line for each setting and rival."""
-    columns = [(f"{p} ms", TIME, p) for p in PHASES[:-1]] + spread("whole ms", TIME, WHOLE)
-    columns += [*spread("× ours", RATIO, WHOLE), ("peak MiB", MEMORY, WHOLE)]
-    index = {name: name for name in (*SETTING, "rival")}
-    return table(titled(rows), index, columns, len(index)) + caption(rows)
-
-
 def steps_table(rows: Rows) -> str:
-    """On a CPU the paper's setting in full, the others in a line each."""
+    """On a GPU a line for each setting and rival; on a CPU the paper's setting in full, the others
+    in a line each."""
     if rows["instruction_set"].str.startswith("sm_").any():
-        return gpu_table(rows)
+        columns = [(f"{p} ms", TIME, p) for p in PHASES[:-1]] + spread("whole ms", TIME, WHOLE)
+        columns += [*spread("× ours", RATIO, WHOLE), ("peak MiB", MEMORY, WHOLE)]
+        index = {name: name for name in (*SETTING, "rival")}
+        return table(titled(rows), index, columns, len(index)) + caption(rows)
     usual = [getattr(Shape, SIZES.get(column, column)) for column in SETTING]
     paper = (rows[SETTING] == usual).all(axis=1) | (rows["setting"].nunique() == 1)
     tables = [step_table(run) for _, run in rows[paper].groupby("setting", sort=False)]
@@ -148,8 +142,8 @@ def steps_table(rows: Rows) -> str:
 
 def trainers_table(run: Rows) -> str:
     """One setting, a line for each trainer."""
-    columns: Columns = [("triples / s", SPEED, STEP), *spread("ms a step", TIME, STEP)]
-    columns += [*spread("× ours", RATIO, STEP), ("peak MiB", MEMORY, STEP)]
+    columns: Columns = [("triples / s", SPEED, TRAINING), *spread("ms a step", TIME, TRAINING)]
+    columns += [*spread("× ours", RATIO, TRAINING), ("peak MiB", MEMORY, TRAINING)]
     row = run.iloc[0]
     graph = f"{row['model']} on {row['graph']}, {row['N']:,} entities, d={row['D']}"
     index = {"rival": "end to end", "gradient": "table's gradient"}
@@ -157,15 +151,18 @@ def trainers_table(run: Rows) -> str:
     return table(titled(run), index, columns) + what
 
 
+def present(rows: Rows) -> list[Rival]:
+    return [rival for rival in RIVALS if (rows["rival"] == rival.name).any()]
+
+
 def scale_table(rows: Rows) -> str:
     """A line for each size and gradient."""
     row = rows.iloc[0]
     axis = row["family"].removeprefix("scale-")
-    present = [rival for rival in RIVALS if (rows["rival"] == rival.name).any()]
     columns: Columns = [
         (f"{rival.title}, {unit}", rival.name, what, WHOLE)
         for unit, what in (("ms", TIME), ("MiB", MEMORY))
-        for rival in present
+        for rival in present(rows)
     ]
     shown = rows.sort_values(["gradient", axis], kind="stable")
     shown = shown.assign(**{axis: shown[axis].map("{:,}".format)})
@@ -175,11 +172,9 @@ def scale_table(rows: Rows) -> str:
 
 def kernels_table(rows: Rows) -> str:
     """One setting, a line for each operator; a column for each backend."""
-    row = rows.iloc[0]
-    present = [rival for rival in RIVALS if (rows["rival"] == rival.name).any()]
-    columns: Columns = [
-        column for rival in present for column in spread(f"{rival.title}, ms", rival.name, TIME)
-    ]
+    row, columns = rows.iloc[0], list[tuple[str, ...]]()
+    for rival in present(rows):
+        columns += spread(f"{rival.title}, ms", rival.name, TIME)
     what = caption(rows, row["similarity"], sizes(row), row["dtype"], f"{row['gradient']} gradient")
     return table(rows, {"phase": "operator"}, columns) + what
 
@@ -215,14 +210,13 @@ def insert(text: str, block: str) -> str:
 
 
 def run(options: argparse.Namespace) -> int:
-    path: Path = options.results
-    rows = results.read(path)
+    rows = results.read(options.results)
     if options.parts:
         names = rows["family"] + ":" + rows["graph"]
         rows = rows[rows["family"].isin(options.parts) | names.isin(options.parts)]
     if rows.empty:
         what = f"no results of {', '.join(options.parts)}" if options.parts else "no results"
-        print(f"{what} in {path}: run python -m bench first", file=sys.stderr)
+        print(f"{what} in {options.results}: run python -m bench first", file=sys.stderr)
         return 1
     tables = markdown(rows)
     if options.into is None:

@@ -32,7 +32,9 @@ from emu_kernels import (
     fused_emu_loss,
     fused_softmax_loss,
     one_vs_all_loss,
+    prepare,
 )
+from emu_kernels.backends.base import ScoreWeights, SumWeights
 from emu_kernels.similarity import SIMILARITIES
 
 EMU: dict[str, Any] = {"mutation_rate": 0.94, "beta": 0.25, "alpha": 0.73}
@@ -41,6 +43,9 @@ CLOSED = EMU | {"mutation_rate": Expected(EMU["mutation_rate"])}
 
 PHASES = ("forward", "backward", "forward + backward")
 WHOLE = PHASES[-1]
+TRAINING = "training step"  # the only phase of a trainer's
+OPERATORS = ("loss, no gradient", "loss", "table gradient", "scores", "query gradient of scores")
+"""What autograd calls, by themselves: a pass over the negatives, or the gradient of the table."""
 Loss = Callable[..., Tensor]  # of query, table, positive and negative
 
 
@@ -52,15 +57,26 @@ class Rival:
     cannot: Callable[[Shape], str | None] = lambda shape: None  # why it cannot run such a step
     device: str | None = None  # the only type of device on which it is measured
     backend: str | None = None  # of ours
-    phases: tuple[str, ...] = PHASES
+    phases: tuple[str, ...] = PHASES + OPERATORS
     dense_gradients: int = 1  # (N, D) buffers needed at once
     tiles: int = 0  # (B, K, D) buffers needed at once
 
     def prepare(self, shape: Shape, inputs: Inputs, phase: str) -> Step:
+        if phase in OPERATORS:
+            return operator(str(self.backend), shape, inputs, phase)
         loss = self.loss(shape)
         if self.phases == (WHOLE,):
-            return Step(lambda _: loss(*inputs))
-        return _step(loss, inputs, phase)
+            return lambda: partial(loss, *inputs)
+        return step(loss, inputs, phase)
+
+    def start(
+        self, shape: Shape, inputs: Inputs, phase: str, *, tiny: bool
+    ) -> tuple[measure.Turn, float | None]:
+        """Warm up; on a GPU with the MiB that a step needs."""
+        step = self.prepare(shape, inputs, phase)
+        turn = measure.turn_of(step, shape.device, 0.0 if tiny else None)
+        measured = is_gpu(shape.device) and phase in PHASES
+        return turn, measure.cuda_peak(step())[1] if measured else None
 
     def unavailable(self, shape: Shape) -> str | None:
         """Why it cannot run such a step here, or None."""
@@ -92,17 +108,43 @@ def instruction_set(device: str) -> str:
     return torch.backends.cpu.get_cpu_capability().lower()
 
 
-def _step(loss: Loss, inputs: Inputs, phase: str) -> Step:
-    def forward(_: None = None) -> Tensor:
+def step(loss: Loss, inputs: Inputs, phase: str) -> Step:
+    def forward() -> Tensor:
         return loss(*inputs)
 
     def gradients(value: Tensor) -> tuple[Tensor, ...]:
         of_query, of_table = torch.autograd.grad(value, (inputs.query, inputs.table))
         return of_query, of_table.coalesce() if of_table.is_sparse else of_table
 
+    if phase == "forward":
+        return lambda: forward
     if phase == "backward":
-        return Step(gradients, before=forward)
-    return Step(forward if phase == "forward" else lambda _: gradients(forward()))
+        return lambda: partial(gradients, forward())
+    return lambda: lambda: gradients(forward())
+
+
+def operator(backend: str, shape: Shape, inputs: Inputs, name: str) -> Step:
+    """One of ``OPERATORS``. On a GPU its time is that of all the kernels that it launches."""
+    query, table, positive, negative = inputs
+    scores = prepare.scores(
+        query.detach(), table.detach(), positive, negative, similarity=shape.similarity,
+        mutation=EMU["mutation_rate"], seed=1, sparse_grad=shape.sparse,
+    )  # fmt: skip
+    loss = {name: EMU[name] for name in ("beta", "alpha")}
+    request = prepare.loss(scores, **loss, sample_weight=None, reduction="mean")
+    kernels: Any = backends.get(backend)
+    state = kernels.loss_forward(request, need_grad=True)
+    sums = SumWeights(*(getattr(state, name) for name in SumWeights._fields))
+    upstream = ScoreWeights(*map(torch.ones_like, kernels.scores_forward(request)))
+    table_gradient = kernels.table_gradient_sparse if shape.sparse else kernels.table_gradient
+    calls = (
+        lambda: kernels.loss_forward(request, need_grad=False),
+        lambda: kernels.loss_forward(request, need_grad=True),
+        lambda: table_gradient(request, sums),
+        lambda: kernels.scores_forward(request),
+        lambda: kernels.query_gradient(request, upstream),
+    )
+    return lambda: calls[OPERATORS.index(name)]
 
 
 BACKENDS = {"cuda": "cuda", "triton": "cuda", "cpu": "cpu"}
@@ -131,18 +173,15 @@ def _fused(loss: str, backend: str) -> Rival:
     title, function = FUSED[loss]
     title += "" if backend == "cpu" else f" ({backend})"
 
-    def options(shape: Shape) -> dict[str, Any]:
+    def loss_of(shape: Shape) -> Loss:
         pairs = loss == "expected" and SIMILARITIES[shape.similarity].coupled
         unit = {"mask_unit": "pair"} if pairs else {}
         given = {"similarity": shape.similarity, "sparse_grad": shape.sparse, "backend": backend}
-        return given | unit
+        return partial(function, **given, **unit)
 
     return Rival(
-        ours(loss, backend),
-        f"**{title}**" if loss == "emu" else title,
-        lambda shape: partial(function, **options(shape)),
-        lambda shape: backends.get(backend).unavailable(),
-        BACKENDS[backend], backend,
+        ours(loss, backend), f"**{title}**" if loss == "emu" else title, loss_of,
+        lambda shape: backends.get(backend).unavailable(), BACKENDS[backend], backend,
     )  # fmt: skip
 
 
@@ -155,9 +194,9 @@ def fastest(shape: Shape) -> eager.Scores:
     inputs = make(shape)
 
     def seconds(scores: eager.Scores) -> float:
-        step = _step(partial(eager.softmax_loss, scores=scores, sparse=True), inputs, WHOLE)
+        loss = partial(eager.softmax_loss, scores=scores, sparse=True)
         try:
-            return measure.turn_of(step, shape.device)()
+            return measure.turn_of(step(loss, inputs, WHOLE), shape.device)()
         except (NotImplementedError, RuntimeError):  # not for this dtype
             return float("inf")
 
@@ -222,21 +261,14 @@ def _all_expected(query: Tensor, table: Tensor, positive: Tensor, negative: Tens
     return one_vs_all_loss(query, table, positive, **CLOSED)
 
 
-def _product(name: str, title: str, loss: Loss) -> Rival:
-    def cannot(shape: Shape) -> str | None:
-        dense_dot = (shape.similarity, shape.gradient) == ("dot", "dense")
-        return None if dense_dot else "supports only dot and dense gradients"
-
-    return Rival(name, title, lambda shape: loss, cannot)
-
-
+_SETS, _ALL = "one set of negatives", "all entities"
 PRODUCTS = (
-    _product("shared-expected", "EMU in closed form, one set of negatives", _shared_expected),
-    _product("shared-softmax", "sampled softmax, one set of negatives", eager.shared_softmax_loss),
-    _product("all-expected", "EMU in closed form, all entities", _all_expected),
-    _product("all-softmax", "softmax of all entities", eager.all_softmax_loss),
+    Rival("shared-expected", f"EMU in closed form, {_SETS}", lambda _: _shared_expected),
+    Rival("shared-softmax", f"sampled softmax, {_SETS}", lambda _: eager.shared_softmax_loss),
+    Rival("all-expected", f"EMU in closed form, {_ALL}", lambda _: _all_expected),
+    Rival("all-softmax", f"softmax of {_ALL}", lambda _: eager.all_softmax_loss),
 )
-"""One set of negatives for the batch, or all entities: of the command ``closed`` alone."""
+"""Of dot with dense gradients: of the command ``closed`` alone."""
 
 RIVALS = (
     *(_fused(loss, backend) for loss in FUSED for backend in BACKENDS),

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from bench import measure
-from bench.inputs import CHOICES, GRADIENTS, SIMILARITIES, SIZES, Inputs, Shape, is_gpu, make
+from bench.inputs import CHOICES, GRADIENTS, SIMILARITIES, SIZES, Shape, is_gpu, make
 from bench.results import MEMORY, Recorder, Row
 from bench.rivals import (
     BACKENDS,
     BY_NAME,
     DEFAULT,
     FUSED,
+    OPERATORS,
     PHASES,
     PRODUCTS,
     SCALED,
+    TRAINING,
     WHOLE,
-    Rival,
     base_of,
     ours,
 )
@@ -37,6 +37,17 @@ SCALES: dict[str, tuple[int, ...]] = {
 }
 
 
+def for_memory(name: str, shape: Shape) -> Callable[[], None]:
+    """Temporaries, tensors kept for backward, and the gradients."""
+    step = BY_NAME[name].prepare(shape, make(shape), WHOLE)
+
+    def run() -> None:
+        for _ in range(measure.MEMORY_STEPS):
+            step()()
+
+    return run
+
+
 class Setting(NamedTuple):
     """A step to measure, on which rivals, in which phases."""
 
@@ -44,7 +55,8 @@ class Setting(NamedTuple):
     rivals: Sequence[str]
     phases: Sequence[str] = PHASES
     family: str = "steps"
-    base: str | None = None  # whom the others are compared with, if not with EMU
+    base: str | None = None  # whom the others are compared with, if not with EMU; "" with nobody
+    for_memory: measure.Prepare = for_memory
 
     def tiny(self) -> Setting:
         """With the other sizes tiny where one is an axis."""
@@ -62,7 +74,7 @@ def settings(options: Any) -> Iterator[Setting]:
     """Of the command ``steps``."""
     fields = (*SIZES.values(), *CHOICES)
     for shape in product(**{field: getattr(options, field) for field in fields}):
-        yield Setting(shape, options.rivals, options.phases)
+        yield Setting(shape, options.rivals, [p for p in PHASES if p in options.phases])
 
 
 def closed_settings(options: Any) -> Iterator[Setting]:
@@ -109,64 +121,51 @@ def gpu_settings(options: Any) -> Iterator[Setting]:
         yield Setting(shape.replace(entities=ENTITIES[shape.gradient]), names)
 
 
-def for_memory(name: str, shape: Shape) -> Callable[[], None]:
-    """Temporaries, tensors kept for backward, and the gradients."""
-    step = BY_NAME[name].prepare(shape, make(shape), WHOLE)
-
-    def run() -> None:
-        for _ in range(measure.MEMORY_STEPS):
-            step()
-
-    return run
+def kernels_settings(options: Any) -> Iterator[Setting]:
+    """The paper's shape on FB15k-237, and long rows of a large table, which lie in no cache."""
+    names = [ours("emu", backend) for backend in BACKENDS]
+    for shape in (Shape(), Shape(1024, 256, 512, ENTITIES["sparse"], gradient="sparse")):
+        yield Setting(shape, names, OPERATORS, "kernels", base="")
 
 
-def rows(rivals: Sequence[Rival], setting: Setting, options: Any) -> Iterator[list[Row]]:
+def rows(rivals: Sequence[Any], setting: Setting, options: Any) -> Iterator[list[Row]]:
     """Measure, with the options of the command line; the rows of one phase after the other."""
-    shape, device = setting.shape, setting.shape.device
-    record = Recorder(device, family=setting.family, threads=options.threads, **shape.columns())
-    yield from _times(record, rivals, setting, options)
-    gc.collect()
-    if is_gpu(device):
-        torch.cuda.empty_cache()  # the next shape's tensors have other sizes
-    elif WHOLE in setting.phases and options.memory:
-        for rival in rivals:
-            peak = measure.peak(for_memory, rival.name, shape, options.threads)
-            record.add(MEMORY, [peak], rival=rival.name, phase=WHOLE, **rival.columns(shape))
-    yield record.taken()
-
-
-def _times(
-    record: Recorder, rivals: Sequence[Rival], setting: Setting, options: Any
-) -> Iterator[list[Row]]:
-    """What it allocates is free when it ends."""
-    inputs = make(setting.shape)
+    shape, data = setting.shape.load()
+    record = Recorder(
+        shape.device, family=setting.family, threads=options.threads, **shape.columns()
+    )
     for phase in setting.phases:
-        compared = [rival for rival in rivals if phase in rival.phases]
-        _add_times(record, compared, setting, inputs, phase, options)
+        compared = {rival.name: rival for rival in rivals if phase in rival.phases}
+        times, peaks = _measured(compared, shape, data, phase, options)
+        base = base_of(times) if setting.base is None else setting.base
+        for name in times:
+            here = {"rival": name, "phase": phase, **compared[name].columns(shape)}
+            batch = shape.batch if phase == TRAINING else 0
+            record.add_times(times, base, batch=batch, **here)
+            if name in peaks:
+                record.add(MEMORY, [peaks[name]], **here)
+        yield record.taken()
+    del data
+    gc.collect()
+    if is_gpu(shape.device):
+        torch.cuda.empty_cache()  # the next shape's tensors have other sizes
+    elif options.memory and phase in (WHOLE, TRAINING):
+        for name in times:
+            peak = measure.peak(setting.for_memory, name, shape, options.threads)
+            record.add(MEMORY, [peak], rival=name, phase=phase, **compared[name].columns(shape))
         yield record.taken()
 
 
-def _add_times(
-    record: Recorder,
-    rivals: Sequence[Rival],
-    setting: Setting,
-    inputs: Inputs,
-    phase: str,
-    options: Any,
-) -> None:
-    shape, device = setting.shape, setting.shape.device
-    by_name = {rival.name: rival for rival in rivals}
-    steps: dict[str, measure.Step] = {}
+def _measured(
+    rivals: Mapping[str, Any], shape: Shape, data: Any, phase: str, options: Any
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Seconds of each rival, and on a GPU the MiB that it needs."""
+    peaks: dict[str, float] = {}
 
     def start(name: str) -> measure.Turn:
-        steps[name] = by_name[name].prepare(shape, inputs, phase)
-        return measure.turn_of(steps[name], device, 0.0 if options.tiny else None)
+        turn, peak = rivals[name].start(shape, data, phase, tiny=options.tiny)
+        if peak is not None and options.memory:
+            peaks[name] = peak
+        return turn
 
-    times = measure.alternate(measure.turns_of(by_name, start), options.rounds)
-    for name in times:
-        here = {"rival": name, "phase": phase, **by_name[name].columns(shape)}
-        record.add_times(times, setting.base or base_of(times), **here)
-        if options.memory and is_gpu(device):
-            step = steps[name]
-            peak = measure.cuda_peak(functools.partial(step.run, step.before()))[1]
-            record.add(MEMORY, [peak], **here)
+    return measure.alternate(rivals, start, options.rounds), peaks

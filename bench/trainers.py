@@ -5,7 +5,7 @@ heads) and optimiser, on the same triples, with cross-entropy of the positive am
 with EMU: no regulariser, no constraint on embeddings, no evaluation. A step is everything: drawing
 triples and negatives, loss, gradients, optimiser. Building loaders and shuffling is not timed.
 
-The other libraries are imported only where they are used: the list needs none of them.
+The other libraries, and our trainer, are imported only where they are used: the list needs none.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -30,28 +30,17 @@ from torch.nn.functional import embedding
 
 from bench import eager, measure
 from bench.inputs import Shape, is_gpu
-from bench.measure import synchronize
-from bench.results import MEMORY, Recorder, Row
 from bench.rivals import BY_NAME as STEPS
-from bench.rivals import EMU, Loss
+from bench.rivals import EMU, TRAINING, Loss
 from bench.steps import Setting
 from emu_kernels import fused_emu_loss
 
-MISSING: str | None = None  # why our trainer cannot be imported
-try:
-    from emu_kernels.trainer import data, loop
-    from emu_kernels.trainer.config import Config
-    from emu_kernels.trainer.datasets import load_dataset
-    from emu_kernels.trainer.errors import ConfigError, DataError
-    from emu_kernels.trainer.models import MODELS
-except ModuleNotFoundError as error:
-    MISSING = str(error)
 if TYPE_CHECKING:
+    from emu_kernels.trainer.config import Config
     from emu_kernels.trainer.data import Graph
 
 ZIPF = "zipf"
 RELATIONS = 500  # of the synthetic graph, which has as many triples as entities
-PHASE = "training step"
 LEARNING_RATE = 0.1
 
 
@@ -68,26 +57,31 @@ class Task(Shape):
     def tiny(self) -> Task:
         return super().tiny().replace(graph=ZIPF)
 
-    def load(self) -> Graph:
-        """The graph, of training triples alone.
+    def columns(self) -> dict[str, Any]:
+        own = {name: getattr(self, name) for name in ("graph", "model", "optimizer")}
+        return super().columns() | own
+
+    def load(self) -> tuple[Task, Graph]:
+        """With the graph, of training triples alone.
 
         Raises:
             FileNotFoundError: the dataset is not at hand and cannot be downloaded.
         """
-        if MISSING is not None:
-            raise ModuleNotFoundError(MISSING)
+        from emu_kernels.trainer import data, datasets, errors
+
         if self.graph == ZIPF:
             train = zipf_triples(self.entities, RELATIONS, self.entities)
             entities: Any = range(self.entities)  # training does not use names
             relations: Any = range(RELATIONS)
         else:
             try:
-                graph = load_dataset(self.graph)
-            except DataError as error:
+                graph = datasets.load_dataset(self.graph)
+            except errors.DataError as error:
                 raise FileNotFoundError(str(error)) from error
             train, entities, relations = graph.triples["train"], graph.entities, graph.relations
         none = train.new_empty((0, 3))
-        return data.Graph(entities, relations, {"train": train, "valid": none, "test": none})
+        splits = {"train": train, "valid": none, "test": none}
+        return self.replace(entities=len(entities)), data.Graph(entities, relations, splits)
 
     def __str__(self) -> str:
         sizes = f"d={self.dim}, B={self.batch}, K={self.negatives}"
@@ -116,14 +110,7 @@ Run = Callable[[int], float]  # trains so many steps and returns their seconds
 
 
 def timed(train: Callable[[int], object], device: str) -> Run:
-    def run(steps: int) -> float:
-        synchronize(device)
-        start = time.perf_counter()
-        train(steps)
-        synchronize(device)
-        return time.perf_counter() - start
-
-    return run
+    return lambda steps: measure.wall_clock(lambda: partial(train, steps), device)
 
 
 def new_optimizer(task: Task, parameters: Iterable[Any]) -> torch.optim.Optimizer:
@@ -146,7 +133,9 @@ def by_hand(task: Task, parameters: Iterable[Any], loss: Callable[[int], Tensor]
     return timed(train, task.device)
 
 
-def our_config(task: Task, loss: str) -> Config:
+def our_config(task: Task, loss: str = "emu") -> Config:
+    from emu_kernels.trainer.config import Config
+
     never = 2**62
     return Config(
         data=task.graph,  # a name only: the graph is passed to the trainer
@@ -156,17 +145,11 @@ def our_config(task: Task, loss: str) -> Config:
     )  # fmt: skip
 
 
-def ours_can_be_sparse(task: Task) -> bool:
-    try:
-        our_config(task.replace(gradient="sparse"), "emu")
-    except ConfigError:
-        return False
-    return True
-
-
 def our_trainer(task: Task, graph: Graph, loss: str) -> Run:
     """``emu-train``, without evaluation."""
-    trainer = loop.Trainer(loop.settle(our_config(task, loss)), graph)
+    from emu_kernels.trainer.loop import Trainer, settle
+
+    trainer = Trainer(settle(our_config(task, loss)), graph)
 
     def train(steps: int) -> None:
         with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
@@ -180,24 +163,23 @@ def pytorch_loop(task: Task, graph: Graph, new_loss: Callable[[Shape], Loss]) ->
 
     The query is computed once a row and scored with its K candidates.
     """
+    from emu_kernels.trainer.batches import AlternatingBatches
+    from emu_kernels.trainer.models import MODELS
+
     draws = torch.Generator().manual_seed(0)
     model = MODELS[task.model](graph.num_entities, graph.num_relations, task.dim, draws)
     model.to(task.device)
-    triples = graph.triples["train"].to(task.device)
-    order = torch.randperm(len(triples), device=task.device)
+    batches = AlternatingBatches(graph.triples["train"].to(task.device), task.batch, seed=0)
     loss_of = new_loss(task.replace(similarity=model.similarity))
 
     def loss(step: int) -> Tensor:
-        direction = data.DIRECTIONS[step % 2]
-        first = step * task.batch % max(1, len(order) - task.batch + 1)
-        batch = triples[order[first : first + task.batch]]
-        given, relation, positive = data.split_triples(batch, direction)
-        shape = (len(batch), task.negatives)
+        batch = batches(step)
+        shape = (task.batch, task.negatives)
         negative = torch.randint(len(model.entity), shape, device=task.device)
-        heads = embedding(given, model.entity, sparse=task.sparse)
-        relations = embedding(relation, model.relation, sparse=task.sparse)
-        query = model.query(heads, relations, direction).vector
-        return loss_of(query, model.entity, positive, negative)
+        given = embedding(batch.given, model.entity, sparse=task.sparse)
+        relation = embedding(batch.relation, model.relation, sparse=task.sparse)
+        query = model.query(given, relation, batch.direction).vector
+        return loss_of(query, model.entity, batch.positive, negative)
 
     return by_hand(task, model.parameters(), loss)
 
@@ -242,10 +224,8 @@ def pykeen(task: Task, graph: Graph, *, ours: bool) -> Run:
         new_loop = partial(EMUTrainingLoop, **EMU)
     logging.getLogger("pykeen").setLevel(logging.ERROR)
     triples = graph.triples["train"]
-    new_factory = partial(
-        CoreTriplesFactory, num_entities=graph.num_entities, num_relations=graph.num_relations
-    )
-    every = new_factory(triples)
+    sizes: Any = {"num_entities": graph.num_entities, "num_relations": graph.num_relations}
+    every = CoreTriplesFactory(triples, **sizes)
     model = model_resolver.make(
         task.model.lower(), triples_factory=every, embedding_dim=task.dim,
         loss="crossentropy", random_seed=0, **LIBRARIES["pykeen"][task.model],
@@ -261,7 +241,7 @@ def pykeen(task: Task, graph: Graph, *, ours: bool) -> Run:
 
     class Watch(TrainingCallback):
         def pre_batch(self, **kwargs: Any) -> None:
-            synchronize(task.device)
+            measure.synchronize(task.device)
             times.append(time.perf_counter())
 
     def run(steps: int) -> float:
@@ -269,7 +249,7 @@ def pykeen(task: Task, graph: Graph, *, ours: bool) -> Run:
         chosen = torch.randint(len(triples), ((steps + 1) * task.batch,))
         epoch = next(epochs)
         training_loop.train(
-            new_factory(triples[chosen]), num_epochs=epoch,  # in total
+            CoreTriplesFactory(triples[chosen], **sizes), num_epochs=epoch,  # in total
             continue_training=epoch > 1, batch_size=task.batch, use_tqdm=False,
             drop_last=True, pin_memory=False, num_workers=0, callbacks=Watch(),
         )  # fmt: skip
@@ -347,14 +327,25 @@ def torchkge(task: Task, graph: Graph) -> Run:
     return by_hand(task, model.parameters(), loss)
 
 
+def ours_can_be_sparse(task: Task) -> bool:
+    from emu_kernels.trainer.errors import ConfigError
+
+    try:
+        our_config(task.replace(gradient="sparse"))
+    except ConfigError:
+        return False
+    return True
+
+
 @dataclass(frozen=True)
 class Trainer:
     name: str  # in results and on the command line
     title: str  # in tables
-    start: Callable[[Task, Graph], Run]
+    train: Callable[[Task, Graph], Run]
     library: str = ""  # its package, one of ``LIBRARIES``
     can_be_sparse: Callable[[Task], bool] = lambda task: True
     device: str | None = None  # any
+    phases: tuple[str, ...] = (TRAINING,)
 
     def adapt(self, task: Task) -> Task:
         """The task with dense gradients where this trainer has no sparse ones for it."""
@@ -362,9 +353,18 @@ class Trainer:
         return task if possible else task.replace(gradient="dense")
 
     def warm(self, task: Task, graph: Graph) -> Run:
-        run = self.start(self.adapt(task), graph)
+        run = self.train(self.adapt(task), graph)
         run(measure.MEMORY_STEPS)
         return run
+
+    def start(
+        self, task: Task, graph: Graph, _phase: str, *, tiny: bool
+    ) -> tuple[measure.Turn, float | None]:
+        """Warm up; on a GPU with the MiB that this takes."""
+        warm, on_gpu = partial(self.warm, task, graph), is_gpu(task.device)
+        run, peak = measure.cuda_peak(warm) if on_gpu else (warm(), None)
+        steps = max(1, math.ceil((0.0 if tiny else 0.25) / run(1)))
+        return lambda: run(steps) / steps, peak
 
     def columns(self, task: Task) -> dict[str, Any]:
         """Of a row of results."""
@@ -373,8 +373,8 @@ class Trainer:
 
     def unavailable(self, task: Task) -> str | None:
         """Why it cannot run the task here, or None."""
-        if MISSING is not None:
-            return MISSING
+        from emu_kernels.trainer.models import MODELS
+
         if self.library and find_spec(self.library.replace("-", "_")) is None:
             return f"{self.library} is not installed (pip install {self.library})"
         if task.model not in LIBRARIES.get(self.library, MODELS):
@@ -387,17 +387,16 @@ class Trainer:
         return measure.too_large(rows * width, task.device)
 
 
+def _ours(loss: str, title: str) -> Trainer:
+    start = partial(our_trainer, loss=loss)
+    return Trainer(f"trainer-{loss}", title, start, can_be_sparse=ours_can_be_sparse)
+
+
 _SOFTMAX, _EMU = STEPS["eager-softmax"].loss, STEPS["eager-emu"].loss
 _PYG = "torch-geometric"
 TRAINERS = (
-    Trainer(
-        "trainer-emu", "**our trainer, EMU**", partial(our_trainer, loss="emu"),
-        can_be_sparse=ours_can_be_sparse,
-    ),
-    Trainer(
-        "trainer-softmax", "our trainer, sampled softmax", partial(our_trainer, loss="softmax"),
-        can_be_sparse=ours_can_be_sparse,
-    ),
+    _ours("emu", "**our trainer, EMU**"),
+    _ours("softmax", "our trainer, sampled softmax"),
     Trainer("fused-loop-emu", "PyTorch loop with our EMU", partial(pytorch_loop, new_loss=our_emu)),
     Trainer("loop-softmax", "PyTorch loop", partial(pytorch_loop, new_loss=_SOFTMAX)),
     Trainer("loop-emu", "PyTorch loop with eager EMU", partial(pytorch_loop, new_loss=_EMU)),
@@ -406,9 +405,14 @@ TRAINERS = (
     Trainer("pyg", "PyTorch Geometric", partial(pyg, ours=False), _PYG),
     Trainer("pyg-emu", "PyTorch Geometric with our EMU", partial(pyg, ours=True), _PYG),
     Trainer("torchkge", "TorchKGE", torchkge, "torchkge"),
-)  # fmt: skip
+)
 BASE = TRAINERS[0].name
 BY_NAME = {trainer.name: trainer for trainer in TRAINERS}
+
+
+def for_memory(name: str, task: Any) -> Callable[[], Run]:
+    """Model, gradients, optimiser and temporaries; not the triples."""
+    return partial(BY_NAME[name].warm, *task.load())
 
 
 def settings(options: Any) -> Iterator[Setting]:
@@ -418,44 +422,4 @@ def settings(options: Any) -> Iterator[Setting]:
     for graph, model in itertools.product(options.graph, options.model):
         gradient = options.gradient or ("sparse" if graph == ZIPF else "dense")
         task = Task(graph=graph, model=model, gradient=gradient, **shared)
-        yield Setting(task, options.rivals, family="train")
-
-
-def for_memory(name: str, task: Any) -> Callable[[], Run]:
-    """Model, gradients, optimiser and temporaries; not the triples."""
-    return partial(BY_NAME[name].warm, task, task.load())
-
-
-def rows(trainers: Sequence[Trainer], setting: Setting, options: Any) -> Iterator[list[Row]]:
-    """Measure, with the options of the command line."""
-    task: Any = setting.shape
-    graph = task.load()
-    record = Recorder(
-        task.device, family=setting.family, phase=PHASE, graph=task.graph, model=task.model,
-        optimizer=task.optimizer, threads=options.threads,
-        **task.columns() | {"N": graph.num_entities},
-    )  # fmt: skip
-    turns, peaks = {}, {}
-    for trainer in trainers:
-        start = partial(trainer.warm, task, graph)
-        if is_gpu(task.device):
-            run, peak = measure.cuda_peak(start)
-            peaks[trainer.name] = peak
-        else:
-            run = start()
-        turns[trainer.name] = _turn(run, 0.0 if options.tiny else 0.25)
-    times = measure.alternate(turns, options.rounds)
-    del run, turns
-    if options.memory and not is_gpu(task.device):
-        peaks = {name: measure.peak(for_memory, name, task, options.threads) for name in times}
-    for trainer in trainers:
-        here = {"rival": trainer.name, **trainer.columns(task)}
-        record.add_times(times, BASE, batch=task.batch, **here)
-        if trainer.name in peaks:
-            record.add(MEMORY, [peaks[trainer.name]], **here)
-    yield record.taken()
-
-
-def _turn(run: Run, min_seconds: float) -> measure.Turn:
-    steps = max(1, math.ceil(min_seconds / run(1)))
-    return lambda: run(steps) / steps
+        yield Setting(task, options.rivals, (TRAINING,), "train", BASE, for_memory)

@@ -1,34 +1,47 @@
-"""``python -m bench``: every part on tiny sizes, with its rows and files. No time is asserted."""
+"""``python -m bench``: every part on tiny sizes, with its rows and files; rivals compute the same
+results. No time is asserted."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import pandas as pd
 import pytest
+import torch
 
 from bench import __main__ as command_line
-from bench import measure, results, rivals, steps, trainers
+from bench import eager, measure, report, results, rivals, steps, trainers
 from bench.__main__ import main
-from bench.inputs import CHOICES, GRADIENTS, SIMILARITIES, Shape
-from bench.results import RATIO, SPEED, TIME, UNITS
-from bench.rivals import PHASES, RIVALS
+from bench.inputs import CHOICES, GRADIENTS, SIMILARITIES, Shape, make
+from bench.large import WHOLE as LARGE
+from bench.results import MEMORY, RATIO, SPEED, TIME, UNITS
+from bench.rivals import EMU, PHASES
 from bench.trainers import Task
-from tests.ops.support import run_python
+from emu_kernels import backends, fused_emu_loss, fused_softmax_loss
+from emu_kernels.mask import mutation_mask, rate_to_threshold
+from tests.ops.support import Inputs, assert_agree, evaluate, run_python
 
 Capture: TypeAlias = pytest.CaptureFixture[str]
 Patch: TypeAlias = pytest.MonkeyPatch
 TINY = Shape().tiny()
 TASK = Task().tiny()
+FUSED = rivals.BY_NAME["fused-emu"]
 # Compiling takes a minute and is tested separately.
-NAMES = [r.name for r in RIVALS if r.unavailable(TINY) is None and r.name != "compiled-emu"]
+NAMES = [n for n in rivals.DEFAULT if n != "compiled-emu"]
+NAMES = [n for n in NAMES if rivals.BY_NAME[n].unavailable(TINY) is None]
+
+
+@pytest.fixture
+def committed() -> pd.DataFrame:
+    return results.read(results.FOLDER)
 
 
 @pytest.fixture(autouse=True)
-def _apart(tmp_path: Path, monkeypatch: Patch, threads: None) -> None:
+def _apart(tmp_path: Path, monkeypatch: Patch, committed: pd.DataFrame, threads: None) -> None:
     monkeypatch.setattr(results, "FOLDER", tmp_path / "committed")
     results.FOLDER.mkdir()
 
@@ -36,8 +49,7 @@ def _apart(tmp_path: Path, monkeypatch: Patch, threads: None) -> None:
 def bench(command: str, *options: object, folder: Path | None = None) -> pd.DataFrame:
     """The rows that a tiny run adds."""
     given = [*command.split(), *map(str, options), "--tiny", "--threads=1", "--no-memory"]
-    where = "--no-save" if folder is None else f"--results={folder}"
-    assert main([*given, where]) == 0
+    assert main([*given, *([] if folder is None else [f"--results={folder}"])]) == 0
     rows = results.read(folder or results.FOLDER)
     assert (rows["unit"] == rows["what"].map(UNITS)).all()
     assert ((rows["q20"] <= rows["median"]) & (rows["median"] <= rows["q80"])).all()
@@ -55,8 +67,7 @@ def test_steps_of_every_rival(tmp_path: Path, capsys: Capture) -> None:
     for phase in PHASES:
         measured = [name for name in NAMES if phase in rivals.BY_NAME[name].phases]
         expected = [(name, what) for name in measured for what in (TIME, RATIO)]
-        here = rows[rows["phase"] == phase]
-        assert pairs(here, "rival", "what") == expected
+        assert pairs(rows[rows["phase"] == phase], "rival", "what") == expected
     out = capsys.readouterr().out
     assert all(f"| {rivals.BY_NAME[name].title} " in out for name in NAMES)
     # A second run appends to the same file.
@@ -80,24 +91,22 @@ def test_steps_of_every_kind(option: str, tmp_path: Path, capsys: Capture) -> No
 def test_the_compiled_rival_runs(tmp_path: Path) -> None:
     if (reason := rivals.BY_NAME["compiled-emu"].unavailable(TINY)) is not None:
         pytest.skip(reason)
-    rows = bench("steps --rivals compiled-emu", folder=tmp_path)
-    assert list(rows["what"]) == [TIME]
+    assert list(bench("steps --rivals compiled-emu", folder=tmp_path)["what"]) == [TIME]
 
 
 def test_several_sizes_and_scales(tmp_path: Path, capsys: Capture) -> None:
-    sizes = "--batch 3 --negatives 4 6 --dim 5 --entities 6 7 --rounds 1 --no-memory"
-    options = ["--rivals", "fused-emu", "--results", str(tmp_path / "sizes")]
-    assert main(["steps", *sizes.split(), *options]) == 0
+    options = f"--rivals fused-emu --results {tmp_path}/sizes --rounds 1 --no-memory"
+    sizes = "--batch 3 --negatives 4 6 --dim 5 --entities 6 7"
+    assert main(["steps", *sizes.split(), *options.split()]) == 0
     rows = results.read(tmp_path / "sizes")
     expected = [(3, k, 5, n) for k in (4, 6) for n in (6, 7)]
     assert pairs(rows[rows["what"] == TIME], "B", "K", "D", "N") == expected
-    folder = tmp_path / "scale"
-    rows = bench("scale --axes N D --rivals fused-emu", folder=folder)
+    rows = bench("scale --axes N D --rivals fused-emu", folder=tmp_path / "scale")
     for axis in "ND":
         timed = rows[(rows["family"] == f"scale-{axis}") & (rows["what"] == TIME)]
         assert pairs(timed, axis, "gradient") == [(n, g) for n in (5, 10) for g in GRADIENTS]
     capsys.readouterr()
-    assert main(["report", "--results", str(folder)]) == 0
+    assert main(["report", "--results", str(tmp_path / "scale")]) == 0
     lines = [line.split("|") for line in capsys.readouterr().out.splitlines()]
     first = [cells[1].strip() for cells in lines if len(cells) > 1 and cells[1][0] != ":"]
     assert first == ["N", "5", "10", "5", "10", "D", "5", "10", "5", "10"]
@@ -106,29 +115,26 @@ def test_several_sizes_and_scales(tmp_path: Path, capsys: Capture) -> None:
 def test_a_rival_that_does_not_fit_is_left_out(monkeypatch: Patch) -> None:
     shape = Shape(entities=1_000_000)
     monkeypatch.setattr(measure, "free_bytes", lambda device: 1.5 * shape.table_bytes)
-    fused = rivals.BY_NAME["fused-emu"]
-    assert "GiB are free" in (fused.unavailable(shape) or "")
-    assert fused.unavailable(shape.replace(gradient="sparse")) is None  # needs the table only
+    assert "GiB are free" in (FUSED.unavailable(shape) or "")
+    assert FUSED.unavailable(shape.replace(gradient="sparse")) is None  # needs the table only
     assert "GiB are free" in (trainers.TRAINERS[0].unavailable(Task(graph="zipf")) or "")
 
 
-def test_settings_of_a_gpu_run_on_a_cpu(tmp_path: Path, monkeypatch: Patch) -> None:
+def test_all_parts(tmp_path: Path, capsys: Capture, monkeypatch: Patch) -> None:
     every = list(steps.gpu_settings(argparse.Namespace(quick=False)))
     assert len({setting.shape for setting in every}) == len(every) == 36 + 10
     monkeypatch.setattr(steps, "DEFAULT", ("fused-emu",))
-    rows = bench("gpu --device cpu --quick", folder=tmp_path)
-    assert set(rows["similarity"]) == set(SIMILARITIES)
-
-
-def test_all_parts(tmp_path: Path, capsys: Capture, monkeypatch: Patch) -> None:
-    parts = tuple(
+    parts = [
         (*part, "--rivals", "fused-emu") if part[0] in ("steps", "scale") else part
         for part in command_line.DEFAULTS["cpu"]
         if part[0] != "train"  # tested separately
-    )
-    monkeypatch.setitem(command_line.DEFAULTS, "cpu", (*parts, ("captured",)))
+    ]
+    of_gpus = [("captured",), ("kernels",), ("gpu", "--device", "cpu", "--quick")]
+    monkeypatch.setitem(command_line.DEFAULTS, "cpu", (*parts, *of_gpus))
     rows = bench("", folder=tmp_path)
-    assert set(rows["family"]) == {"steps", "closed", "scale-N", "captured"}
+    assert set(rows["family"]) == {"steps", "closed", "scale-N", "captured", "kernels"}
+    assert set(rows["phase"][rows["family"] == "kernels"]) == {*rivals.OPERATORS}
+    assert set(rows["similarity"]) == {*SIMILARITIES}
     out = capsys.readouterr().out
     assert "EMU in closed form, all entities" in out.partition("== all")[2]
 
@@ -159,7 +165,7 @@ def test_every_trainer_trains(model: str, gradient: str) -> None:
             continue
         can_be_sparse = model != "PairRE" and not trainer.name.startswith(("pykeen", "torchkge"))
         assert trainer.adapt(task).sparse == (task.sparse and can_be_sparse)
-        run = trainer.start(trainer.adapt(task), task.load())
+        run = trainer.train(trainer.adapt(task), task.load()[1])
         assert run(2) > 0 < run(1)
 
 
@@ -192,7 +198,7 @@ def test_memory_of_fresh_processes() -> None:
 
 def test_a_missing_dataset_is_skipped(monkeypatch: Patch, tmp_path: Path, capsys: Capture) -> None:
     monkeypatch.setenv("EMU_KERNELS_DATA", str(tmp_path))
-    assert main(["train", "--rivals", "loop-emu", "--no-save"]) == 1
+    assert main(["train", "--rivals", "loop-emu"]) == 1
     assert "skipped: DistMult on FB15k-237, " in capsys.readouterr().out
 
 
@@ -209,3 +215,119 @@ def test_files_of_another_form_are_refused(tmp_path: Path, capsys: Capture) -> N
     assert path.read_text() == "a,b\n1,2\n"
     assert main(["report", "--results", str(tmp_path)]) == 1
     assert "error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_eager_losses_are_the_fused_ones(
+    similarity: str, backend: str, device: torch.device
+) -> None:
+    """Both EMU losses with the same masks."""
+    inputs = Inputs(*make(TINY)).to(device)
+    threshold = rate_to_threshold(EMU["mutation_rate"])
+    sizes = (TINY.batch, TINY.negatives, TINY.dim)
+    mask = mutation_mask(*sizes, seed=torch.tensor(5), row_offset=0, threshold=threshold)
+    options: Any = {"backend": backend, "similarity": similarity}
+    emu = evaluate(fused_emu_loss, inputs, seed=5, **options, **EMU)
+    softmax = evaluate(fused_softmax_loss, inputs, **options)
+    for scores in eager.SPELLINGS[similarity]:
+        spelled: Any = {"mask": mask.to(device), "scores": scores, "sparse": True}
+        assert_agree(evaluate(eager.emu_loss, inputs, **spelled, **EMU), emu)
+        assert_agree(evaluate(eager.softmax_loss, inputs, scores=scores), softmax)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (7, 5, 19, 11), (3, 2000, 50, 20)])
+def test_the_bare_scatter(shape: tuple[int, int, int, int], threads: None) -> None:
+    if (reason := rivals.BY_NAME["gather-scatter"].unavailable(Shape(*shape))) is not None:
+        pytest.skip(reason)
+    inputs = make(Shape(*shape))
+    rows = inputs.query.repeat_interleave(shape[1], dim=0)
+    expected = torch.zeros_like(inputs.table).index_add(0, inputs.negative.flatten(), rows)
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        torch.testing.assert_close(rivals.gather_scatter(*inputs), expected)
+
+
+def test_phases_are_parts_of_the_whole() -> None:
+    shape = TINY.replace(gradient="sparse")
+    inputs, prepare = make(shape), rivals.BY_NAME["eager-softmax"].prepare
+    loss, of_backward, of_whole = (prepare(shape, inputs, phase)()() for phase in rivals.PHASES)
+    assert (loss.shape, of_backward[1].is_sparse) == ((), True)
+    for part, whole in zip(of_backward, of_whole, strict=True):
+        assert torch.equal(part.to_dense(), whole.to_dense())
+
+
+def test_turns(monkeypatch: Patch, capsys: Capture) -> None:
+    ticks = iter([0.9, 0.3, 0.1, 0.2, 0.4, 100.0])  # the first runs with a cold cache
+    monkeypatch.setattr(measure, "wall_clock", lambda step, device: next(ticks))
+    turn = measure.turn_of(lambda: lambda: None, "cpu", 1.0)
+    assert [turn(), turn()] == pytest.approx([0.25, 100.0])
+    place = itertools.count()  # the order rotates
+
+    def start(name: str) -> measure.Turn:
+        if name == "d":
+            raise RuntimeError("no d\nhere")
+        return lambda: float(next(place))
+
+    times = measure.alternate("abdc", start, 3)
+    assert times == {"a": [0, 5, 7], "b": [1, 3, 8], "c": [2, 4, 6]}
+    assert capsys.readouterr().out == "failed: d: RuntimeError: no d\n"
+
+
+def test_the_report_is_of_the_committed_rows() -> None:
+    folder = Path(report.__file__).with_name("results")
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    tables = report.markdown(results.read(folder))
+    between = text.partition(report.MARKERS[0] + "\n")[2].partition("\n" + report.MARKERS[1])[0]
+    assert tables == between
+    with pytest.raises(ValueError, match="expected one line"):
+        report.insert("no markers", tables)
+
+
+def test_the_report_of_a_gpu() -> None:
+    row = dict.fromkeys(results.COLUMNS, "") | Shape(1024, 256, 512).columns() | {"threads": 1}
+    row |= {"device": "GPU", "instruction_set": "sm_90", "family": "steps", "phase": PHASES[-1]}
+    rows = [
+        row | {"rival": rival, "what": what, "median": m, "q20": m, "q80": m, "date": date}
+        for date, rival, what, m in (
+            ("2025", "fused-emu-cuda", TIME, 9.0),  # from an older run
+            ("2026", "fused-emu-cuda", TIME, 2.0),
+            ("2026", "fused-emu-cuda", MEMORY, 31.4),
+            ("2026", "fused-emu-triton", TIME, 4.0),
+            ("2026", "eager-emu", TIME, 20.0),
+        )
+    ]
+    lines = report.markdown(pd.DataFrame(rows)).splitlines()[:5]
+    names, _, *cells = ([cell.strip() for cell in line.split("|")] for line in lines)
+    columns = [names.index(name) for name in ("rival", "whole ms", "peak MiB")]
+    cuda, triton, eager_emu = ([line[column] for column in columns] for line in cells)
+    assert cuda == ["**EMU, fused (cuda)**", "2.00", "31.4"]
+    assert triton == ["**EMU, fused (triton)**", "4.00", "–"]
+    assert eager_emu == ["EMU, eager PyTorch", "20.0", "–"]
+
+
+def test_messages(capsys: Capture) -> None:
+    options = ["--tiny", "--graph", "zipf", "--batch", "2", "--rounds", "1", "--no-memory"]
+    assert main(["messages", *options]) == 0
+    assert capsys.readouterr().out.count("gather, multiply, scatter: time ratio") == 2
+
+
+def test_backends_are_measured_if_there_are_results(committed: pd.DataFrame) -> None:
+    """Once a GPU's backend has rows, it is `measured`, and calls that get it do not warn."""
+    for name in rivals.BACKENDS:
+        measured = (committed["rival"] == rivals.ours("emu", name)).any()
+        assert backends.get(name).measured == measured
+
+
+@pytest.mark.slow
+def test_each_part_of_a_large_graph(tmp_path: Path) -> None:
+    sizes = "--entities=2000 --triples=9000 --steps=20 --ranked=5 --threads=1"
+    folder, rows = tmp_path / "run", tmp_path / "rows"
+    folder.mkdir()
+    assert main(["large", *sizes.split(), f"--folder={folder}", f"--results={rows}"]) == 0
+    assert not list(folder.iterdir())  # nothing of the run is left
+    (file,) = rows.iterdir()
+    measured = pd.read_csv(file).set_index("part")
+    assert [*measured.index[[0, -1]]] == ["read", "predict many"]
+    assert (measured["seconds"] > 0).all()
+    assert (measured["peak_mib"] > 50).all()  # torch itself
+    assert measured["seconds"]["steps of these"] < measured["seconds"][LARGE]

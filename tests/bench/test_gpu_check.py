@@ -1,5 +1,4 @@
-"""``make gpu-check`` from end to end without a GPU: with ``--device cpu`` it runs the same programs
-on tiny sizes. Programs that stand in for compute-sanitizer and ncu run what they are given."""
+"""``make gpu-check``: its stages, its commands, its cases, and all of it without a GPU."""
 
 from __future__ import annotations
 
@@ -7,37 +6,88 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from bench import results
-from bench.gpu_check import FAILED, OK, PARTS, ROOT, TIMEOUT
+from bench import gpu_cases, gpu_check, results
+from bench.__main__ import _parser
+from bench.gpu_check import FAILED, OK, ROOT, SKIPPED, TIMEOUT, Stage
+from bench.inputs import SIMILARITIES
 
 ABSENT = ("hypothesis", "pooch", "pykeen", "setuptools", "torch_geometric", "torchkge", "tqdm")
 """What a GPU's machine may lack, or have in a version that is too old."""
 
-STAND_IN = f"""#!{sys.executable}
-import os, sys
-values = {{"--error-exitcode", "--target-processes", "--report-api-errors", "--tool", "--page",
-          "--nvtx-include", "--clock-control", "--launch-count", "--section", "--log-file"}}
-switches = {{"--nvtx", "--csv", "--force-overwrite"}}
-words = sys.argv[1:]
-while words[0].startswith("-"):
-    word = words.pop(0)
-    if word in values:
-        value = words.pop(0)
-        if word == "--log-file":
-            open(value, "w").write("ID\\n")
-    elif word not in switches:
-        sys.exit(f"unknown option {{word}}")
-os.execvp(words[0], words)
+STAND_IN = """#!/bin/sh
+while :; do case "$1" in
+  --log-file) echo ID >"$2"; shift 2 ;;
+  --nvtx | --csv | --force-overwrite) shift ;;
+  --error-exitcode | --target-processes | --report-api-errors | --tool | --page) shift 2 ;;
+  --nvtx-include | --clock-control | --launch-count | --section) shift 2 ;;
+  -*) echo "unknown option $1"; exit 1 ;;
+  *) exec "$@" ;;
+esac; done
 """
+FAMILIES = {"a": {"captured", "kernels", "steps"}, "b": set(), "c": {"closed", "scale-D", "steps"}}
+
+
+def test_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    monkeypatch.setattr(gpu_check, "GRACE", 1.0)
+    sleep = "import subprocess, sys; print('began', flush=True); subprocess.run(['sleep', '60'])"
+    told = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('its report')"
+    deaf = "import signal, time; signal.signal(2, signal.SIG_IGN); print('deaf'); time.sleep(60)"
+    quick = f"{sys.executable} -S -c"  # to start, on a busy machine too
+    stages = [
+        Stage("a", "GIVEN=value env", 60, shown=True),
+        Stage("b", f"{sys.executable} -c 'import sys; print(1); sys.exit(4)'", 60),
+        Stage("c", f'{quick} "{sleep}"', 3.0),
+        Stage("d", "no-such-program", 60),
+        Stage("e", "true", 60, tools="no_such_tool"),
+        Stage("f", f'{quick} "{told}"', 3.0),
+        Stage("g", f'{quick} "{deaf}"', 3.0),
+        Stage("h", "echo failed: a rival", 60),
+    ]
+    start = time.monotonic()
+    found = gpu_check.run_stages(stages, tmp_path)
+    assert time.monotonic() - start < 40  # the stage's child was killed too
+    expected = [OK, FAILED, TIMEOUT, FAILED, SKIPPED, TIMEOUT, TIMEOUT, FAILED]
+    assert [r.status for r in found] == expected
+    assert found[1].detail == "exit 4: 1"
+    assert [r.detail for r in found[5:]] == ["its report", "deaf", "1 failed, failed: a rival"]
+    assert "GIVEN=value" in capsys.readouterr().out
+    record = json.loads((tmp_path / "summary.json").read_text())
+    assert [r["stage"] for r in record] == list("abcdefgh")
+    (cut,) = gpu_check.run_stages([stages[0]], tmp_path, minutes=0)
+    assert cut.detail == "no time was left for it"
+
+
+@pytest.mark.parametrize("part", gpu_check.PARTS)
+def test_commands(part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for stage in gpu_check.stages(part, tmp_path, "90"):
+        command = stage.command.split()
+        if command[1:3] == ["-m", "bench"]:
+            assert _parser().parse_args(command[3:]).results == tmp_path / "results"
+        assert all((ROOT / word).exists() for word in command if word.startswith("tests/"))
+    if not torch.cuda.is_available():
+        assert gpu_check.main(["--out", str(tmp_path)]) == 2
+        assert "nothing to check" in capsys.readouterr().err
+
+
+def test_cases(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_cases.main(["--device", "cpu"]) == 0
+    monkeypatch.setattr(gpu_cases, "HOT", (gpu_cases.ODD,))
+    assert gpu_cases.main(["--device", "cpu", "--hot"]) == 0
+    assert gpu_cases.main(["--device", "cpu", "--backends", "cuda"]) == 1
+    out = capsys.readouterr().out
+    assert all(text in out for text in (*SIMILARITIES, "shared, padded", "bfloat16"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", gpu_check.PARTS)
 def test_a_part_ends_with_its_facts_saved(part: str, tmp_path: Path) -> None:
+    """The same programs on tiny sizes; compute-sanitizer and ncu run what they are given."""
     programs, blocked, out = tmp_path / "bin", tmp_path / "site", tmp_path / "out"
     for folder in (programs, blocked):
         folder.mkdir()
@@ -50,11 +100,9 @@ def test_a_part_ends_with_its_facts_saved(part: str, tmp_path: Path) -> None:
     environment = os.environ | {"PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": path}
     # pytest looks for its plugins among what is installed, not among what can be imported.
     environment |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": "-p xdist.plugin"}
-    options = "--device cpu"
     make = ["make", "gpu-check", f"PYTHON={sys.executable}", f"PART={part}", f"OUT={out}"]
-    done = subprocess.run(
-        [*make, f"GPU_CHECK={options}"], cwd=ROOT, env=environment, text=True, capture_output=True
-    )
+    make.append("GPU_CHECK=--device cpu")
+    done = subprocess.run(make, cwd=ROOT, env=environment, text=True, capture_output=True)
     stages = json.loads((out / part / "summary.json").read_text())
     log = (out / part / "log.txt").read_text()
     # Compiling every rival takes longer than a part has; on a busy machine so does building.
@@ -68,10 +116,5 @@ def test_a_part_ends_with_its_facts_saved(part: str, tmp_path: Path) -> None:
     assert {stage["status"] for stage in stages} <= {OK, FAILED, TIMEOUT}, done.stdout + log
     assert sum(stage["seconds"] for stage in stages) < 9.5 * 60
     assert done.returncode == (2 if late or lost else 0)  # make's
-    families = set(results.read(out / part / "results")["family"]) if part != "b" else set()
-    wanted = {
-        "a": {"captured", "kernels", "steps"},
-        "b": set(),
-        "c": {"closed", "scale-D", "steps"},
-    }
-    assert families == wanted[part]
+    found = set(results.read(out / part / "results")["family"]) if part != "b" else set()
+    assert found == FAMILIES[part]
