@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from itertools import product
 from typing import Any, NamedTuple
 
+from bench import mask_rules
 from emu_kernels.trainer.presets import PRESETS
 from emu_kernels.trainer.sampling import ALL
 
@@ -106,6 +107,14 @@ def _dimensions() -> Iterable[Run]:
         yield preset | LOSSES[name] | {"dim": dim}, {"trained with": name, "d": str(dim)}
 
 
+def _mask_rules() -> Iterable[Run]:
+    preset = short("distmult-fb15k-237")
+    yield preset | LOSSES["EMU"], {"mutated more": "none, drawn masks"}
+    yield preset | LOSSES["EMU, closed form"], {"mutated more": "none"}
+    for mutated, model, loss in mask_rules.LINES:
+        yield preset | {"model": model, "loss": loss}, {"mutated more": mutated}
+
+
 def _schedules() -> Iterable[Run]:
     base = PRESETS["distmult-fb15k-237"] | {"steps": 10_000, "eval_every": 1000}
     schedules: dict[str, Settings] = {
@@ -129,6 +138,9 @@ EXPERIMENTS = {
     "sensitivity": Experiment(
         "What do rate, beta and alpha decide? (table 13; beta 0 is no label smoothing)",
         _sensitivity, (0,),
+    ),
+    "mask-rules": Experiment(
+        "Are there better masks than random ones? (open question 1 of the paper)", _mask_rules, (0,)
     ),
     "dimensions": Experiment("Does EMU at d = 100 equal softmax at d = 500?", _dimensions, (0,)),
 }  # fmt: skip
