@@ -40,6 +40,7 @@ RelationalArgs read_relational(Arguments& a) {
   RelationalArgs args{};
   const std::string task = a["task"], message = a["message"], aggregate = a["aggregate"];
   args.task = named<RelationalTask>(task, {{"forward", RelationalTask::kForward},
+                                           {"pulls", RelationalTask::kPulls},
                                            {"nodes", RelationalTask::kNodes},
                                            {"relations", RelationalTask::kRelations}});
   args.message = named<Message>(
@@ -71,6 +72,8 @@ RelationalArgs read_relational(Arguments& a) {
   args.grad = a["grad"];
   args.result = a["result"];
   args.out = a["out"];
+  args.own_gradient = a["own_gradient"];
+  args.epsilon = a["epsilon"];
   args.threads = a["threads"];
   return args;
 }

@@ -113,7 +113,7 @@ struct MutateArgs {
 // task goes through, and `other`, `relation`, `edge` (its number before sorting) belong to the sorted ones.
 enum class Message { kDistMult, kTransE, kRotate };
 enum class Aggregate { kSum, kMin, kMax, kPna };
-enum class RelationalTask { kForward, kNodes, kRelations };
+enum class RelationalTask { kForward, kPulls, kNodes, kRelations };
 
 struct RelationalArgs {
   RelationalTask task;
@@ -134,9 +134,11 @@ struct RelationalArgs {
   const int64_t* edge;            // (E,)
   int64_t pieces;                 // for relations
   const int64_t* piece_relation;  // (pieces,)
-  const void* grad;               // (N, B, S, D) real, backward, S sections (Relational::pull)
+  const void* grad;               // (N, B, S, D) real, backward, S sections: for pulls of the result, else pulls
   const void* result;             // (N, B, S, D) real, of the forward pass
   void* out;                      // (N, B, S, D), (N, B, D) or (R, relation_rows, D) real
+  void* own_gradient;             // (N, B, D) real, for pulls, or null
+  double epsilon;                 // the least variance
   int threads;
 };
 

@@ -67,7 +67,18 @@ struct Relational {
     return relations + (a.relation_rows > 1 ? r * L + b * a.D : r * a.D);
   }
   bool left_out(int64_t e) const { return a.keep != nullptr && a.keep[e] == 0; }
+  // How many messages a node has, of edges sorted by target.
+  int64_t received(int64_t v) const {
+    int64_t number = own != nullptr;
+    for (int64_t i = a.start[v]; i < a.start[v + 1]; ++i) number += !left_out(a.edge[i]);
+    return number;
+  }
   Real weight_of(int64_t e) const { return weight != nullptr ? weight[e] : Real{1}; }
+
+  EMU_INLINE Real square_root(Real x) {
+    if constexpr (sizeof(Real) == 8) return __builtin_sqrt(x);
+    return __builtin_sqrtf(x);
+  }
 
   // Calls body(first query, number of queries, first node, last node, slot); chunk by chunk.
   template <class Body>
@@ -84,7 +95,7 @@ struct Relational {
     constexpr bool kAll = kAggregate == Aggregate::kPna;
     constexpr bool kSum = kAll || kAggregate == Aggregate::kSum;
     constexpr bool kMin = kAll || kAggregate == Aggregate::kMin, kMax = kAll || kAggregate == Aggregate::kMax;
-    constexpr int kSections = kAll ? 4 : 1;  // of the result: sum, minimum, maximum, sum of squares
+    constexpr int kSections = kAll ? 4 : 1;  // of the result: mean, minimum, maximum, standard deviation
     const int64_t width = chunk * a.D;
     Scratch scratch(a.threads, kSections * width * static_cast<int64_t>(sizeof(Real)));
     for_nodes([&](int64_t first, int64_t queries, int64_t from, int64_t to, int slot) {
@@ -94,8 +105,8 @@ struct Relational {
       Real* __restrict high = sums + (kAll ? 2 * width : 0);
       Real* __restrict square = sums + (kAll ? 3 * width : 0);
       for (int64_t v = from; v < to; ++v) {
-        bool empty = own == nullptr;
-        for (int64_t i = a.start[v]; empty && i < a.start[v + 1]; ++i) empty = left_out(a.edge[i]);
+        const int64_t number = received(v);
+        const bool empty = number == 0;
         for (int64_t j = 0; j < width; ++j) {
           if (kSum) sum[j] = 0;
           if (kAll) square[j] = 0;
@@ -132,6 +143,14 @@ struct Relational {
             }
           }
         }
+        if constexpr (kAll) {
+          const Real share = Real{1} / static_cast<Real>(max64(number, 1)), least = static_cast<Real>(a.epsilon);
+          for (int64_t j = 0; j < queries * a.D; ++j) {
+            const Real mean = sum[j] * share, variance = square[j] * share - mean * mean;
+            sum[j] = mean;
+            square[j] = empty ? 0 : square_root(variance < least ? least : variance);
+          }
+        }
         for (int64_t b = 0; b < queries; ++b) {
           Real* out = static_cast<Real*>(a.out) + (v * a.B + first + b) * kSections * a.D;
           for (int s = 0; s < kSections; ++s) copy(out + s * a.D, sums + s * width + b * a.D, a.D);
@@ -148,6 +167,38 @@ struct Relational {
     if constexpr (kAggregate == Aggregate::kMin || kAggregate == Aggregate::kMax) return m == out[j] ? g[j] : Real{0};
     const Real low = m == out[dim + j] ? g[dim + j] : Real{0}, high = m == out[2 * dim + j] ? g[2 * dim + j] : Real{0};
     return g[j] + g[3 * dim + j] * m + low + high;
+  }
+
+  // Of kPna, edges sorted by target: what `pull` reads, from the gradient of the result, and the gradient of `own`.
+  void pulls() const {
+    const Real *grad = static_cast<const Real*>(a.grad), *result = static_cast<const Real*>(a.result);
+    const Real least = square_root(static_cast<Real>(a.epsilon));
+    Real* const own_gradient = static_cast<Real*>(a.own_gradient);
+    for_nodes([&](int64_t first, int64_t queries, int64_t from, int64_t to, int) {
+      const int64_t dim = a.D;
+      for (int64_t v = from; v < to; ++v) {
+        const Real share = Real{1} / static_cast<Real>(max64(received(v), 1));
+        for (int64_t b = first; b < first + queries; ++b) {
+          const int64_t row = (v * a.B + b) * dim, at = 4 * row;
+          const Real* __restrict g = grad + at;
+          const Real* __restrict found = result + at;
+          Real* __restrict out = static_cast<Real*>(a.out) + at;
+          for (int64_t j = 0; j < dim; ++j) {
+            // Where the variance was too small it is a constant.
+            const Real deviation = found[3 * dim + j];
+            const Real square = deviation <= least ? 0 : g[3 * dim + j] * share / deviation;
+            out[j] = g[j] * share - square * found[j];
+            out[dim + j] = g[dim + j];
+            out[2 * dim + j] = g[2 * dim + j];
+            out[3 * dim + j] = square;
+          }
+          if (own_gradient == nullptr) continue;
+          for (int64_t j = 0; j < dim; ++j) {
+            own_gradient[row + j] = pull<Aggregate::kPna>(out, found, dim, j, own[row + j]);
+          }
+        }
+      }
+    });
   }
 
   // to += the gradient of x where kOfNode, else of r.
@@ -242,6 +293,7 @@ static void relational_of(const RelationalArgs& a) {
   const Relational<Real> task(a);
   switch (a.task) {
     case RelationalTask::kForward: return task.template forward<kMessage, kAggregate>();
+    case RelationalTask::kPulls: return task.pulls();
     case RelationalTask::kNodes: return task.template node_gradient<kMessage, kAggregate>();
     case RelationalTask::kRelations: return task.template relation_gradient<kMessage, kAggregate>();
   }
