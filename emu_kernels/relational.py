@@ -310,11 +310,11 @@ def _run(given: Values, task: str, out: Tensor, **more: Any) -> Tensor:
     assert isinstance(backend, NativeBackend)
     nodes, relations = given["nodes"], given["relations"]
     count, batch, dim = nodes.shape
-    absent = ("other", "source", "relation", "piece_relation", "grad", "result", "own_gradient")
-    addresses = dict.fromkeys(absent, 0) | {"pieces": 0}
+    absent = ("other", "relation", "grad", "result", "relation_gradient", "own_gradient")
+    addresses = dict.fromkeys(absent, 0)
     named = ("own", "weight", "keep")
     addresses |= {name: pointer(given[name]) for name in named}
-    addresses |= {k: pointer(v) if isinstance(v, Tensor) else v for k, v in more.items()}
+    addresses |= {name: pointer(tensor) for name, tensor in more.items()}
     backend._native.relational(
         task=task,
         message=given["message"],
@@ -405,15 +405,19 @@ def _run_backward(given: Values) -> tuple[Tensor, Tensor, Tensor]:
     result, nodes = given["result"], given["nodes"]
     relations, real = given["relations"], _real(given["nodes"])
     pulls, of_own = _pulls(given)
+    of_nodes = torch.empty_like(nodes, dtype=real)
+    of_relations = torch.empty_like(relations, dtype=real)
     both = {"grad": pulls, "result": result}
     start, other, relation, edge = given["graph"][4:8]
     order = {"start": start, "other": other, "relation": relation, "edge": edge}
-    of_nodes = _run(given, "nodes", torch.empty_like(nodes, dtype=real), **order, **both)
-    start, piece_relation, target, source, edge = given["graph"][8:]
-    order = {"start": start, "other": target, "source": source, "edge": edge}
-    pieces = {"piece_relation": piece_relation, "pieces": len(piece_relation)}
-    of_relations = torch.empty_like(relations, dtype=real)
-    _run(given, "relations", of_relations, **order, **pieces, **both)
+    if given["backend"] == "cpu":
+        _run(given, "backward", of_nodes, relation_gradient=of_relations, **order, **both)
+    else:
+        _run(given, "nodes", of_nodes, **order, **both)
+        start, piece_relation, target, source, edge = given["graph"][8:]
+        order = {"start": start, "other": target, "source": source, "edge": edge}
+        pieces = {"piece_relation": piece_relation, "pieces": len(piece_relation)}
+        _run(given, "relations", of_relations, **order, **pieces, **both)
     return of_nodes.to(nodes.dtype), of_relations.to(nodes.dtype), of_own
 
 
