@@ -236,6 +236,13 @@ def _parser() -> argparse.ArgumentParser:
     part.add("--report", False, "only print the tables")
     part.add_argument("--folder", type=Path, default=Path("build/study"), help="of unfinished runs")
 
+    part = command("geometry", "where negatives lie around positives, in trained models")
+    part.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders of emu-train")
+    part.add("--batch", 200, "positives")
+    part.add("--negatives", 256, "of each")
+    part.add("--rate", 0.61, "of mutation")
+    part.add_argument("--results", type=Path, default=results.FOLDER / "geometry", help="of files")
+
     part = command("report", "Markdown tables of the results")
     part.add_argument("--into", type=Path, metavar="FILE", help="write between FILE's markers")
     only = "only these: steps, train, train:WN18RR, scale-N, ..."
@@ -252,7 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if is_gpu(getattr(options, "device", "cpu")):
             results.device_name("cuda")  # raises where there is none
-        if options.command in ("distributed", "large", "messages", "report", "study"):
+        if options.command in ("distributed", "geometry", "large", "messages", "report", "study"):
             return importlib.import_module(f"bench.{options.command}").run(options)
         return 0 if (_all(options, given[1:]) if options.command == "all" else _run(options)) else 1
     except (ImportError, OSError, ValueError, RuntimeError, AssertionError) as error:

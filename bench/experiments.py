@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable
 from itertools import product
 from typing import Any, NamedTuple
 
+from bench import mask_rules
+from emu_kernels.trainer.nbfnet import NBFNet
 from emu_kernels.trainer.presets import PRESETS
 from emu_kernels.trainer.sampling import ALL
 
@@ -100,10 +102,30 @@ def _graphs() -> Iterable[Run]:
             yield preset | LOSSES[name], {"graph": dataset, "model": model, "trained with": name}
 
 
+def _nbfnet() -> Iterable[Run]:
+    """The authors' settings for the graphs that have some; 20 epochs of others, or 10 of CoDEx-S."""
+    presets = {name: PRESETS[f"nbfnet-{name}".lower()] for name in ("fb237_v1", "WN18RR_v1")}
+    for name, steps in (("umls", 1640), ("kinship", 2680), ("CoDEx-S", 5140)):
+        settings = {"dataset": name, "model": "NBFNet", "steps": steps, "eval_every": steps // 10}
+        presets[name] = NBFNet.defaults | settings
+    emu: Settings = {"mutation_rate": 0.61, "beta": 0.53, "alpha": 0.11}
+    losses = {"its own": "selfadv", "softmax": "softmax", "ULS": "uls", "EMU": "emu"}
+    for (dataset, preset), name in product(presets.items(), losses):
+        yield preset | emu | {"loss": losses[name]}, {"graph": dataset, "trained with": name}
+
+
 def _dimensions() -> Iterable[Run]:
     preset = short("distmult-fb15k-237")
     for dim, name in product((100, 500), ("softmax", "EMU, closed form")):
         yield preset | LOSSES[name] | {"dim": dim}, {"trained with": name, "d": str(dim)}
+
+
+def _mask_rules() -> Iterable[Run]:
+    preset = short("distmult-fb15k-237")
+    yield preset | LOSSES["EMU"], {"mutated more": "none, drawn masks"}
+    yield preset | LOSSES["EMU, closed form"], {"mutated more": "none"}
+    for mutated, model, loss in mask_rules.LINES:
+        yield preset | {"model": model, "loss": loss}, {"mutated more": mutated}
 
 
 def _schedules() -> Iterable[Run]:
@@ -130,6 +152,10 @@ EXPERIMENTS = {
         "What do rate, beta and alpha decide? (table 13; beta 0 is no label smoothing)",
         _sensitivity, (0,),
     ),
+    "mask-rules": Experiment(
+        "Are there better masks than random ones? (open question 1 of the paper)", _mask_rules, (0,)
+    ),
+    "nbfnet": Experiment("NBFNet: does EMU help where entities have no embeddings?", _nbfnet),
     "dimensions": Experiment("Does EMU at d = 100 equal softmax at d = 500?", _dimensions, (0,)),
 }  # fmt: skip
 

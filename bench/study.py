@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 from tabulate import tabulate
 
-from bench import results
+from bench import mask_rules, results
 from bench.experiments import EXPERIMENTS, Run, Settings, tiny
 from bench.results import Row
 from emu_kernels.trainer import datasets
@@ -49,6 +49,7 @@ def key(settings: Settings) -> Row:
     return named | {"settings": json.dumps(others), "seed": settings.get("seed", 0)}
 
 
+@mask_rules.entered()
 def train(folder: Path, settings: Settings) -> list[Row] | None:
     """The rows of a run, which goes on where it was stopped; None if it was stopped again."""
     torch.set_num_threads(1)

@@ -40,8 +40,8 @@ RelationalArgs read_relational(Arguments& a) {
   RelationalArgs args{};
   const std::string task = a["task"], message = a["message"], aggregate = a["aggregate"];
   args.task = named<RelationalTask>(task, {{"forward", RelationalTask::kForward},
-                                           {"nodes", RelationalTask::kNodes},
-                                           {"relations", RelationalTask::kRelations}});
+                                           {"pulls", RelationalTask::kPulls},
+                                           {"backward", RelationalTask::kBackward}});
   args.message = named<Message>(
       message, {{"distmult", Message::kDistMult}, {"transe", Message::kTransE}, {"rotate", Message::kRotate}});
   args.aggregate = named<Aggregate>(aggregate, {{"sum", Aggregate::kSum},
@@ -63,14 +63,14 @@ RelationalArgs read_relational(Arguments& a) {
   args.keep = a["keep"];
   args.start = a["start"];
   args.other = a["other"];
-  args.source = a["source"];
   args.relation = a["relation"];
   args.edge = a["edge"];
-  args.pieces = a["pieces"];
-  args.piece_relation = a["piece_relation"];
   args.grad = a["grad"];
   args.result = a["result"];
   args.out = a["out"];
+  args.relation_gradient = a["relation_gradient"];
+  args.own_gradient = a["own_gradient"];
+  args.epsilon = a["epsilon"];
   args.threads = a["threads"];
   return args;
 }

@@ -310,11 +310,11 @@ def _run(given: Values, task: str, out: Tensor, **more: Any) -> Tensor:
     assert isinstance(backend, NativeBackend)
     nodes, relations = given["nodes"], given["relations"]
     count, batch, dim = nodes.shape
-    absent = ("source", "relation", "piece_relation", "grad", "result")
-    addresses = dict.fromkeys(absent, 0) | {"pieces": 0}
+    absent = ("other", "relation", "grad", "result", "relation_gradient", "own_gradient")
+    addresses = dict.fromkeys(absent, 0)
     named = ("own", "weight", "keep")
     addresses |= {name: pointer(given[name]) for name in named}
-    addresses |= {k: pointer(v) if isinstance(v, Tensor) else v for k, v in more.items()}
+    addresses |= {name: pointer(tensor) for name, tensor in more.items()}
     backend._native.relational(
         task=task,
         message=given["message"],
@@ -329,6 +329,7 @@ def _run(given: Values, task: str, out: Tensor, **more: Any) -> Tensor:
         nodes=pointer(nodes),
         relations=pointer(relations),
         out=pointer(backend._large(out)),
+        epsilon=EPSILON,
         threads=backend._place(nodes.device)["threads"],
         **addresses,
     )
@@ -357,55 +358,66 @@ def _run_forward(given: Values) -> Tensor:
     start, other, relation, edge = given["graph"][:4]
     order = {"start": start, "other": other, "relation": relation, "edge": edge}
     out = _run(given, "forward", _result(given), **order)
-    if given["backend"] == "cpu" and given["aggregate"] in ("mean", "pna"):
-        number = _number(given)
-        mean, square = out[:, :, 0], out[:, :, -1]
-        mean /= number.clamp(min=1)
-        if given["aggregate"] == "pna":
-            square /= number.clamp(min=1)
-            square.addcmul_(mean, mean, value=-1).clamp_(min=EPSILON).sqrt_()
-            square.masked_fill_(number == 0, 0.0)
+    if given["backend"] == "cpu" and given["aggregate"] == "mean":
+        out[:, :, 0] /= _number(given).clamp(min=1)
     return out
 
 
-def _upstream(given: Values, grad: Tensor, result: Tensor) -> Tensor:
-    """What the kernels call a message's pull: its linear and square parts in sections 0 and 3."""
-    if given["aggregate"] in ("sum", "min", "max"):
-        return grad.contiguous()
-    grad = grad.clone(memory_format=torch.contiguous_format)
-    number = _number(given).clamp(min=1)
-    grad[:, :, 0] /= number
-    if given["aggregate"] == "pna":
+def _pulls(given: Values) -> tuple[Tensor, Tensor]:
+    """(N, B, S, D): the gradient of a message to a node as a function of it, and that of ``own``.
+
+    The gradient of a message m is the first section and, for "pna", the last one times m, and where
+    m is the minimum or the maximum those in between.
+    """
+    grad, result, own = given["grad"].contiguous(), given["result"], given["own"]
+    aggregate = given["aggregate"]
+    of_own = result.new_empty(0) if own is None else torch.empty_like(own)
+    if aggregate == "pna" and given["backend"] == "cpu":
+        start, _, _, edge = given["graph"][:4]
+        order = {"start": start, "edge": edge}
+        pulls = torch.empty_like(grad)
+        return _run(
+            given, "pulls", pulls, grad=grad, result=result, own_gradient=of_own, **order
+        ), of_own
+    pulls = grad
+    if aggregate in ("mean", "pna"):
+        number = _number(given).clamp(min=1)
+        pulls = grad.clone()
+        pulls[:, :, 0] /= number
+    if aggregate == "pna":
         mean, deviation = result[:, :, 0], result[:, :, 3]
         # Where the variance was too small it is a constant.
         square = (grad[:, :, 3] / (deviation * number)).masked_fill_(deviation <= EPSILON**0.5, 0.0)
-        grad[:, :, 3] = square
-        grad[:, :, 0].addcmul_(square, mean, value=-1)
-    return grad
+        pulls[:, :, 3] = square
+        pulls[:, :, 0].addcmul_(square, mean, value=-1)
+    if own is not None:
+        of_own.copy_(pulls[:, :, 0])
+        if aggregate in ("min", "max"):
+            of_own.masked_fill_(own != result[:, :, 0], 0.0)
+        if aggregate == "pna":
+            of_own.addcmul_(pulls[:, :, 3], own)
+            for section in (1, 2):
+                of_own += pulls[:, :, section] * (own == result[:, :, section])
+    return pulls, of_own
 
 
 def _run_backward(given: Values) -> tuple[Tensor, Tensor, Tensor]:
-    result, nodes, own = given["result"], given["nodes"], given["own"]
+    result, nodes = given["result"], given["nodes"]
     relations, real = given["relations"], _real(given["nodes"])
-    upstream = _upstream(given, given["grad"], result)
-    both = {"grad": upstream, "result": result}
+    pulls, of_own = _pulls(given)
+    of_nodes = torch.empty_like(nodes, dtype=real)
+    of_relations = torch.empty_like(relations, dtype=real)
+    both = {"grad": pulls, "result": result}
     start, other, relation, edge = given["graph"][4:8]
     order = {"start": start, "other": other, "relation": relation, "edge": edge}
-    of_nodes = _run(given, "nodes", torch.empty_like(nodes, dtype=real), **order, **both)
-    start, piece_relation, target, source, edge = given["graph"][8:]
-    order = {"start": start, "other": target, "source": source, "edge": edge}
-    pieces = {"piece_relation": piece_relation, "pieces": len(piece_relation)}
-    of_relations = torch.empty_like(relations, dtype=real)
-    _run(given, "relations", of_relations, **order, **pieces, **both)
-    of_own = result.new_empty(0)
-    if own is not None:
-        of_own = upstream[:, :, 0].clone()
-        if given["aggregate"] in ("min", "max"):
-            of_own.masked_fill_(own != result[:, :, 0], 0.0)
-        if given["aggregate"] == "pna":
-            of_own.addcmul_(upstream[:, :, 3], own)
-            for section in (1, 2):
-                of_own += upstream[:, :, section] * (own == result[:, :, section])
+    if given["backend"] == "cpu":
+        _run(given, "backward", of_nodes, relation_gradient=of_relations, **order, **both)
+    else:
+        _run(given, "nodes", of_nodes, **order, **both)
+        start, piece_relation, target, source, edge = given["graph"][8:]
+        order = {"start": start, "other": target, "source": source, "edge": edge}
+        pieces = {"piece_relation": piece_relation, "pieces": len(piece_relation)}
+        _run(given, "relations", of_relations, **order, **pieces, **both)
     return of_nodes.to(nodes.dtype), of_relations.to(nodes.dtype), of_own
 
 

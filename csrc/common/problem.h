@@ -113,7 +113,7 @@ struct MutateArgs {
 // task goes through, and `other`, `relation`, `edge` (its number before sorting) belong to the sorted ones.
 enum class Message { kDistMult, kTransE, kRotate };
 enum class Aggregate { kSum, kMin, kMax, kPna };
-enum class RelationalTask { kForward, kNodes, kRelations };
+enum class RelationalTask { kForward, kPulls, kBackward };
 
 struct RelationalArgs {
   RelationalTask task;
@@ -121,22 +121,22 @@ struct RelationalArgs {
   Aggregate aggregate;
   DType dtype;  // float or double: of all that is real
   int64_t N, R, B, D, size;
-  int64_t relation_rows;          // 1, or B where each query has relations of its own
-  const void* nodes;              // (N, B, D) real
-  const void* relations;          // (R, relation_rows, D) real
-  const void* own;                // (N, B, D) real: of each node to itself, or null
-  const void* weight;             // (E,) real or null
-  const uint8_t* keep;            // (E,) 0 for an edge to leave out, or null
-  const int64_t* start;           // (N + 1,) or, for relations, (pieces + 1,)
-  const int64_t* other;           // (E,) source in the forward pass, else target
-  const int64_t* source;          // (E,) for relations
-  const int64_t* relation;        // (E,) but for relations
-  const int64_t* edge;            // (E,)
-  int64_t pieces;                 // for relations
-  const int64_t* piece_relation;  // (pieces,)
-  const void* grad;               // (N, B, S, D) real, backward, S sections (Relational::pull)
-  const void* result;             // (N, B, S, D) real, of the forward pass
-  void* out;                      // (N, B, S, D), (N, B, D) or (R, relation_rows, D) real
+  int64_t relation_rows;    // 1, or B where each query has relations of its own
+  const void* nodes;        // (N, B, D) real
+  const void* relations;    // (R, relation_rows, D) real
+  const void* own;          // (N, B, D) real: of each node to itself, or null
+  const void* weight;       // (E,) real or null
+  const uint8_t* keep;      // (E,) 0 for an edge to leave out, or null
+  const int64_t* start;     // (N + 1,)
+  const int64_t* other;     // (E,) source in the forward pass, else target
+  const int64_t* relation;  // (E,)
+  const int64_t* edge;      // (E,)
+  const void* grad;         // (N, B, S, D) real, backward, S sections: for pulls of the result, else pulls
+  const void* result;       // (N, B, S, D) real, of the forward pass
+  void* out;                // (N, B, S, D) or, backward, (N, B, D) real
+  void* relation_gradient;  // (R, relation_rows, D) real, backward
+  void* own_gradient;       // (N, B, D) real, for pulls, or null
+  double epsilon;           // the least variance
   int threads;
 };
 

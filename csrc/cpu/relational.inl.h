@@ -1,6 +1,6 @@
 // Messages along the edges of a graph, aggregated at their targets, and the gradients. No array has a number for each
-// edge and component: a message is computed again where it is needed. A row of the result, or a fixed piece of one, is
-// summed by one thread in the edges' order, so results do not depend on the number of threads.
+// edge and component: a message is computed again where it is needed. A row of a result is summed by one thread in the
+// edges' order, so results do not depend on the number of threads.
 //
 // Rows of all queries of a node are adjacent, and queries go by in chunks: of a chunk the nodes' rows fit in the
 // last-level cache, from which each is read once an edge.
@@ -67,7 +67,18 @@ struct Relational {
     return relations + (a.relation_rows > 1 ? r * L + b * a.D : r * a.D);
   }
   bool left_out(int64_t e) const { return a.keep != nullptr && a.keep[e] == 0; }
+  // How many messages a node has, of edges sorted by target.
+  int64_t received(int64_t v) const {
+    int64_t number = own != nullptr;
+    for (int64_t i = a.start[v]; i < a.start[v + 1]; ++i) number += !left_out(a.edge[i]);
+    return number;
+  }
   Real weight_of(int64_t e) const { return weight != nullptr ? weight[e] : Real{1}; }
+
+  EMU_INLINE Real square_root(Real x) {
+    if constexpr (sizeof(Real) == 8) return __builtin_sqrt(x);
+    return __builtin_sqrtf(x);
+  }
 
   // Calls body(first query, number of queries, first node, last node, slot); chunk by chunk.
   template <class Body>
@@ -84,7 +95,7 @@ struct Relational {
     constexpr bool kAll = kAggregate == Aggregate::kPna;
     constexpr bool kSum = kAll || kAggregate == Aggregate::kSum;
     constexpr bool kMin = kAll || kAggregate == Aggregate::kMin, kMax = kAll || kAggregate == Aggregate::kMax;
-    constexpr int kSections = kAll ? 4 : 1;  // of the result: sum, minimum, maximum, sum of squares
+    constexpr int kSections = kAll ? 4 : 1;  // of the result: mean, minimum, maximum, standard deviation
     const int64_t width = chunk * a.D;
     Scratch scratch(a.threads, kSections * width * static_cast<int64_t>(sizeof(Real)));
     for_nodes([&](int64_t first, int64_t queries, int64_t from, int64_t to, int slot) {
@@ -94,8 +105,8 @@ struct Relational {
       Real* __restrict high = sums + (kAll ? 2 * width : 0);
       Real* __restrict square = sums + (kAll ? 3 * width : 0);
       for (int64_t v = from; v < to; ++v) {
-        bool empty = own == nullptr;
-        for (int64_t i = a.start[v]; empty && i < a.start[v + 1]; ++i) empty = left_out(a.edge[i]);
+        const int64_t number = received(v);
+        const bool empty = number == 0;
         for (int64_t j = 0; j < width; ++j) {
           if (kSum) sum[j] = 0;
           if (kAll) square[j] = 0;
@@ -132,6 +143,14 @@ struct Relational {
             }
           }
         }
+        if constexpr (kAll) {
+          const Real share = Real{1} / static_cast<Real>(max64(number, 1)), least = static_cast<Real>(a.epsilon);
+          for (int64_t j = 0; j < queries * a.D; ++j) {
+            const Real mean = sum[j] * share, variance = square[j] * share - mean * mean;
+            sum[j] = mean;
+            square[j] = empty ? 0 : square_root(variance < least ? least : variance);
+          }
+        }
         for (int64_t b = 0; b < queries; ++b) {
           Real* out = static_cast<Real*>(a.out) + (v * a.B + first + b) * kSections * a.D;
           for (int s = 0; s < kSections; ++s) copy(out + s * a.D, sums + s * width + b * a.D, a.D);
@@ -150,86 +169,116 @@ struct Relational {
     return g[j] + g[3 * dim + j] * m + low + high;
   }
 
-  // to += the gradient of x where kOfNode, else of r.
-  template <Message kMessage, Aggregate kAggregate, bool kOfNode>
-  EMU_INLINE void add_gradient(const Real* __restrict x, const Real* __restrict r, Real w, int64_t dim,
-                               const Real* __restrict g, const Real* __restrict out, Real* __restrict to) {
-    const Real* __restrict other = kOfNode ? r : x;
+  // Of kPna, edges sorted by target: what `pull` reads, from the gradient of the result, and the gradient of `own`.
+  void pulls() const {
+    const Real *grad = static_cast<const Real*>(a.grad), *result = static_cast<const Real*>(a.result);
+    const Real least = square_root(static_cast<Real>(a.epsilon));
+    Real* const own_gradient = static_cast<Real*>(a.own_gradient);
+    for_nodes([&](int64_t first, int64_t queries, int64_t from, int64_t to, int) {
+      const int64_t dim = a.D;
+      for (int64_t v = from; v < to; ++v) {
+        const Real share = Real{1} / static_cast<Real>(max64(received(v), 1));
+        for (int64_t b = first; b < first + queries; ++b) {
+          const int64_t row = (v * a.B + b) * dim, at = 4 * row;
+          const Real* __restrict g = grad + at;
+          const Real* __restrict found = result + at;
+          Real* __restrict out = static_cast<Real*>(a.out) + at;
+          for (int64_t j = 0; j < dim; ++j) {
+            // Where the variance was too small it is a constant.
+            const Real deviation = found[3 * dim + j];
+            const Real square = deviation <= least ? 0 : g[3 * dim + j] * share / deviation;
+            out[j] = g[j] * share - square * found[j];
+            out[dim + j] = g[dim + j];
+            out[2 * dim + j] = g[2 * dim + j];
+            out[3 * dim + j] = square;
+          }
+          if (own_gradient == nullptr) continue;
+          for (int64_t j = 0; j < dim; ++j) {
+            own_gradient[row + j] = pull<Aggregate::kPna>(out, found, dim, j, own[row + j]);
+          }
+        }
+      }
+    });
+  }
+
+  // to_x += the gradient of x, to_r += that of r.
+  template <Message kMessage, Aggregate kAggregate>
+  EMU_INLINE void add_gradients(const Real* __restrict x, const Real* __restrict r, Real w, int64_t dim,
+                                const Real* __restrict g, const Real* __restrict out, Real* __restrict to_x,
+                                Real* __restrict to_r) {
     if constexpr (kMessage == Message::kRotate) {
       for_messages<kMessage>(x, r, w, dim, [&](int64_t j, Real re, int64_t i, Real im) {
         const Real of_re = w * pull<kAggregate>(g, out, dim, j, re), of_im = w * pull<kAggregate>(g, out, dim, i, im);
-        to[j] += of_re * other[j] + of_im * other[i];
-        to[i] += of_im * other[j] - of_re * other[i];
+        to_x[j] += of_re * r[j] + of_im * r[i];
+        to_x[i] += of_im * r[j] - of_re * r[i];
+        to_r[j] += of_re * x[j] + of_im * x[i];
+        to_r[i] += of_im * x[j] - of_re * x[i];
       });
     } else {
       for_messages<kMessage>(x, r, w, dim, [&](int64_t j, Real m) {
         const Real d = w * pull<kAggregate>(g, out, dim, j, m);
-        to[j] += kMessage == Message::kTransE ? d : d * other[j];
+        to_x[j] += kMessage == Message::kTransE ? d : d * r[j];
+        to_r[j] += kMessage == Message::kTransE ? d : d * x[j];
       });
     }
   }
 
-  // Edges sorted by source: `other` is the target.
+  // Edges sorted by source: `other` is the target. A thread goes over all edges for some of the queries, so that
+  // nobody else adds to the same row, and each target's pulls are read once.
   template <Message kMessage, Aggregate kAggregate>
-  void node_gradient() const {
+  void backward() const {
     constexpr int64_t kSections = kAggregate == Aggregate::kPna ? 4 : 1;
     const Real *grad = static_cast<const Real*>(a.grad), *result = static_cast<const Real*>(a.result);
-    Scratch scratch(a.threads, chunk * a.D * static_cast<int64_t>(sizeof(Real)));
-    for_nodes([&](int64_t first, int64_t queries, int64_t from, int64_t to, int slot) {
-      Real* sum = reinterpret_cast<Real*>(scratch.slot(slot));
-      for (int64_t u = from; u < to; ++u) {
-        __builtin_memset(sum, 0, static_cast<size_t>(queries * a.D) * sizeof(Real));
+    const bool shared = a.relation_rows == 1;
+    const int64_t each = min64(chunk, (a.B + a.threads - 1) / a.threads);
+    const int64_t every = max64(1024, 32 * a.R);  // edges whose sums are added to a relation's, for the sake of rounding
+    Scratch parts(1, shared ? a.R * L * static_cast<int64_t>(sizeof(Real)) : 0);
+    Scratch scratch(a.threads, a.R * each * a.D * static_cast<int64_t>(sizeof(Real)));
+    Real* const totals = shared ? reinterpret_cast<Real*>(parts.slot(0)) : static_cast<Real*>(a.relation_gradient);
+    parallel(a.threads, (a.B + each - 1) / each, [&](int64_t item, int slot) {
+      const int64_t first = item * each, queries = min64(each, a.B - first), lane = first * a.D;
+      const int64_t width = queries * a.D;
+      const size_t bytes = static_cast<size_t>(width) * sizeof(Real);
+      Real* const of_relations = reinterpret_cast<Real*>(scratch.slot(slot));
+      const auto add_up = [&](bool begin) {
+        for (int64_t r = 0; r < a.R; ++r) {
+          Real* __restrict total = totals + r * L + lane;
+          Real* __restrict recent = of_relations + r * width;
+          for (int64_t j = 0; j < width; ++j) total[j] = begin ? 0 : total[j] + recent[j];
+          __builtin_memset(recent, 0, bytes);
+        }
+      };
+      add_up(true);
+      for (int64_t u = 0; u < a.N; ++u) {
+        const Real* x = nodes + u * L + lane;
+        Real* sum = static_cast<Real*>(a.out) + u * L + lane;
+        __builtin_memset(sum, 0, bytes);
         for (int64_t i = a.start[u]; i < a.start[u + 1]; ++i) {
+          if (i % every == every - 1) add_up(false);
           if (i + 1 < a.size) {
             const int64_t next = (a.other[i + 1] * a.B + first) * kSections * a.D;
-            prefetch_row(grad + next, queries * kSections * a.D * sizeof(Real));
+            prefetch_row(grad + next, kSections * bytes);
           }
-          const int64_t e = a.edge[i];
+          const int64_t e = a.edge[i], r = a.relation[i];
           if (left_out(e)) continue;
           const Real w = weight_of(e);
           for (int64_t b = 0; b < queries; ++b) {
             const int64_t at = (a.other[i] * a.B + first + b) * kSections * a.D;
-            add_gradient<kMessage, kAggregate, true>(nodes + u * L + (first + b) * a.D,
-                                                     relation(a.relation[i], first + b), w, a.D, grad + at, result + at,
-                                                     sum + b * a.D);
+            add_gradients<kMessage, kAggregate>(x + b * a.D, relation(r, first + b), w, a.D, grad + at, result + at,
+                                                sum + b * a.D, of_relations + r * width + b * a.D);
           }
         }
-        copy(static_cast<Real*>(a.out) + u * L + first * a.D, sum, queries * a.D);
       }
+      add_up(false);
     });
-  }
-
-  // Edges sorted by relation, cut into pieces of one relation each: `start` has where they begin, `piece_relation`
-  // which they are of. Pieces leave sums, which are added up in order.
-  template <Message kMessage, Aggregate kAggregate>
-  void relation_gradient() const {
-    constexpr int64_t kSections = kAggregate == Aggregate::kPna ? 4 : 1;
-    const Real *grad = static_cast<const Real*>(a.grad), *result = static_cast<const Real*>(a.result);
-    const bool shared = a.relation_rows == 1;
-    const int64_t part = shared ? chunks * a.D : L;  // of a piece
-    Scratch sums(1, a.pieces * part * static_cast<int64_t>(sizeof(Real)));
-    Real* const partials = reinterpret_cast<Real*>(sums.slot(0));
-    parallel(a.threads, chunks * a.pieces, [&](int64_t item, int) {
-      const int64_t c = item / a.pieces, piece = item % a.pieces, first = c * chunk;
-      const int64_t queries = min64(chunk, a.B - first), r = a.piece_relation[piece];
-      Real* sum = partials + piece * part + (shared ? c : first) * a.D;
-      __builtin_memset(sum, 0, static_cast<size_t>((shared ? 1 : queries) * a.D) * sizeof(Real));
-      for (int64_t i = a.start[piece]; i < a.start[piece + 1]; ++i) {
-        const int64_t e = a.edge[i];
-        if (left_out(e)) continue;
-        const Real w = weight_of(e);
-        for (int64_t b = 0; b < queries; ++b) {
-          const int64_t at = (a.other[i] * a.B + first + b) * kSections * a.D;
-          add_gradient<kMessage, kAggregate, false>(nodes + a.source[i] * L + (first + b) * a.D, relation(r, first + b),
-                                                    w, a.D, grad + at, result + at, sum + (shared ? 0 : b * a.D));
-        }
+    if (!shared) return;
+    Real* const out = static_cast<Real*>(a.relation_gradient);
+    for (int64_t r = 0; r < a.R; ++r) {
+      for (int64_t j = 0; j < a.D; ++j) {
+        Real sum = 0;
+        for (int64_t b = 0; b < a.B; ++b) sum += totals[r * L + b * a.D + j];
+        out[r * a.D + j] = sum;
       }
-    });
-    Real* const out = static_cast<Real*>(a.out);
-    const int64_t row = shared ? a.D : L;
-    __builtin_memset(out, 0, static_cast<size_t>(a.R * row) * sizeof(Real));
-    for (int64_t piece = 0; piece < a.pieces; ++piece) {
-      for (int64_t j = 0; j < part; ++j) out[a.piece_relation[piece] * row + j % row] += partials[piece * part + j];
     }
   }
 
@@ -242,8 +291,8 @@ static void relational_of(const RelationalArgs& a) {
   const Relational<Real> task(a);
   switch (a.task) {
     case RelationalTask::kForward: return task.template forward<kMessage, kAggregate>();
-    case RelationalTask::kNodes: return task.template node_gradient<kMessage, kAggregate>();
-    case RelationalTask::kRelations: return task.template relation_gradient<kMessage, kAggregate>();
+    case RelationalTask::kPulls: return task.pulls();
+    case RelationalTask::kBackward: return task.template backward<kMessage, kAggregate>();
   }
 }
 

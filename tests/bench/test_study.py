@@ -1,16 +1,20 @@
-"""Study: experiments work, a stopped run goes on to the same rows."""
+"""Study: experiments work, a stopped run goes on to the same rows; where negatives lie."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+import torch
 
-from bench import study
+from bench import geometry, results, study
 from bench.__main__ import main
 from bench.experiments import EXPERIMENTS, tiny
+from emu_kernels.trainer import datasets
+from emu_kernels.trainer.config import Config
 from emu_kernels.trainer.datasets import FOLDER_VARIABLE
-from emu_kernels.trainer.loop import Trainer
+from emu_kernels.trainer.loop import Trainer, settle
+from emu_kernels.trainer.run import RunFolder
 
 
 @pytest.fixture(autouse=True)
@@ -57,3 +61,24 @@ def test_a_stopped_run_goes_on(tmp_path, monkeypatch, capsys):
 def test_an_unknown_experiment(capsys):
     assert main(["study", "loses"]) == 1
     assert "no experiment loses; known: schedules, losses" in capsys.readouterr().err
+
+
+def test_geometry(tmp_path, capsys):
+    settings = tiny(EXPERIMENTS["losses"].runs()[0][0])
+    graph = datasets.load_dataset(settings["dataset"])
+    config = settle(Config(**settings))
+    run = RunFolder.create(tmp_path / "run", config, graph)
+    Trainer(config, graph, run).train()
+    assert main(["geometry", str(tmp_path / "run"), "--results", str(tmp_path / "rows")]) == 0
+    rows = results.read(tmp_path / "rows", geometry.COLUMNS, geometry.NUMBERS)
+    rows = rows.set_index("negatives")
+    assert list(rows.index) == ["uniform", "mutants", "structure-aware"]
+    assert rows[list(geometry.EDGES)].sum(axis=1).to_list() == pytest.approx([1, 1, 1], abs=1e-4)
+    assert rows.loc["mutants", "cosine"] > rows.loc["uniform", "cosine"] + 0.1
+
+
+def test_spectrum():
+    line = torch.tensor([1.0, 2.0, -2.0])[:, None] * torch.tensor([3.0, 0.0, 4.0])
+    assert geometry.spectrum(line[None]) == pytest.approx((1, 1 / 3))
+    cross = torch.cat([torch.eye(3), -torch.eye(3)])[None]
+    assert geometry.spectrum(cross) == pytest.approx((2 / 3, 1))

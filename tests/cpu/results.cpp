@@ -244,29 +244,31 @@ void relational(Message message, Aggregate aggregate, bool full) {
   const auto own = numbers<kType>(N * B * D, 6000), weight = numbers<kType>(E, 8000);
   const auto grad = numbers<kType>(N * B * S * D, 9000);
   std::vector<Real> result(static_cast<size_t>(N * B * S * D)), of_nodes(N * B * D);
+  std::vector<Real> pulls(result.size()), of_own(of_nodes.size());
   std::vector<Real> of_relations(static_cast<size_t>(R * rows * D));
-  std::vector<int64_t> each_relation;
-  for (int64_t r = 0; r < R; ++r) each_relation.push_back(r);
 
   RelationalArgs a{};
   a.message = message, a.aggregate = aggregate, a.dtype = kType, a.threads = 1;
   a.N = N, a.R = R, a.B = B, a.D = D, a.size = E, a.relation_rows = rows;
   a.nodes = nodes.data(), a.relations = relations.data();
   if (full) a.own = own.data(), a.weight = weight.data(), a.keep = keep.data();
-  a.grad = grad.data(), a.result = result.data();
+  a.grad = grad.data(), a.result = result.data(), a.epsilon = 1e-6;
+  a.own_gradient = of_own.data(), a.relation_gradient = of_relations.data();
   const auto run = [&](RelationalTask task, const Order& order, const std::vector<int64_t>& ends, void* out) {
-    const std::vector<int64_t> other = order.of(ends), sources = order.of(source), relations_of = order.of(relation);
+    const std::vector<int64_t> other = order.of(ends), relations_of = order.of(relation);
     a.task = task, a.start = order.start.data(), a.edge = order.edge.data(), a.out = out;
-    a.other = other.data(), a.source = sources.data(), a.relation = relations_of.data();
-    a.pieces = R, a.piece_relation = each_relation.data();
+    a.other = other.data(), a.relation = relations_of.data();
     kernels().relational(a);
   };
   run(RelationalTask::kForward, Order(target, N), source, result.data());
-  run(RelationalTask::kNodes, Order(source, N), target, of_nodes.data());
-  run(RelationalTask::kRelations, Order(relation, R), target, of_relations.data());
+  const bool all = aggregate == Aggregate::kPna;
+  if (all) run(RelationalTask::kPulls, Order(target, N), source, pulls.data());
+  run(RelationalTask::kBackward, Order(source, N), target, of_nodes.data());
   const std::string name = "relational-" + std::to_string(static_cast<int>(message)) + "-" +
                            std::to_string(static_cast<int>(aggregate)) + (full ? "-full-" : "-") + Of<kType>::name;
   write(name, Of<kType>::name, result);
+  if (all) write(name + "-pulls", Of<kType>::name, pulls);
+  if (all && full) write(name + "-own", Of<kType>::name, of_own);
   write(name + "-nodes", Of<kType>::name, of_nodes);
   write(name + "-relations", Of<kType>::name, of_relations);
 }

@@ -1,0 +1,130 @@
+"""Mutation rates other than one for all components, for the study to compare.
+
+Each rule is a loss of the trainer within :func:`entered`: EMU in closed form, with a rate for each
+component that is 0.61 (the setting ``mutation_rate``) on average over a row, but where a rate would
+be larger than 1. What a rule has learned is in its model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from emu_kernels import Expected
+from emu_kernels.trainer.data import Direction
+from emu_kernels.trainer.losses import LOSSES, Loss, Step
+from emu_kernels.trainer.models import MODELS, SCORERS, DistMult, Model, Query
+
+OPTIONS = ("mutation_rate", "beta", "alpha")
+
+
+class LearnedRates(DistMult):
+    """DistMult with a learned share that each component keeps, of a row's (1 − ρ) · D in all."""
+
+    by_relation = False
+
+    def __init__(self, *args: Any, **keywords: Any) -> None:
+        super().__init__(*args, **keywords)
+        rows = 2 * self.num_relations if self.by_relation else 1
+        self.logits = nn.Parameter(torch.zeros(rows, self.dim))
+        self._row = torch.zeros(1, dtype=torch.int64)
+
+    def ask(self, entity: Tensor, relation: Tensor, direction: Direction) -> Query:
+        if self.by_relation:
+            self._row = relation + self.num_relations * (direction == "head")
+        return super().ask(entity, relation, direction)
+
+    def rates(self, rate: float) -> Tensor:
+        """(D,), or (B, D) for the batch that was asked last."""
+        shares = self.logits[self._row].softmax(dim=1) * self.logits.shape[1]
+        rates = 1 - ((1 - rate) * shares).clamp(max=1)
+        return rates if self.by_relation else rates[0]
+
+
+class RatesByRelation(LearnedRates):
+    """With shares of its own for each relation and direction."""
+
+    by_relation = True
+
+
+def _by_size(of_large: bool, size: Callable[[Step], Tensor]) -> Callable[[Step], Tensor]:
+    """Rates in proportion to a size (B, D) or, where small ones are mutated, such shares kept."""
+
+    def loss(step: Step) -> Tensor:
+        sizes = size(step).detach().abs()
+        relative = sizes / sizes.mean(dim=1, keepdim=True)
+        rate = step.config.mutation_rate
+        if of_large:
+            return step.emu(Expected((rate * relative).clamp(max=1)))
+        return step.emu(Expected(1 - ((1 - rate) * relative).clamp(max=1)))
+
+    return loss
+
+
+def _query(step: Step) -> Tensor:
+    return step.query.vector
+
+
+def _share(step: Step) -> Tensor:
+    return step.query.vector * step.table[step.positive]
+
+
+def _learned(step: Step) -> Tensor:
+    assert isinstance(step.model, LearnedRates)
+    return step.emu(Expected(step.model.rates(step.config.mutation_rate)))
+
+
+def _adversarial(step: Step) -> Tensor:
+    """The rates that are worst for the model: their gradient is turned round."""
+    assert isinstance(step.model, LearnedRates)
+    rates = step.model.rates(step.config.mutation_rate)
+    return step.emu(Expected((2 * rates.detach() - rates).clamp(0, 1)))
+
+
+RULES: dict[str, Callable[[Step], Tensor]] = {
+    "large-query": _by_size(True, _query),
+    "small-query": _by_size(False, _query),
+    "large-share": _by_size(True, _share),
+    "small-share": _by_size(False, _share),
+    "learned": _learned,
+    "adversarial": _adversarial,
+}
+MODELS_WITH_RATES: dict[str, type[Model]] = {
+    "DistMult, rates": LearnedRates,
+    "DistMult, rates by relation": RatesByRelation,
+}
+
+LINES = (
+    ("of large query components", "DistMult", "large-query"),
+    ("of small query components", "DistMult", "small-query"),
+    ("of components with a large share of the positive's score", "DistMult", "large-share"),
+    ("of components with a small share of the positive's score", "DistMult", "small-share"),
+    ("learned", "DistMult, rates", "learned"),
+    ("learned against the model", "DistMult, rates", "adversarial"),
+    ("learned by relation", "DistMult, rates by relation", "learned"),
+    ("learned by relation against the model", "DistMult, rates by relation", "adversarial"),
+)
+"""What is mutated more, the model and its loss."""
+
+
+@contextmanager
+def entered() -> Iterator[None]:
+    """Rules and models are the trainer's as long as this lasts."""
+    losses = {name: Loss("", OPTIONS, rule, *[False] * 4) for name, rule in RULES.items()}
+    LOSSES.update(losses)
+    SCORERS.update(MODELS_WITH_RATES)
+    MODELS.update(MODELS_WITH_RATES)
+    try:
+        yield
+    finally:
+        for registry, names in (
+            (LOSSES, losses),
+            (SCORERS, MODELS_WITH_RATES),
+            (MODELS, MODELS_WITH_RATES),
+        ):
+            for name in names:
+                del registry[name]
