@@ -83,6 +83,11 @@ class OptimisationOptions:
         "read and write only the entities of the batch: for tables much larger than batch times "
         "negatives",
     )
+    sharded: bool = setting(
+        False,
+        "spread the entities over the processes of torchrun, by TorchRec, as emu-train does where "
+        "these are several; then triples share sets of negatives, if not told otherwise",
+    )
     regularization: float | None = setting(
         None,
         "L3 (cubic) regularisation of both tables (default with "
@@ -164,10 +169,12 @@ class Config(
         if CORRUPTIONS[self.corruption].inverse:
             self._check_inverse()
         self._settle_schedule()
+        if self.sharded:
+            self._check_sharded()
         if self.negatives == ALL:
             self._check_all()
         if self.sparse:
-            self._check_sparse()
+            self._check_sparse("sparse")
 
     @property
     def layout(self) -> Layout:
@@ -228,20 +235,35 @@ class Config(
         if self.rows_per_set > 1 or self.sampler != "uniform":
             raise ConfigError("negatives: all leaves nothing to sampler and rows_per_set")
 
-    def _check_sparse(self) -> None:
+    def _check_sharded(self) -> None:
+        """Whether the entities can be in parts on several processes."""
+        if self.model not in MODELS:
+            raise ConfigError(f"sharded: {self.model} has no table of entities to spread")
+        for name in ("init_entities", "switch_to"):
+            if getattr(self, name) is not None:
+                raise ConfigError(f"sharded: {name} needs all entities in one process")
+        width = MODELS[self.model].entity_width
+        if width * self.dim % 4:
+            raise ConfigError(
+                f"sharded: TorchRec needs rows of a multiple of 4 numbers, got dim {self.dim}, "
+                f"which gives {self.model} rows of {width * self.dim}"
+            )
+        self._check_sparse("sharded")
+
+    def _check_sparse(self, what: str) -> None:
         """Whether a step of this run touches few entities, and in a way that can be sparse."""
         for name in (self.optimizer, self.switch_to):
             if name not in ("Adagrad", "RowwiseAdagrad", None):
-                raise ConfigError(f"sparse needs Adagrad: {name} moves every entity each step")
+                raise ConfigError(f"{what} needs Adagrad: {name} moves every entity each step")
         if self.over_all:
-            raise ConfigError(f"sparse: the loss {self.loss} touches every entity at each step")
+            raise ConfigError(f"{what}: the loss {self.loss} touches every entity at each step")
         if self.regularization:
             raise ConfigError(
-                "sparse: regularization touches every entity at each step; set it to 0, "
+                f"{what}: regularization touches every entity at each step; set it to 0, "
                 f"got {self.regularization:g}"
             )
         if MODELS[self.model].candidates is not Model.candidates:
-            raise ConfigError(f"sparse: {self.model} computes its candidates from all entities")
+            raise ConfigError(f"{what}: {self.model} computes its candidates from all entities")
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
