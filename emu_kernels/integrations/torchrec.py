@@ -306,7 +306,8 @@ class ShardedEntities:
         value = torch.as_tensor(weight, dtype=torch.float64, device=self.device)
         whole = value.clone()
         dist.all_reduce(whole, group=self.group)
-        share = (value * self.processes / whole).to(loss.dtype)
+        # Where all weights are 0, the loss is 0.
+        share = (value * self.processes / whole.clamp(min=torch.finfo(whole.dtype).tiny)).to(loss)
         loss = loss * share
         loss.backward()
         replicated = list(replicated)

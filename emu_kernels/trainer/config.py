@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from .data import PARTS
 from .datasets import DATASETS, FOLDER_VARIABLE
 from .errors import ConfigError
 from .evaluation import EvaluationOptions
@@ -43,6 +44,11 @@ class ReadingOptions:
         None,
         "of head, relation and tail, with commas between: numbers from 1, or names, which the "
         "first line has (default the only three)",
+    )
+    weight_column: str | None = setting(
+        None,
+        "of a training triple's weight in the loss, at least 0: a number from 1, or a name where "
+        "columns are names (default all weigh alike)",
     )
     numbered: bool = setting(False, "the files hold ids from 0: keep them, a row of the table each")
     hold_out: float = setting(
@@ -179,17 +185,31 @@ class Config(
     @property
     def layout(self) -> Layout:
         """Of the data's files."""
-        return Layout(tuple(self.columns.split(",")) if self.columns else (), self.numbered)
+        columns, weight = tuple(self.columns.split(",")) if self.columns else (), self.weight_column
+        if weight is not None:
+            columns = columns or (("1", "2", "3") if weight.isdecimal() else PARTS)
+            columns = (*columns, weight)
+        return Layout(columns, self.numbered)
 
     def _check_columns(self) -> None:
-        columns = self.layout.columns
-        if columns and (len(set(columns)) != 3 or len(columns) != 3 or {"", "0"} & {*columns}):
+        columns, own = self.layout.columns, self.columns.split(",") if self.columns else [*PARTS]
+        if len(set(own)) != 3 or len(own) != 3 or {"", "0"} & {*own}:
             raise ConfigError(
                 "columns must be three names, or numbers from 1, with commas between, of head, "
                 f"relation and tail; got {self.columns}"
             )
+        weight = self.weight_column
+        if weight is not None and (
+            weight in ("", "0", *columns[:3]) or len({name.isdecimal() for name in columns}) > 1
+        ):
+            raise ConfigError(
+                f"weight_column must be one beside {', '.join(columns[:3])}, by name or by number "
+                f"as they are; got {weight!r}"
+            )
         if self.dataset is not None and (columns or self.numbered):
-            raise ConfigError("columns and numbered are of data, not of a dataset by name")
+            raise ConfigError(
+                "columns, weight_column and numbered are of data, not of a dataset by name"
+            )
 
     @property
     def over_all(self) -> bool:

@@ -75,10 +75,14 @@ class Trainer:
         self.evaluator = self._new_evaluator()
 
         train = graph.triples["train"].to(self.device)
-        self._batches = CORRUPTIONS[config.corruption].make(config, graph, train)
+        self._weights, rows = None, train
+        if graph.weights is not None:
+            self._weights = graph.weights.to(self.device)
+            rows = torch.column_stack([train, torch.arange(len(train), device=self.device)])
+        self._batches = CORRUPTIONS[config.corruption].make(config, graph, rows)
         self._negatives = new_negatives(config, graph, train)
         self._known = known_answers(config, graph, train)
-        self._weights = (
+        self._subsampling = (
             SubsamplingWeights(train, graph.num_relations) if config.subsampling else None
         )
 
@@ -188,7 +192,7 @@ class Trainer:
             group["lr"] = learning_rate(config, self.step)
         batch = self._batches(self.step)
         negative = self._negatives(self.step, batch)
-        weight = None if self._weights is None else self._weights(batch)
+        weight = self._weight(batch)
         seed = derive_seed(config.seed, "mask", self.step)
         self.optimizer.zero_grad(set_to_none=True)
         if isinstance(model, Model):
@@ -202,6 +206,14 @@ class Trainer:
         self._loss_sum += loss.detach()
         self._loss_count += 1
         self.step += 1
+
+    def _weight(self, batch: Batch) -> Tensor | None:
+        """(B,): the triples' own weights, times those of subsampling."""
+        own = None if self._weights is None else self._weights[batch.place]
+        if self._subsampling is None:
+            return own
+        weight = self._subsampling(batch)
+        return weight if own is None else own * weight
 
     def _differentiate(
         self, model: Model, batch: Batch, negative: Tensor, weight: Tensor | None, seed: int

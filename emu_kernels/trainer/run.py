@@ -288,7 +288,8 @@ _INDUCTIVE = "inductive."  # begins the names of the second graph's tensors
 def _tensors(graph: Graph) -> dict[str, Tensor]:
     second = {} if graph.inductive is None else _tensors(graph.inductive)
     second.pop("relation_names", None)  # the first graph's
-    return graph.triples | _names(graph) | {_INDUCTIVE + k: x for k, x in second.items()}
+    weights = {} if graph.weights is None else {"weights": graph.weights}
+    return graph.triples | weights | _names(graph) | {_INDUCTIVE + k: x for k, x in second.items()}
 
 
 def _graph(tensors: dict[str, Tensor]) -> Graph:
@@ -298,6 +299,7 @@ def _graph(tensors: dict[str, Tensor]) -> Graph:
         Names(tensors["entity_names"]),
         Names(relations),
         {split: tensors[split] for split in SPLITS},
+        weights=tensors.get("weights"),
         inductive=_graph(second | {"relation_names": relations}) if second else None,
     )
 

@@ -115,7 +115,8 @@ def _structure_aware(config: Config, graph: Graph, train: Tensor) -> NegativeSam
 class Sampler(Choice, Generic[T]):
     """Makes a :class:`BatchSampler` or a :class:`NegativeSampler`."""
 
-    make: Callable[[Config, Graph, Tensor], T]  # of the training triples (M, 3), on the device
+    # Of the training triples (M, 3), on the device; batches also of (M, 4), see Batch.place.
+    make: Callable[[Config, Graph, Tensor], T]
     shares_sets: bool = False  # supports rows_per_set
     inverse: bool = False  # its batches have inverse relations
 

@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CASES = {
     "distmult": "--rows-per-set 16",
     "complex": "--model ComplEx --loss softmax --regularization 0 --optimizer RowwiseAdagrad "
-    "--filter-negatives --subsampling --rows-per-set 4",
+    "--filter-negatives --subsampling --rows-per-set 4 --weight-column 4",
     "rotate": "--model RotatE --loss expected --inverse-relations --schedule cosine",
     "hake": "--model HAKE --loss selfadv --eval-triples 41 --eval-candidates 7 --rows-per-set 32",
     "transe": "--model TransE --loss uls --corruption bernoulli --rows-per-set 2",
@@ -42,7 +42,7 @@ CASES = {
 def data(tmp_path_factory: pytest.TempPathFactory, named_triples: Any) -> Path:
     folder = tmp_path_factory.mktemp("graph")
     for split in SPLITS:
-        lines = ["\t".join(triple) + "\n" for triple in named_triples[split]]
+        lines = ["\t".join((*x, f"{i % 7}\n")) for i, x in enumerate(named_triples[split])]
         (folder / f"{split}.txt").write_text("".join(lines))
     return folder
 
@@ -66,7 +66,7 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 
 
 def command(data: Path, run: Path, options: str) -> str:
-    return f"--data {data} {' '.join(QUICK)} --run-dir {run} {options}"
+    return f"--data {data} --columns 1,2,3 {' '.join(QUICK)} --run-dir {run} {options}"
 
 
 @pytest.fixture(scope="module")
