@@ -218,6 +218,7 @@ def _parser() -> argparse.ArgumentParser:
     part.add("--ranked", 1000, "triples of validation and of test, among all entities")
     for field, value in {"dim": 100, "batch": 1000, "negatives": 256}.items():
         part.add(f"--{field}", value, "of training")
+    part.add("--chunk", 250, "triples that share a set of negatives, of some more steps")
     part.add("--optimizer", "RowwiseAdagrad", "of emu-train, with --sparse")
     part.add("--threads", torch.get_num_threads(), "of torch and of our kernels")
     part.add_argument("--results", type=Path, default=results.FOLDER / "large", help="of files")

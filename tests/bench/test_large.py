@@ -25,3 +25,4 @@ def test_each_part_is_measured(tmp_path):
     assert all(float(row["peak_mib"]) > 50 for row in measured.values())  # torch itself
     steps, whole = (float(measured[part]["seconds"]) for part in ("steps of these", WHOLE))
     assert 0 < steps < whole
+    assert "steps, 250 triples a set of negatives" in measured
