@@ -21,7 +21,7 @@ DIES_AT = 25
 
 def main() -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=300))
     commands = sys.argv[1:]
     if commands[0] == "die":
         commands.pop(0)
