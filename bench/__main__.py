@@ -216,6 +216,7 @@ def _parser() -> argparse.ArgumentParser:
     part.add("--triples", 20_000_000, "of the graph")
     part.add("--steps", 300, "of training")
     part.add("--ranked", 1000, "triples of validation and of test, among all entities")
+    part.add("--chunk", 250, "triples that share a set of negatives, of some more steps")
     part.add("--optimizer", "RowwiseAdagrad", "of emu-train, with --sparse")
     part.add_argument("--folder", type=Path, help="for some GB of files, removed at the end")
 

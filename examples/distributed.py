@@ -39,12 +39,6 @@ def new_model(name: str, relations: int, dim: int, seed: int) -> Model:
     return MODELS[name](0, relations, dim, generator(torch.device("cpu"), seed, "init"))
 
 
-def part(rows: int, entities: ShardedEntities) -> slice:
-    """This process's of a number of rows, the same for each as nearly as can be."""
-    rank, processes = entities.rank, entities.processes
-    return slice(rank * rows // processes, (rank + 1) * rows // processes)
-
-
 class Training:
     """A model, the shards of its entities, and how far it is."""
 
@@ -77,7 +71,7 @@ class Training:
         """Every process draws the joint batch, which costs little, and takes its part."""
         options, entities, step = self.options, self.entities, int(self.step)
         batch = self.batches(step)
-        at = part(options.sets, entities)  # of the sets of negatives, with their rows
+        at = entities.part(options.sets)  # of the sets of negatives, with their rows
         rows_per_set = options.batch_size // options.sets
         own = slice(at.start * rows_per_set, at.stop * rows_per_set)
         draws = generator(torch.device("cpu"), options.seed, "negatives", step)
@@ -112,7 +106,7 @@ class Training:
         found: list[Tensor] = []
         for direction in DIRECTIONS:
             triples = graph.triples[split]
-            own = triples[part(len(triples), entities)]
+            own = triples[entities.part(len(triples))]
             given, relation, target = split_triples(own, direction)
             rows = entities.fetch(given)
             query = self.model.ask(rows.table[rows.ids[0]].detach(), relation, direction)

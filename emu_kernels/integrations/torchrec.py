@@ -239,9 +239,14 @@ class ShardedEntities:
             part = local[start : start + _BLOCK]
             part.copy_(rows(first + start, first + start + len(part)))
 
+    def part(self, count: int) -> slice:
+        """This process's of so many rows of a joint batch: parts are as even as can be."""
+        first, last = (at * count // self.processes for at in (self.rank, self.rank + 1))
+        return slice(first, last)
+
     @property
     def lr(self) -> float:
-        """The learning rate of the next :meth:`backward`; may be set."""
+        """The learning rate of rows from the next :meth:`fetch` on; may be set."""
         return float(self._optimizer.param_groups[0]["lr"])
 
     @lr.setter
@@ -301,7 +306,8 @@ class ShardedEntities:
         value = torch.as_tensor(weight, dtype=torch.float64, device=self.device)
         whole = value.clone()
         dist.all_reduce(whole, group=self.group)
-        share = (value * self.processes / whole).to(loss.dtype)
+        # Where all weights are 0, the loss is 0.
+        share = (value * self.processes / whole.clamp(min=torch.finfo(whole.dtype).tiny)).to(loss)
         loss = loss * share
         loss.backward()
         replicated = list(replicated)
@@ -383,10 +389,10 @@ class ShardedEntities:
         scale: Tensor | None,
         **phi: Any,
     ) -> Tensor:
-        queries, numbers = self._gather(query)
+        queries, numbers = self.gather(query)
         before = sum(numbers[: self.rank])
-        target = self._gather(positive)[0]
-        whole_scale = None if scale is None else self._gather(scale)[0]
+        target = self.gather(positive)[0]
+        whole_scale = None if scale is None else self.gather(scale)[0]
         scores = _scores(queries, self.local, whole_scale, **phi)  # (all Q, n)
         place = target - self.first
         here = (place >= 0) & (place < scores.shape[1])
@@ -402,7 +408,7 @@ class ShardedEntities:
         better_known, as_good_known = torch.zeros_like(better), torch.zeros_like(as_good)
         if pairs is not None:
             shifted = pairs + pairs.new_tensor([before, 0])
-            row, entity = self._gather(shifted)[0].T
+            row, entity = self.gather(shifted)[0].T
             mine = (entity >= self.first) & (entity < self.first + scores.shape[1])
             mine &= entity != target[row]  # is counted below, whether it is given or not
             row, entity = row[mine], entity[mine] - self.first
@@ -417,7 +423,7 @@ class ShardedEntities:
         # Optimistic rank 1 + better; pessimistic rank as_good, in which the positive is.
         return (1.0 + better + as_good) / 2.0
 
-    def _gather(self, part: Tensor) -> tuple[Tensor, list[int]]:
+    def gather(self, part: Tensor) -> tuple[Tensor, list[int]]:
         """All processes' parts (n, ...) in the order of ranks, and their sizes n."""
         size = torch.tensor([len(part)], device=self.device)
         sizes = [torch.empty_like(size) for _ in range(self.processes)]

@@ -20,6 +20,7 @@ A thin trainer: ordinary PyTorch around one call of :func:`emu_kernels.fused_emu
 ``breakdown``     its ranks by relation
 ``trackers``      where metrics go beside the run folder
 ``loop``          the training loop; ``sparse`` is its step for very large tables
+``distributed``   the loop on the processes of ``torchrun``; ``shards`` are its checkpoints
 ``run``           the run folder: config, metrics, checkpoints, embeddings
 ``checkpoint``    files that stay readable if the program is killed at any moment
 ``report``        tables and plots of metrics

@@ -26,6 +26,7 @@ class Batch(NamedTuple):
     relation: Tensor  # (B,)
     tail: Tensor  # (B,)
     direction: Direction  # which entity is predicted, and so corrupted
+    place: Tensor | None = None  # (B,) among the training triples, where these have weights
 
     @property
     def given(self) -> Tensor:
@@ -49,22 +50,22 @@ class AlternatingBatches:
     batch is full and every triple is seen once an epoch.
 
     Args:
-        triples: (M, 3) on the device to train on, M > 0.
+        triples: (M, 3) on the device to train on, M > 0, or (M, 4) with their places.
         batch_size: B.
     """
 
     def __init__(self, triples: Tensor, batch_size: int, seed: int) -> None:
-        self._columns = triples.T.contiguous()  # (3, M)
+        self._columns = triples.T.contiguous()  # (3, M), or (4, M)
         self._batch_size = batch_size
         self._seed = seed
         # A batch touches two epochs at a border, or more if it is larger than the graph.
         self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
 
     def __call__(self, step: int) -> Batch:
-        head, relation, tail = stream_columns(
+        head, relation, tail, *place = stream_columns(
             self._epoch, self._columns.shape[1], step * self._batch_size, self._batch_size
         )
-        return Batch(head, relation, tail, DIRECTIONS[step % 2])
+        return Batch(head, relation, tail, DIRECTIONS[step % 2], *place)
 
     def _draw_epoch(self, epoch: int) -> Tensor:
         device = self._columns.device
@@ -83,7 +84,7 @@ class InverseBatches:
     one direction: how NBFNet's authors make their batches.
 
     Args:
-        triples: (M, 3) on the device to train on, M > 0.
+        triples: (M, 3) on the device to train on, M > 0, or (M, 4) with their places.
         batch_size: B.
     """
 
@@ -92,13 +93,14 @@ class InverseBatches:
         self._num_relations = num_relations
 
     def __call__(self, step: int) -> Batch:
-        head, relation, tail, _ = self._triples(step)
+        head, relation, tail, _, place = self._triples(step)
         half = len(head) // 2
         return Batch(
             torch.cat([head[:half], tail[half:]]),
             torch.cat([relation[:half], relation[half:] + self._num_relations]),
             torch.cat([tail[:half], head[half:]]),
             "tail",
+            place,
         )
 
 

@@ -9,7 +9,7 @@ import itertools
 import sys
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 
 from .breakdown import by_kind
 from .config import ADJUSTABLE, Config
+from .data import Graph
 from .datasets import load_dataset
 from .errors import ConfigError, RunError, TrainerError
 from .evaluation import Metrics
@@ -27,9 +28,9 @@ from .presets import PRESETS
 from .reading import load_graph
 from .report import kinds_table, metrics_table, seeds_table
 from .run import RunFolder
-from .sampling import SAMPLERS
+from .sampling import SAMPLERS, rows_per_set
 from .settings import add_options, flag, unread
-from .terminal import degrade_output, say
+from .terminal import degrade_output, only_first_prints, processes, say
 from .trackers import TRACKERS
 
 INTERRUPTED = 130  # the exit status that shells give to a program ended by Ctrl-C
@@ -53,30 +54,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0; 1 after an error that a person can act on; 130 after Ctrl-C.
     """
     degrade_output()
-    parser = _parser()
-    options = vars(parser.parse_args(arguments))
-    if not options.keys() & {"dataset", "data", "preset", "resume"}:
-        parser.error("give one of --dataset, --data, --preset and --resume")
-    seeds = options.pop("seeds", None)
-    try:
-        return _train(options)[0] if seeds is None else _train_seeds(options, seeds)
-    except TrainerError as error:
-        print(f"emu-train: {error}", file=sys.stderr)
-        return 1
+    with only_first_prints():
+        parser = _parser()
+        options = vars(parser.parse_args(arguments))
+        if not options.keys() & {"dataset", "data", "preset", "resume"}:
+            parser.error("give one of --dataset, --data, --preset and --resume")
+        seeds = options.pop("seeds", None)
+        try:
+            return _train(options)[0] if seeds is None else _train_seeds(options, seeds)
+        except TrainerError as error:
+            print(f"emu-train: {error}", file=sys.stderr)
+            return 1
 
 
 def _train(options: dict[str, Any]) -> tuple[int, Metrics | None]:
     """The exit status, and the metrics of the test split if there is one."""
-    trainer = _resume(options) if "resume" in options else _start(options)
-    assert trainer.run is not None
-    try:
+    with contextlib.ExitStack() as stack:
+        trainer = (_resume if "resume" in options else _start)(options, stack)
+        assert trainer.run is not None
+        stack.callback(trainer.run.unlock)
         return _train_and_report(trainer, trainer.run.path)
-    finally:
-        trainer.run.unlock()
+
+
+def _open(
+    config: Config, make: Callable[[], tuple[RunFolder, Graph]], stack: contextlib.ExitStack
+) -> tuple[type[Trainer], RunFolder, Graph]:
+    """What trains these settings, where to write, and the graph; `make` makes the last two."""
+    if not config.sharded:
+        if processes() > 1:
+            raise ConfigError("this run is not sharded: it goes on in one process only")
+        return Trainer, *make()
+    try:
+        from . import distributed
+    except ImportError as error:
+        raise ConfigError(f"sharded: {error}") from error
+    stack.enter_context(distributed.group(config))
+    return distributed.ShardedTrainer, *distributed.first_makes(make)
 
 
 def _train_seeds(options: dict[str, Any], count: int) -> int:
     """Runs that differ by their seed alone, in folders of one, and the mean of their metrics."""
+    if processes() > 1:
+        raise ConfigError("--seeds needs one process; give several --seed, one run after another")
     if count < 1 or "resume" in options or "run_dir" not in options:
         raise ConfigError(
             "--seeds needs a number of at least 1, and --run-dir, a folder for the runs: the same "
@@ -137,7 +156,7 @@ def _train_and_report(trainer: Trainer, folder: Path) -> tuple[int, Metrics | No
     return 0, metrics
 
 
-def _start(options: dict[str, Any]) -> Trainer:
+def _start(options: dict[str, Any], stack: contextlib.ExitStack) -> Trainer:
     run_dir = options.pop("run_dir", None)
     preset = PRESETS.get(options.pop("preset", ""), {})
     model = options.get("model", preset.get("model"))
@@ -146,24 +165,32 @@ def _start(options: dict[str, Any]) -> Trainer:
         settings.pop("dataset", None)
     settings |= options
     settings.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
+    settings.setdefault("sharded", processes() > 1)
+    if settings["sharded"]:
+        settings.setdefault("rows_per_set", rows_per_set(settings, processes()))
     config = settle(Config(**settings))
     for name, chosen in unread(options, config).items():
         print(f"emu-train: warning: {chosen} does not use {flag(name)}", file=sys.stderr)
-    if config.dataset is not None:
-        name, graph = config.dataset, load_dataset(config.dataset)
-    else:
-        folder = Path(str(config.data))
-        graph = load_graph(
-            folder, config.layout, hold_out=config.hold_out, split_seed=config.split_seed
-        )
-        name = folder.resolve().name
-    check_graph(config, graph)
-    for doubt in graph.doubts():
-        print(f"emu-train: warning: {doubt}", file=sys.stderr)
-    if run_dir is None:
+
+    def make() -> tuple[RunFolder, Graph]:
+        if config.dataset is not None:
+            name, graph = config.dataset, load_dataset(config.dataset)
+        else:
+            folder = Path(str(config.data))
+            graph = load_graph(
+                folder, config.layout, hold_out=config.hold_out, split_seed=config.split_seed
+            )
+            name = folder.resolve().name
+        check_graph(config, graph)
+        for doubt in graph.doubts():
+            print(f"emu-train: warning: {doubt}", file=sys.stderr)
         stamp = time.strftime("%Y%m%d-%H%M%S")
-        run_dir = _new_folder(Path(f"runs/{name}-{config.model}-{config.loss}-{stamp}"))
-    return Trainer(config, graph, RunFolder.create(Path(run_dir), config, graph))
+        run_name = f"runs/{name}-{config.model}-{config.loss}-{stamp}"
+        path = _new_folder(Path(run_name)) if run_dir is None else Path(run_dir)
+        return RunFolder.create(path, config, graph), graph
+
+    trainer, run, graph = _open(config, make, stack)
+    return trainer(config, graph, run)
 
 
 def _new_folder(path: Path) -> Path:
@@ -180,21 +207,25 @@ def _new_folder(path: Path) -> Path:
     raise AssertionError
 
 
-def _resume(settings: dict[str, Any]) -> Trainer:
+def _resume(settings: dict[str, Any], stack: contextlib.ExitStack) -> Trainer:
     path = Path(settings.pop("resume"))
     if fixed := [flag(name) for name in settings if name not in ADJUSTABLE]:
         raise ConfigError(
             f"--resume takes the run's own settings, so {', '.join(fixed)} cannot be given; "
             f"only {', '.join(map(flag, ADJUSTABLE))} can"
         )
-    run = RunFolder.open(path)
-    run.lock()
+    folder = RunFolder.open(path)
     if "device" in settings:
         settings.setdefault("backend", None)  # the one that suits the new device
-    before = run.read_config()
+    before = folder.read_config()
     config = settle(dataclasses.replace(before, **settings))
-    graph = run.read_graph()
-    trainer = Trainer.resume(config, graph, run)
+
+    def make() -> tuple[RunFolder, Graph]:
+        folder.lock()
+        return folder, folder.read_graph()
+
+    kind, run, graph = _open(config, make, stack)
+    trainer = kind.resume(config, graph, run)
     changes = {k: v for k, v in config.to_json().items() if v != getattr(before, k)}
     history = run.read_history() + ([{"step": trainer.step, **changes}] if changes else [])
     run.write_config(config, graph, history)

@@ -8,6 +8,7 @@ from typing import Any
 
 from emu_kernels.mutation import RULES
 
+from .data import PARTS
 from .datasets import DATASETS, FOLDER_VARIABLE
 from .errors import ConfigError
 from .evaluation import EvaluationOptions
@@ -45,6 +46,11 @@ class ReadingOptions:
         None,
         "of head, relation and tail, with commas between: numbers from 1, or names, which the "
         "first line has (default the only three)",
+    )
+    weight_column: str | None = setting(
+        None,
+        "of a training triple's weight in the loss, at least 0: a number from 1, or a name where "
+        "columns are names (default all weigh alike)",
     )
     numbered: bool = setting(False, "the files hold ids from 0: keep them, a row of the table each")
     hold_out: float = setting(
@@ -84,6 +90,11 @@ class OptimisationOptions:
         False,
         "read and write only the entities of the batch: for tables much larger than batch times "
         "negatives",
+    )
+    sharded: bool = setting(
+        False,
+        "spread the entities over the processes of torchrun, by TorchRec, as emu-train does where "
+        "these are several; then triples share sets of negatives, if not told otherwise",
     )
     regularization: float | None = setting(
         None,
@@ -166,25 +177,41 @@ class Config(
         if CORRUPTIONS[self.corruption].inverse:
             self._check_inverse()
         self._settle_schedule()
+        if self.sharded:
+            self._check_sharded()
         if self.negatives == ALL:
             self._check_all()
         if self.sparse:
-            self._check_sparse()
+            self._check_sparse("sparse")
 
     @property
     def layout(self) -> Layout:
         """Of the data's files."""
-        return Layout(tuple(self.columns.split(",")) if self.columns else (), self.numbered)
+        columns, weight = tuple(self.columns.split(",")) if self.columns else (), self.weight_column
+        if weight is not None:
+            columns = columns or (("1", "2", "3") if weight.isdecimal() else PARTS)
+            columns = (*columns, weight)
+        return Layout(columns, self.numbered)
 
     def _check_columns(self) -> None:
-        columns = self.layout.columns
-        if columns and (len(set(columns)) != 3 or len(columns) != 3 or {"", "0"} & {*columns}):
+        columns, own = self.layout.columns, self.columns.split(",") if self.columns else [*PARTS]
+        if len(set(own)) != 3 or len(own) != 3 or {"", "0"} & {*own}:
             raise ConfigError(
                 "columns must be three names, or numbers from 1, with commas between, of head, "
                 f"relation and tail; got {self.columns}"
             )
+        weight = self.weight_column
+        if weight is not None and (
+            weight in ("", "0", *columns[:3]) or len({name.isdecimal() for name in columns}) > 1
+        ):
+            raise ConfigError(
+                f"weight_column must be one beside {', '.join(columns[:3])}, by name or by number "
+                f"as they are; got {weight!r}"
+            )
         if self.dataset is not None and (columns or self.numbered):
-            raise ConfigError("columns and numbered are of data, not of a dataset by name")
+            raise ConfigError(
+                "columns, weight_column and numbered are of data, not of a dataset by name"
+            )
 
     @property
     def over_all(self) -> bool:
@@ -230,20 +257,35 @@ class Config(
         if self.rows_per_set > 1 or self.sampler != "uniform":
             raise ConfigError("negatives: all leaves nothing to sampler and rows_per_set")
 
-    def _check_sparse(self) -> None:
+    def _check_sharded(self) -> None:
+        """Whether the entities can be in parts on several processes."""
+        if self.model not in MODELS:
+            raise ConfigError(f"sharded: {self.model} has no table of entities to spread")
+        for name in ("init_entities", "switch_to"):
+            if getattr(self, name) is not None:
+                raise ConfigError(f"sharded: {name} needs all entities in one process")
+        width = MODELS[self.model].entity_width
+        if width * self.dim % 4:
+            raise ConfigError(
+                f"sharded: TorchRec needs rows of a multiple of 4 numbers, got dim {self.dim}, "
+                f"which gives {self.model} rows of {width * self.dim}"
+            )
+        self._check_sparse("sharded")
+
+    def _check_sparse(self, what: str) -> None:
         """Whether a step of this run touches few entities, and in a way that can be sparse."""
         for name in (self.optimizer, self.switch_to):
             if name not in ("Adagrad", "RowwiseAdagrad", None):
-                raise ConfigError(f"sparse needs Adagrad: {name} moves every entity each step")
+                raise ConfigError(f"{what} needs Adagrad: {name} moves every entity each step")
         if self.over_all:
-            raise ConfigError(f"sparse: the loss {self.loss} touches every entity at each step")
+            raise ConfigError(f"{what}: the loss {self.loss} touches every entity at each step")
         if self.regularization:
             raise ConfigError(
-                "sparse: regularization touches every entity at each step; set it to 0, "
+                f"{what}: regularization touches every entity at each step; set it to 0, "
                 f"got {self.regularization:g}"
             )
         if MODELS[self.model].candidates is not Model.candidates:
-            raise ConfigError(f"sparse: {self.model} computes its candidates from all entities")
+            raise ConfigError(f"{what}: {self.model} computes its candidates from all entities")
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

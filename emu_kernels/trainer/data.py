@@ -31,7 +31,7 @@ DIRECTIONS: tuple[Direction, Direction] = ("tail", "head")
 PARTS = ("head", "relation", "tail")
 
 NamedTriple = tuple[str, str, str]
-Columns = Sequence[pyarrow.ChunkedArray]  # head, relation, tail
+Columns = Sequence[pyarrow.ChunkedArray]  # head, relation, tail, perhaps their weight
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,9 @@ class Graph:
     relations: Sequence[str]
     triples: dict[str, Tensor]  # split -> (M, 3) int64: head, relation, tail
     notes: tuple[str, ...] = ()  # what was not read as it stands in the files
+    weights: Tensor | None = (
+        None  # (M,) fp32 of the training triples in the loss; None is all alike
+    )
 
     inductive: Graph | None = None
     """The graph to test on, of entities of its own and the same relations: its test triples are to
@@ -85,12 +88,12 @@ class Graph:
 
         Args:
             splits: strings, or integers that are ids from 0 and are kept; their names are their
-                digits.
+                digits. Training triples may have weights, finite and at least 0.
             relations: another graph's, which have all that are there.
 
         Raises:
             DataError: a name has a tab, a line's end or a NUL in it, which the files of a run
-                could not hold; an id is negative.
+                could not hold; an id is negative; all weights are 0.
         """
         chosen = [splits[split] for split in SPLITS]
         number = _keep if pyarrow.types.is_integer(chosen[0][0].type) else _number
@@ -103,7 +106,13 @@ class Graph:
             kinds = [_places(columns[1], relations) for columns in chosen]
         triples = zip(ends[::2], kinds, ends[1::2], strict=True)
         stacked = (torch.stack(parts, dim=1) for parts in triples)
-        return cls(entities, relations, dict(zip(SPLITS, stacked, strict=True)), notes)
+        weights = None
+        for column in splits["train"][3:]:
+            weights = torch.from_numpy(column.to_numpy().copy())
+            if not weights.any():
+                raise DataError("the weights of all training triples are 0")
+        by_split = dict(zip(SPLITS, stacked, strict=True))
+        return cls(entities, relations, by_split, notes, weights)
 
     def hold_out(self, share: float, seed: int) -> Graph:
         """A graph with `share` of the training triples as validation, and as many as test.
@@ -145,7 +154,8 @@ class Graph:
             "valid": train[drawn[:count]],
             "test": train[drawn[count : 2 * count]],
         }
-        return replace(self, triples=triples)
+        weights = None if self.weights is None else self.weights[kept]
+        return replace(self, triples=triples, weights=weights)
 
     def of_split(self, split: str) -> Graph:
         """The graph whose entities the triples of a split are about."""
@@ -178,6 +188,9 @@ class Graph:
             for split in SPLITS[1:]
             if (count := self.unseen(split))
         ]
+        if self.weights is not None:
+            low, high = self.weights.aminmax()
+            sizes += f"; weights of train triples: {low:g} to {high:g}"
         test = "" if self.inductive is None else f"\ntested on: {self.inductive.summary()}"
         return (
             f"{self.num_entities:,} entities, {self.num_relations:,} relations; "

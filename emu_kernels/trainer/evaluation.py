@@ -218,9 +218,10 @@ class Evaluator:
         drawn[known] = -1  # padding, scored -inf
         if isinstance(model, Model):
             assert candidates is not None
-            query = model.ask(model.entity[given], relation, direction)
+            rows, table, target, drawn = self._fetch(model, candidates, given, target, drawn)
+            query = model.ask(rows, relation, direction)
             scores = emu_scores(
-                query.vector, candidates, target, drawn, mutation_rate=None, **model.phi(query)
+                query.vector, table, target, drawn, mutation_rate=None, **model.phi(query)
             )
             true, others = scores.positive.unsqueeze(1), scores.negative
         else:
@@ -229,6 +230,12 @@ class Evaluator:
             others = whole.gather(1, drawn.clamp(min=0)).masked_fill(drawn < 0, -torch.inf)
         better, as_good = (others > true).sum(1), (others >= true).sum(1)
         return 1.0 + (better + as_good).double() / 2.0
+
+    def _fetch(
+        self, model: Model, candidates: Tensor, given: Tensor, target: Tensor, drawn: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The rows of `given`, the candidates, and the places of `target` and `drawn` in them."""
+        return model.entity[given], candidates, target, drawn
 
     def _rank_chunk(self, score: Score, triples: Tensor, direction: Direction) -> Tensor:
         given, relation, target = split_triples(triples, direction)

@@ -58,7 +58,7 @@ class BernoulliBatches:
     - the order within each part is uniformly random, and epochs are independent.
 
     Args:
-        triples: (M, 3) on the device to train on, M > 0.
+        triples: (M, 3) on the device to train on, M > 0, or (M, 4) with their places.
         batch_size: B.
     """
 
@@ -66,7 +66,8 @@ class BernoulliBatches:
         self._columns = triples.T.contiguous()  # (3, M)
         self._batch_size = batch_size
         self._seed = seed
-        probability = head_probability(triples.cpu(), num_relations)[triples[:, 1].cpu()]  # (M,)
+        by_relation = head_probability(triples[:, :3].cpu(), num_relations)
+        probability = by_relation[triples[:, 1].cpu()]  # (M,)
         total = float(probability.sum())
         self._heads = int(total)
         # In fixed point: on a GPU a cumulative sum of floats is not the same at each call.
@@ -81,16 +82,16 @@ class BernoulliBatches:
         is_head = (step + 1) * self._heads // size > head_steps
         direction: Direction = "head" if is_head else "tail"
         index = head_steps if is_head else step - head_steps
-        head, relation, tail = stream_columns(
+        head, relation, tail, *place = stream_columns(
             lambda epoch: self._epoch(epoch)[direction],
             self._heads if is_head else size - self._heads,
             index * self._batch_size,
             self._batch_size,
         )
-        return Batch(head, relation, tail, direction)
+        return Batch(head, relation, tail, direction, *place)
 
     def _draw_epoch(self, epoch: int) -> dict[Direction, Tensor]:
-        """(3, ⌊Σp⌋) and (3, M − ⌊Σp⌋): the triples of an epoch by direction."""
+        """(C, ⌊Σp⌋) and (C, M − ⌊Σp⌋), C columns: the triples of an epoch by direction."""
         device = self._columns.device
         draws = generator(device, self._seed, "bernoulli epoch", epoch)
         order = torch.randperm(self._columns.shape[1], generator=draws, device=device)

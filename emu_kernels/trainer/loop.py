@@ -59,6 +59,7 @@ class Trainer:
     """
 
     tracker: Log | None = None
+    _stop_event = threading.Event
 
     def __init__(self, config: Config, graph: Graph, run: RunFolder | None = None) -> None:
         check_graph(config, graph)
@@ -66,20 +67,22 @@ class Trainer:
         self.graph = graph
         self.run = run
         self.device = torch.device(config.device)
-        self.model: Scorer = new_model(config, graph).to(self.device)
+        self.model: Scorer = self._new_model()
         self._compare = None
-        if isinstance(self.model, Model):
-            self._begin_with(self.model)
-        else:
+        if not isinstance(self.model, Model):
             self._compare = self.model.comparer(config, graph)
         self.optimizer = new_optimizer(config, self.model, 0)
-        self.evaluator = Evaluator(graph, self.device, config, config.seed)
+        self.evaluator = self._new_evaluator()
 
         train = graph.triples["train"].to(self.device)
-        self._batches = CORRUPTIONS[config.corruption].make(config, graph, train)
+        self._weights, rows = None, train
+        if graph.weights is not None:
+            self._weights = graph.weights.to(self.device)
+            rows = torch.column_stack([train, torch.arange(len(train), device=self.device)])
+        self._batches = CORRUPTIONS[config.corruption].make(config, graph, rows)
         self._negatives = new_negatives(config, graph, train)
         self._known = known_answers(config, graph, train)
-        self._weights = (
+        self._subsampling = (
             SubsamplingWeights(train, graph.num_relations) if config.subsampling else None
         )
 
@@ -92,12 +95,18 @@ class Trainer:
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self._loss_count = 0  # steps since the last log line
 
-    def _begin_with(self, model: Model) -> None:
+    def _new_model(self) -> Scorer:
         config, graph, run = self.config, self.graph, self.run
-        if config.init_entities is not None and not (run and run.last_file.exists()):
-            file, frozen = Path(config.init_entities), config.freeze_entities
-            tqdm.write(set_entities(model, graph, file, all_needed=frozen), file=sys.stderr)
-        model.entity.requires_grad_(not config.freeze_entities)
+        model = new_model(config, graph).to(self.device)
+        if isinstance(model, Model):
+            if config.init_entities is not None and not (run and run.last_file.exists()):
+                file, frozen = Path(config.init_entities), config.freeze_entities
+                tqdm.write(set_entities(model, graph, file, all_needed=frozen), file=sys.stderr)
+            model.entity.requires_grad_(not config.freeze_entities)
+        return model
+
+    def _new_evaluator(self) -> Evaluator:
+        return Evaluator(self.graph, self.device, self.config, self.config.seed)
 
     @classmethod
     def resume(cls, config: Config, graph: Graph, run: RunFolder) -> Trainer:
@@ -108,7 +117,7 @@ class Trainer:
             trainer._restore()
         run.forget_metrics_after(trainer.step)
         for record in run.read_metrics():
-            if record.get("split") == "valid":
+            if record.get("split") == "valid" and record["step"] <= trainer.step:
                 trainer._count(record)
         return trainer
 
@@ -138,7 +147,7 @@ class Trainer:
             unit_scale=True,
             disable=None,  # shown on a terminal only
         )
-        with stop_signals() as stop, bar:
+        with stop_signals(self._stop_event()) as stop, bar:
             if self.step and self._due(until) and self._validated < self.step:
                 whole = self._validate(math.nan, stop)
             started = time.perf_counter()
@@ -183,7 +192,7 @@ class Trainer:
             group["lr"] = learning_rate(config, self.step)
         batch = self._batches(self.step)
         negative = self._negatives(self.step, batch)
-        weight = None if self._weights is None else self._weights(batch)
+        weight = self._weight(batch)
         seed = derive_seed(config.seed, "mask", self.step)
         self.optimizer.zero_grad(set_to_none=True)
         if isinstance(model, Model):
@@ -197,6 +206,14 @@ class Trainer:
         self._loss_sum += loss.detach()
         self._loss_count += 1
         self.step += 1
+
+    def _weight(self, batch: Batch) -> Tensor | None:
+        """(B,): the triples' own weights, times those of subsampling."""
+        own = None if self._weights is None else self._weights[batch.place]
+        if self._subsampling is None:
+            return own
+        weight = self._subsampling(batch)
+        return weight if own is None else own * weight
 
     def _differentiate(
         self, model: Model, batch: Batch, negative: Tensor, weight: Tensor | None, seed: int
@@ -286,7 +303,7 @@ class Trainer:
         record = {"step": self.step, "split": "valid", **vars(metrics)}
         is_best = self._count(record)
         if self.run and is_best:  # before the line that says so
-            checkpoint.save(self.run.best_file, self._model_tensors(), record)
+            self.run.save(self.run.best_file, self._model_tensors(), record)
         self._log(record)
         if self.run:
             self._plot()
@@ -312,7 +329,7 @@ class Trainer:
         """Write the last checkpoint, unless the model is spoilt."""
         if self.run is None:
             return
-        if not all(map(is_finite, self.model.parameters())):
+        if not self._is_finite():
             raise TrainingError(
                 f"the model's values are not all finite at step {self.step}: try a smaller lr"
                 + self._way_on()
@@ -326,8 +343,11 @@ class Trainer:
             "loss_sum": float(self._loss_sum),
             "loss_count": self._loss_count,
         }
-        checkpoint.save(self.run.last_file, tensors, state)
+        self.run.save(self.run.last_file, tensors, state)
         self._saved = self.step
+
+    def _is_finite(self) -> bool:
+        return all(map(is_finite, self.model.parameters()))
 
     def _plot(self) -> None:
         assert self.run is not None
@@ -425,9 +445,8 @@ def add_l3_gradient(parameter: Tensor, coefficient: float) -> None:
 
 
 @contextmanager
-def stop_signals() -> Iterator[threading.Event]:
-    """An event that the first SIGINT or SIGTERM sets; the second has its usual effect."""
-    stop = threading.Event()
+def stop_signals(stop: threading.Event) -> Iterator[threading.Event]:
+    """Let the first SIGINT or SIGTERM set the event; the second has its usual effect."""
     previous: dict[int, Any] = {}
 
     def restore() -> None:

@@ -63,6 +63,7 @@ class Step(NamedTuple):
     sample_weight: Tensor | None  # (B,); the loss is their weighted mean
     seed: int  # of the masks
     known: tuple[Tensor, Tensor] | None = None  # of all entities those that are no negatives
+    row_offset: int = 0  # of the first row in the batch that is drawn masks for
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -94,7 +95,9 @@ class Step(NamedTuple):
         }
         if self.config.over_all:
             return one_vs_all_loss(**self.of_all_entities, known=self.known, **options)
-        return fused_emu_loss(**self.arguments, seed=self.seed, **options)
+        return fused_emu_loss(
+            **self.arguments, seed=self.seed, row_offset=self.row_offset, **options
+        )
 
     def softmax(self) -> Tensor:
         return fused_softmax_loss(**self.arguments, sample_weight=self.sample_weight)

@@ -198,6 +198,8 @@ class Model(Scorer):
 
 def is_finite(values: Tensor) -> bool:
     """Whether all values are finite, without an array of answers."""
+    if not values.numel():
+        return True
     low, high = values.detach().aminmax()
     return bool(low.isfinite() & high.isfinite())
 

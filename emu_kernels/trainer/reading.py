@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 
 import pyarrow
 import pyarrow.compute as pc
+import torch
 from pyarrow import csv as arrow_csv
 from pyarrow import parquet
 
@@ -61,8 +62,8 @@ class Layout(NamedTuple):
     """What is where in each file.
 
     Args:
-        columns: of head, relation and tail: names, which the first line has, or numbers from 1.
-            Without them a file has these three.
+        columns: of head, relation, tail and perhaps a weight, which is read of training triples:
+            names, which the first line has, or numbers from 1. Without them a file has three.
         numbered: the file holds ids, from 0, which are kept; names else, integers too.
     """
 
@@ -70,8 +71,19 @@ class Layout(NamedTuple):
     numbered: bool = False
 
     @property
-    def type(self) -> pyarrow.DataType:
-        return pyarrow.int64() if self.numbered else pyarrow.string()
+    def types(self) -> list[pyarrow.DataType]:
+        """Of the columns; the fourth is the weight."""
+        name = pyarrow.int64() if self.numbered else pyarrow.string()
+        return [name, name, name, pyarrow.float32()][: len(self.columns) or 3]
+
+    @property
+    def unweighted(self) -> Layout:
+        return self._replace(columns=self.columns[:3])
+
+    @property
+    def none(self) -> Columns:
+        """The columns of a file without triples."""
+        return [pyarrow.chunked_array([], kind) for kind in self.types]
 
 
 PLAIN = Layout()
@@ -149,8 +161,11 @@ def _files(path: Path) -> dict[str, File]:
 
 def _columns(files: dict[str, File], layout: Layout, notes: list[str]) -> dict[str, Columns]:
     """By split the columns of its file, empty where it has none."""
-    none = pyarrow.chunked_array([], layout.type)
-    splits = {s: _read(files[s], layout, notes) if s in files else [none] * 3 for s in SPLITS}
+    layouts = {split: layout if split == "train" else layout.unweighted for split in SPLITS}
+    splits = {
+        split: _read(files[split], of, notes) if split in files else of.none
+        for split, of in layouts.items()
+    }
     if not len(splits["train"][0]):
         raise DataError(f"{files['train'].where} holds no triples: there is nothing to train on")
     return splits
@@ -282,7 +297,7 @@ def _read_text(file: File, layout: Layout, delimiter: str) -> Columns:
             delimiter,
             header=header,
             include_columns=named if columns else None,
-            column_types=dict.fromkeys(named, layout.type),
+            column_types=dict(zip(named, layout.types, strict=True)),
         )
     except KeyError as error:
         got = first.split(b"\n")[0].decode("utf-8", "replace").strip().split(delimiter)
@@ -292,14 +307,27 @@ def _read_text(file: File, layout: Layout, delimiter: str) -> Columns:
     except pyarrow.ArrowInvalid as error:
         if _check_lines(file, layout, delimiter, header):
             raise DataError(f"{file.where}: {error}") from error
-        return [pyarrow.chunked_array([], layout.type)] * 3
+        return layout.none
     found = [table[name] for name in named] if len(named) <= table.num_columns else []
-    if table.num_columns != 3 or any(map(_has_empty, found)):
+    if table.num_columns != len(named) or any(map(_has_empty, found)) or _wrong(found[3:]):
         _check_lines(file, layout, delimiter, header)
     if not layout.numbered and pc.any(pc.starts_with(found[0], "\ufeff")).as_py():
         # Files joined into one have a byte-order mark at the start of each.
         found[0] = pc.utf8_ltrim(found[0], "\ufeff")
     return found
+
+
+def _wrong(weights: Columns) -> list[float]:
+    """One of the weights, of one column or none, that is not finite or below 0, if there is one."""
+    wrong = [x.filter(pc.invert(pc.and_(pc.is_finite(x), pc.greater_equal(x, 0)))) for x in weights]
+    return [x[0].as_py() for x in wrong if len(x)]
+
+
+def _is_weight(text: str) -> bool:
+    try:
+        return 0 <= float(text) <= torch.finfo(torch.float32).max
+    except ValueError:
+        return False
 
 
 def _has_empty(column: pyarrow.ChunkedArray) -> bool:
@@ -328,13 +356,16 @@ def _check_lines(file: File, layout: Layout, delimiter: str, header: bool) -> in
             wanted = tuple(str(fields.index(name) + 1) for name in layout.columns or PARTS)
         parts = [fields[int(c) - 1] for c in wanted] if len(fields) == width else []
         if len(fields) != width or not all(parts):
-            empty = [name for name, x in zip(PARTS, parts, strict=False) if not x]
+            empty = [name for name, x in zip((*PARTS, "weight"), parts, strict=False) if not x]
             got = f"an empty {' and an empty '.join(empty)}" if empty else f"{len(fields)} field(s)"
             expected = f"head, relation and tail {separated}" if width == 3 else f"{width} fields"
             advice = "" if layout.columns else "; columns says where they are among more"
             raise DataError(f"{where}: expected {expected}, got {got}: {line[:200]!r}{advice}")
-        if layout.numbered and not (header and not count) and not all(map(str.isdecimal, parts)):
+        names = header and not count
+        if layout.numbered and not names and not all(map(str.isdecimal, parts[:3])):
             raise DataError(f"{where}: expected ids, integers from 0, got {line[:200]!r}")
+        if not names and not all(map(_is_weight, parts[3:])):
+            raise DataError(f"{where}: expected a finite weight of at least 0, got {parts[3]!r}")
         count += 1
     return count - header
 
@@ -399,22 +430,29 @@ def _read_parquet(file: File, layout: Layout) -> Columns:
             raise DataError(
                 f"{file.where}: expected columns {wanted}, got {', '.join(schema.names)}"
             )
-        for name in columns:
-            kind = schema.field(name).type
-            if not _holds_names(kind, layout.numbered):
+        for name, wanted in zip(columns, layout.types, strict=True):
+            kind, is_weight = schema.field(name).type, pyarrow.types.is_floating(wanted)
+            if is_weight and (pyarrow.types.is_integer(kind) or pyarrow.types.is_floating(kind)):
+                pass
+            elif is_weight or not _holds_names(kind, layout.numbered):
                 kinds = "integers" if layout.numbered else "strings or integers"
+                kinds = "numbers" if is_weight else kinds
                 raise DataError(f"{file.where}: expected {kinds} in {name}, got {kind}")
-            column = table.read([name]).column(0).cast(layout.type)
+            column = table.read([name]).column(0).cast(wanted, safe=not is_weight)
             if column.null_count or (len(column) and _has_empty(column)):
                 raise DataError(f"{file.where}: column {name} has rows without a value")
             found.append(column)
+        if wrong := _wrong(found[3:]):
+            raise DataError(
+                f"{file.where}: expected finite weights of at least 0 in {name}, got {wrong[0]:g}"
+            )
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{file.where} cannot be read as Parquet: {error}") from error
     return found
 
 
 def _choose(names: Sequence[str], columns: tuple[str, ...]) -> list[str] | None:
-    """Names of the three columns; None where they are not there."""
+    """Names of the columns; None where they are not there."""
     if not columns:
         return [*PARTS] if {*PARTS} <= {*names} else [*names] if len(names) == 3 else None
     found = [

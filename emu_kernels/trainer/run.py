@@ -7,6 +7,8 @@
 ``plot.png``                loss and MRR over steps
 ``last.safetensors``        model and optimizer, to continue from
 ``best.safetensors``        the model with the best validation MRR
+``shards-500/``             with --sharded the entities of step 500, a part of each process,
+                            which the checkpoints of that step lack
 ``embeddings.safetensors``  the best model's embeddings, with names
 ``entities.tsv``            with --tsv: the same as text: name, then values; a line an entity
 ``relations.tsv``           the same for relations
@@ -161,6 +163,14 @@ class RunFolder:
         except OSError as error:
             raise RunError(f"{self.metrics_file} could not be written: {error}") from error
 
+    def save(self, file: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Write a checkpoint."""
+        checkpoint.save(file, tensors, state)
+
+    def shards(self, step: int) -> Path:
+        """The folder for the entities of a step, where each process has a part of them."""
+        return self.path / f"shards-{step}"
+
     def read_metrics(self) -> list[Metric]:
         if not self.metrics_file.exists():
             return []
@@ -196,6 +206,11 @@ class RunFolder:
         """
         file = self.best_file if self.best_file.exists() else self.last_file
         tensors, state = checkpoint.load(file, mapped=True)
+        parts = self.shards(state["step"])
+        if parts.exists():
+            from .shards import whole_table  # what it imports takes more than a second
+
+            tensors["model.entity"] = whole_table(parts)
         with torch.device("meta"):
             model = new_model(self.read_config(), graph)
         restore_model(model, tensors, file, assign=True)
@@ -239,14 +254,14 @@ class RunFolder:
             _write_tsv(self.path / "relations.tsv", graph.relations, model.relation)
 
 
-def new_model(config: Config, graph: Graph) -> Scorer:
+def new_model(config: Config, graph: Graph, draws: torch.Generator | None = None) -> Scorer:
     """A model with its initial values, the same on every device."""
     cls = SCORERS[config.model]
     return cls(
         graph.num_entities,
         graph.num_relations,
         config.dim,
-        generator(torch.device("cpu"), config.seed, "init"),
+        draws or generator(torch.device("cpu"), config.seed, "init"),
         **{name: getattr(config, name) for name in (*cls.keywords, *cls.options)},
     )
 
@@ -273,7 +288,8 @@ _INDUCTIVE = "inductive."  # begins the names of the second graph's tensors
 def _tensors(graph: Graph) -> dict[str, Tensor]:
     second = {} if graph.inductive is None else _tensors(graph.inductive)
     second.pop("relation_names", None)  # the first graph's
-    return graph.triples | _names(graph) | {_INDUCTIVE + k: x for k, x in second.items()}
+    weights = {} if graph.weights is None else {"weights": graph.weights}
+    return graph.triples | weights | _names(graph) | {_INDUCTIVE + k: x for k, x in second.items()}
 
 
 def _graph(tensors: dict[str, Tensor]) -> Graph:
@@ -283,6 +299,7 @@ def _graph(tensors: dict[str, Tensor]) -> Graph:
         Names(tensors["entity_names"]),
         Names(relations),
         {split: tensors[split] for split in SPLITS},
+        weights=tensors.get("weights"),
         inductive=_graph(second | {"relation_names": relations}) if second else None,
     )
 

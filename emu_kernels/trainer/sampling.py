@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import pooch
 import torch
@@ -114,7 +114,8 @@ def _structure_aware(config: Config, graph: Graph, train: Tensor) -> NegativeSam
 class Sampler(Choice, Generic[T]):
     """Makes a :class:`BatchSampler` or a :class:`NegativeSampler`."""
 
-    make: Callable[[Config, Graph, Tensor], T]  # of the training triples (M, 3), on the device
+    # Of the training triples (M, 3), on the device; batches also of (M, 4), see Batch.place.
+    make: Callable[[Config, Graph, Tensor], T]
     shares_sets: bool = False  # supports rows_per_set
     inverse: bool = False  # its batches have inverse relations
 
@@ -189,6 +190,18 @@ class SamplingOptions:
     filter_negatives: bool = setting(
         False, "leave out negatives true in training; advised with structure-aware"
     )
+
+
+def rows_per_set(settings: dict[str, Any], processes: int) -> int:
+    """How many triples share a set of negatives on several processes, where that is not said.
+
+    At most 125, as negatives are fetched over the network, and so that each process has a set.
+    """
+    batch_size = settings.get("batch_size", SamplingOptions.batch_size)
+    if not SAMPLERS[settings.get("sampler", SamplingOptions.sampler)].shares_sets:
+        return 1
+    most = min(125, max(1, batch_size // processes))
+    return max(rows for rows in range(1, most + 1) if batch_size % rows == 0)
 
 
 def new_negatives(config: Config, graph: Graph, train: Tensor) -> NegativeSampler:

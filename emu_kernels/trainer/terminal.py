@@ -1,10 +1,13 @@
-"""What a command line does where its output cannot go."""
+"""What a command line does where its output cannot go, or would be there several times."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 
 def degrade_output() -> None:
@@ -12,6 +15,25 @@ def degrade_output() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+
+
+def processes() -> int:
+    """How many ``torchrun`` has started."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+@contextlib.contextmanager
+def only_first_prints() -> Iterator[None]:
+    """Print nothing in the processes of ``torchrun`` but the first one, other than tracebacks."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        yield
+        return
+    with (
+        Path(os.devnull).open("w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        yield
 
 
 def say(text: str) -> None:

@@ -331,3 +331,4 @@ def test_each_part_of_a_large_graph(tmp_path: Path) -> None:
     assert (measured["seconds"] > 0).all()
     assert (measured["peak_mib"] > 50).all()  # torch itself
     assert measured["seconds"]["steps of these"] < measured["seconds"][LARGE]
+    assert "steps, 250 triples a set of negatives" in measured.index

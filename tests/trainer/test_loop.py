@@ -226,6 +226,52 @@ def test_subsampling_weights_reach_the_loss(graph):
     assert not same_bits(trainer, plain)
 
 
+@pytest.fixture(scope="module")
+def weighted(graph: Graph) -> Graph:
+    draws = torch.Generator().manual_seed(0)
+    weights = torch.rand(len(graph.triples["train"]), generator=draws) + 0.1
+    return dataclasses.replace(graph, weights=weights)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"corruption": name, "inverse_relations": True} for name in CORRUPTIONS),
+        *({"corruption": name, "subsampling": True} for name in CORRUPTIONS if name != "both"),
+    ],
+    ids=lambda settings: "-".join(map(str, settings)),
+)
+def test_the_triples_weights_reach_the_loss(weighted, settings):
+    trainer = Trainer(small(**settings), weighted)
+    by_triple = dict(
+        zip(map(tuple, weighted.triples["train"].tolist()), weighted.weights.tolist(), strict=True)
+    )
+    for step in (0, 1, 13):  # 14 batches are an epoch
+        batch = trainer._batches(step)
+        weight = trainer._weight(batch)
+        relations = batch.relation % weighted.num_relations
+        inverse = batch.relation >= weighted.num_relations
+        head = torch.where(inverse, batch.tail, batch.head)
+        tail = torch.where(inverse, batch.head, batch.tail)
+        triples = torch.stack([head, relations, tail], dim=1).tolist()
+        expected = torch.tensor([by_triple[tuple(triple)] for triple in triples])
+        if trainer._subsampling is not None:
+            expected *= trainer._subsampling(batch)
+        torch.testing.assert_close(weight, expected)
+    before = weights(trainer)
+    trainer._train_step()
+    plain = Trainer(trainer.config, dataclasses.replace(weighted, weights=None))
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(plain), strict=True))
+    plain._train_step()
+    assert not same_bits(trainer, plain)
+
+
+def test_a_run_with_weights_is_resumed(weighted, tmp_path):
+    straight = Trainer(SMALL, weighted)
+    straight.train()
+    assert same_bits(cut_and_resumed(tmp_path / "cut", SMALL, weighted), straight)
+
+
 def test_l3_gradient_is_that_of_the_cubic_norm():
     parameter = torch.randn(5, 4, requires_grad=True)
     (expected,) = torch.autograd.grad(0.01 * parameter.abs().pow(3).sum(), parameter)

@@ -234,7 +234,7 @@ def test_a_step_draws_no_true_negative(graph):
 
 def test_half_of_a_batch_predicts_tails_half_heads():
     plain, both = AlternatingBatches(TRIPLES, 5, seed=2), InverseBatches(TRIPLES, R, 5, seed=2)
-    head, relation, tail, _ = plain(3)
+    head, relation, tail, *_ = plain(3)
     batch = both(3)
     assert batch.direction == "tail"
     assert batch.head.tolist() == [*head[:2], *tail[2:]]

@@ -109,6 +109,40 @@ def test_columns_by_name_and_by_number(tmp_path, by, columns, header):
     assert graph.triples["valid"].tolist() == IDS
 
 
+WEIGHTS = ("0.5", "0", "3e2")
+WEIGHTED = Layout(("1", "2", "3", "4"))
+
+
+@pytest.mark.parametrize("by", ["\t", ","])
+@pytest.mark.parametrize("header", [False, True])
+def test_weights_are_read_of_training_triples(tmp_path, by, header):
+    """From the fourth column; the other files need none."""
+    quoted = QUOTED if by == "," else TRIPLES
+    names: list[tuple[str, ...]] = [("head", "relation", "tail", "count")] if header else []
+    lines = [*names, *((*triple, w) for triple, w in zip(quoted, WEIGHTS, strict=True))]
+    suffix = ".csv" if by == "," else ".tsv"
+    path = folder(tmp_path / "graph", tsv([line[:3] for line in lines], by).encode(), suffix)
+    (path / f"train{suffix}").write_text(tsv(lines, by))
+    layout = Config(data="-", weight_column="count" if header else "4").layout
+    graph = load_graph(path, layout)
+    assert graph.triples["train"].tolist() == graph.triples["test"].tolist() == IDS
+    assert graph.weights is not None
+    assert graph.weights.tolist() == [0.5, 0.0, 300.0]
+    assert "weights of train triples: 0 to 300" in graph.summary()
+    assert load_graph(path, layout.unweighted).weights is None
+
+
+@pytest.mark.parametrize("kind", [pyarrow.float64(), pyarrow.int32()])
+def test_weights_from_parquet(tmp_path, kind):
+    columns = dict(zip(("head", "relation", "tail"), zip(*TRIPLES, strict=True), strict=True))
+    file = tmp_path / "all.parquet"
+    weights = pyarrow.array([1, 0, 2**24 + 1], kind)
+    as_parquet(file, columns | {"count": weights, "note": ["x", "y", "z"]})
+    config = Config(data="-", weight_column="count")
+    read = reading._read(reading.File("", file.name, file.read_bytes()), config.layout, [])
+    assert read[3].to_pylist() == [1, 0, 2**24]  # fp32
+
+
 def test_ids_are_kept(tmp_path):
     text = "2\t0\t10\n0\t1\t3\n"
     graph = load_graph(folder(tmp_path / "text", text.encode(), ".txt"), Layout(numbered=True))
@@ -135,6 +169,14 @@ def test_ids_are_kept(tmp_path):
         (".tsv", "h\tr\n", Layout(("h", "r", "t")), r"expected columns h, r, t, got h, r"),
         (".tsv", "0\t0\t1\n0\t0\tx\n", Layout(numbered=True), r"tsv:2: expected ids, integers"),
         (".tsv", "0\t0\t1\n0\t0\t-1\n", Layout(numbered=True), r"ids must be at least 0, got -1"),
+        (".tsv", "a\tr\tb\t1\na\tr\tb\tx\n", WEIGHTED, r"tsv:2: expected a finite weight .*'x'"),
+        (".tsv", "a\tr\tb\t1\na\tr\tb\t-1\n", WEIGHTED, r"tsv:2: expected a finite w.*'-1'"),
+        (".tsv", "a\tr\tb\t1\na\tr\tb\tnan\n", WEIGHTED, r"tsv:2: expected a finite .*'nan'"),
+        (".tsv", "a\tr\tb\t1\na\tr\tb\t1e39\n", WEIGHTED, r"tsv:2: expected a fin.*'1e39'"),
+        (".tsv", "a\tr\tb\t\n", WEIGHTED, r"tsv:1: .*got an empty weight"),
+        (".tsv", "a\tr\tb\n", WEIGHTED, "columns 1, 2, 3, 4, got a, r, b"),
+        (".tsv", "a\tr\tb\t0\n", WEIGHTED, "weights of all training triples are 0"),
+        (".nt", "<a> <r> <b> .\n", WEIGHTED, "have no columns"),
         (".nt", "<a> <r> <b> .\n<a> <r> b .\n", Layout(), r"nt:2: expected a triple of N-Tr"),
         (".nt", "<a> <r> <b> .\n", Layout(numbered=True), "no ids to choose"),
         (".tsv.gz", "no gzip", Layout(), r"train\.tsv\.gz is corrupted"),
@@ -155,6 +197,10 @@ def test_what_is_wrong_is_said(tmp_path, name, text, layout, said):
         ({"a": ["x", "x"], "b": ["y", "y"], "c": ["z", None]}, Layout(), "c has rows without"),
         ({"a": ["x"], "b": ["y"], "c": [""]}, Layout(), "c has rows without"),
         ({"a": ["x"], "b": ["y"], "c": ["z"]}, Layout(numbered=True), "integers in a, got string"),
+        ({"a": ["x"], "b": ["y"], "c": ["z"], "w": ["1"]}, WEIGHTED, "numbers in w, got string"),
+        ({"a": ["x"], "b": ["y"], "c": ["z"], "w": [-2.0]}, WEIGHTED, "at least 0 in w, got -2"),
+        ({"a": ["x"], "b": ["y"], "c": ["z"], "w": [1e39]}, WEIGHTED, "at least 0 in w, got inf"),
+        ({"a": ["x"] * 2, "b": ["y"] * 2, "c": ["z"] * 2, "w": [1, None]}, WEIGHTED, "w has rows"),
         ({"a": ["x"], "b": ["y"], "c": ["z\n"]}, Layout(), r"no tab, line end or NUL: 'z\\n'"),
     ],
 )
@@ -212,6 +258,22 @@ def test_one_file_is_split(one_file, share):
     assert rows(other, "test") != test
 
 
+def test_held_out_triples_take_their_weights_along(one_file, tmp_path):
+    lines = [line.split("\t") for line in one_file.read_text().splitlines()]
+
+    def weight(triple: Sequence[str]) -> int:
+        return sum(map(ord, "".join(triple)))
+
+    path = tmp_path / "all.tsv"
+    path.write_text(tsv([(*line, str(weight(line))) for line in lines]))
+    graph = load_graph(path, WEIGHTED, hold_out=0.1)
+    assert graph.weights is not None
+    assert torch.equal(graph.triples["train"], load_graph(one_file, hold_out=0.1).triples["train"])
+    kinds = (graph.entities, graph.relations, graph.entities)
+    for ids, found in zip(graph.triples["train"].tolist(), graph.weights.tolist(), strict=True):
+        assert found == weight([names[i] for names, i in zip(kinds, ids, strict=True)])
+
+
 def test_every_part_of_one_file_may_be_needed(tmp_path):
     (tmp_path / "all.csv").write_text("a,r,b\nc,r,d\n")
     with pytest.raises(DataError, match=r"no triples can be held out: .*2, of which 0"):
@@ -230,3 +292,14 @@ def test_columns_are_checked(columns):
         Config(data="-", columns=columns)
     with pytest.raises(ConfigError, match="are of data, not of a dataset"):
         Config(dataset="nations", columns="1,2,3")
+
+
+@pytest.mark.parametrize(
+    ("columns", "weight"),
+    [(None, "3"), (None, "0"), (None, ""), (None, "tail"), ("a,b,c", "4"), ("1,2,3", "w")],
+)
+def test_the_weight_column_is_checked(columns, weight):
+    with pytest.raises(ConfigError, match="weight_column must be one beside"):
+        Config(data="-", columns=columns, weight_column=weight)
+    with pytest.raises(ConfigError, match="are of data, not of a dataset"):
+        Config(dataset="nations", weight_column="w")
