@@ -103,7 +103,7 @@ def _graphs() -> Iterable[Run]:
 
 
 def _nbfnet() -> Iterable[Run]:
-    """The authors' settings for the graphs that have some; 20 epochs of others, or 10 of CoDEx-S."""
+    """The authors' settings where they have some; else 20 epochs, or 10 of CoDEx-S."""
     presets = {name: PRESETS[f"nbfnet-{name}".lower()] for name in ("fb237_v1", "WN18RR_v1")}
     for name, steps in (("umls", 1640), ("kinship", 2680), ("CoDEx-S", 5140)):
         settings = {"dataset": name, "model": "NBFNet", "steps": steps, "eval_every": steps // 10}

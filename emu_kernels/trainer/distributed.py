@@ -140,7 +140,8 @@ class ShardedEvaluator(Evaluator):
         given, relation, target = split_triples(own, direction)
         rows = entities.fetch(given)
         query = model.ask(rows.table[rows.ids[0]], relation, direction)
-        known = self._truth[direction].answers(given, relation)
+        offsets, answer = self._known.lists(given, relation, direction)
+        known = torch.repeat_interleave(offsets.diff()), answer
         ranks = entities.ranks(query.vector, target, known, **model.phi(query))
         return entities.gather(ranks)[0]
 
