@@ -23,6 +23,12 @@ from emu_kernels.trainer.run import RunFolder
 from tests.trainer.support import QUICK, train
 
 
+@pytest.fixture(autouse=True)
+def no_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing it takes longer than the few steps of a test."""
+    monkeypatch.setattr(cli, "write_page", lambda *_: "none")
+
+
 @pytest.fixture
 def run_folder(graph_folder: Path, tmp_path: Path) -> Path:
     path = tmp_path / "run"
