@@ -39,7 +39,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
     def show(command: re.Match[str]) -> str:
         call = [sys.executable, "-m", command[1], "--help"]
-        env = os.environ | {"COLUMNS": "90"}
+        env = os.environ | {"COLUMNS": "80"}
         done = subprocess.run(call, cwd=ROOT, env=env, check=True, text=True, capture_output=True)
         return f"```text\n{done.stdout}```"
 
