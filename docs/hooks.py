@@ -24,6 +24,7 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     for notebook in [file for file in files if file.src_uri.endswith(".ipynb")]:
         text, resources = MarkdownExporter().from_filename(notebook.abs_src_path)
         page = notebook.src_uri.replace(".ipynb", ".md")
+        text = text.replace("![png]", "![drawn by the cell above]")
         files.remove(notebook)
         for name, content in {page: text, **resources["outputs"]}.items():
             files.append(File.generated(config, name, content=content))
