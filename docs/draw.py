@@ -7,11 +7,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import matplotlib
+import torch
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from bench import report, results
+from bench.rivals import WHOLE
+from emu_kernels import emu_mutate
 
 IMAGES = Path(__file__).with_name("images")
+OURS, OTHERS = "#00796b", "#b0bec5"
 
 
 def steps() -> Figure:
@@ -22,7 +28,7 @@ def steps() -> Figure:
     rows = report.titled(rows[rows["date"] == rows["date"].max()])
     rows = rows.sort_values("median", ascending=False)
     names = rows["rival"].str.strip("*")
-    colours = names.str.contains("our").map({True: "#00796b", False: "#b0bec5"})
+    colours = names.str.contains("our").map({True: OURS, False: OTHERS})
     figure = Figure(figsize=(7.2, 3.4), layout="constrained")
     axes = figure.add_subplot()
     bars = axes.barh(names, rows["median"], color=colours)
@@ -46,6 +52,55 @@ def steps() -> Figure:
     return figure
 
 
+def growth() -> Figure:
+    """Time and memory of a step by the number of negatives, from the latest run on a CPU."""
+    rows = report.latest(results.read(results.FOLDER))
+    rows = rows[(rows["family"] == "scale-K") & (rows["phase"] == WHOLE)]
+    rows = report.titled(rows[rows["gradient"] == "dense"])
+    figure = Figure(figsize=(7.2, 3), layout="constrained")
+    for axes, what in zip(figure.subplots(1, 2), (results.TIME, results.MEMORY), strict=True):
+        shown = rows[rows["what"] == what]
+        for name, line in shown.groupby("rival", sort=False):
+            ours = "fused" in name
+            style = {"color": OURS if ours else "#607d8b", "ls": "-" if "EMU" in name else "--"}
+            axes.loglog(line["K"], line["median"], marker="o", ms=3, label=name.strip("*"), **style)
+        axes.set_xticks(ticks := sorted(shown["K"].unique()), [f"{tick:,}" for tick in ticks])
+        axes.minorticks_off()
+        axes.set_ylabel(f"{what}, {shown['unit'].iloc[0]}", fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles = axes.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper center", ncols=4, fontsize=7, frameon=False)
+    row = rows.iloc[0]
+    figure.supxlabel(
+        f"negatives of each of {row['B']:,} rows, d = {row['D']}; loss and gradients\n"
+        f"{row['device']}, {row['threads']} threads; {row['date'][:10]}",
+        fontsize=8,
+    )
+    return figure
+
+
+def mutation() -> Figure:
+    """What emu_mutate makes of one negative."""
+    components = 24
+    positive, negative = torch.ones(1, components), torch.zeros(1, 1, components)
+    mutant = emu_mutate(positive, negative, mutation_rate=0.61, seed=1, backend="reference")
+    names = ("positive z⁺", "negative z⁻", "mutant ẑ")
+    figure = Figure(figsize=(7.2, 1.3), layout="constrained")
+    axes = figure.add_subplot(xlim=(0, components), ylim=(3.1, -0.1), aspect="equal")
+    for y, row in enumerate((positive[0], negative[0, 0], mutant[0, 0])):
+        for x, taken in enumerate(row.tolist()):
+            colour = OURS if taken else OTHERS
+            axes.add_patch(Rectangle((x + 0.05, y + 0.05), 0.9, 0.9, color=colour))
+    axes.set_yticks([0.5, 1.5, 2.5], names, fontsize=8)
+    axes.set_xticks([])
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    return figure
+
+
 if __name__ == "__main__":
     IMAGES.mkdir(exist_ok=True)
-    steps().savefig(IMAGES / "step.svg", metadata={"Date": None})
+    matplotlib.rcParams["svg.hashsalt"] = "emu"  # the same file from the same rows
+    for draw, name in ((steps, "step"), (growth, "growth"), (mutation, "mutation")):
+        draw().savefig(IMAGES / f"{name}.svg", metadata={"Date": None})

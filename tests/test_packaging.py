@@ -337,6 +337,11 @@ def test_the_pages_build(tmp_path: Path) -> None:
     for name in (*emu_kernels.__all__, "Negatives", "Predictor"):
         assert name.startswith("__") or f'"emu_kernels.{name}"' in page or f'.{name}"' in page
     assert ":func:" not in page
+    assert "--mutation-rate" in (site / "commands/index.html").read_text()
+    notebook = (site / "notebook/index.html").read_text()
+    assert "after 1,200 steps" in notebook  # what a cell printed
+    (figure,) = re.findall(r'src="\.\./(output[^"]+\.png)"', notebook)
+    assert (site / figure).read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_workflows_are_valid() -> None:

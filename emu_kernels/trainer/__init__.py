@@ -23,7 +23,7 @@ A thin trainer: ordinary PyTorch around one call of :func:`emu_kernels.fused_emu
 ``distributed``   the loop on the processes of ``torchrun``; ``shards`` are its checkpoints
 ``run``           the run folder: config, metrics, checkpoints, embeddings
 ``checkpoint``    files that stay readable if the program is killed at any moment
-``report``        tables and plots of metrics
+``report``        tables and plots of metrics; ``page`` is a run's report as HTML
 ``cli``           ``emu-train``
 ``predict``       ``emu-predict``
 ================= ====================================================================

@@ -24,9 +24,10 @@ from .evaluation import Metrics
 from .loop import Trainer, check_graph, settle
 from .losses import LOSSES
 from .models import SCORERS
+from .page import write_page
 from .presets import PRESETS
 from .reading import load_graph
-from .report import kinds_table, metrics_table, seeds_table
+from .report import lines_table, metrics_table, seeds_table
 from .run import RunFolder
 from .sampling import SAMPLERS, rows_per_set
 from .settings import add_options, flag, unread
@@ -150,8 +151,9 @@ def _train_and_report(trainer: Trainer, folder: Path) -> tuple[int, Metrics | No
             say(metrics_table({f"{config.model} {config.loss}": metrics}))
             say("by kind of relation (each relation: relations.csv):")
             graph, ranked = trainer.graph.of_split("test"), trainer.evaluator.ranked("test")
-            say(kinds_table(by_kind(graph, ranked, ranks)))
+            say(lines_table(by_kind(graph, ranked, ranks)))
     trainer.export()
+    say(f"report: {write_page(trainer, ranks)}")
     say(f"predict with: emu-predict {folder} --head NAME --relation NAME")
     return 0, metrics
 

@@ -272,10 +272,10 @@ class Trainer:
 
     def _tell_time(self, seconds: float, until: int) -> None:
         """Say how long the rest takes, by the steps so far."""
-        minutes = seconds / STEPS_BEFORE_ESTIMATE * (until - self.step) / 60
+        left = duration(seconds / STEPS_BEFORE_ESTIMATE * (until - self.step))
         tqdm.write(
-            f"{STEPS_BEFORE_ESTIMATE} steps took {seconds:.3g} s: about {minutes:.2g} min for the "
-            f"other {until - self.step:,}, without validation",
+            f"{STEPS_BEFORE_ESTIMATE} steps took {seconds:.3g} s: about {left} for the other "
+            f"{until - self.step:,}, without validation",
             file=sys.stderr,
         )
 
@@ -410,6 +410,13 @@ class Trainer:
 
     def _model_tensors(self) -> dict[str, Tensor]:
         return {f"model.{name}": parameter for name, parameter in self.model.named_parameters()}
+
+
+def duration(seconds: float) -> str:
+    """In the unit that suits it."""
+    if seconds < 100:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def settle(config: Config) -> Config:

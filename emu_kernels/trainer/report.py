@@ -17,8 +17,8 @@ from .data import DIRECTIONS
 from .evaluation import METRICS, Metrics
 
 
-def metrics_table(rows: dict[str, Metrics], **columns: Sequence[str]) -> str:
-    """A row for each named result, further columns at the end."""
+def metrics_table(rows: dict[str, Metrics], form: str = "simple", **columns: Sequence[str]) -> str:
+    """A row for each named result, further columns at the end; in one of tabulate's forms."""
     header = ["", "MRR", "Hits@1", "Hits@3", "Hits@10", "MR", *columns]
     body = [
         [
@@ -30,7 +30,7 @@ def metrics_table(rows: dict[str, Metrics], **columns: Sequence[str]) -> str:
         for i, (name, m) in enumerate(rows.items())
     ]
     align = ["left", *["right"] * (len(header) - 1)]
-    return tabulate(body, header, disable_numparse=True, colalign=align)
+    return tabulate(body, header, form, disable_numparse=True, colalign=align)
 
 
 def seeds_table(tested: Sequence[Metrics]) -> str:
@@ -45,8 +45,8 @@ def seeds_table(tested: Sequence[Metrics]) -> str:
     return tabulate([cells], header, disable_numparse=True)
 
 
-def kinds_table(lines: Sequence[Line]) -> str:
-    """A row for each kind of relation: how well its tails and its heads are ranked."""
+def lines_table(lines: Sequence[Line], form: str = "simple") -> str:
+    """A row for each relation, or kind of relation: how well its tails and its heads are ranked."""
     header = ["relations", "triples", "tail MRR", "Hits@10", "head MRR", "Hits@10"]
     body = [
         [
@@ -60,11 +60,18 @@ def kinds_table(lines: Sequence[Line]) -> str:
         ]
         for line in lines
     ]
-    return tabulate(body, header, disable_numparse=True, colalign=["left", *["right"] * 5])
+    align = ["left", *["right"] * 5]
+    return tabulate(body, header, form, disable_numparse=True, colalign=align)
 
 
 def plot_metrics(metrics: list[dict[str, Any]], title: str, path: Path) -> None:
-    """Draw loss and validation MRR over steps into a PNG, without a display or pyplot."""
+    """Draw loss and validation MRR over steps into a PNG."""
+    figure = progress(metrics, title)
+    write_atomically(path, lambda file: figure.savefig(file, format="png"))
+
+
+def progress(metrics: list[dict[str, Any]], title: str = "") -> Figure:
+    """Loss and validation MRR over steps, without a display or pyplot."""
     losses = [(m["step"], m["loss"]) for m in metrics if "loss" in m]
     ranks = [(m["step"], m["mrr"]) for m in metrics if m.get("split") == "valid"]
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
@@ -77,4 +84,4 @@ def plot_metrics(metrics: list[dict[str, Any]], title: str, path: Path) -> None:
     right.set_ylabel("validation MRR", color="tab:orange")
     right.plot(*zip(*ranks, strict=True), color="tab:orange", marker="o") if ranks else None
     right.set_ylim(0, 1.05 * right.get_ylim()[1])
-    write_atomically(path, lambda file: figure.savefig(file, format="png"))
+    return figure

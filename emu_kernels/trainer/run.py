@@ -5,6 +5,7 @@
 ``graph.safetensors``       triples and names, so that a run can be moved and continued
 ``metrics.jsonl``           a JSON object a line: training loss, evaluations
 ``plot.png``                loss and MRR over steps
+``report.html``             the finished run as a page
 ``last.safetensors``        model and optimizer, to continue from
 ``best.safetensors``        the model with the best validation MRR
 ``shards-500/``             with --sharded the entities of step 500, a part of each process,
@@ -56,6 +57,7 @@ class RunFolder:
         self.graph_file = path / "graph.safetensors"
         self.metrics_file = path / "metrics.jsonl"
         self.plot_file = path / "plot.png"
+        self.report_file = path / "report.html"
         self.relations_file = path / "relations.csv"
         self.last_file = path / "last.safetensors"
         self.best_file = path / "best.safetensors"

@@ -17,10 +17,16 @@ from pathlib import Path
 import pytest
 
 from emu_kernels.trainer import cli, predict
-from emu_kernels.trainer.loop import Trainer
+from emu_kernels.trainer.loop import Trainer, duration
 from emu_kernels.trainer.losses import LOSSES
 from emu_kernels.trainer.run import RunFolder
 from tests.trainer.support import QUICK, train
+
+
+@pytest.fixture(autouse=True)
+def no_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing it takes longer than the few steps of a test."""
+    monkeypatch.setattr(cli, "write_page", lambda *_: "none")
 
 
 @pytest.fixture
@@ -276,8 +282,10 @@ def test_an_estimate_after_a_hundred_steps(graph_folder, tmp_path, monkeypatch, 
     monkeypatch.setattr(time, "perf_counter", lambda: seconds[0])
     given = ("--steps", 120)
     assert train("--data", graph_folder, "--run-dir", tmp_path / "run", *QUICK, *given) == 0
-    told = "100 steps took 300 s: about 1 min for the other 20, without validation"
+    told = "100 steps took 300 s: about 60 s for the other 20, without validation"
     assert told in capsys.readouterr().err.splitlines()
+    said = [duration(seconds) for seconds in (0.04, 99, 150, 5970, 36_000)]
+    assert said == ["0.04 s", "99 s", "2 min", "100 min", "10.0 h"]
 
 
 def test_a_preset_and_what_overrides_it(graph_folder, tmp_path, capsys):
