@@ -231,7 +231,8 @@ struct Relational {
     const Real *grad = static_cast<const Real*>(a.grad), *result = static_cast<const Real*>(a.result);
     const bool shared = a.relation_rows == 1;
     const int64_t each = min64(chunk, (a.B + a.threads - 1) / a.threads);
-    const int64_t every = max64(1024, 32 * a.R);  // edges whose sums are added to a relation's, for the sake of rounding
+    // After so many edges recent sums are added to the relations': long sums round more.
+    const int64_t every = max64(1024, 32 * a.R);
     Scratch parts(1, shared ? a.R * L * static_cast<int64_t>(sizeof(Real)) : 0);
     Scratch scratch(a.threads, a.R * each * a.D * static_cast<int64_t>(sizeof(Real)));
     Real* const totals = shared ? reinterpret_cast<Real*>(parts.slot(0)) : static_cast<Real*>(a.relation_gradient);
