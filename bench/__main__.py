@@ -162,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter = argparse.ArgumentDefaultsHelpFormatter
         part = commands.add_parser(name, help=text, description=text, formatter_class=formatter)
         part.add("--results", results.FOLDER / folder, "folder of CSV files")
-        if name != "report":
+        if name not in ("geometry", "report"):
             part.add("--tiny", False, "tiny sizes, not saved without --results: does it work?")
         if threads:
             part.add("--threads", threads, "of torch and of our kernels")
@@ -208,7 +208,7 @@ def _parser() -> argparse.ArgumentParser:
     part = measuring("messages", "relational message passing, against plain PyTorch", 3)
     part.add("--graph", ["CoDEx-S", "WN18RR", "FB15k-237"], "datasets, or zipf: synthetic")
     part.add("--batch", [16, 64], "queries at once")
-    part.add("--aggregate", ["sum", "pna"], "names")
+    part.add("--aggregate", ["sum", "pna"], "names; nbfnet: a step of the model's training")
 
     text = "a synthetic graph of Wikidata5M's size, from Parquet to predictions"
     part = command("large", text, "large", torch.get_num_threads())
@@ -237,12 +237,12 @@ def _parser() -> argparse.ArgumentParser:
     part.add("--report", False, "only print the tables")
     part.add_argument("--folder", type=Path, default=Path("build/study"), help="of unfinished runs")
 
-    part = command("geometry", "where negatives lie around positives, in trained models")
+    text = "where negatives lie around positives, in trained models"
+    part = command("geometry", text, "geometry")
     part.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders of emu-train")
     part.add("--batch", 200, "positives")
     part.add("--negatives", 256, "of each")
     part.add("--rate", 0.61, "of mutation")
-    part.add_argument("--results", type=Path, default=results.FOLDER / "geometry", help="of files")
 
     part = command("report", "Markdown tables of the results")
     part.add_argument("--into", type=Path, metavar="FILE", help="write between FILE's markers")

@@ -177,6 +177,7 @@ def stages(part: str, folder: Path, capability: str, device: str = "cuda") -> li
             Stage("tests of triton", f"{pytest} {of_triton} -m 'not slow' -k triton", 200),
             Stage("closed", bench.format("closed"), 60),
             Stage("messages", bench.format("messages --graph zipf"), 60),
+            Stage("nbfnet", bench.format("messages --graph zipf --aggregate nbfnet"), 30, "pooch"),
             Stage("growth", growth, 120),
             profile("triton"),
             Stage("all tables", bench.format("gpu"), 400),

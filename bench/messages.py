@@ -4,6 +4,7 @@ The graph is a dataset's training triples and their inverses, as NBFNet has them
 each query and DistMult messages. Plain PyTorch gathers, multiplies and scatters: it is the
 specification, ``backend="reference"``. The graph "zipf" is random, with as many nodes, relations
 and triples as FB15k-237, but the busiest node has a tenth of all triples; it needs no download.
+``--aggregate nbfnet`` measures a training step of NBFNet, as its authors train it on FB15k-237.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from itertools import product
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from bench import measure, results
 from bench.inputs import is_gpu
@@ -23,6 +25,7 @@ from emu_kernels import RelationalGraph, relational_spmm
 
 OURS, PLAIN = "relational_spmm", "gather, multiply, scatter"
 BACKENDS = {OURS: None, PLAIN: "reference"}
+NBFNET, STEP = "nbfnet", "a training step of NBFNet"
 
 
 class Task(NamedTuple):
@@ -41,23 +44,38 @@ class Task(NamedTuple):
     def tiny(self) -> Task:
         return self._replace(graph=ZIPF, batch=2, triples=1000)
 
-    def messages(self) -> RelationalGraph:
+    def load(self) -> tuple[int, int, Tensor]:
+        """Numbers of entities and of relations, and the triples (M, 3)."""
         entities, relations = 14_541, 237
         if self.graph == ZIPF:
-            triples = zipf_triples(entities, relations, self.triples)
-        else:
-            from emu_kernels.trainer.datasets import load_dataset  # a GPU's machine may lack it
+            return entities, relations, zipf_triples(entities, relations, self.triples)
+        from emu_kernels.trainer.datasets import load_dataset  # a GPU's machine may lack it
 
-            graph = load_dataset(self.graph)
-            entities, relations = graph.num_entities, graph.num_relations
-            triples = graph.triples["train"]
+        graph = load_dataset(self.graph)
+        return graph.num_entities, graph.num_relations, graph.triples["train"]
+
+    def messages(self) -> RelationalGraph:
+        entities, relations, triples = self.load()
         head, relation, tail = triples.to(self.device).unbind(1)
         index = torch.stack([torch.cat([head, tail]), torch.cat([tail, head])])
         kind = torch.cat([relation, relation + relations])
         return RelationalGraph(index, kind, entities, 2 * relations)
 
+    def training(self) -> Callable[[], None]:
+        """A step of NBFNet's training."""
+        from emu_kernels.trainer import config, data, loop, presets
+
+        entities, relations, triples = self.load()
+        splits = {"train": triples, "valid": triples[:0], "test": triples[:0]}
+        names = [[str(i) for i in range(size)] for size in (entities, relations)]
+        settings = presets.PRESETS["nbfnet-fb15k-237"] | {"batch_size": self.batch, "dim": self.dim}
+        settled = loop.settle(config.Config(**settings, device=self.device))
+        return loop.Trainer(settled, data.Graph(*names, splits))._train_step
+
 
 def prepare(rival: str, task: Task) -> Callable[[], None]:
+    if rival == STEP:
+        return task.training()
     graph = task.messages()
     shape = (task.batch, task.dim)
     nodes = torch.randn(graph.num_nodes, *shape, device=task.device).requires_grad_()
@@ -82,7 +100,7 @@ def run(options: argparse.Namespace) -> int:
         edges = task.messages()
         # Plain PyTorch keeps some eight arrays of edges × batch × dim at a time.
         needed = 32 * edges.num_edges * task.batch * task.dim
-        if reason := measure.too_large(needed, device):
+        if (reason := measure.too_large(needed, device)) and aggregate != NBFNET:
             print(f"{task}: {PLAIN}: skipped, {reason}", flush=True)
         peaks: dict[str, float] = {}
 
@@ -92,13 +110,14 @@ def run(options: argparse.Namespace) -> int:
                 peaks[name] = measure.cuda_peak(step)[1]
             return measure.turn_of(lambda: step, device)
 
-        times = measure.alternate([OURS] if reason else BACKENDS, start, options.rounds)
+        rivals = [STEP] if aggregate == NBFNET else [OURS] if reason else list(BACKENDS)
+        times = measure.alternate(rivals, start, options.rounds)
         record = Recorder(
             device, family="messages", phase=aggregate, graph=task.graph, B=task.batch, D=task.dim,
             N=edges.num_nodes, K=edges.num_edges, threads=options.threads, dtype="float32",
         )  # fmt: skip
         for name in times:
-            record.add_times(times, OURS, rival=name)
+            record.add_times(times, rivals[0], rival=name)
             if options.memory:
                 if not is_gpu(device):
                     peaks[name] = measure.peak(prepare, name, task, options.threads)

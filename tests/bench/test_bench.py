@@ -309,6 +309,8 @@ def test_messages(capsys: Capture) -> None:
     options = ["--tiny", "--graph", "zipf", "--batch", "2", "--rounds", "1", "--no-memory"]
     assert main(["messages", *options]) == 0
     assert capsys.readouterr().out.count("gather, multiply, scatter: time ratio") == 2
+    assert main(["messages", *options, "--aggregate", "nbfnet"]) == 0
+    assert capsys.readouterr().out.count("a training step of NBFNet: time ratio") == 1
 
 
 def test_backends_are_measured_if_there_are_results(committed: pd.DataFrame) -> None:
