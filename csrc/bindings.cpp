@@ -75,6 +75,22 @@ RelationalArgs read_relational(Arguments& a) {
   return args;
 }
 
+StepArgs read_step(py::dict given) {
+  Arguments a(std::move(given));
+  StepArgs step{};
+  step.optimizer = a["optimizer"];
+  step.lr = a["lr"];
+  step.eps = a["eps"];
+  step.table = a["table"];
+  step.sums = a["sums"];
+  step.count = a["count"];
+  step.ids = a["ids"];
+  step.order = a["order"];
+  step.rows = a["rows"];
+  a.end();
+  return step;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -93,6 +109,7 @@ PYBIND11_MODULE(_C, m) {
         args.ids = a["ids"];
         args.sorted = segments.sorted();
         args.sorted_size = segments.size();
+        if (const auto step = a.get<py::dict>("step"); !step.empty()) args.step = read_step(step);
         return args;
       },
       [](const Problem& p, const TableGradientArgs& a) { kernels().table_gradient(p, a); });

@@ -19,6 +19,17 @@ class _Gradient(TypedDict):
     grad_scale: int
     grad_weights: int
 
+class _Step(TypedDict):
+    optimizer: str
+    lr: float
+    eps: float
+    table: int
+    sums: int
+    count: int
+    ids: int
+    order: int
+    rows: int
+
 class Problem:
     def __init__(
         self,
@@ -89,6 +100,7 @@ def table_gradient(
     grad_positive: int,
     ids: int,
     out: int,
+    step: _Step | dict[str, Any],  # empty: none
 ) -> None: ...
 def mutate_forward(
     *,

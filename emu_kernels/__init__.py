@@ -17,6 +17,7 @@ from emu_kernels.api import (
 from emu_kernels.module import EMULoss
 from emu_kernels.mutation import Expected, Mixup
 from emu_kernels.one_vs_all import one_vs_all_loss
+from emu_kernels.optim import RowwiseAdagrad, backward_and_step
 from emu_kernels.relational import RelationalGraph, relational_spmm
 
 if TYPE_CHECKING:
@@ -28,7 +29,9 @@ __all__ = [
     "Expected",
     "Mixup",
     "RelationalGraph",
+    "RowwiseAdagrad",
     "__version__",
+    "backward_and_step",
     "emu_mutate",
     "emu_scores",
     "fused_emu_loss",

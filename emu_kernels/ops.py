@@ -9,7 +9,8 @@ names along, and every Function takes them apart by name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from emu_kernels.backends.base import (
     ScoreWeights,
     SparseRows,
     SumWeights,
+    TableStep,
     new_loss_state,
     new_scores,
     new_scores_gradient,
@@ -205,7 +207,41 @@ def _by_name(ctx: Any, gradients: Mapping[str, Tensor | None]) -> tuple[Tensor |
     return (None, *(gradients.get(name) for name in ctx.names))
 
 
-def _table_grad(values: Values) -> Tensor:
+_DEFERRED: list[tuple[Tensor, list[Values]]] = []  # tables, and what waits for each
+
+
+@contextmanager
+def deferred(table: Tensor) -> Iterator[list[Values]]:
+    """Backward passes inside do not make this table's gradients, but leave what they are made of.
+
+    Yields:
+        What waits for :func:`step_table` or :func:`table_grad`.
+    """
+    waiting: list[Values] = []
+    _DEFERRED.append((table, waiting))
+    try:
+        yield waiting
+    finally:
+        _DEFERRED.pop()
+
+
+def step_table(values: Values, step: TableStep) -> bool:
+    """:meth:`Kernels.step_table` of what waits."""
+    sums = SumWeights(**{name: values[name] for name in SumWeights._fields})
+    return _KERNELS[values["backend"]].step_table(build(Request, values), sums, step)
+
+
+def _table_grad(values: Values) -> Tensor | None:
+    """:func:`table_grad`, unless the table's are deferred."""
+    if not torch.compiler.is_compiling():
+        for table, waiting in _DEFERRED:
+            if values["table"] is table:  # and not a part of it, of a backward pass within this one
+                waiting.append(values)
+                return None
+    return table_grad(values)
+
+
+def table_grad(values: Values) -> Tensor:
     """By the table, of a request's values and those of :class:`SumWeights`."""
     if not values["sparse_grad"]:
         grad: Tensor = table_gradient(values)
@@ -232,7 +268,7 @@ class _LossGradient(FirstOrder):
         values = dict(zip(names, given, strict=True))
         needed = values["needed"]
         values["row_scale"] = row_scale = values["grad"] * values["row_scale"]
-        grads: dict[str, Tensor] = {}
+        grads: dict[str, Tensor | None] = {}
         if "query" in needed:
             grads["query"] = values["grad_query"] * row_scale[:, None]
         if "table" in needed:
@@ -280,7 +316,7 @@ class _ScoresGradient(FirstOrder):
         needed = values["needed"]
         values |= {name: values[name].contiguous() for name in ScoreWeights._fields}
         state = ScoresGradient(*query_gradient(values))
-        grads = {"query": state.grad_query, "scale": state.grad_scale}
+        grads: dict[str, Tensor | None] = {"query": state.grad_query, "scale": state.grad_scale}
         if "table" in needed:
             row_scale = torch.ones_like(values["positive_weight"])
             grads["table"] = _table_grad({**values, **state._asdict(), "row_scale": row_scale})

@@ -41,6 +41,12 @@ inline void read_name(const std::string& name, DType& to) {
                            {"float16", DType::kHalf},
                            {"float64", DType::kDouble}});
 }
+inline void read_name(const std::string& name, Optimizer& to) {
+  to = named<Optimizer>(name, {{"none", Optimizer::kNone},
+                               {"sgd", Optimizer::kSgd},
+                               {"adagrad", Optimizer::kAdagrad},
+                               {"rowwise_adagrad", Optimizer::kRowwiseAdagrad}});
+}
 inline void read_name(const std::string& name, Reduction& to) {
   to = named<Reduction>(name, {{"none", Reduction::kNone}, {"sum", Reduction::kSum}, {"mean", Reduction::kMean}});
 }

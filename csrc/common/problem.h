@@ -84,6 +84,22 @@ struct QueryGradientArgs {
   void* workspace;  // CUDA: of query_gradient_workspace bytes
 };
 
+// Optimisers that leave a row without a gradient where it is.
+enum class Optimizer { kNone, kSgd, kAdagrad, kRowwiseAdagrad };
+
+// CPU: a step of the touched rows, in the place of their gradient.
+struct StepArgs {
+  Optimizer optimizer;  // kNone: there is no step
+  double lr, eps;
+  void* table;  // the problem's, of real
+  void* sums;   // Adagrad's: (N, D) real, (N,) row-wise, null without
+  // More gradient, of M rows of the table.
+  int64_t count;         // M
+  const int64_t* ids;    // (M,) ascending
+  const int64_t* order;  // (M,) where each id's is in rows
+  const void* rows;      // (M, D) real
+};
+
 struct TableGradientArgs {
   const void* row_scale;        // (B,) real
   const void* weight;           // (S, B, K)
@@ -94,6 +110,7 @@ struct TableGradientArgs {
   void* out;                    // (N, D) or (touched, D) of dtype
   const void* sorted;           // the batch's ids in order: cpu/segments.h, cuda/sort.h
   int64_t sorted_size;          // CPU
+  StepArgs step;                // CPU
   void* partials;               // CUDA: of partials_workspace bytes
 };
 

@@ -15,6 +15,8 @@
 //
 #include "cpu/mutate.inl.h"
 #include "cpu/relational.inl.h"
+#include "cpu/step.inl.h"
+//
 #include "cpu/table_gradient.inl.h"
 
 // --- from run-time values to template arguments -------------------------------------------------------------

@@ -1,4 +1,4 @@
-// Entity-major: the gradient of the table, each touched row written once.
+// Entity-major: the gradient of the table, each touched row written once, or stepped by an optimiser in its place.
 
 constexpr int64_t kPiecePairs = 2048;  // contributions that one task sums
 constexpr int kBuffer = 64;            // contributions at a time, masks and weights at hand
@@ -157,11 +157,13 @@ template <class F, class Sim, Mode kMode>
 struct TableGradient {
   using Real = typename F::Real;
   using V = typename F::V;
+  using More = typename RowStep<F>::More;
 
   const Problem& p;
   const TableGradientArgs& a;
   const Random random;
   const Layout<Sim> at;
+  const RowStep<F> step;
   const bool uniform;  // whether moments have one rate for all components
   const int64_t group_rows, entries_per_piece, pieces;
   const uint64_t* sorted;
@@ -178,6 +180,7 @@ struct TableGradient {
         a(args),
         random(problem.draws, problem.D),
         at(problem.D),
+        step(problem, args.step),
         uniform(kMode == kMoments && !Sim::kCoupled && problem.draws.rate_units == 1 && problem.draws.rate_rows == 1),
         group_rows(problem.rows_per_group()),
         entries_per_piece(max64(1, kPiecePairs / max64(1, problem.rows_per_group()))),
@@ -213,7 +216,7 @@ struct TableGradient {
 
   int64_t slot_bytes() const {
     return static_cast<int64_t>(sizeof(Pairs<F, Sim>)) + 256 + (masked(kMode) ? kBuffer * at.mask_row : 0) +
-           2 * at.row * static_cast<int64_t>(sizeof(Real));
+           3 * at.row * static_cast<int64_t>(sizeof(Real));
   }
 
   // What moments need of row b. `own` is a padded row of zeros, for the positive.
@@ -261,7 +264,8 @@ struct TableGradient {
         if (e % entries_per_piece == 0) ordinals[e / entries_per_piece] = ordinal;
       }
     } else if (size == 0) {
-      zero_rows(0, p.N);
+      More more{0, reinterpret_cast<Real*>(slots_memory.slot(0))};
+      fill_gap(0, p.N, more);
     }
     parallel(p.place.threads, pieces, [&](int64_t piece, int slot) { sum_piece(piece, slot); });
     join_partials();
@@ -275,7 +279,9 @@ struct TableGradient {
   bool goes_on(int64_t piece) const { return end(piece) < size && key_at(end(piece)) == key_at(end(piece) - 1); }
   bool one_segment(int64_t piece) const { return key_at(begin(piece)) == key_at(end(piece) - 1); }
 
-  void zero_rows(int64_t from, int64_t to) {
+  // The rows between two touched ones: with an optimiser those are stepped that have more gradient.
+  void fill_gap(int64_t from, int64_t to, More& more) {
+    if (step.is_on()) return step.run_until(at, to, more);
     const int64_t bytes_a_row = p.D * element_size(p.dtype);
     if (to > from) {
       __builtin_memset(static_cast<char*>(a.out) + from * bytes_a_row, 0,
@@ -283,7 +289,8 @@ struct TableGradient {
     }
   }
 
-  void write(uint32_t key, int64_t ordinal, const Real* sum) {
+  void write(uint32_t key, int64_t ordinal, Real* sum, More& more) {
+    if (step.is_on()) return step.run_with(at, key, sum, more);
     if (a.ids != nullptr) a.ids[ordinal] = key;
     const int64_t to = (a.ids != nullptr ? ordinal : static_cast<int64_t>(key)) * p.D;
     for (int h = 0; h < at.H; ++h) {
@@ -297,12 +304,15 @@ struct TableGradient {
     pairs.masks = carver.take<uint8_t>(masked(kMode) ? kBuffer * at.mask_row : 0);
     Real* sum = carver.take<Real>(at.row);
     Real* candidate = carver.take<Real>(at.row);
+    Real* gap = carver.take<Real>(at.row);
 
     const int64_t first = begin(piece), last = end(piece);
     int64_t ordinal = a.ids != nullptr ? ordinals[piece] : 0;
     uint32_t key = key_at(first);
     bool at_first = true;
-    if (a.ids == nullptr && !continues(piece)) zero_rows(first ? key_at(first - 1) + int64_t{1} : 0, key);
+    const int64_t after = first > 0 ? key_at(first - 1) + int64_t{1} : 0;
+    More more{step.find(after), gap};
+    if (a.ids == nullptr && !continues(piece)) fill_gap(after, key, more);
     const size_t row_size = sizeof(Real) * static_cast<size_t>(at.row);
     __builtin_memset(sum, 0, row_size);
     __builtin_memset(candidate, 0, row_size);
@@ -314,8 +324,8 @@ struct TableGradient {
       for (int from = 0, to; from < pairs.count; from = to) {
         for (to = from + 1; to < pairs.count && pairs.key[to] == pairs.key[from];) ++to;
         if (pairs.key[from] != key) {
-          finish_segment(piece, key, ordinal, at_first, false, sum);
-          if (a.ids == nullptr) zero_rows(key + int64_t{1}, pairs.key[from]);
+          finish_segment(piece, key, ordinal, at_first, false, sum, more);
+          if (a.ids == nullptr) fill_gap(key + int64_t{1}, pairs.key[from], more);
           key = pairs.key[from];
           ++ordinal;
           at_first = false;
@@ -325,17 +335,18 @@ struct TableGradient {
         add_run(pairs, from, to, candidate, sum);
       }
     }
-    finish_segment(piece, key, ordinal, at_first, true, sum);
-    if (a.ids == nullptr && last == size) zero_rows(key + int64_t{1}, p.N);
+    finish_segment(piece, key, ordinal, at_first, true, sum, more);
+    if (a.ids == nullptr && last == size) fill_gap(key + int64_t{1}, p.N, more);
   }
 
-  void finish_segment(int64_t piece, uint32_t key, int64_t ordinal, bool is_first, bool is_last, const Real* sum) {
+  void finish_segment(int64_t piece, uint32_t key, int64_t ordinal, bool is_first, bool is_last, Real* sum,
+                      More& more) {
     if (is_first && continues(piece)) {
       copy(partials + piece * 2 * at.row, sum, at.row);
     } else if (is_last && goes_on(piece)) {
       copy(partials + (piece * 2 + 1) * at.row, sum, at.row);
     } else {
-      write(key, ordinal, sum);
+      write(key, ordinal, sum, more);
     }
   }
 
@@ -438,7 +449,9 @@ struct TableGradient {
       if (continues(piece)) {
         for (int64_t j = 0; j < at.row; ++j) sum[j] += head[j];
         if (!through) {
-          write(key_at(begin(piece)), a.ids != nullptr ? ordinals[piece] : 0, sum);
+          const uint32_t key = key_at(begin(piece));
+          More more{step.find(key), nullptr};
+          write(key, a.ids != nullptr ? ordinals[piece] : 0, sum, more);
         }
       }
       if (goes_on(piece) && !(one_segment(piece) && continues(piece))) sum = head + at.row;

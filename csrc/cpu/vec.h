@@ -70,6 +70,20 @@ struct F32 {
 #endif
 #endif
   EMU_INLINE V broadcast(float x) { return V{} + x; }
+  EMU_INLINE V root(V x) {
+#if defined(__AVX512F__)
+    return (V)_mm512_sqrt_ps((__m512)x);
+#elif defined(__AVX2__)
+    return (V)_mm256_sqrt_ps((__m256)x);
+#elif defined(__SSE2__)
+    return (V)_mm_sqrt_ps((__m128)x);
+#elif defined(__aarch64__)
+    return (V)vsqrtq_f32((float32x4_t)x);
+#else
+    for (int i = 0; i < kLanes; ++i) x[i] = __builtin_sqrtf(x[i]);
+    return x;
+#endif
+  }
 
   EMU_INLINE V abs(V x) { return (V)((VI)x & 0x7FFFFFFF); }
   // 0 for 0.
@@ -173,6 +187,10 @@ struct F64 {
   EMU_INLINE V keep(M m, V v) { return (V)((VL)v & m); }
   EMU_INLINE V fma(V a, V b, V c) { return a * b + c; }
   EMU_INLINE V broadcast(double x) { return V{} + x; }
+  EMU_INLINE V root(V x) {
+    for (int i = 0; i < kLanes; ++i) x[i] = __builtin_sqrt(x[i]);
+    return x;
+  }
 
   EMU_INLINE V abs(V x) { return (V)((VL)x & INT64_MAX); }
   EMU_INLINE V sign(V x) { return (V)((((VL)x & INT64_MIN) | (VL)broadcast(1)) & (VL)(x != 0)); }

@@ -110,6 +110,17 @@ class SparseRows(NamedTuple):
     values: Tensor  # (M, D)
 
 
+class TableStep(NamedTuple):
+    """An optimizer's step of a table's touched rows, some of which have more gradient."""
+
+    optimizer: str  # "sgd", "adagrad" or "rowwise_adagrad"
+    lr: float
+    eps: float
+    sums: Tensor | None  # Adagrad's state: (N, D), or (N, 1) row-wise
+    ids: Tensor  # (M,) int64, repeats allowed
+    rows: Tensor  # (M, D), more gradient
+
+
 class MutateGradient(NamedTuple):
     grad_positive: Tensor  # (B, D)
     grad_negative: Tensor  # (B, K, D)
@@ -158,6 +169,11 @@ class Kernels(ABC):
     @abstractmethod
     def table_gradient_sparse(self, request: Request, sums: SumWeights) -> SparseRows:
         """The touched rows only."""
+
+    def step_table(self, request: Request, sums: SumWeights, step: TableStep) -> bool:
+        """Step the table in place in the pass that makes its gradient; False where there is no such
+        pass, and nothing was done."""
+        return False
 
     @abstractmethod
     def mutate_forward(self, positive: Tensor, negative: Tensor, draws: Draws) -> Tensor: ...

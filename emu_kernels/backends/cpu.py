@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from emu_kernels import values
-from emu_kernels.backends.base import LossState, SparseRows, SumWeights
+from emu_kernels.backends.base import LossState, SparseRows, SumWeights, TableStep
 from emu_kernels.backends.native import NativeBackend, load, pointer, pointers
 from emu_kernels.request import LossRequest, Request
 from emu_kernels.validate import coefficient
@@ -77,6 +77,40 @@ class CpuBackend(NativeBackend):
         if ids is None or rows:
             sums = SumWeights(*(t.contiguous() for t in sums))
             self._native.table_gradient(
-                **sorted_ids, **pointers(sums), ids=pointer(ids), out=pointer(out)
+                **sorted_ids, **pointers(sums), ids=pointer(ids), out=pointer(out), step={}
             )
         return out
+
+    def step_table(self, request: Request, sums: SumWeights, step: TableStep) -> bool:
+        table = request.table
+        real = table.dtype in (torch.float32, torch.float64)
+        if not (real and table.stride(1) == 1 and len(request.positive)):
+            return False
+        if step.sums is not None and not step.sums.is_contiguous():
+            return False
+        sums = SumWeights(*(t.contiguous() for t in sums))
+        rows = step.rows.contiguous()
+        ids, order = step.ids.sort(stable=True)
+        problem = self._problem(request)
+        self._native.table_gradient(
+            problem=problem,
+            segments=self._native.sort_ids(problem=problem),
+            **pointers(sums),
+            ids=0,
+            out=0,
+            step={
+                "optimizer": step.optimizer,
+                "lr": step.lr,
+                "eps": step.eps,
+                "table": pointer(table),
+                "sums": pointer(step.sums),
+                "count": len(ids),
+                "ids": pointer(ids),
+                "order": pointer(order),
+                "rows": pointer(rows),
+            },
+        )
+        for written in (table, step.sums):
+            if written is not None:
+                torch.autograd.graph.increment_version(written)
+        return True

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from emu_kernels import backends
 from emu_kernels.negatives import derive_seed
+from emu_kernels.optim import ROW_OPTIMIZERS, backward_and_step
 
 from . import checkpoint
 from .batches import Batch
@@ -37,7 +38,6 @@ from .report import plot_metrics
 from .run import Metric, RunFolder, new_model, restore_model
 from .sampling import CORRUPTIONS, known_answers, new_negatives
 from .schedule import has_switched, learning_rate, new_optimizer
-from .sparse import adagrad_step
 from .trackers import TRACKERS, Log
 
 STEPS_BEFORE_ESTIMATE = 100
@@ -222,14 +222,14 @@ class Trainer:
                 seed=seed,
             )
         )
+        if trained and not config.regularization and type(self.optimizer) in ROW_OPTIMIZERS:
+            backward_and_step(loss, self.optimizer, model.entity, batch.given, rows)
+            return loss
         loss.backward()
         if trained:
             assert model.entity.grad is not None
             assert rows.grad is not None
-            if config.sparse:
-                adagrad_step(self.optimizer, model.entity, batch.given, rows.grad)
-            else:
-                model.entity.grad.index_add_(0, batch.given, rows.grad)
+            model.entity.grad.index_add_(0, batch.given, rows.grad)
         if config.regularization:
             for table in (model.entity, model.relation):
                 if table.requires_grad:

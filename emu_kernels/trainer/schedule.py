@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from emu_kernels.optim import RowwiseAdagrad
+
 from .settings import Choice
-from .sparse import RowwiseAdagrad
 
 if TYPE_CHECKING:
     from .config import Config

@@ -143,6 +143,19 @@ void scores_and_loss(int similarity, int rule, bool each) {
   write(name + "-sparse", Of<kType>::name, sparse);
   write(name + "-ids", "int64", ids);
 
+  if constexpr (kType == kReal) {
+    const std::vector<int64_t> more{0, 3, 3, N - 1}, order{2, 0, 3, 1};
+    of_table.ids = nullptr, of_table.out = nullptr;
+    for (const Optimizer optimizer : {Optimizer::kSgd, Optimizer::kAdagrad, Optimizer::kRowwiseAdagrad}) {
+      auto stepped = table;
+      std::vector<Real> sums(N * D, 1);
+      of_table.step = {optimizer, 0.1, 1e-10, stepped.data(), sums.data(), 4, more.data(), order.data(), query.data()};
+      kernels().table_gradient(p, of_table);
+      write(name + "-step-" + std::to_string(static_cast<int>(optimizer)), real, stepped);
+      write(name + "-sums-" + std::to_string(static_cast<int>(optimizer)), real, sums);
+    }
+  }
+
   std::vector<Real> scores(B), plain(B * K), mutated(B * K), cumulant(B * K);
   kernels().scores_forward(p, {scores.data(), plain.data(), mutated.data(), cumulant.data()});
   write(name + "-scores", real, scores);

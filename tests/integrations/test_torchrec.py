@@ -21,9 +21,9 @@ from bench import results
 from bench.__main__ import main as bench_main
 from bench.distributed import COLUMNS
 from emu_kernels import queries
+from emu_kernels.optim import RowwiseAdagrad
 from emu_kernels.trainer.evaluation import Evaluator
 from emu_kernels.trainer.models import MODELS
-from emu_kernels.trainer.sparse import RowwiseAdagrad
 from tests.integrations import sharded
 
 integration = pytest.importorskip("emu_kernels.integrations.torchrec", exc_type=ImportError)

@@ -1,0 +1,242 @@
+"""Steps of a large embedding table: in the pass that makes its gradient, or by the rows touched.
+
+A step of an optimizer for which a row without a gradient stays where it is needs the gradient of a
+batch's rows alone. Our CPU kernels sum it row by row: each sum is stepped by while it is in
+registers, and the gradient is never written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emu_kernels import ops, validate, values
+from emu_kernels.backends.base import TableStep
+
+_BLOCK = 2**19  # components that a CPU updates at a time, so that they stay in its cache
+
+
+class RowwiseAdagrad(torch.optim.Optimizer):
+    """Adagrad (Duchi et al., 2011) with one sum a row: of the mean square of the row's gradient.
+
+    The state of a table (N, D) is (N, 1), where Adagrad's is (N, D). It is PyTorch-BigGraph's
+    ``RowAdagrad`` (Lerer et al., 2019) and FBGEMM's ``EXACT_ROWWISE_ADAGRAD``. A tensor of one
+    dimension has a sum for each component, as in Adagrad.
+
+    Args:
+        params: tensors of one or two dimensions.
+        lr, eps: as of ``torch.optim.Adagrad``.
+    """
+
+    def __init__(self, params: Iterable[Tensor], lr: float = 0.01, eps: float = 1e-10) -> None:
+        super().__init__(params, {"lr": lr, "eps": eps})
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                rows = parameter.new_zeros(len(parameter), *[1] * (parameter.ndim - 1))
+                self.state[parameter]["sum"] = rows
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Step all parameters by their gradients, a block of rows at a time."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                parts = (parameter, parameter.grad, self.state[parameter]["sum"])
+                size = _block(parameter)
+                for rows, gradient, sums in zip(*(x.split(size) for x in parts), strict=True):
+                    add_squares(sums, gradient)
+                    divisor = sums.sqrt().add_(group["eps"])
+                    rows.addcdiv_(gradient, divisor, value=-group["lr"])
+
+
+ROW_OPTIMIZERS: dict[type[torch.optim.Optimizer], str] = {
+    torch.optim.SGD: "sgd",
+    torch.optim.Adagrad: "adagrad",
+    RowwiseAdagrad: "rowwise_adagrad",
+}
+"""Those that leave a row without a gradient where it is, by the kernels' names for them."""
+
+_OFF = ("momentum", "weight_decay", "lr_decay", "nesterov", "maximize")
+
+
+def backward_and_step(
+    loss: Tensor,
+    optimizer: torch.optim.Optimizer,
+    table: Tensor,  # (N, D)
+    ids: Tensor | None = None,  # (B,)
+    rows: Tensor | None = None,  # (B, D)
+) -> None:
+    """``loss.backward()``, and the optimizer's step of one table that the loss compares with.
+
+    In a loop with ``optimizer.zero_grad()`` before and ``optimizer.step()`` after it, which steps
+    the other parameters, the numbers are those of ``loss.backward(); optimizer.step()``::
+
+        rows = entity.detach()[head].requires_grad_()
+        loss = fused_emu_loss(rows * relation[r], entity, tail, negative, ...)
+        backward_and_step(loss, optimizer, entity, head, rows)
+        optimizer.step()
+
+    Where the loss is one call of this package on the CPU, with `table` in fp32 or fp64, the table's
+    gradient is never written: each touched row is stepped where it is summed, and ``table.grad`` is
+    None afterwards. Elsewhere (another backend, a 16-bit table, a second term with the same table,
+    losses of shared negatives that are matrix products) there is a gradient as always, and
+    ``table.grad`` what is left of it for ``optimizer.step()``.
+
+    The bits do not depend on the number of threads. Those of SGD and Adagrad are, where torch uses
+    fused multiplications and additions as we do (x86-64 since AVX2), the bits of their steps with
+    ``fused=True`` by the dense gradient. Elsewhere, and of RowwiseAdagrad, the last place may
+    differ.
+
+    Args:
+        loss: a scalar. Its graph is freed, as by ``loss.backward()``.
+        optimizer: a ``torch.optim.SGD`` without momentum, a ``torch.optim.Adagrad`` or a
+            :class:`RowwiseAdagrad`, without decay; others move rows that have no gradient. It has
+            `table` among its parameters.
+        table: a leaf, as the loss got it. Hooks on its gradient do not run.
+        ids: integer ids of rows that the query was made from, repeats allowed; None if it was made
+            from others.
+        rows: a leaf with those rows, ``table.detach()[ids].requires_grad_()``: so their gradient
+            is of the batch's size.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit.
+        IndexError: an id out of range.
+    """
+    step = _table_step(optimizer, table, *_given(table, ids, rows))
+    with ops.deferred(table) as waiting:
+        loss.backward()
+    if rows is not None and rows.grad is not None:
+        step = step._replace(rows=rows.grad)
+    else:
+        step = step._replace(ids=step.ids[:0], rows=step.rows[:0])
+    if len(waiting) == 1 and table.grad is None and ops.step_table(waiting[0], step):
+        _count(optimizer, table)
+        return
+    for each in waiting:
+        gradient = ops.table_grad(each)
+        table.grad = gradient if table.grad is None else table.grad + gradient
+    if table.grad is None:
+        table.grad = torch.zeros_like(table)
+    if not table.grad.is_sparse:
+        table.grad.index_add_(0, step.ids, step.rows)
+    elif step.sums is None:
+        more = torch.sparse_coo_tensor(step.ids[None], step.rows, table.shape)
+        table.grad = table.grad + more
+    else:
+        _step_sparse(table, step)
+        _count(optimizer, table)
+        table.grad = None
+
+
+def _given(table: Tensor, ids: Tensor | None, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The ids as int64, and the rows, checked; none of them for None."""
+    table = validate.tensor("table", table)
+    validate.dims("table", table, (2,), "(N, D)")
+    if not (table.is_leaf and table.requires_grad):
+        raise ValueError("table: expected a leaf that requires a gradient, like a parameter")
+    if (ids is None) != (rows is None):
+        raise ValueError("rows: expected together with ids, or neither")
+    if ids is None or rows is None:
+        return table.new_empty((0,), dtype=torch.int64), table.new_empty((0, table.shape[1]))
+    ids, rows = validate.tensor("ids", ids), validate.tensor("rows", rows)
+    validate.dims("ids", ids, (1,), "(B,)")
+    validate.integer("ids", ids)
+    validate.same_device("table", table, ids=ids, rows=rows)
+    if tuple(rows.shape) != (ids.shape[0], table.shape[1]) or rows.dtype != table.dtype:
+        raise ValueError(
+            f"rows: expected shape ({ids.shape[0]}, {table.shape[1]}) and {table.dtype}, rows of "
+            f"table, got {tuple(rows.shape)} and {rows.dtype}"
+        )
+    if not (rows.is_leaf and rows.requires_grad):
+        raise ValueError("rows: expected a leaf: table.detach()[ids].requires_grad_()")
+    if ids.device.type == "cpu":  # a GPU, which would have to be waited for, checks what it indexes
+        values.check_ids("ids", ids, rows=table.shape[0], lowest=0)
+    return ids.to(torch.int64).contiguous(), rows.detach()
+
+
+def _table_step(
+    optimizer: torch.optim.Optimizer, table: Tensor, ids: Tensor, rows: Tensor
+) -> TableStep:
+    """The optimizer's step of the table, with the rows in the place of their gradient."""
+    name = ROW_OPTIMIZERS.get(type(optimizer))
+    if name is None:
+        listed = ", ".join(each.__name__ for each in ROW_OPTIMIZERS)
+        raise TypeError(
+            f"optimizer: expected one of {listed}, which leave rows without a gradient where they "
+            f"are, got {type(optimizer).__name__}"
+        )
+    groups = [g for g in optimizer.param_groups if any(p is table for p in g["params"])]
+    if not groups:
+        raise ValueError("optimizer: expected table among its parameters")
+    (group,) = groups
+    if on := [option for option in _OFF if group.get(option)]:
+        raise ValueError(f"optimizer: expected no {on[0]}, got {group[on[0]]}")
+    sums = None if name == "sgd" else optimizer.state[table]["sum"]
+    return TableStep(name, float(group["lr"]), float(group.get("eps", 0)), sums, ids, rows)
+
+
+def _count(optimizer: torch.optim.Optimizer, table: Tensor) -> None:
+    state = optimizer.state[table]
+    if "step" in state:
+        state["step"] += 1
+
+
+@torch.no_grad()
+def _step_sparse(table: Tensor, step: TableStep) -> None:
+    """Step a table by its sparse gradient and more rows.
+
+    Adagrad's own step for sparse gradients sorts and sums the rows once more.
+    """
+    gradient = table.grad
+    assert gradient is not None
+    gradient = gradient.coalesce()
+    others = add_rows(gradient, step.ids, step.rows)
+    block = _block(table)
+    for ids, rows in ((gradient._indices()[0], gradient._values()), others):
+        for at, some in zip(ids.split(block), rows.split(block), strict=True):
+            assert step.sums is not None
+            sums = add_squares(step.sums.index_select(0, at), some)
+            step.sums.index_copy_(0, at, sums)
+            moved = table.index_select(0, at)
+            moved.addcdiv_(some, sums.sqrt_().add_(step.eps), value=-step.lr)
+            table.index_copy_(0, at, moved)
+
+
+def add_rows(gradient: Tensor, ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Add rows to a table's sparse gradient, in place, where the gradient has them.
+
+    Args:
+        gradient: (N, D), coalesced, ids ascending.
+        ids: (B,) rows of the table, repeats allowed.
+        rows: (B, D) to add to them.
+
+    Returns:
+        (R,) the ids that the gradient lacks, each once, and (R, D) the sums of their rows.
+    """
+    touched, values = gradient._indices()[0], gradient._values()
+    ids, place = ids.unique(return_inverse=True)
+    rows = rows.new_zeros(len(ids), rows.shape[1]).index_add_(0, place, rows)
+    if not len(touched):
+        return ids, rows
+    at = torch.searchsorted(touched, ids)
+    known = touched[at.clamp(max=len(touched) - 1)] == ids
+    values.index_add_(0, at[known], rows[known])
+    return ids[~known], rows[~known]
+
+
+def add_squares(sums: Tensor, gradient: Tensor) -> Tensor:
+    """Add a gradient's squares to Adagrad's sums (R, D), or their means to those of rows (R, 1)."""
+    if sums.shape == gradient.shape:
+        return sums.addcmul_(gradient, gradient)
+    return sums.add_(gradient.square().mean(dim=1, keepdim=True))
+
+
+def _block(table: Tensor) -> int:
+    """How many rows to update at a time."""
+    if table.device.type != "cpu":
+        return len(table)
+    return max(1, _BLOCK * len(table) // table.numel())
