@@ -206,16 +206,11 @@ def step_table(values: Values, step: TableStep) -> bool:
     return _KERNELS[values["backend"]].step_table(build(Request, values), sums, step)
 
 
-def _same_memory(one: Tensor, other: Tensor) -> bool:
-    same = one.data_ptr() == other.data_ptr() and one.dtype == other.dtype
-    return same and one.shape == other.shape and one.stride() == other.stride()
-
-
 def _table_grad(values: Values) -> Tensor | None:
     """:func:`table_grad`, unless the table's are deferred."""
     if not torch.compiler.is_compiling():
         for table, waiting in _DEFERRED:
-            if _same_memory(table, values["table"]):
+            if values["table"] is table:  # and not a part of it, of a backward pass within this one
                 waiting.append(values)
                 return None
     return table_grad(values)
