@@ -65,12 +65,13 @@ class Task(NamedTuple):
         """A step of NBFNet's training."""
         from emu_kernels.trainer import config, data, loop, presets
 
-        entities, relations, triples = self.load()
+        entity_count, relation_count, triples = self.load()
         splits = {"train": triples, "valid": triples[:0], "test": triples[:0]}
-        names = [[str(i) for i in range(size)] for size in (entities, relations)]
+        entities, relations = map(str, range(entity_count)), map(str, range(relation_count))
         settings = presets.PRESETS["nbfnet-fb15k-237"] | {"batch_size": self.batch, "dim": self.dim}
         settled = loop.settle(config.Config(**settings, device=self.device))
-        return loop.Trainer(settled, data.Graph(*names, splits))._train_step
+        graph = data.Graph(list(entities), list(relations), splits)
+        return loop.Trainer(settled, graph)._train_step
 
 
 def prepare(rival: str, task: Task) -> Callable[[], None]:

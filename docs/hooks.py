@@ -22,6 +22,7 @@ OUTSIDE = re.compile(r"\[([^\]]*)\]\(\.\./([^)#]+)(?:#[^)]*)?\)")
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     """Notebooks become pages, with the outputs that they hold."""
     for notebook in [file for file in files if file.src_uri.endswith(".ipynb")]:
+        assert notebook.abs_src_path is not None  # it is no generated file
         text, resources = MarkdownExporter().from_filename(notebook.abs_src_path)
         page = notebook.src_uri.replace(".ipynb", ".md")
         text = text.replace("![png]", "![drawn by the cell above]")
