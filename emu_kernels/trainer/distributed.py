@@ -33,7 +33,7 @@ from .errors import ConfigError, TrainerError
 from .evaluation import Evaluator
 from .loop import Trainer
 from .losses import LOSSES, Step
-from .models import Model, Score, is_finite
+from .models import Model, Score, Scorer, is_finite
 from .run import RunFolder, new_model, restore_model
 
 logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)  # it warns of TorchRec
@@ -264,13 +264,10 @@ class ShardedTrainer(Trainer):
             shards.load(self.run.shards(state["step"]), self.entities)
         return self.model
 
-    def export(self) -> None:
-        """Write the best model's embeddings, which are never in memory as a whole."""
+    def whole_model(self) -> Scorer | None:
+        """In the first process. Its table is mapped from a file, and never in memory as a whole."""
         assert self.run is not None
-        if self._is_first:
-            model, _ = self.run.load_model(self.graph)
-            assert isinstance(model, Model)
-            self.run.export_embeddings(model, self.graph, tsv=self.config.tsv)
+        return self.run.load_model(self.graph)[0] if self._is_first else None
 
     def _plot(self) -> None:
         if self._is_first:

@@ -401,10 +401,14 @@ class Trainer:
             )
         return ranks
 
+    def whole_model(self) -> Scorer | None:
+        """The best model with all its parameters; None in a process that leaves it to another."""
+        return self.best_model()
+
     def export(self) -> None:
         """Write the best model's embeddings, if it has any, into the run folder."""
         assert self.run is not None
-        model = self.best_model()
+        model = self.whole_model()
         if isinstance(model, Model):
             self.run.export_embeddings(model, self.graph, tsv=self.config.tsv)
 

@@ -25,7 +25,7 @@ from .config import Config
 from .data import DIRECTIONS, Graph
 from .evaluation import Metrics, Ranks
 from .loop import Trainer
-from .models import Model
+from .models import Model, Scorer
 from .report import lines_table, metrics_table, progress
 from .settings import flag
 
@@ -68,10 +68,11 @@ $body
 """)
 
 
-def write_page(trainer: Trainer, ranks: Ranks | None) -> Path:
+def write_page(trainer: Trainer, model: Scorer, ranks: Ranks | None) -> Path:
     """Write the run's ``report.html``.
 
     Args:
+        model: the best one, whole.
         ranks: of the test split, as :meth:`Trainer.finish` returns them.
     """
     assert trainer.run is not None
@@ -86,7 +87,6 @@ def write_page(trainer: Trainer, ranks: Ranks | None) -> Path:
     if ranks:
         ranked = trainer.evaluator.ranked("test")
         parts += _ranks(ranks) + _relations(by_relation(graph, ranked, ranks))
-    model = trainer.best_model()
     if isinstance(model, Model) and model.entity.shape[1] > 1:
         parts += _entities(model.entity.detach(), graph, config.seed)
     parts += _settings(config, trainer.run.config_file)
