@@ -266,7 +266,7 @@ void relational(Message message, Aggregate aggregate, bool full) {
   a.nodes = nodes.data(), a.relations = relations.data();
   if (full) a.own = own.data(), a.weight = weight.data(), a.keep = keep.data();
   a.grad = grad.data(), a.result = result.data(), a.epsilon = 1e-6;
-  a.own_gradient = of_own.data(), a.relation_gradient = of_relations.data();
+  a.own_gradient = full ? of_own.data() : nullptr, a.relation_gradient = of_relations.data();
   const auto run = [&](RelationalTask task, const Order& order, const std::vector<int64_t>& ends, void* out) {
     const std::vector<int64_t> other = order.of(ends), relations_of = order.of(relation);
     a.task = task, a.start = order.start.data(), a.edge = order.edge.data(), a.out = out;
