@@ -152,8 +152,7 @@ def _train_and_report(trainer: Trainer, folder: Path) -> tuple[int, Metrics | No
             say("by kind of relation (each relation: relations.csv):")
             graph, ranked = trainer.graph.of_split("test"), trainer.evaluator.ranked("test")
             say(lines_table(by_kind(graph, ranked, ranks)))
-    trainer.export()
-    if (model := trainer.whole_model()) is not None:
+    if (model := trainer.export()) is not None:
         say(f"report: {write_page(trainer, model, ranks)}")
     say(f"predict with: emu-predict {folder} --head NAME --relation NAME")
     return 0, metrics

@@ -46,9 +46,8 @@ class Graph:
     relations: Sequence[str]
     triples: dict[str, Tensor]  # split -> (M, 3) int64: head, relation, tail
     notes: tuple[str, ...] = ()  # what was not read as it stands in the files
-    weights: Tensor | None = (
-        None  # (M,) fp32 of the training triples in the loss; None is all alike
-    )
+    weights: Tensor | None = None
+    """(M,) fp32, of the training triples in the loss; None is all alike."""
 
     inductive: Graph | None = None
     """The graph to test on, of entities of its own and the same relations: its test triples are to

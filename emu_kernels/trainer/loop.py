@@ -405,12 +405,13 @@ class Trainer:
         """The best model with all its parameters; None in a process that leaves it to another."""
         return self.best_model()
 
-    def export(self) -> None:
-        """Write the best model's embeddings, if it has any, into the run folder."""
+    def export(self) -> Scorer | None:
+        """Write the best model's embeddings, if it has any; the model, as :meth:`whole_model`."""
         assert self.run is not None
         model = self.whole_model()
         if isinstance(model, Model):
             self.run.export_embeddings(model, self.graph, tsv=self.config.tsv)
+        return model
 
     def _model_tensors(self) -> dict[str, Tensor]:
         return {f"model.{name}": parameter for name, parameter in self.model.named_parameters()}
