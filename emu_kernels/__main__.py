@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from textwrap import TextWrapper
 
 import numpy
 import torch
@@ -36,8 +37,9 @@ def report() -> str:
     ]
     for name, reason in backends.describe():
         lines.append((f"backend {name}", "can run" if reason is None else f"cannot run: {reason}"))
-    width = max(len(name) for name, _ in lines)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
+    width = max(len(name) for name, _ in lines) + 2
+    hanging = TextWrapper(79, subsequent_indent=" " * width, break_long_words=False)
+    return "\n".join(hanging.fill(f"{name:<{width}}{value}") for name, value in lines)
 
 
 if __name__ == "__main__":

@@ -256,7 +256,8 @@ def test_import_from_the_source_tree() -> None:
 
 
 def report_lines(report: str) -> dict[str, str]:
-    return dict(re.split(r"  +", line, maxsplit=1) for line in report.splitlines())
+    lines = re.sub(r"\n +", " ", report).splitlines()  # some are wrapped
+    return dict(re.split(r"  +", line, maxsplit=1) for line in lines)
 
 
 def test_report(installed: Path, tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ def _train_seeds(options: dict[str, Any], count: int) -> int:
 
 def _train_and_report(trainer: Trainer, folder: Path) -> tuple[int, Metrics | None]:
     say(trainer.graph.summary())
-    say(_summary(trainer.config))
+    say(textwrap.fill(_summary(trainer.config), 79, subsequent_indent="  "))
     say(f"run folder: {folder}")
     config = trainer.config
     with contextlib.ExitStack() as stack:
@@ -235,7 +235,7 @@ def _resume(settings: dict[str, Any], stack: contextlib.ExitStack) -> Trainer:
 
 
 def _summary(config: Config) -> str:
-    """Model, loss, negatives, optimizer and backend on one line."""
+    """Model, loss, negatives, optimizer and backend in one sentence."""
     model = SCORERS[config.model]
     norm = f", {config.norm}-norm" if model.norms else ""
     own = "".join(f", {x.replace('_', ' ')} {getattr(config, x)}" for x in model.options)

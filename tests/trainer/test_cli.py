@@ -41,9 +41,8 @@ def test_train_prints_and_leaves_results(graph_folder, tmp_path, capsys):
     assert train("--data", graph_folder, "--run-dir", run_folder, *QUICK) == 0
     out = capsys.readouterr().out
     assert "48 entities, 4 relations; triples: 900 train, 100 valid, 100 test" in out
-    assert (
-        "EMU (mutation rate 0.6094, mask unit component, beta 0.53, alpha 0.11)" in out
-    )  # 156 / 256
+    summary = " ".join(out.split())
+    assert "EMU (mutation rate 0.6094, mask unit component, beta 0.53, alpha 0.11)" in summary
     assert "Hits@10" in out
     assert re.search(r"^n-n +100 ", out, re.M)  # its relations lead from clusters to clusters
     assert f"emu-predict {run_folder}" in out
@@ -295,7 +294,7 @@ def test_a_preset_and_what_overrides_it(graph_folder, tmp_path, capsys):
     assert train(*options, "--run-dir", path, *QUICK) == 0
     assert (
         "RotatE, d = 8, sampled softmax, negatives from all entities; Adagrad, lr 0.05, L3 0.001"
-        in (capsys.readouterr().out)
+        in " ".join(capsys.readouterr().out.split())
     )
     config = RunFolder.open(path).read_config()
     assert (config.model, config.lr, config.negatives, config.dataset) == ("RotatE", 0.05, 8, None)
@@ -331,7 +330,7 @@ def test_settings_are_printed(graph_folder, tmp_path, monkeypatch, capsys, optio
     monkeypatch.setattr("pooch.os_cache", lambda name: tmp_path / name)
     folder = ["--data", graph_folder, "--run-dir", tmp_path / "run"]
     assert train(*folder, *QUICK, "--steps=2", *options) == 0
-    assert said in capsys.readouterr().out
+    assert said in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
