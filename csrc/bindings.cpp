@@ -40,8 +40,8 @@ RelationalArgs read_relational(Arguments& a) {
   RelationalArgs args{};
   const std::string task = a["task"], message = a["message"], aggregate = a["aggregate"];
   args.task = named<RelationalTask>(task, {{"forward", RelationalTask::kForward},
-                                           {"pulls", RelationalTask::kPulls},
-                                           {"backward", RelationalTask::kBackward}});
+                                           {"backward", RelationalTask::kBackward},
+                                           {"own", RelationalTask::kOwn}});
   args.message = named<Message>(
       message, {{"distmult", Message::kDistMult}, {"transe", Message::kTransE}, {"rotate", Message::kRotate}});
   args.aggregate = named<Aggregate>(aggregate, {{"sum", Aggregate::kSum},
@@ -65,11 +65,11 @@ RelationalArgs read_relational(Arguments& a) {
   args.other = a["other"];
   args.relation = a["relation"];
   args.edge = a["edge"];
+  args.share = a["share"];
   args.grad = a["grad"];
   args.result = a["result"];
   args.out = a["out"];
   args.relation_gradient = a["relation_gradient"];
-  args.own_gradient = a["own_gradient"];
   args.epsilon = a["epsilon"];
   args.threads = a["threads"];
   return args;

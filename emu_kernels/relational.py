@@ -310,11 +310,10 @@ def _run(given: Values, task: str, out: Tensor, **more: Any) -> Tensor:
     assert isinstance(backend, NativeBackend)
     nodes, relations = given["nodes"], given["relations"]
     count, batch, dim = nodes.shape
-    absent = ("other", "relation", "grad", "result", "relation_gradient", "own_gradient")
+    absent = ("start", "other", "relation", "edge", "share", "grad", "result", "relation_gradient")
     addresses = dict.fromkeys(absent, 0)
-    named = ("own", "weight", "keep")
-    addresses |= {name: pointer(given[name]) for name in named}
-    addresses |= {name: pointer(tensor) for name, tensor in more.items()}
+    named = {name: given[name] for name in ("own", "weight", "keep")}
+    addresses |= {name: pointer(tensor) for name, tensor in (named | more).items()}
     backend._native.relational(
         task=task,
         message=given["message"],
@@ -363,56 +362,53 @@ def _run_forward(given: Values) -> Tensor:
     return out
 
 
-def _pulls(given: Values) -> tuple[Tensor, Tensor]:
-    """(N, B, S, D): the gradient of a message to a node as a function of it, and that of ``own``.
+def _pulls(given: Values, of_own: Tensor) -> Tensor:
+    """(N, B, S, D): the gradient of a message to a node as a function of it; that of ``own``.
 
     The gradient of a message m is the first section and, for "pna", the last one times m, and where
     m is the minimum or the maximum those in between.
     """
-    grad, result, own = given["grad"].contiguous(), given["result"], given["own"]
+    pulls, result, own = given["grad"].contiguous(), given["result"], given["own"]
     aggregate = given["aggregate"]
-    of_own = result.new_empty(0) if own is None else torch.empty_like(own)
-    if aggregate == "pna" and given["backend"] == "cpu":
-        start, _, _, edge = given["graph"][:4]
-        order = {"start": start, "edge": edge}
-        pulls = torch.empty_like(grad)
-        return _run(
-            given, "pulls", pulls, grad=grad, result=result, own_gradient=of_own, **order
-        ), of_own
-    pulls = grad
     if aggregate in ("mean", "pna"):
         number = _number(given).clamp(min=1)
-        pulls = grad.clone()
+        pulls = pulls.clone()
         pulls[:, :, 0] /= number
     if aggregate == "pna":
         mean, deviation = result[:, :, 0], result[:, :, 3]
         # Where the variance was too small it is a constant.
-        square = (grad[:, :, 3] / (deviation * number)).masked_fill_(deviation <= EPSILON**0.5, 0.0)
-        pulls[:, :, 3] = square
-        pulls[:, :, 0].addcmul_(square, mean, value=-1)
-    if own is not None:
-        of_own.copy_(pulls[:, :, 0])
-        if aggregate in ("min", "max"):
-            of_own.masked_fill_(own != result[:, :, 0], 0.0)
-        if aggregate == "pna":
-            of_own.addcmul_(pulls[:, :, 3], own)
-            for section in (1, 2):
-                of_own += pulls[:, :, section] * (own == result[:, :, section])
-    return pulls, of_own
+        square = pulls[:, :, 3] / (deviation * number)
+        pulls[:, :, 3] = square.masked_fill_(deviation <= EPSILON**0.5, 0.0)
+        pulls[:, :, 0].addcmul_(pulls[:, :, 3], mean, value=-1)
+    if not given["with_own"]:
+        return pulls
+    of_own.copy_(pulls[:, :, 0])
+    if aggregate in ("min", "max"):
+        of_own.masked_fill_(own != result[:, :, 0], 0.0)
+    if aggregate == "pna":
+        of_own.addcmul_(pulls[:, :, 3], own)
+        for section in (1, 2):
+            of_own += pulls[:, :, section] * (own == result[:, :, section])
+    return pulls
 
 
 def _run_backward(given: Values) -> tuple[Tensor, Tensor, Tensor]:
-    result, nodes = given["result"], given["nodes"]
-    relations, real = given["relations"], _real(given["nodes"])
-    pulls, of_own = _pulls(given)
-    of_nodes = torch.empty_like(nodes, dtype=real)
-    of_relations = torch.empty_like(relations, dtype=real)
-    both = {"grad": pulls, "result": result}
+    nodes, result = given["nodes"], given["result"]
+    of_nodes = torch.empty_like(nodes, dtype=result.dtype)
+    of_relations = torch.empty_like(given["relations"], dtype=result.dtype)
+    of_own = result.new_empty(nodes.shape if given["with_own"] else 0)
     start, other, relation, edge = given["graph"][4:8]
     order = {"start": start, "other": other, "relation": relation, "edge": edge}
     if given["backend"] == "cpu":
+        share = None
+        if given["aggregate"] in ("mean", "pna"):
+            share = _number(given).clamp(min=1).to(result.dtype).reciprocal()
+        both = {"grad": given["grad"].contiguous(), "result": result, "share": share}
         _run(given, "backward", of_nodes, relation_gradient=of_relations, **order, **both)
+        if given["with_own"]:
+            _run(given, "own", of_own, **both)
     else:
+        both = {"grad": _pulls(given, of_own), "result": result}
         _run(given, "nodes", of_nodes, **order, **both)
         start, piece_relation, target, source, edge = given["graph"][8:]
         order = {"start": start, "other": target, "source": source, "edge": edge}
@@ -422,18 +418,15 @@ def _run_backward(given: Values) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _fake_backward(given: Values) -> tuple[Tensor, Tensor, Tensor]:
-    own = given["own"]
-    return (
-        torch.empty_like(given["nodes"]),
-        torch.empty_like(given["relations"]),
-        given["result"].new_empty(0) if own is None else torch.empty_like(own),
-    )
+    nodes, relations = given["nodes"], given["relations"]
+    of_own = given["result"].new_empty(nodes.shape if given["with_own"] else 0)
+    return torch.empty_like(nodes), torch.empty_like(relations), of_own
 
 
 _forward = define("relational_spmm", f"{_ARGUMENTS}) -> Tensor", _run_forward, _result)
 _backward = define(
     "relational_spmm_backward",
-    f"{_ARGUMENTS}, Tensor grad, Tensor result) -> (Tensor, Tensor, Tensor)",
+    f"{_ARGUMENTS}, Tensor grad, Tensor result, bool with_own) -> (Tensor, Tensor, Tensor)",
     _run_backward,
     _fake_backward,
 )
@@ -450,11 +443,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     nodes, relations, result, own, weight, keep, *graph = ctx.saved_tensors
     given = {"nodes": nodes, "relations": relations, "own": own, "weight": weight, "keep": keep}
-    of_nodes, of_relations, of_own = _backward(
-        given | {"graph": graph, "grad": grad, "result": result} | ctx.rest
-    )
-    gradients = {"nodes": of_nodes, "relations": of_relations}
-    gradients |= {"own": None if own is None else of_own, "graph": [None] * len(graph)}
+    needed = dict(zip(_NAMES, ctx.needs_input_grad, strict=True))["own"]
+    given |= {"graph": graph, "grad": grad, "result": result} | ctx.rest
+    given["with_own"] = needed and ctx.rest["aggregate"] != "sum"
+    of_nodes, of_relations, of_own = _backward(given)
+    gradients = {"nodes": of_nodes, "relations": of_relations, "graph": [None] * len(graph)}
+    if needed:
+        gradients["own"] = of_own if given["with_own"] else grad.squeeze(2)
     return tuple(gradients.get(name) for name in _NAMES)
 
 

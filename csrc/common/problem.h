@@ -130,7 +130,7 @@ struct MutateArgs {
 // task goes through, and `other`, `relation`, `edge` (its number before sorting) belong to the sorted ones.
 enum class Message { kDistMult, kTransE, kRotate };
 enum class Aggregate { kSum, kMin, kMax, kPna };
-enum class RelationalTask { kForward, kPulls, kBackward };
+enum class RelationalTask { kForward, kBackward, kOwn };
 
 struct RelationalArgs {
   RelationalTask task;
@@ -148,11 +148,11 @@ struct RelationalArgs {
   const int64_t* other;     // (E,) source in the forward pass, else target
   const int64_t* relation;  // (E,)
   const int64_t* edge;      // (E,)
-  const void* grad;         // (N, B, S, D) real, backward, S sections: for pulls of the result, else pulls
+  const void* share;        // (N,) real: of a node's messages in a mean, 1 / their number; null: 1
+  const void* grad;         // (N, B, S, D) real, of the result; S sections
   const void* result;       // (N, B, S, D) real, of the forward pass
-  void* out;                // (N, B, S, D) or, backward, (N, B, D) real
+  void* out;                // (N, B, S, D) real, or the gradient of nodes or own, (N, B, D)
   void* relation_gradient;  // (R, relation_rows, D) real, backward
-  void* own_gradient;       // (N, B, D) real, for pulls, or null
   double epsilon;           // the least variance
   int threads;
 };

@@ -43,7 +43,8 @@ struct Relational {
   const int64_t L;      // components of a node in all queries
   const int64_t chunk;  // queries
   const int64_t chunks;
-  const Real *nodes, *relations, *own, *weight;
+  const Real *nodes, *relations, *own, *weight, *share, *grad, *result;
+  const Real least_deviation;
 
   explicit Relational(const RelationalArgs& args)
       : a(args),
@@ -53,7 +54,11 @@ struct Relational {
         nodes(static_cast<const Real*>(args.nodes)),
         relations(static_cast<const Real*>(args.relations)),
         own(static_cast<const Real*>(args.own)),
-        weight(static_cast<const Real*>(args.weight)) {}
+        weight(static_cast<const Real*>(args.weight)),
+        share(static_cast<const Real*>(args.share)),
+        grad(static_cast<const Real*>(args.grad)),
+        result(static_cast<const Real*>(args.result)),
+        least_deviation(square_root(static_cast<Real>(args.epsilon))) {}
 
   static int64_t queries_a_chunk(const RelationalArgs& a) {
     const int64_t row = a.D * static_cast<int64_t>(sizeof(Real));
@@ -74,6 +79,7 @@ struct Relational {
     return number;
   }
   Real weight_of(int64_t e) const { return weight != nullptr ? weight[e] : Real{1}; }
+  Real share_of(int64_t v) const { return share != nullptr ? share[v] : Real{1}; }
 
   EMU_INLINE Real square_root(Real x) {
     if constexpr (sizeof(Real) == 8) return __builtin_sqrt(x);
@@ -159,42 +165,34 @@ struct Relational {
     });
   }
 
-  // The gradient of a message, given the upstream gradient of its target's sections, as a function of the message:
-  // linear + square · m + (minimum's where m is it) + (maximum's where m is it).
+  // The gradient of a message m, given g of its target's sections, which it has to `share`. Where m is the minimum or
+  // the maximum, it has the gradient of that whole.
   template <Aggregate kAggregate>
-  EMU_INLINE Real pull(const Real* g, const Real* out, int64_t dim, int64_t j, Real m) {
-    if constexpr (kAggregate == Aggregate::kSum) return g[j];
+  EMU_INLINE Real pull(const Real* g, const Real* out, int64_t dim, int64_t j, Real m, Real share, Real least) {
+    if constexpr (kAggregate == Aggregate::kSum) return g[j] * share;
     if constexpr (kAggregate == Aggregate::kMin || kAggregate == Aggregate::kMax) return m == out[j] ? g[j] : Real{0};
     const Real low = m == out[dim + j] ? g[dim + j] : Real{0}, high = m == out[2 * dim + j] ? g[2 * dim + j] : Real{0};
-    return g[j] + g[3 * dim + j] * m + low + high;
+    // Where the variance was too small it is a constant.
+    const Real deviation = out[3 * dim + j], slope = deviation <= least ? Real{0} : g[3 * dim + j] / deviation;
+    return share * (g[j] + slope * (m - out[j])) + low + high;
   }
 
-  // Of kPna, edges sorted by target: what `pull` reads, from the gradient of the result, and the gradient of `own`.
-  void pulls() const {
-    const Real *grad = static_cast<const Real*>(a.grad), *result = static_cast<const Real*>(a.result);
-    const Real least = square_root(static_cast<Real>(a.epsilon));
-    Real* const own_gradient = static_cast<Real*>(a.own_gradient);
+  // The gradient of `own`.
+  template <Aggregate kAggregate>
+  void own_gradient() const {
+    constexpr int64_t kSections = kAggregate == Aggregate::kPna ? 4 : 1;
+    const int64_t dim = a.D;
     for_nodes([&](int64_t first, int64_t queries, int64_t from, int64_t to, int) {
-      const int64_t dim = a.D;
       for (int64_t v = from; v < to; ++v) {
-        const Real share = Real{1} / static_cast<Real>(max64(received(v), 1));
         for (int64_t b = first; b < first + queries; ++b) {
-          const int64_t row = (v * a.B + b) * dim, at = 4 * row;
-          const Real* __restrict g = grad + at;
-          const Real* __restrict found = result + at;
-          Real* __restrict out = static_cast<Real*>(a.out) + at;
+          const int64_t row = (v * a.B + b) * dim;
+          const Real* __restrict g = grad + kSections * row;
+          const Real* __restrict found = result + kSections * row;
+          Real* __restrict to_own = static_cast<Real*>(a.out) + row;
+          const Real part = share_of(v);
+#pragma GCC ivdep
           for (int64_t j = 0; j < dim; ++j) {
-            // Where the variance was too small it is a constant.
-            const Real deviation = found[3 * dim + j];
-            const Real square = deviation <= least ? 0 : g[3 * dim + j] * share / deviation;
-            out[j] = g[j] * share - square * found[j];
-            out[dim + j] = g[dim + j];
-            out[2 * dim + j] = g[2 * dim + j];
-            out[3 * dim + j] = square;
-          }
-          if (own_gradient == nullptr) continue;
-          for (int64_t j = 0; j < dim; ++j) {
-            own_gradient[row + j] = pull<Aggregate::kPna>(out, found, dim, j, own[row + j]);
+            to_own[j] = pull<kAggregate>(g, found, dim, j, own[row + j], part, least_deviation);
           }
         }
       }
@@ -203,12 +201,13 @@ struct Relational {
 
   // to_x += the gradient of x, to_r += that of r.
   template <Message kMessage, Aggregate kAggregate>
-  EMU_INLINE void add_gradients(const Real* __restrict x, const Real* __restrict r, Real w, int64_t dim,
-                                const Real* __restrict g, const Real* __restrict out, Real* __restrict to_x,
-                                Real* __restrict to_r) {
+  EMU_INLINE void add_gradients(const Real* __restrict x, const Real* __restrict r, Real w, Real part, Real least,
+                                int64_t dim, const Real* __restrict g, const Real* __restrict out,
+                                Real* __restrict to_x, Real* __restrict to_r) {
+    const auto pulled = [&](int64_t j, Real m) { return w * pull<kAggregate>(g, out, dim, j, m, part, least); };
     if constexpr (kMessage == Message::kRotate) {
       for_messages<kMessage>(x, r, w, dim, [&](int64_t j, Real re, int64_t i, Real im) {
-        const Real of_re = w * pull<kAggregate>(g, out, dim, j, re), of_im = w * pull<kAggregate>(g, out, dim, i, im);
+        const Real of_re = pulled(j, re), of_im = pulled(i, im);
         to_x[j] += of_re * r[j] + of_im * r[i];
         to_x[i] += of_im * r[j] - of_re * r[i];
         to_r[j] += of_re * x[j] + of_im * x[i];
@@ -216,7 +215,7 @@ struct Relational {
       });
     } else {
       for_messages<kMessage>(x, r, w, dim, [&](int64_t j, Real m) {
-        const Real d = w * pull<kAggregate>(g, out, dim, j, m);
+        const Real d = pulled(j, m);
         to_x[j] += kMessage == Message::kTransE ? d : d * r[j];
         to_r[j] += kMessage == Message::kTransE ? d : d * x[j];
       });
@@ -224,11 +223,10 @@ struct Relational {
   }
 
   // Edges sorted by source: `other` is the target. A thread goes over all edges for some of the queries, so that
-  // nobody else adds to the same row, and each target's pulls are read once.
+  // nobody else adds to the same row, and each target's gradient is read once.
   template <Message kMessage, Aggregate kAggregate>
   void backward() const {
     constexpr int64_t kSections = kAggregate == Aggregate::kPna ? 4 : 1;
-    const Real *grad = static_cast<const Real*>(a.grad), *result = static_cast<const Real*>(a.result);
     const bool shared = a.relation_rows == 1;
     const int64_t each = min64(chunk, (a.B + a.threads - 1) / a.threads);
     // After so many edges recent sums are added to the relations': long sums round more.
@@ -259,14 +257,16 @@ struct Relational {
           if (i + 1 < a.size) {
             const int64_t next = (a.other[i + 1] * a.B + first) * kSections * a.D;
             prefetch_row(grad + next, kSections * bytes);
+            if (kAggregate != Aggregate::kSum) prefetch_row(result + next, kSections * bytes);
           }
           const int64_t e = a.edge[i], r = a.relation[i];
           if (left_out(e)) continue;
-          const Real w = weight_of(e);
+          const Real w = weight_of(e), part = share_of(a.other[i]);
           for (int64_t b = 0; b < queries; ++b) {
             const int64_t at = (a.other[i] * a.B + first + b) * kSections * a.D;
-            add_gradients<kMessage, kAggregate>(x + b * a.D, relation(r, first + b), w, a.D, grad + at, result + at,
-                                                sum + b * a.D, of_relations + r * width + b * a.D);
+            add_gradients<kMessage, kAggregate>(x + b * a.D, relation(r, first + b), w, part, least_deviation, a.D,
+                                                grad + at, result + at, sum + b * a.D,
+                                                of_relations + r * width + b * a.D);
           }
         }
       }
@@ -292,8 +292,8 @@ static void relational_of(const RelationalArgs& a) {
   const Relational<Real> task(a);
   switch (a.task) {
     case RelationalTask::kForward: return task.template forward<kMessage, kAggregate>();
-    case RelationalTask::kPulls: return task.pulls();
     case RelationalTask::kBackward: return task.template backward<kMessage, kAggregate>();
+    case RelationalTask::kOwn: return task.template own_gradient<kAggregate>();
   }
 }
 

@@ -257,7 +257,8 @@ void relational(Message message, Aggregate aggregate, bool full) {
   const auto own = numbers<kType>(N * B * D, 6000), weight = numbers<kType>(E, 8000);
   const auto grad = numbers<kType>(N * B * S * D, 9000);
   std::vector<Real> result(static_cast<size_t>(N * B * S * D)), of_nodes(N * B * D);
-  std::vector<Real> pulls(result.size()), of_own(of_nodes.size());
+  std::vector<Real> share(static_cast<size_t>(N)), of_own(of_nodes.size());
+  for (int64_t v = 0; v < N; ++v) share[static_cast<size_t>(v)] = Real{1} / static_cast<Real>(1 + v % 4);
   std::vector<Real> of_relations(static_cast<size_t>(R * rows * D));
 
   RelationalArgs a{};
@@ -266,7 +267,7 @@ void relational(Message message, Aggregate aggregate, bool full) {
   a.nodes = nodes.data(), a.relations = relations.data();
   if (full) a.own = own.data(), a.weight = weight.data(), a.keep = keep.data();
   a.grad = grad.data(), a.result = result.data(), a.epsilon = 1e-6;
-  a.own_gradient = full ? of_own.data() : nullptr, a.relation_gradient = of_relations.data();
+  a.relation_gradient = of_relations.data();
   const auto run = [&](RelationalTask task, const Order& order, const std::vector<int64_t>& ends, void* out) {
     const std::vector<int64_t> other = order.of(ends), relations_of = order.of(relation);
     a.task = task, a.start = order.start.data(), a.edge = order.edge.data(), a.out = out;
@@ -274,14 +275,13 @@ void relational(Message message, Aggregate aggregate, bool full) {
     kernels().relational(a);
   };
   run(RelationalTask::kForward, Order(target, N), source, result.data());
-  const bool all = aggregate == Aggregate::kPna;
-  if (all) run(RelationalTask::kPulls, Order(target, N), source, pulls.data());
+  if (full || aggregate == Aggregate::kPna) a.share = share.data();
+  if (full) run(RelationalTask::kOwn, Order(target, N), source, of_own.data());
   run(RelationalTask::kBackward, Order(source, N), target, of_nodes.data());
   const std::string name = "relational-" + std::to_string(static_cast<int>(message)) + "-" +
                            std::to_string(static_cast<int>(aggregate)) + (full ? "-full-" : "-") + Of<kType>::name;
   write(name, Of<kType>::name, result);
-  if (all) write(name + "-pulls", Of<kType>::name, pulls);
-  if (all && full) write(name + "-own", Of<kType>::name, of_own);
+  if (full) write(name + "-own", Of<kType>::name, of_own);
   write(name + "-nodes", Of<kType>::name, of_nodes);
   write(name + "-relations", Of<kType>::name, of_relations);
 }
