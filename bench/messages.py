@@ -82,12 +82,14 @@ def prepare(rival: str, task: Task) -> Callable[[], None]:
     nodes = torch.randn(graph.num_nodes, *shape, device=task.device).requires_grad_()
     relations = torch.randn(graph.num_relations, *shape, device=task.device).requires_grad_()
     own = torch.randn_like(nodes)
+    sections = (4,) if task.aggregate == "pna" else ()
+    grad = torch.randn(graph.num_nodes, task.batch, *sections, task.dim, device=task.device)
 
     def step() -> None:
         out = relational_spmm(
             nodes, relations, graph, own=own, aggregate=task.aggregate, backend=BACKENDS[rival]
         )
-        torch.autograd.grad(out.sum(), (nodes, relations))
+        torch.autograd.grad(out, (nodes, relations), grad)
 
     return step
 
