@@ -218,6 +218,7 @@ def _parser() -> argparse.ArgumentParser:
     part.add("--ranked", 1000, "triples of validation and of test, among all entities")
     part.add("--chunk", 250, "triples that share a set of negatives, of some more steps")
     part.add("--optimizer", "RowwiseAdagrad", "of emu-train, with --sparse")
+    part.add("--processes", 1, "if more, they train it once again, by TorchRec")
     part.add_argument("--folder", type=Path, help="for some GB of files, removed at the end")
 
     text = "steps with the entities on several processes, by TorchRec"

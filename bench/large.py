@@ -3,15 +3,20 @@
 The graph is synthetic: degrees by Zipf's law, names as Wikidata's. Each part's row has its time by
 the clock and of the processor, the peak of the process's resident memory in it (files that it has
 mapped included), and the machine's load. What follows reading runs in the same process, as in
-emu-train; predictions have one of their own.
+emu-train; predictions have one of their own. With ``--processes 2`` it is trained once more, by
+emu-train on so many.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import multiprocessing
 import os
+import resource
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -55,14 +60,20 @@ class Parts:
         self.rows: list[Row] = []
 
     @contextmanager
-    def part(self, name: str, amount: int = 0) -> Iterator[None]:
+    def part(self, name: str, amount: int = 0, who: int = resource.RUSAGE_SELF) -> Iterator[None]:
         reset_peak()
-        started, cpu = time.perf_counter(), time.process_time()
+        started, before = time.perf_counter(), resource.getrusage(who)
         yield
-        self.add(name, amount, time.perf_counter() - started, time.process_time() - cpu)
+        seconds, used = time.perf_counter() - started, resource.getrusage(who)
+        cpu = used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime
+        peak = resident("VmHWM") if who == resource.RUSAGE_SELF else used.ru_maxrss * 1024
+        self.add(name, amount, seconds, cpu, peak)
 
-    def add(self, name: str, amount: int, seconds: float, cpu: float | str = "") -> None:
-        measured = {"seconds": seconds, "cpu_seconds": cpu, "peak_mib": resident("VmHWM") / MIB}
+    def add(
+        self, name: str, amount: int, seconds: float, cpu: float | str = "", peak: int | None = None
+    ) -> None:
+        mib = (resident("VmHWM") if peak is None else peak) / MIB
+        measured = {"seconds": seconds, "cpu_seconds": cpu, "peak_mib": mib}
         load = {"load": os.getloadavg()[0]}
         self.rows.append(self._shared | {"part": name, "amount": amount} | measured | load)
         print(f"{name}: {seconds:.1f} s, {measured['peak_mib']:,.0f} MiB", flush=True)
@@ -85,16 +96,17 @@ def make(options: argparse.Namespace, path: Path) -> None:
             file.write_table(pyarrow.table(columns, parts))
 
 
+def settings(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    return {
+        "data": str(folder / "graph.parquet"), "hold_out": 0.001, "optimizer": options.optimizer,
+        "dim": options.dim, "batch_size": options.batch, "negatives": options.negatives,
+        "steps": options.steps, "eval_every": options.steps, "eval_triples": options.ranked,
+    }  # fmt: skip
+
+
 def train(options: argparse.Namespace, folder: Path) -> list[Row]:
     """What ``emu-train`` does."""
-    config = settle(
-        Config(
-            data=str(folder / "graph.parquet"), hold_out=0.001, sparse=True,
-            optimizer=options.optimizer, dim=options.dim, batch_size=options.batch,
-            negatives=options.negatives, steps=options.steps, eval_every=options.steps,
-            eval_triples=options.ranked,
-        )
-    )  # fmt: skip
+    config = settle(Config(sparse=True, **settings(options, folder)))
     parts = Parts(options)
     with parts.part("read"):
         graph = load_graph(Path(str(config.data)), config.layout, hold_out=config.hold_out)
@@ -146,6 +158,27 @@ def predict(options: argparse.Namespace, folder: Path) -> list[Row]:
     return parts.rows
 
 
+def spread(options: argparse.Namespace, folder: Path) -> list[Row]:
+    """What ``emu-train`` does under ``torchrun``; its memory is the largest process's."""
+    parts = Parts(options)
+    run = folder / "spread"
+    flags = settings(options, folder) | {"run_dir": run, "log_every": options.steps}
+    environment = os.environ | {"OMP_NUM_THREADS": str(options.threads // options.processes or 1)}
+    name = f"emu-train on {options.processes} processes"
+    with parts.part(name, options.steps, resource.RUSAGE_CHILDREN):
+        subprocess.run(
+            [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone",
+             f"--nproc-per-node={options.processes}", "-m", "emu_kernels.trainer",
+             *(f"--{name.replace('_', '-')}={value}" for name, value in flags.items())],
+            env=environment, check=True, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+    logged = RunFolder.open(run).read_metrics()
+    seconds = max(row.get("seconds", 0) for row in logged)
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    parts.add(f"steps on {options.processes} processes", options.steps, seconds, peak=peak)
+    return parts.rows
+
+
 def _in_process(function: Any, *arguments: Any) -> Any:
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
@@ -156,10 +189,14 @@ def run(options: argparse.Namespace) -> int:
         options.entities, options.triples, options.steps, options.ranked = 2000, 9000, 20, 5
     if options.triples < 2 * options.entities:
         raise ValueError("--triples: expected at least twice as many as entities")
+    if options.processes > 1:
+        importlib.import_module("emu_kernels.integrations.torchrec")  # or says what to install
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         _in_process(make, options, folder / "graph.parquet")
         rows = _in_process(train, options, folder) + _in_process(predict, options, folder)
+        if options.processes > 1:
+            rows += _in_process(spread, options, folder)
     if not options.tiny:
         print(f"appended {len(rows)} rows to {results.append(options.results, rows, COLUMNS)}")
     return 0
