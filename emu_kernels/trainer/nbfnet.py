@@ -152,26 +152,26 @@ class Layer(nn.Module):
         own, others = self.linear.weight.split([dim, self.linear.in_features - dim], dim=1)
         new = linear(nodes, own, self.linear.bias)
         if self.aggregate == "pna":
-            new = new + _scaled(received.flatten(2), others, edges.scalers.to(nodes))
+            new = _add_scaled(new, received.flatten(2), others, edges.scalers.to(nodes))
         else:
             new = new + linear(received, others)
         return nodes + self.norm(new).relu()
 
 
-def _scaled(received: Tensor, weight: Tensor, scalers: Tensor) -> Tensor:
-    """(N, B, d): a linear layer (d, 12d) of what is received (N, B, 4d), by each of (N, 3) scalers.
+def _add_scaled(new: Tensor, received: Tensor, weight: Tensor, scalers: Tensor) -> Tensor:
+    """``new`` (N, B, d) and a linear layer (d, 12d) of (N, B, 4d), by each of (N, 3) scalers.
 
     A scaler is one number a node. So it multiplies the weight, or what the weight makes, whichever
     is smaller, and no array is 12d wide.
     """
-    by_scaler = weight.unflatten(1, (3, -1)).transpose(0, 1)  # (3, d, 4d)
+    by_scaler = weight.unflatten(1, (3, -1)).permute(1, 2, 0)  # (3, 4d, d)
     if received.shape[1] <= len(weight):
-        made, *others = linear(received, by_scaler.flatten(0, 1)).chunk(3, dim=-1)
-        for scaler, other in zip(scalers.T[1:], others, strict=True):  # the first is 1
-            made = torch.addcmul(made, scaler[:, None, None], other)
-        return made
-    of_nodes = (scalers @ by_scaler.flatten(1)).unflatten(1, by_scaler.shape[1:])  # (N, d, 4d)
-    return received @ of_nodes.transpose(1, 2)
+        made = (received @ by_scaler.transpose(0, 1).flatten(1)).chunk(3, dim=-1)
+        for scaler, part in zip(scalers.T, made, strict=True):
+            new = torch.addcmul(new, scaler[:, None, None], part)
+        return new
+    of_nodes = (scalers @ by_scaler.flatten(1)).unflatten(1, by_scaler.shape[1:])  # (N, 4d, d)
+    return new + received @ of_nodes
 
 
 class Readout(nn.Module):
