@@ -10,22 +10,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import multiprocessing
 import os
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pyarrow
 import torch
 from pyarrow import parquet
 
 from bench import results
-from bench.measure import MIB, reset_peak, resident
+from bench.measure import MIB, in_process, reset_peak, system_bytes
 from bench.results import Row
 from bench.trainers import RELATIONS, zipf_triples
 from emu_kernels.trainer.config import Config
@@ -62,7 +59,7 @@ class Parts:
         self.add(name, amount, time.perf_counter() - started, time.process_time() - cpu)
 
     def add(self, name: str, amount: int, seconds: float, cpu: float | str = "") -> None:
-        measured = {"seconds": seconds, "cpu_seconds": cpu, "peak_mib": resident("VmHWM") / MIB}
+        measured = {"seconds": seconds, "cpu_seconds": cpu, "peak_mib": system_bytes("VmHWM") / MIB}
         load = {"load": os.getloadavg()[0]}
         self.rows.append(self._shared | {"part": name, "amount": amount} | measured | load)
         print(f"{name}: {seconds:.1f} s, {measured['peak_mib']:,.0f} MiB", flush=True)
@@ -146,11 +143,6 @@ def predict(options: argparse.Namespace, folder: Path) -> list[Row]:
     return parts.rows
 
 
-def _in_process(function: Any, *arguments: Any) -> Any:
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
-
-
 def run(options: argparse.Namespace) -> int:
     if options.tiny:
         options.entities, options.triples, options.steps, options.ranked = 2000, 9000, 20, 5
@@ -158,8 +150,8 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError("--triples: expected at least twice as many as entities")
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
-        _in_process(make, options, folder / "graph.parquet")
-        rows = _in_process(train, options, folder) + _in_process(predict, options, folder)
+        in_process(make, options, folder / "graph.parquet")
+        rows = in_process(train, options, folder) + in_process(predict, options, folder)
     if not options.tiny:
         print(f"appended {len(rows)} rows to {results.append(options.results, rows, COLUMNS)}")
     return 0
