@@ -18,13 +18,8 @@ from bench.gpu_check import FAILED, OK, ROOT, SKIPPED, TIMEOUT, Stage
 
 ABSENT = ("hypothesis", "pooch", "pykeen", "setuptools", "torch_geometric", "torchkge", "tqdm")
 """What a GPU's machine may lack, or have in a version that is too old."""
-
 STAND_IN = '#!/bin/sh\nwhile [ ! -x "$1" ]; do shift; done\nexec "$@"\n'  # runs what it is given
-FAMILIES = {
-    "a": {"captured", "kernels", "steps"},
-    "b": set(),
-    "c": {"captured", "closed", "scale-D", "steps"},
-}
+FAMILIES = {"a": "captured kernels steps", "b": "", "c": "captured closed scale-D steps"}
 
 
 def test_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
@@ -52,7 +47,7 @@ def test_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch)
     assert [r.detail for r in found[5:]] == ["its report", "deaf", "1 failed, failed: a rival"]
     assert "GIVEN=value" in capsys.readouterr().out
     record = json.loads((tmp_path / "summary.json").read_text())
-    assert [r["stage"] for r in record] == list("abcdefgh")
+    assert "".join(r["stage"] for r in record) == "abcdefgh"
     (cut,) = gpu_check.run_stages([stages[0]], tmp_path, minutes=0)
     assert cut.detail == "no time was left for it"
 
@@ -73,21 +68,18 @@ def test_commands(part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize("part", gpu_check.PARTS)
 def test_a_part_ends_with_its_facts_saved(part: str, tmp_path: Path) -> None:
     """The same programs on tiny sizes; compute-sanitizer and ncu run what they are given."""
-    programs, blocked, out = tmp_path / "bin", tmp_path / "site", tmp_path / "out"
-    for folder in (programs, blocked):
-        folder.mkdir()
+    out = tmp_path / "out"
     for name in ("compute-sanitizer", "ncu"):
-        (programs / name).write_text(STAND_IN)
-        (programs / name).chmod(0o755)
+        (tmp_path / name).write_text(STAND_IN)
+        (tmp_path / name).chmod(0o755)
     text = f"import sys\nsys.modules.update(dict.fromkeys({ABSENT}))\n"
-    (blocked / "sitecustomize.py").write_text(text)
-    path = os.pathsep.join([str(blocked), str(ROOT)])
-    environment = os.environ | {"PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": path}
+    (tmp_path / "sitecustomize.py").write_text(text)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    environment |= {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
     # pytest looks for its plugins among what is installed, not among what can be imported.
     environment |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": "-p xdist.plugin"}
-    make = ["make", "gpu-check", f"PYTHON={sys.executable}", f"PART={part}", f"OUT={out}"]
-    make.append("GPU_CHECK=--device cpu")
-    done = subprocess.run(make, cwd=ROOT, env=environment, text=True, capture_output=True)
+    make = f"make gpu-check PYTHON={sys.executable} PART={part} OUT={out} 'GPU_CHECK=--device cpu'"
+    done = subprocess.run(make, shell=True, cwd=ROOT, env=environment, capture_output=True)
     stages = json.loads((out / part / "summary.json").read_text())
     log = (out / part / "log.txt").read_text()
     # Compiling every rival takes longer than a part has; on a busy machine so does building.
@@ -99,9 +91,8 @@ def test_a_part_ends_with_its_facts_saved(part: str, tmp_path: Path) -> None:
     failures = [line for line in log.splitlines() if line.strip().startswith("failed: ")]
     assert all("compiled-emu" in x and "setuptools halted" in x for x in failures), log
     # NBFNet's step needs the trainer's pooch, which is hidden here as it is on a GPU's machine.
-    ran = {stage["status"] for stage in stages if stage["stage"] != "nbfnet"}
-    assert ran <= {OK, FAILED, TIMEOUT}, done.stdout + log
+    assert {stage["stage"] for stage in stages if stage["status"] == SKIPPED} <= {"nbfnet"}, log
     assert sum(stage["seconds"] for stage in stages) < 9.5 * 60
     assert done.returncode == (2 if late or lost else 0)  # make's
     found = set(results.read(out / part / "results")["family"]) if part != "b" else set()
-    assert found == FAMILIES[part]
+    assert found == {*FAMILIES[part].split()}
