@@ -74,6 +74,7 @@ ANSWERS["rivals"] = (*rivals.DEFAULT, *trainers.BY_NAME)
 HELP = {
     "aggregate": "names; nbfnet: a step of the model's training",
     "chunk": "triples that share a set of negatives, of some more steps",
+    "dataset": "of the study only these runs; so are model, loss and seed",
     "entities": "of a training run: of the synthetic graph, or of each process",
     "folder": "for what is removed at the end: some GB of large",
     "graph": "datasets, or zipf: synthetic",
