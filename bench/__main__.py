@@ -8,248 +8,191 @@ the rows. Sizes, rivals and rounds are options: ``python -m bench steps --help``
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
+import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from bench import captured, results, rivals, steps, trainers
+from bench import results, rivals, steps, trainers
 from bench.inputs import CHOICES, GRADIENTS, SIMILARITIES, SIZES, Shape, is_gpu
 from bench.results import Row
-from bench.rivals import PHASES, WHOLE
-from bench.steps import SCALES, Setting
 from bench.trainers import Task
 
-Options = argparse.Namespace
-
-
-class Part(NamedTuple):
-    """A command that measures the settings of its options one after the other."""
-
-    settings: Callable[[Options], Iterable[Setting]]
-    rivals: Sequence[Any]
-    rows: Callable[[Any, Setting, Options], Iterator[list[Row]]]
-
-
-PARTS = {
-    "steps": Part(steps.settings, rivals.RIVALS, steps.rows),
-    "closed": Part(steps.closed_settings, rivals.RIVALS, steps.rows),
-    "scale": Part(steps.scale_settings, rivals.RIVALS, steps.rows),
-    "gpu": Part(steps.gpu_settings, rivals.RIVALS, steps.rows),
-    "captured": Part(captured.settings, rivals.RIVALS, captured.rows),
-    "kernels": Part(steps.kernels_settings, rivals.RIVALS, steps.rows),
-    "train": Part(trainers.settings, trainers.TRAINERS, steps.rows),
+_HERE = {"tiny": False, "threads": torch.get_num_threads()}
+_DEVICE = {"device": "cpu", "memory": True, **_HERE}
+_SHAPE = {field: [getattr(Shape, field)] for field in (*SIZES.values(), *CHOICES)}
+_TRAINED = {"dim": 100, "batch": 1000, "negatives": 256}
+COMMANDS = {
+    "all": "the default: each part with its defaults",
+    "steps": "one training step of the operator, rival against rival",
+    "train": "trainers from end to end; by default gradients of zipf are sparse",
+    "scale": "time and memory as one size grows",
+    "closed": "EMU in closed form; one set of negatives for all rows, all entities",
+    "captured": "a whole training step, on a GPU as CUDA graphs",
+    "kernels": "each operator of our backends, at the shapes that are our targets",
+    "gpu": "the operator on a GPU, in our target settings",
+    "messages": "relational message passing, against plain PyTorch",
+    "large": "a synthetic graph of Wikidata5M's size, from Parquet to predictions",
+    "distributed": "steps with the entities on several processes, by TorchRec",
+    "study": "the study: named lists of training runs, resumed where they stopped",
+    "geometry": "where negatives lie around positives, in trained models",
+    "report": "Markdown tables of the results",
 }
-_QUICK = ("--rounds", "10", "--rivals", *rivals.SCALED)
-DEFAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "cpu": (
-        ("steps", "--phases", *PHASES),
-        ("steps", "--similarity", *[s for s in SIMILARITIES if s != "dot"], *_QUICK),
-        ("steps", "--gradient", "sparse", *_QUICK),
-        ("steps", "--dtype", "bfloat16", *_QUICK),
-        ("closed",),
-        ("train", "--graph", "FB15k-237", "WN18RR"),
-        ("train", "--graph", "zipf", "--rounds", "5"),
-        ("scale", "--axes", "N", "--rounds", "3"),
-    ),
-    "cuda": (("gpu",), ("captured",), ("train",), ("scale", "--axes", "N")),
+OPTIONS: dict[str, dict[str, Any]] = {
+    "all": _DEVICE,
+    "steps": _DEVICE | _SHAPE
+    | {"rounds": 20, "phases": [rivals.WHOLE], "rivals": [*rivals.DEFAULT]},
+    "train": _DEVICE | {"rounds": 7, "graph": [Task.graph], "entities": Task.entities}
+    | _TRAINED | {"model": [Task.model], "gradient": str, "rivals": [*trainers.BY_NAME]},
+    "scale": _DEVICE | {"rounds": 5, "axes": ["N"], "gradient": [*GRADIENTS]}
+    | {"rivals": [*rivals.SCALED]},
+    "closed": _DEVICE | {"rounds": 20},
+    "captured": _DEVICE | {"rounds": 7, "rivals": [*rivals.SCALED]},
+    "kernels": _DEVICE | {"rounds": 20},
+    "gpu": _DEVICE | {"device": "cuda", "quick": False},
+    "messages": _DEVICE | {"rounds": 3, "graph": ["CoDEx-S", "WN18RR", "FB15k-237"]}
+    | {"batch": [16, 64], "aggregate": ["sum", "pna"]},
+    "large": _HERE | _TRAINED | {"entities": 4_600_000, "triples": 20_000_000, "steps": 300}
+    | {"ranked": 1000, "chunk": 250, "optimizer": "RowwiseAdagrad", "processes": 1, "folder": Path},
+    "distributed": _HERE | _TRAINED | {"threads": 1, "entities": 1_000_000, "steps": 30}
+    | {"processes": [1, 2], "sets": [int], "optimizer": "RowwiseAdagrad"},
+    "study": {"tiny": False, "experiments": [str], "jobs": 1, "folder": Path("build/study")}
+    | {"report": False, "dataset": [str], "model": [str], "loss": [str], "seed": [str]},
+    "geometry": {"runs": [Path], "batch": 200, "negatives": 256, "rate": 0.61},
+    "report": {"into": Path, "parts": [str]},
+}  # fmt: skip
+"""By their defaults; where there is none, by a type or a list of one."""
+FOLDERS = ("large", "distributed", "study", "geometry")
+"""Parts whose rows have other columns, and folders of their own."""
+ANSWERS: dict[str, Any] = CHOICES | {"phases": rivals.PHASES, "axes": steps.SCALES}
+ANSWERS["rivals"] = (*rivals.DEFAULT, *trainers.BY_NAME)
+HELP = {
+    "aggregate": "names; nbfnet: a step of the model's training",
+    "chunk": "triples that share a set of negatives, of some more steps",
+    "dataset": "of the study only these runs; so are model, loss and seed",
+    "entities": "of a training run: of the synthetic graph, or of each process",
+    "folder": "for what is removed at the end: some GB of large",
+    "graph": "datasets, or zipf: synthetic",
+    "into": "a file, to write between its markers",
+    "parts": "only these: steps, train, train:WN18RR, scale-N, ...",
+    "processes": "numbers of them; of large: if more than 1, so many train it once again",
+    "ranked": "triples of validation and of test, among all entities",
+    "report": "only print the tables",
+    "rounds": "turns of each rival; 2 if tiny",
+    "sets": "numbers of sets of negatives; where not given, one a row, and 8",
+    "tiny": "tiny sizes, not saved without --results: does it work?",
 }
-"""What ``all`` runs."""
+_PHASES = "--phases forward backward 'forward + backward'"
+_OTHERS = f"--similarity {' '.join(s for s in SIMILARITIES if s != 'dot')}"
+_FEW = f"--rounds 10 --rivals {' '.join(rivals.SCALED)}"
+_GPU = f"steps {_PHASES} --rounds 10 --batch 1024 --dim"
+CONTENTS = {
+    "all on cpu": [
+        f"steps {_PHASES}",
+        f"steps {_OTHERS} {_FEW}",
+        f"steps --gradient sparse {_FEW}",
+        f"steps --dtype bfloat16 {_FEW}",
+        "closed",
+        "train --graph FB15k-237 WN18RR",
+        "train --graph zipf --rounds 5",
+        "scale --axes N --rounds 3",
+    ],
+    "all on cuda": ["gpu", "captured", "train", "scale --axes N"],
+    "gpu": [
+        f"{_GPU} {sizes} {kind}"
+        for sizes in (
+            "512 --dtype float32 bfloat16",
+            f"512 {_OTHERS} {_FEW}",  # compiling takes longest
+            "512 --dtype float32 bfloat16 --negatives 64 1024",
+            "100 1000 --dtype float32 bfloat16 --negatives 64 256 1024",
+        )
+        for kind in ("", "--gradient sparse --entities 2500000")
+    ],
+}
+"""Of which commands the others consist."""
 
 
-def _skip(name: str, reason: object) -> None:
-    print(f"skipped: {name}: {reason}", flush=True)
+def _parser() -> argparse.ArgumentParser:
+    raw, defaults = argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser("python -m bench", description=__doc__, formatter_class=raw)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text, formatter_class=defaults)
+        folder = results.FOLDER / (name if name in FOLDERS else "")
+        command.add_argument("--results", type=Path, default=folder, help="folder of CSV files")
+        for option, default in OPTIONS[name].items():
+            _add(command, option, default)
+    return parser
 
 
-def _run(options: Options) -> list[Row]:
+def _add(command: argparse.ArgumentParser, name: str, default: Any) -> None:
+    listed = isinstance(default, list)
+    first = default[0] if listed else default
+    kind, default = (first, None) if isinstance(first, type) else (type(first), default)
+    given: dict[str, Any] = {"help": HELP.get(name, "default: %(default)s"), "default": default}
+    if kind is bool:
+        command.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, **given)
+        return
+    given |= {"type": kind}
+    if answers := ANSWERS.get(name):
+        given |= {"choices": answers, "metavar": "NAME", "help": f"of {', '.join(answers)}"}
+    if listed:
+        given["nargs"] = "*" if name == "experiments" else "+"
+    command.add_argument(name if name in ("experiments", "runs") else f"--{name}", **given)
+
+
+def _run(options: argparse.Namespace) -> list[Row]:
     """Measure a part. Rows are saved when they are measured."""
     save = not options.tiny or options.results != results.FOLDER
     if options.tiny:
         options.rounds = 2
     torch.set_num_threads(options.threads)
     print(f"{options.command}: {options.threads} threads; {results.device_name(options.device)}")
-    part, measured, said = PARTS[options.command], list[Row](), set[tuple[str, str]]()
-    for setting in part.settings(options):
-        setting = setting.tiny() if options.tiny else setting
+    measured: list[Row] = []
+    say_once = functools.cache(print)
+    for setting in getattr(steps, f"of_{options.command}")(options):
         shape = setting.shape.replace(device=options.device)
-        chosen = []
-        for rival in part.rivals:
-            kinds = (None, torch.device(options.device).type)
-            if rival.name not in setting.rivals or rival.device not in kinds:
-                continue
-            if (reason := rival.unavailable(shape)) is None:
-                chosen.append(rival)
-            elif (rival.name, reason) not in said:
-                said.add((rival.name, reason))
-                _skip(rival.name, reason)
-        if not chosen:
+        shape = shape.tiny() if options.tiny else shape
+        here = [r for r in setting.rivals if r.device in (None, torch.device(options.device).type)]
+        reasons = {rival: rival.unavailable(shape) for rival in here}
+        for rival, reason in reasons.items():
+            if reason:
+                say_once(f"skipped: {rival.name}: {reason}")
+        able = [rival for rival in here if reasons[rival] is None]
+        if not able:
             continue
         print(f"\n{shape}", flush=True)
         try:
-            for rows in part.rows(chosen, setting._replace(shape=shape), options):
+            for rows in steps.rows(setting._replace(shape=shape, rivals=able), options):
                 measured += rows
                 if save and rows:
                     path = results.append(options.results, rows)
                     print(f"appended {len(rows)} rows to {path}")
         except FileNotFoundError as error:
-            _skip(str(shape), error)
-    _print(measured)
+            print(f"skipped: {shape}: {error}")
     return measured
 
 
-def _print(rows: list[Row]) -> None:
-    try:
-        import pandas as pd
-
-        from bench import report
-    except ModuleNotFoundError as error:  # on a GPU's machine
-        print(f"no tables of {len(rows)} rows: {error}")
-    else:
-        print(f"\n{report.markdown(pd.DataFrame(rows))}\n" if rows else "nothing was measured")
-
-
-def _all(options: Options, given: Sequence[str]) -> list[Row]:
-    """Each part with its defaults and the options that are given."""
+def _measure(options: argparse.Namespace) -> list[Row]:
+    """Measure a part, or those that it consists of, with the options that it shares with them."""
+    if options.command not in ("all", "gpu"):
+        return _run(options)
+    name = "gpu" if options.command == "gpu" else f"all on {torch.device(options.device).type}"
     measured: list[Row] = []
-    for part in DEFAULTS[torch.device(options.device).type]:
-        print(f"\n== python -m bench {' '.join(part)}", flush=True)
+    for command in CONTENTS[name][: 3 if getattr(options, "quick", False) else None]:
+        print(f"\n== python -m bench {command}", flush=True)
+        part = _parser().parse_args(shlex.split(command))
+        vars(part).update({name: getattr(options, name) for name in ("results", *_DEVICE)})
         try:
-            measured += _run(_parser().parse_args([*part, *given]))
+            measured += _measure(part)
         except (FileNotFoundError, ModuleNotFoundError) as error:
-            _skip(part[0], error)
-    print("\n== all")
-    _print(measured)
+            print(f"skipped: {command}: {error}")
     return measured
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text}")
-    return value
-
-
-class _Parser(argparse.ArgumentParser):
-    def add(self, flag: str, default: Any, help: str = "", choices: Iterable[str] = ()) -> None:
-        """An option of the default's type; a list takes several values, any of the choices."""
-        first = default[0] if isinstance(default, list) else default
-        more: dict[str, Any] = {"nargs": "+"} if isinstance(default, list) else {}
-        more |= {"type": _positive if isinstance(first, int) else type(first)}
-        more = {"action": "store_true"} if first is False else more
-        if listed := list(choices):
-            more |= {"choices": listed, "metavar": "NAME"}
-            help = f"some of {', '.join(listed)}"
-        self.add_argument(flag, default=default, help=help, **more)
-
-    def training(self, entities: int, whose: str) -> None:
-        """Sizes of a training run."""
-        self.add("--entities", entities, "of the synthetic graph")
-        for field, value in {"dim": 100, "batch": 1000, "negatives": 256}.items():
-            self.add(f"--{field}", value, whose)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
-
-    def command(name: str, text: str, folder: str = "", threads: int = 0) -> _Parser:
-        formatter = argparse.ArgumentDefaultsHelpFormatter
-        part = commands.add_parser(name, help=text, description=text, formatter_class=formatter)
-        part.add("--results", results.FOLDER / folder, "folder of CSV files")
-        if name not in ("geometry", "report"):
-            part.add("--tiny", False, "tiny sizes, not saved without --results: does it work?")
-        if threads:
-            part.add("--threads", threads, "of torch and of our kernels")
-        return part
-
-    def measuring(name: str, text: str, rounds: int = 0, device: str = "cpu") -> _Parser:
-        part = command(name, text, threads=torch.get_num_threads())
-        part.add("--device", device, "cpu or cuda")
-        part.add_argument("--no-memory", action="store_false", dest="memory", help="only time")
-        if rounds:
-            part.add("--rounds", rounds, "turns of each rival; 2 if tiny")
-        return part
-
-    measuring("all", "the default: each part with its defaults")
-    part = measuring("steps", "one training step of the operator, rival against rival", 20)
-    for name, field in SIZES.items():
-        part.add(f"--{field}", [getattr(Shape, field)], name)
-    for field, choices in CHOICES.items():
-        part.add(f"--{field}", [getattr(Shape, field)], choices=choices)
-    part.add("--phases", [WHOLE], choices=PHASES)
-    part.add("--rivals", list(rivals.DEFAULT), choices=rivals.DEFAULT)
-
-    part = measuring("train", "trainers from end to end", 7)
-    part.add("--graph", [Task.graph], "datasets, or zipf: synthetic")
-    part.add("--model", [Task.model], "names")
-    part.training(Task.entities, "of all trainers")
-    part.add_argument("--optimizer", choices=["Adagrad", "Adam"], default="Adagrad", help="of all")
-    where = "where possible; by default sparse for zipf"
-    part.add_argument("--gradient", choices=GRADIENTS, help=where)
-    part.add("--rivals", list(trainers.BY_NAME), choices=trainers.BY_NAME)
-
-    part = measuring("scale", "time and memory as one size grows", 5)
-    part.add("--axes", ["N"], choices=SCALES)
-    part.add("--gradient", list(GRADIENTS), choices=GRADIENTS)
-    part.add("--rivals", list(rivals.SCALED), choices=rivals.DEFAULT)
-
-    measuring("closed", "EMU in closed form; one set of negatives for all rows, all entities", 20)
-    measuring("captured", "a whole training step, on a GPU as a CUDA graph", 20)
-    measuring("kernels", "each operator of our backends, at the shapes that are our targets", 20)
-    part = measuring("gpu", "the operator on a GPU, in our target settings", 10, "cuda")
-    part.add("--quick", False, "fewer settings")
-
-    part = measuring("messages", "relational message passing, against plain PyTorch", 3)
-    part.add("--graph", ["CoDEx-S", "WN18RR", "FB15k-237"], "datasets, or zipf: synthetic")
-    part.add("--batch", [16, 64], "queries at once")
-    part.add("--aggregate", ["sum", "pna"], "names; nbfnet: a step of the model's training")
-
-    text = "a synthetic graph of Wikidata5M's size, from Parquet to predictions"
-    part = command("large", text, "large", torch.get_num_threads())
-    part.training(4_600_000, "of training")
-    part.add("--triples", 20_000_000, "of the graph")
-    part.add("--steps", 300, "of training")
-    part.add("--ranked", 1000, "triples of validation and of test, among all entities")
-    part.add("--chunk", 250, "triples that share a set of negatives, of some more steps")
-    part.add("--optimizer", "RowwiseAdagrad", "of emu-train, with --sparse")
-    part.add("--processes", 1, "if more, they train it once again, by TorchRec")
-    part.add_argument("--folder", type=Path, help="for some GB of files, removed at the end")
-
-    text = "steps with the entities on several processes, by TorchRec"
-    part = command("distributed", text, "distributed", 1)
-    part.training(1_000_000, "of a process")
-    part.add("--processes", [1, 2], "numbers of them")
-    part.add_argument("--sets", type=int, nargs="+", help="of negatives; default: a row's own, 8")
-    part.add("--optimizer", "RowwiseAdagrad", "of the table")
-    part.add("--steps", 30, "that are timed")
-
-    text = "the study: named lists of training runs, resumed where they stopped"
-    part = command("study", text, "study")
-    part.add_argument("experiments", nargs="*", metavar="NAME", help="default: all")
-    for name in ("dataset", "model", "loss", "seed"):
-        part.add_argument(f"--{name}", nargs="+", help="only the runs with one of these")
-    part.add("--jobs", 1, "runs at a time, of one thread each")
-    part.add("--report", False, "only print the tables")
-    part.add_argument("--folder", type=Path, default=Path("build/study"), help="of unfinished runs")
-
-    text = "where negatives lie around positives, in trained models"
-    part = command("geometry", text, "geometry")
-    part.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders of emu-train")
-    part.add("--batch", 200, "positives")
-    part.add("--negatives", 256, "of each")
-    part.add("--rate", 0.61, "of mutation")
-
-    part = command("report", "Markdown tables of the results")
-    part.add_argument("--into", type=Path, metavar="FILE", help="write between FILE's markers")
-    only = "only these: steps, train, train:WN18RR, scale-N, ..."
-    part.add_argument("--parts", nargs="+", metavar="NAME", help=only)
-    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -261,9 +204,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if is_gpu(getattr(options, "device", "cpu")):
             results.device_name("cuda")  # raises where there is none
-        if options.command in ("distributed", "geometry", "large", "messages", "report", "study"):
+        if options.command in ("messages", "report", *FOLDERS):
             return importlib.import_module(f"bench.{options.command}").run(options)
-        return 0 if (_all(options, given[1:]) if options.command == "all" else _run(options)) else 1
+        if not (rows := _measure(options)):
+            print("nothing was measured")
+            return 1
+        try:
+            import pandas as pd
+
+            from bench import report
+
+            print(f"\n{report.markdown(pd.DataFrame(rows))}\n")
+        except ModuleNotFoundError as error:  # on a GPU's machine
+            print(f"no tables of {len(rows)} rows: {error}")
+        return 0
     except (ImportError, OSError, ValueError, RuntimeError, AssertionError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -4,8 +4,7 @@ On a CPU in fp32 the first spelling of a similarity is the fastest measured, for
 for dot of {product and sum, ``einsum``, ``bmm``}; for l1 and l2 of {difference and sum,
 ``vector_norm``, ``cdist``}; for rotate of {``vector_norm`` of the stacked parts, root of the sum of
 squares, ``hypot``, complex ``abs``}; for the rows of {``table[ids]``, ``embedding``,
-``index_select``}. The last spelling uses only pointwise operations and sums: it supports every
-dtype, and a compiler can fuse it.
+``index_select``}. The last one, of pointwise operations and sums, has every dtype and can be fused.
 """
 
 from __future__ import annotations
@@ -77,11 +76,6 @@ def shared_softmax_loss(query: Tensor, table: Tensor, positive: Tensor, negative
     rows = embedding(torch.cat([negative[0], positive]), table)
     others, own = rows.split([negative.shape[1], len(positive)])
     return first_class(torch.cat([(query * own).sum(1, keepdim=True), query @ others.T], dim=1))
-
-
-def all_softmax_loss(query: Tensor, table: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
-    """Cross-entropy of the positive among all entities."""
-    return cross_entropy(query @ table.T, positive)
 
 
 def emu_loss(

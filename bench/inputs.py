@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,9 +21,6 @@ DISTINCT_ROWS = 1 << 16  # larger tables repeat their rows: drawing 10⁹ number
 
 def is_gpu(device: str) -> bool:
     return torch.device(device).type == "cuda"
-
-
-S = TypeVar("S", bound="Shape")
 
 
 @dataclass(frozen=True)
@@ -45,27 +42,24 @@ class Shape:
 
     def columns(self) -> dict[str, Any]:
         """Of a row of results."""
-        names = {name: name for name in CHOICES} | SIZES
-        return {name: getattr(self, field) for name, field in names.items()}
+        fields = {name: name for name in CHOICES} | SIZES
+        return {name: getattr(self, field) for name, field in fields.items()}
 
-    def replace(self: S, **changes: Any) -> S:
+    def replace(self, **changes: Any) -> Any:
         return dataclasses.replace(self, **changes)
 
-    def tiny(self: S) -> S:
-        """For tests, and to warm up before memory is measured."""
-        return self.replace(batch=8, negatives=5, dim=20, entities=50)
+    def tiny(self) -> Any:
+        """For tests, and to warm up before memory is measured: no size is larger than these."""
+        largest = {"batch": 8, "negatives": 5, "dim": 20, "entities": 50}
+        return self.replace(**{name: min(getattr(self, name), n) for name, n in largest.items()})
 
-    def load(self: S) -> tuple[S, Any]:
+    def load(self) -> tuple[Any, Any]:
         """The shape, and what its steps need."""
         return self, make(self)
 
     @property
     def sparse(self) -> bool:
         return self.gradient == "sparse"
-
-    @property
-    def table_bytes(self) -> int:
-        return self.entities * self.dim * DTYPES[self.dtype].itemsize
 
 
 class Inputs(NamedTuple):
@@ -79,17 +73,16 @@ class Inputs(NamedTuple):
 
 def make(shape: Shape) -> Inputs:
     """Uniform negatives, scores of order 1."""
-    generator = torch.Generator(shape.device).manual_seed(0)
+    device = shape.device
+    like: Any = {"generator": torch.Generator(device).manual_seed(0), "device": device}
 
     def normal(rows: int) -> Tensor:
-        values = torch.empty(rows, shape.dim, device=shape.device, dtype=DTYPES[shape.dtype])
-        first = values[:DISTINCT_ROWS].normal_(generator=generator)
-        for block in values[DISTINCT_ROWS:].split(DISTINCT_ROWS):
-            block.copy_(first[: len(block)])
-        return values
+        size = (min(rows, DISTINCT_ROWS), shape.dim)
+        values = torch.randn(size, dtype=DTYPES[shape.dtype], **like)
+        return values[torch.arange(rows, device=device) % DISTINCT_ROWS]
 
     def ids(*size: int) -> Tensor:
-        return torch.randint(shape.entities, size, generator=generator, device=shape.device)
+        return torch.randint(shape.entities, size, **like)
 
     table = normal(shape.entities).mul_(shape.dim**-0.5).requires_grad_()
     query = normal(shape.batch).requires_grad_()

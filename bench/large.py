@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
-import multiprocessing
 import os
 import resource
 import subprocess
@@ -20,7 +19,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,7 +28,7 @@ import torch
 from pyarrow import parquet
 
 from bench import results
-from bench.measure import MIB, reset_peak, resident
+from bench.measure import MIB, in_process, reset_peak, system_bytes
 from bench.results import Row
 from bench.trainers import RELATIONS, zipf_triples
 from emu_kernels.trainer.config import Config
@@ -66,13 +64,13 @@ class Parts:
         yield
         seconds, used = time.perf_counter() - started, resource.getrusage(who)
         cpu = used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime
-        peak = resident("VmHWM") if who == resource.RUSAGE_SELF else used.ru_maxrss * 1024
+        peak = system_bytes("VmHWM") if who == resource.RUSAGE_SELF else used.ru_maxrss * 1024
         self.add(name, amount, seconds, cpu, peak)
 
     def add(
         self, name: str, amount: int, seconds: float, cpu: float | str = "", peak: int | None = None
     ) -> None:
-        mib = (resident("VmHWM") if peak is None else peak) / MIB
+        mib = (system_bytes("VmHWM") if peak is None else peak) / MIB
         measured = {"seconds": seconds, "cpu_seconds": cpu, "peak_mib": mib}
         load = {"load": os.getloadavg()[0]}
         self.rows.append(self._shared | {"part": name, "amount": amount} | measured | load)
@@ -179,11 +177,6 @@ def spread(options: argparse.Namespace, folder: Path) -> list[Row]:
     return parts.rows
 
 
-def _in_process(function: Any, *arguments: Any) -> Any:
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
-
-
 def run(options: argparse.Namespace) -> int:
     if options.tiny:
         options.entities, options.triples, options.steps, options.ranked = 2000, 9000, 20, 5
@@ -193,10 +186,10 @@ def run(options: argparse.Namespace) -> int:
         importlib.import_module("emu_kernels.integrations.torchrec")  # or says what to install
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
-        _in_process(make, options, folder / "graph.parquet")
-        rows = _in_process(train, options, folder) + _in_process(predict, options, folder)
+        in_process(make, options, folder / "graph.parquet")
+        rows = in_process(train, options, folder) + in_process(predict, options, folder)
         if options.processes > 1:
-            rows += _in_process(spread, options, folder)
+            rows += in_process(spread, options, folder)
     if not options.tiny:
         print(f"appended {len(rows)} rows to {results.append(options.results, rows, COLUMNS)}")
     return 0

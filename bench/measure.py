@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import itertools
+import math
 import multiprocessing
-import re
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from bench.inputs import is_gpu
 
-T = TypeVar("T")
 Step = Callable[[], Callable[[], Any]]  # prepares, and returns what is timed
 Turn = Callable[[], float]  # takes one turn and returns the seconds of a step
-Prepare = Callable[[str, Any], Callable[[], Any]]  # of a rival by its name and a task, steps to run
-MEMORY_STEPS = 3
+Run = Callable[[int], float]  # takes so many steps and returns their seconds
 MIB = 2**20
 
 
@@ -37,11 +36,9 @@ def wall_clock(step: Step, device: str = "cpu") -> float:
     run = step()
     synchronize(device)
     start = time.perf_counter()
-    result = run()
+    _kept = run()  # freeing it is not timed
     synchronize(device)
-    seconds = time.perf_counter() - start
-    del result  # freeing it is not timed
-    return seconds
+    return time.perf_counter() - start
 
 
 def cuda_clock(step: Step) -> float:
@@ -55,30 +52,26 @@ def cuda_clock(step: Step) -> float:
     torch.cuda.synchronize()
     torch.cuda._sleep(2_000_000)  # cycles
     start.record()
-    result = run()
+    with torch.cuda.nvtx.range("hot"):  # for a profiler
+        _kept = run()
     end.record()
     end.synchronize()
-    del result
     return start.elapsed_time(end) / 1000
 
 
-def turn_of(
-    step: Step, device: str, min_seconds: float | None = None, *, wall: bool = False
-) -> Turn:
-    """Warm up. A turn is one long call, or the median of short ones that last ``min_seconds``.
+def turn_of(step: Step, device: str, *, tiny: bool = False) -> Turn:
+    """Warm up. A turn is a long call, or the median of short ones; with ``tiny`` one call.
 
     The first of several does not count: it runs with the caches as another rival left them.
     """
-    if min_seconds is None:
-        min_seconds = 0.002 if is_gpu(device) else 0.05
-    clock = cuda_clock if is_gpu(device) and not wall else partial(wall_clock, device=device)
+    clock, min_seconds = (cuda_clock, 0.002) if is_gpu(device) else (wall_clock, 0.05)
 
     def turn() -> float:
         first = clock(step)
-        if first >= min_seconds:
+        if tiny or first >= min_seconds:
             return first
         times: list[float] = []
-        while not times or sum(times) < min_seconds:
+        while sum(times) < min_seconds:
             times.append(clock(step))
         return statistics.median(times)
 
@@ -86,18 +79,34 @@ def turn_of(
     return turn
 
 
-def alternate(
-    names: Iterable[str], start: Callable[[str], Turn], rounds: int
-) -> dict[str, list[float]]:
+def run_of(step: Callable[[int], Any], device: str) -> Run:
+    """Of steps that get their numbers, without waiting for the GPU in between."""
+    numbers = itertools.count()
+
+    def train(steps: int) -> None:
+        for number in itertools.islice(numbers, steps):
+            step(number)
+
+    return lambda steps: wall_clock(lambda: partial(train, steps), device)
+
+
+def turn_of_run(run: Run, *, tiny: bool = False) -> Turn:
+    """Warm up. A turn is as many steps as take a quarter of a second; with ``tiny`` one."""
+    run(3)
+    steps = 1 if tiny else math.ceil(0.25 / run(1))
+    return lambda: run(steps) / steps
+
+
+def alternate(rivals: Mapping[str, Callable[[], Turn]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each in each round. The order rotates by one each round.
 
-    ``start`` makes the turns of a name, and warms it up. One that cannot be started is said to have
+    Each is a function that warms up and makes the turns. One that cannot be started is said to have
     failed, and does not stop the others.
     """
     turns: dict[str, Turn] = {}
-    for name in names:
+    for name, start in rivals.items():
         try:
-            turns[name] = start(name)
+            turns[name] = start()
         except Exception as error:  # noqa: PERF203
             reason = str(error).strip().partition("\n")[0]
             print(f"failed: {name}: {type(error).__name__}: {reason}", flush=True)
@@ -110,16 +119,10 @@ def alternate(
     return times
 
 
-def _field(file: str, name: str) -> int:
-    """Bytes that a file of /proc states in kB."""
-    found = re.search(rf"^{name}:\s+(\d+) kB$", Path(file).read_text(), re.MULTILINE)
-    assert found, f"{file} has no {name}"
-    return int(found[1]) * 1024
-
-
-def resident(name: str) -> int:
-    """Bytes of this process: VmRSS now, VmHWM at its peak since :func:`reset_peak`."""
-    return _field("/proc/self/status", name)
+def system_bytes(name: str, file: str = "/proc/self/status") -> int:
+    """What Linux says: of this process VmRSS, or VmHWM, its peak since :func:`reset_peak`."""
+    (line,) = (x for x in Path(file).read_text().splitlines() if x.startswith(f"{name}:"))
+    return int(line.split()[1]) * 1024  # given in kB
 
 
 def reset_peak() -> None:
@@ -129,14 +132,6 @@ def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")  # proc(5): sets VmHWM to VmRSS
 
 
-def free_bytes(device: str) -> int:
-    """What can still be allocated."""
-    if is_gpu(device):
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
-    return _field("/proc/meminfo", "MemAvailable")
-
-
 def too_large(needed: float, device: str) -> str | None:
     """Why an allocation of so many bytes does not fit, or None."""
     free = free_bytes(device)
@@ -144,44 +139,51 @@ def too_large(needed: float, device: str) -> str | None:
     return None if needed < free else reason
 
 
-def _peak_here(prepare: Prepare, name: str, shape: Any, threads: int) -> float:
-    torch.set_num_threads(threads)
-    prepare(name, shape.tiny())()
-    run = prepare(name, shape)
-    reset_peak()
-    before = resident("VmRSS")
-    run()
-    return max(resident("VmHWM") - before, 0) / MIB
+def free_bytes(device: str) -> int:
+    if is_gpu(device):
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    return system_bytes("MemAvailable", "/proc/meminfo")
 
 
-def peak(prepare: Prepare, name: str, shape: Any, threads: int) -> float:
-    """MiB by which ``prepare(name, shape)()`` raises the peak memory of a fresh process.
-
-    The process warms up on a tiny shape, and returns to the system what it has freed. The kernel
-    counts pages in batches: below about 1 MiB the result is noise. Needs Linux.
-    """
+def in_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The result of a fresh process."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_peak_here, prepare, name, shape, threads).result()
+        return pool.submit(function, *arguments).result()
 
 
-def cuda_peak(run: Callable[[], T]) -> tuple[T, float]:
-    """Its result, and the MiB by which it raises the peak of torch's allocator."""
+def _cpu_peak(prepare: Callable[[Any], Any], shape: Any, threads: int) -> float:
+    torch.set_num_threads(threads)
+    prepare(shape.tiny())()  # warms up
+    run = prepare(shape)
+    reset_peak()
+    before = system_bytes("VmRSS")
+    run()
+    return max(system_bytes("VmHWM") - before, 0) / MIB
+
+
+def peak(prepare: Callable[[Any], Any], shape: Any, threads: int) -> float:
+    """MiB by which ``prepare(shape)()`` raises the peak memory; on a GPU, of torch's allocator.
+
+    On a CPU that of a fresh process. The kernel counts pages in batches: below about 1 MiB the
+    result is noise.
+    """
+    if not is_gpu(shape.device):
+        return in_process(_cpu_peak, prepare, shape, threads)
+    run = prepare(shape)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    result = run()
+    run()
     torch.cuda.synchronize()
-    return result, (torch.cuda.max_memory_allocated() - before) / MIB
+    return (torch.cuda.max_memory_allocated() - before) / MIB
 
 
 class Captured:
-    """A step as a CUDA graph; a call replays it and returns the step's result.
-
-    A replay reads and writes the memory of the step's own tensors, so the step lives as long.
-    """
+    """A step as a CUDA graph; a call replays it and returns the step's result."""
 
     def __init__(self, step: Callable[[], Any]) -> None:
-        self.step = step
+        self.step = step  # whose tensors a replay reads and writes
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):

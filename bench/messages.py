@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from typing import NamedTuple
 
@@ -18,8 +19,6 @@ import torch
 from torch import Tensor
 
 from bench import measure, results
-from bench.inputs import is_gpu
-from bench.results import Recorder
 from bench.trainers import ZIPF, zipf_triples
 from emu_kernels import RelationalGraph, relational_spmm
 
@@ -94,6 +93,11 @@ def prepare(rival: str, task: Task) -> Callable[[], None]:
     return step
 
 
+def start(rival: str, task: Task) -> measure.Turn:
+    step = prepare(rival, task)
+    return measure.turn_of(lambda: step, task.device)
+
+
 def run(options: argparse.Namespace) -> int:
     torch.set_num_threads(options.threads)
     device = options.device
@@ -105,29 +109,23 @@ def run(options: argparse.Namespace) -> int:
         needed = 32 * edges.num_edges * task.batch * task.dim
         if (reason := measure.too_large(needed, device)) and aggregate != NBFNET:
             print(f"{task}: {PLAIN}: skipped, {reason}", flush=True)
-        peaks: dict[str, float] = {}
-
-        def start(name: str, task: Task = task, peaks: dict[str, float] = peaks) -> measure.Turn:
-            step = prepare(name, task)
-            if is_gpu(device):
-                peaks[name] = measure.cuda_peak(step)[1]
-            return measure.turn_of(lambda: step, device)
-
         rivals = [STEP] if aggregate == NBFNET else [OURS] if reason else list(BACKENDS)
-        times = measure.alternate(rivals, start, options.rounds)
-        record = Recorder(
-            device, family="messages", phase=aggregate, graph=task.graph, B=task.batch, D=task.dim,
-            N=edges.num_nodes, K=edges.num_edges, threads=options.threads, dtype="float32",
-        )  # fmt: skip
+        starts = {name: partial(start, name, task) for name in rivals}
+        times = measure.alternate(starts, options.rounds)
+        shared = results.environment(device) | {
+            "family": "messages", "phase": aggregate, "graph": task.graph, "B": task.batch,
+            "D": task.dim, "N": edges.num_nodes, "K": edges.num_edges, "threads": options.threads,
+            "dtype": "float32",
+        }  # fmt: skip
+        rows: list[results.Row] = []
         for name in times:
-            record.add_times(times, rivals[0], rival=name)
+            rows += results.of_times(times, rivals[0], name)
             if options.memory:
-                if not is_gpu(device):
-                    peaks[name] = measure.peak(prepare, name, task, options.threads)
-                record.add(results.MEMORY, [peaks[name]], rival=name)
-        for row in record.rows:
+                peak = measure.peak(partial(prepare, name), task, options.threads)
+                rows.append(results.of_values(results.MEMORY, [peak], rival=name))
+        for row in rows:
             spread = f"{row['median']:.4g} ({row['q20']:.4g} to {row['q80']:.4g}) {row['unit']}"
             print(f"{task}: {row['rival']}: {row['what']} {spread}", flush=True)
         if not options.tiny:
-            results.append(options.results, record.rows)
+            results.append(options.results, [shared | row for row in rows])
     return 0

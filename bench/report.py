@@ -13,15 +13,14 @@ from tabulate import tabulate
 from bench import results
 from bench.inputs import SIZES, Shape
 from bench.results import MEMORY, QUANTILES, RATIO, SPEED, TIME
-from bench.rivals import PHASES, RIVALS, TRAINING, WHOLE, Rival
-from bench.trainers import TRAINERS
+from bench.rivals import PHASES, RIVALS, TRAINING, WHOLE
+from bench.trainers import TRAINERS, WHOLE_STEPS
 
 MARKERS = ("<!-- bench report: begin -->", "<!-- bench report: end -->")
-SETTING = ["similarity", "dtype", "gradient", "B", "K", "D", "N"]
+SETTING = ["similarity", "dtype", "gradient", *SIZES]
 SPREAD = "20–80 %"
-_NAMED: list[Any] = [*RIVALS, *TRAINERS]
+_NAMED: list[Any] = [*RIVALS, *TRAINERS, *WHOLE_STEPS]
 TITLES: dict[str, str] = {rival.name: rival.title for rival in _NAMED}
-TITLES |= {f"{name}, captured": f"{title}, captured" for name, title in TITLES.items()}
 Rows: TypeAlias = pd.DataFrame
 Columns: TypeAlias = list[tuple[str, ...]]
 """A header and the keys of its cells: rival, what and phase, but for those that name a line."""
@@ -52,22 +51,18 @@ def table(rows: Rows, index: dict[str, str], columns: Columns, left: int = 1) ->
 
     ``index`` has the headers of its columns, of which those after the first ``left`` come last.
     """
-    values = rows[list(QUANTILES)].map(number)
-    between = values["q20"] + "–" + values["q80"]
+    text = rows[list(QUANTILES)].map(number)
     line = rows.groupby(["setting", *index], sort=False).ngroup()
-    rows = rows.assign(text=values["median"], spread=between, line=line)
+    rows = rows.assign(line=line, text=text["median"], spread=text["q20"] + "–" + text["q80"])
     keys = [key for key in ("rival", "what", "phase") if key not in index]
     wide = rows.pivot_table(["text", "spread"], ["line", *index], keys, aggfunc="last")
     cells = [("spread" if header == SPREAD else "text", *key) for header, *key in columns]
-    wide = wide.reindex(columns=cells).astype(object).fillna("–")
-    body = [
-        [*names[1 : left + 1], *line, *names[left + 1 :]]
-        for names, line in zip(wide.index, wide.to_numpy(), strict=True)
-    ]
-    first, last = list(index.values())[:left], list(index.values())[left:]
-    header = [*first, *(name for name, *_ in columns), *last]
-    align = ["left"] * left + ["right"] * (len(header) - left)
-    return tabulate(body, header, "pipe", disable_numparse=True, colalign=align)
+    names = wide.index.to_frame(index=False, name=["", *index.values()]).iloc[:, 1:]
+    wide = wide.reindex(columns=cells).astype(object).fillna("–").reset_index(drop=True)
+    wide.columns = [header for header, *_ in columns]
+    shown = pd.concat([names.iloc[:, :left], wide, names.iloc[:, left:]], axis=1)
+    align = ["left"] * left + ["right"] * (len(shown.columns) - left)
+    return tabulate(shown, "keys", "pipe", showindex=False, disable_numparse=True, colalign=align)
 
 
 def titled(rows: Rows) -> Rows:
@@ -79,39 +74,41 @@ def titled(rows: Rows) -> Rows:
     return rows.assign(rival=rows["rival"].map(TITLES) + versions)
 
 
-def sizes(row: Any, without: Sequence[str] = ()) -> str:
-    return ", ".join(f"{name}={row[name]}" for name in SIZES if name not in without)
+def setting(rows: Rows, without: Sequence[str] = ()) -> str:
+    """What the first row's step is, but for some columns."""
+    row = rows.iloc[0]
+    texts = {"similarity": row["similarity"], **{name: f"{name}={row[name]}" for name in SIZES}}
+    texts |= {"dtype": row["dtype"]}
+    texts |= {"gradient": "sparse gradient"} if row["gradient"] == "sparse" else {}
+    return ", ".join(text for name, text in texts.items() if name not in without)
 
 
-def caption(rows: Rows, *what: str) -> str:
-    """The given words, and where and of what the rows are, with our kernels' instruction sets."""
+def caption(rows: Rows, what: str = "") -> str:
+    """Where and of what the rows are, with our kernels' instruction sets."""
     row = rows.iloc[-1]
     ours = rows["instruction_set"][rows["rival"].str.startswith("fused-")].unique()
-    used = f"{row['threads']} thread{'s' if row['threads'] != 1 else ''}"
-    used = ", ".join(filter(None, [used, " ".join(filter(None, ours))]))
-    named = ", ".join(filter(None, what))
+    threads = f"{row['threads']} thread{'s' if row['threads'] != 1 else ''}"
+    used = ", ".join(filter(None, [threads, " ".join(filter(None, ours))]))
     return (
-        f"\n\n{named}{'. ' if named else ''}"
+        f"\n\n{what}{'. ' if what else ''}"
         f"{row['device']} ({used}); emu-kernels {row['emu_kernels']} ({row['commit']}), "
         f"torch {row['torch']}, Python {row['python']}; {row['date'][:10]}."
     )
 
 
-def step_table(rows: Rows) -> str:
-    """One setting, a line for each rival. Phases have columns where measured."""
-    row = rows.iloc[0]
+def step_table(rows: Rows, index: Sequence[str] = ()) -> str:
+    """A line for each rival, and value of the index. Phases have columns where measured."""
     columns = spread("median ms", TIME, WHOLE)
     columns += [(f"{p} ms", TIME, p) for p in PHASES[:-1] if (rows["phase"] == p).any()]
     columns += [*spread("× ours", RATIO, WHOLE), ("peak MiB", MEMORY, WHOLE)]
-    sparse = "sparse gradient" if row["gradient"] == "sparse" else ""
-    what = caption(rows, row["similarity"], sizes(row), row["dtype"], sparse)
-    return table(titled(rows), {"rival": WHOLE}, columns) + what
+    lines = {name: name for name in index} | {"rival": "rival" if index else WHOLE}
+    what = caption(rows, "" if index else setting(rows))
+    return table(titled(rows), lines, columns, len(lines)) + what
 
 
 def variations(rows: Rows) -> str:
     """A line for each setting, ours and eager. What differs between settings has a column."""
-    row = rows.iloc[0]
-    usual = {c: row[c] if c in SIZES else getattr(Shape, c) for c in SETTING}
+    usual = {c: rows[c].iloc[0] if c in SIZES else getattr(Shape, c) for c in SETTING}
     differ = [c for c in SETTING if (rows[c] != usual[c]).any()] or ["similarity"]
     columns: Columns = [
         ("EMU, fused, ms", "fused-emu", TIME, WHOLE),
@@ -121,8 +118,7 @@ def variations(rows: Rows) -> str:
         ("peak MiB, ours", "fused-emu", MEMORY, WHOLE),
         ("eager EMU", "eager-emu", MEMORY, WHOLE),
     ]
-    common = [row[c] for c in ("similarity", "dtype") if c not in differ]
-    what = caption(rows, sizes(row, differ), *common)
+    what = caption(rows, setting(rows, differ))
     return table(rows, {c: c for c in differ}, columns, len(differ)) + what
 
 
@@ -130,53 +126,44 @@ def steps_table(rows: Rows) -> str:
     """On a GPU a line for each setting and rival; on a CPU the paper's setting in full, the others
     in a line each."""
     if rows["instruction_set"].str.startswith("sm_").any():
-        columns = [(f"{p} ms", TIME, p) for p in PHASES[:-1]] + spread("whole ms", TIME, WHOLE)
-        columns += [*spread("× ours", RATIO, WHOLE), ("peak MiB", MEMORY, WHOLE)]
-        index = {name: name for name in (*SETTING, "rival")}
-        return table(titled(rows), index, columns, len(index)) + caption(rows)
+        return step_table(rows, SETTING)
     usual = [getattr(Shape, SIZES.get(column, column)) for column in SETTING]
     paper = (rows[SETTING] == usual).all(axis=1) | (rows["setting"].nunique() == 1)
     tables = [step_table(run) for _, run in rows[paper].groupby("setting", sort=False)]
     return "\n\n".join([*tables, *([] if paper.all() else [variations(rows[~paper])])])
 
 
-def trainers_table(run: Rows) -> str:
+def trainers_table(rows: Rows) -> str:
     """One setting, a line for each trainer."""
     columns: Columns = [("triples / s", SPEED, TRAINING), *spread("ms a step", TIME, TRAINING)]
     columns += [*spread("× ours", RATIO, TRAINING), ("peak MiB", MEMORY, TRAINING)]
-    row = run.iloc[0]
-    graph = f"{row['model']} on {row['graph']}, {row['N']:,} entities, d={row['D']}"
+    row = rows.iloc[0]
+    what = f"{row['model']} on {row['graph']}, {row['N']:,} entities, d={row['D']}"
+    what += f", B={row['B']}, K={row['K']}, {row['optimizer']}"
     index = {"rival": "end to end", "gradient": "table's gradient"}
-    what = caption(run, graph, sizes(row, "DN"), row["optimizer"])
-    return table(titled(run), index, columns) + what
-
-
-def present(rows: Rows) -> list[Rival]:
-    return [rival for rival in RIVALS if (rows["rival"] == rival.name).any()]
+    return table(titled(rows), index, columns) + caption(rows, what)
 
 
 def scale_table(rows: Rows) -> str:
     """A line for each size and gradient."""
-    row = rows.iloc[0]
-    axis = row["family"].removeprefix("scale-")
+    axis = rows["family"].iloc[0].removeprefix("scale-")
     columns: Columns = [
         (f"{rival.title}, {unit}", rival.name, what, WHOLE)
         for unit, what in (("ms", TIME), ("MiB", MEMORY))
-        for rival in present(rows)
+        for rival in RIVALS
+        if (rows["rival"] == rival.name).any()
     ]
     shown = rows.sort_values(["gradient", axis], kind="stable")
     shown = shown.assign(**{axis: shown[axis].map("{:,}".format)})
-    what = caption(rows, row["similarity"], sizes(row, axis), row["dtype"])
+    what = caption(rows, setting(rows, (axis, "gradient")))
     return table(shown, {axis: axis, "gradient": "gradient"}, columns, 2) + what
 
 
 def kernels_table(rows: Rows) -> str:
     """One setting, a line for each operator; a column for each backend."""
-    row, columns = rows.iloc[0], list[tuple[str, ...]]()
-    for rival in present(rows):
-        columns += spread(f"{rival.title}, ms", rival.name, TIME)
-    what = caption(rows, row["similarity"], sizes(row), row["dtype"], f"{row['gradient']} gradient")
-    return table(rows, {"phase": "operator"}, columns) + what
+    present = [rival for rival in RIVALS if (rows["rival"] == rival.name).any()]
+    columns = [column for r in present for column in spread(f"{r.title}, ms", r.name, TIME)]
+    return table(rows, {"phase": "operator"}, columns) + caption(rows, setting(rows))
 
 
 # A family's table, and whether each setting has one of its own.
@@ -215,8 +202,8 @@ def run(options: argparse.Namespace) -> int:
         names = rows["family"] + ":" + rows["graph"]
         rows = rows[rows["family"].isin(options.parts) | names.isin(options.parts)]
     if rows.empty:
-        what = f"no results of {', '.join(options.parts)}" if options.parts else "no results"
-        print(f"{what} in {options.results}: run python -m bench first", file=sys.stderr)
+        of = f" of {', '.join(options.parts)}" if options.parts else ""
+        print(f"no results{of} in {options.results}: run python -m bench first", file=sys.stderr)
         return 1
     tables = markdown(rows)
     if options.into is None:

@@ -9,6 +9,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,44 +37,28 @@ COLUMNS = (
     "similarity", "B", "K", "D", "N", "dtype", "gradient", "threads", "median", "q20", "q80",
     "unit", "device", "instruction_set", "library", "emu_kernels", "torch", "python",
 )  # fmt: skip
-NUMBERS = dict.fromkeys(("B", "K", "D", "N", "threads"), "int64")
 QUANTILES = ("median", "q20", "q80")
+NUMBERS = dict.fromkeys(("B", "K", "D", "N", "threads"), "int64")
 NUMBERS |= dict.fromkeys(QUANTILES, "float64")
 Row = dict[str, Any]
 
 
-class Recorder:
-    """Collects rows that share some columns."""
+def of_values(what: str, values: Any, **columns: Any) -> Row:
+    """Their quantiles."""
+    low, median, high = np.quantile(values, (0.2, 0.5, 0.8)).tolist()
+    columns |= {"what": what, "unit": UNITS[what]}
+    return columns | {"median": median, "q20": low, "q80": high}
 
-    def __init__(self, device: str, **shared: Any) -> None:
-        self.shared: Row = dict.fromkeys(COLUMNS, "") | environment(device) | shared
-        self.rows: list[Row] = []
 
-    def taken(self) -> list[Row]:
-        """The rows so far, which it keeps no longer: to be saved at once."""
-        taken, self.rows = self.rows, []
-        return taken
-
-    def add(self, what: str, values: Sequence[float], *, per: float = 0, **columns: Any) -> None:
-        """Quantiles of the values, or of ``per`` over the values."""
-        low, median, high = map(float, np.quantile(values, (0.2, 0.5, 0.8)))
-        if per:
-            low, median, high = per / high, per / median, per / low
-        spread = {"median": median, "q20": low, "q80": high, "what": what, "unit": UNITS[what]}
-        self.rows.append(self.shared | columns | spread)
-
-    def add_times(
-        self, times: Mapping[str, Sequence[float]], base: str | None = None, *,
-        rival: str, batch: int = 0, **columns: Any,
-    ) -> None:  # fmt: skip
-        """A rival's time, its speed where the batch is given, its ratio to the base's times."""
-        columns["rival"] = rival
-        self.add(TIME, [1000 * t for t in times[rival]], **columns)
-        if batch:
-            self.add(SPEED, times[rival], per=batch, **columns)
-        if base is not None and base in times:
-            ratios = [theirs / ours for theirs, ours in zip(times[rival], times[base], strict=True)]
-            self.add(RATIO, ratios, base=base, **columns)
+def of_times(times: Mapping[str, Any], base: str | None, rival: str, batch: int = 0) -> list[Row]:
+    """A rival's time, its speed where the batch is given, its ratio to the base's times."""
+    seconds = np.array(times[rival])
+    rows = [of_values(TIME, 1000 * seconds, rival=rival)]
+    if batch:
+        rows.append(of_values(SPEED, batch / seconds, rival=rival))
+    if base is not None:
+        rows.append(of_values(RATIO, seconds / np.array(times[base]), rival=rival, base=base))
+    return rows
 
 
 def device_name(device: str = "cpu") -> str:
@@ -86,22 +71,13 @@ def device_name(device: str = "cpu") -> str:
     return f"{model}, {cores} core{'s' if cores != 1 else ''}"
 
 
-def slug(name: str) -> str:
-    """As a file name."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
 def commit() -> str:
     """The commit that is checked out; without git BENCH_COMMIT or "unknown"."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(ROOT), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
+    git = partial(subprocess.check_output, cwd=ROOT, text=True, stderr=subprocess.DEVNULL)
     try:
-        name = git("rev-parse", "--short=12", "HEAD")
+        name = git(["git", "rev-parse", "--short=12", "HEAD"]).strip()
         # Every run changes the results themselves.
-        changed = git("status", "--porcelain", "--", ".", ":(exclude)bench/results")
+        changed = git(["git", "status", "--porcelain", "--", ".", ":(exclude)bench/results"])
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("BENCH_COMMIT", "unknown")
     return name + ("-dirty" if changed else "")
@@ -111,22 +87,20 @@ def environment(device: str = "cpu") -> Row:
     """The columns that all rows of a run that begins now share."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "device": device_name(device),
-        "emu_kernels": emu_kernels.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
+        "commit": commit(), "device": device_name(device), "emu_kernels": emu_kernels.__version__,
+        "torch": torch.__version__, "python": platform.python_version(),
+    }  # fmt: skip
 
 
 def append(folder: Path, rows: Sequence[Row], columns: Sequence[str] = COLUMNS) -> Path:
     """Add rows of one device to its file, and return this. Needs no pandas."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{slug(rows[0]['device'])}.csv"
+    name = re.sub(r"[^a-z0-9]+", "-", rows[0]["device"].lower()).strip("-")
+    path = folder / f"{name}.csv"
     with path.open("a+", newline="", encoding="utf-8") as file:
         file.seek(0)
         header = file.readline().strip()
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
         if not header:
             writer.writeheader()
         elif header != ",".join(columns):
@@ -142,7 +116,7 @@ def read(
     """The rows of a file, or of a folder's files by name.
 
     Raises:
-        ValueError: a file has other columns, or a value of another type.
+        ValueError: a file lacks a column, or a value has another type.
     """
     import pandas as pd
 
@@ -150,9 +124,7 @@ def read(
     frames = [pd.DataFrame(columns=list(columns)).astype(types)]
     for file in sorted(path.glob("*.csv")) if path.is_dir() else [path]:
         try:
-            frames.append(pd.read_csv(file, dtype=types, keep_default_na=False))
-        except ValueError as error:
+            frames.append(pd.read_csv(file, dtype=types, usecols=columns, keep_default_na=False))
+        except ValueError as error:  # noqa: PERF203
             raise ValueError(f"{file}: {error}") from error
-        if list(frames[-1].columns) != list(columns):
-            raise ValueError(f"{file}: expected the columns {', '.join(columns)}")
     return pd.concat(frames, ignore_index=True)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
 import importlib.metadata
 import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,18 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import emu_kernels
 from bench import eager, measure
 from bench.inputs import Inputs, Shape, is_gpu, make
 from bench.measure import Step
-from emu_kernels import (
-    Expected,
-    backends,
-    fused_emu_loss,
-    fused_softmax_loss,
-    one_vs_all_loss,
-    prepare,
-)
-from emu_kernels.backends.base import ScoreWeights, SumWeights
+from emu_kernels import Expected, backends
 from emu_kernels.similarity import SIMILARITIES
 
 EMU: dict[str, Any] = {"mutation_rate": 0.94, "beta": 0.25, "alpha": 0.73}
@@ -51,10 +45,11 @@ Loss = Callable[..., Tensor]  # of query, table, positive and negative
 
 @dataclass(frozen=True)
 class Rival:
+    """Made of a module's functions, so that a fresh process, where memory is measured, has it."""
+
     name: str  # in results and on the command line
     title: str  # in tables
-    loss: Callable[[Shape], Loss]  # for steps of a shape
-    cannot: Callable[[Shape], str | None] = lambda shape: None  # why it cannot run such a step
+    loss: Callable[[Shape], Loss]  # for steps of a shape; raises where it cannot run them
     device: str | None = None  # the only type of device on which it is measured
     backend: str | None = None  # of ours
     phases: tuple[str, ...] = PHASES + OPERATORS
@@ -63,37 +58,35 @@ class Rival:
 
     def prepare(self, shape: Shape, inputs: Inputs, phase: str) -> Step:
         if phase in OPERATORS:
-            return operator(str(self.backend), shape, inputs, phase)
-        loss = self.loss(shape)
-        if self.phases == (WHOLE,):
-            return lambda: partial(loss, *inputs)
-        return step(loss, inputs, phase)
+            return operator(self.backend, shape, inputs, phase)
+        return step(self.loss(shape), inputs, phase)
 
-    def start(
-        self, shape: Shape, inputs: Inputs, phase: str, *, tiny: bool
-    ) -> tuple[measure.Turn, float | None]:
-        """Warm up; on a GPU with the MiB that a step needs."""
-        step = self.prepare(shape, inputs, phase)
-        turn = measure.turn_of(step, shape.device, 0.0 if tiny else None)
-        measured = is_gpu(shape.device) and phase in PHASES
-        return turn, measure.cuda_peak(step())[1] if measured else None
+    def start(self, shape: Shape, inputs: Inputs, phase: str, tiny: bool) -> measure.Turn:
+        return measure.turn_of(self.prepare(shape, inputs, phase), shape.device, tiny=tiny)
 
     def unavailable(self, shape: Shape) -> str | None:
         """Why it cannot run such a step here, or None."""
         if self.device not in (None, torch.device(shape.device).type):
             return f"is measured with --device {self.device}"
+        if self.backend and (reason := backends.get(self.backend).unavailable()):
+            return reason
         tables = 1 if shape.sparse else 1 + self.dense_gradients
-        tiles = self.tiles * shape.batch * shape.negatives * shape.dim * 4
-        too_large = measure.too_large(tables * shape.table_bytes + tiles, shape.device)
-        return self.cannot(shape) or too_large
+        rows = tables * shape.entities + self.tiles * shape.batch * shape.negatives
+        if reason := measure.too_large(4 * rows * shape.dim, shape.device):
+            return reason
+        try:
+            self.loss(shape)
+        except (NotImplementedError, OSError, subprocess.CalledProcessError) as error:
+            return str(error)
+        return None
 
     def columns(self, shape: Shape) -> dict[str, Any]:
         """Of a row of results."""
-        used, library = instruction_set(shape.device), ""
+        used, library = torch.backends.cpu.get_cpu_capability().lower(), ""
+        if is_gpu(shape.device):
+            used = "sm_{}{}".format(*torch.cuda.get_device_capability(shape.device))
         if self.backend == "cpu":
-            from emu_kernels import _C
-
-            used = _C.instruction_set()
+            used = importlib.import_module("emu_kernels._C").instruction_set()
         elif self.backend == "triton":
             library = f"triton {importlib.metadata.version('triton')}"
         elif self.name == "gather-scatter":
@@ -101,18 +94,13 @@ class Rival:
         return {"instruction_set": used, "library": library}
 
 
-def instruction_set(device: str) -> str:
-    """Torch's."""
-    if is_gpu(device):
-        return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-    return torch.backends.cpu.get_cpu_capability().lower()
-
-
 def step(loss: Loss, inputs: Inputs, phase: str) -> Step:
     def forward() -> Tensor:
         return loss(*inputs)
 
-    def gradients(value: Tensor) -> tuple[Tensor, ...]:
+    def gradients(value: Tensor) -> Any:
+        if not value.requires_grad:  # all is done
+            return value
         of_query, of_table = torch.autograd.grad(value, (inputs.query, inputs.table))
         return of_query, of_table.coalesce() if of_table.is_sparse else of_table
 
@@ -123,28 +111,24 @@ def step(loss: Loss, inputs: Inputs, phase: str) -> Step:
     return lambda: lambda: gradients(forward())
 
 
-def operator(backend: str, shape: Shape, inputs: Inputs, name: str) -> Step:
+def operator(backend: str | None, shape: Shape, inputs: Inputs, name: str) -> Step:
     """One of ``OPERATORS``. On a GPU its time is that of all the kernels that it launches."""
-    query, table, positive, negative = inputs
-    scores = prepare.scores(
-        query.detach(), table.detach(), positive, negative, similarity=shape.similarity,
-        mutation=EMU["mutation_rate"], seed=1, sparse_grad=shape.sparse,
-    )  # fmt: skip
-    loss = {name: EMU[name] for name in ("beta", "alpha")}
-    request = prepare.loss(scores, **loss, sample_weight=None, reduction="mean")
-    kernels: Any = backends.get(backend)
-    state = kernels.loss_forward(request, need_grad=True)
-    sums = SumWeights(*(getattr(state, name) for name in SumWeights._fields))
-    upstream = ScoreWeights(*map(torch.ones_like, kernels.scores_forward(request)))
-    table_gradient = kernels.table_gradient_sparse if shape.sparse else kernels.table_gradient
-    calls = (
-        lambda: kernels.loss_forward(request, need_grad=False),
-        lambda: kernels.loss_forward(request, need_grad=True),
-        lambda: table_gradient(request, sums),
-        lambda: kernels.scores_forward(request),
-        lambda: kernels.query_gradient(request, upstream),
+    loss, scores = (partial(fused(x, backend, shape), seed=1) for x in ("emu", "scores"))
+    fixed = [tensor.detach() for tensor in inputs]
+    gradient = torch.autograd.grad
+
+    def of_scores() -> Callable[[], Any]:
+        made = tuple(scores(*inputs))
+        return partial(gradient, made, inputs.query, [torch.ones_like(x) for x in made])
+
+    steps: tuple[Step, ...] = (
+        lambda: partial(loss, *fixed),
+        lambda: partial(loss, *inputs),
+        lambda: partial(gradient, loss(*inputs), inputs.table),
+        lambda: partial(scores, *fixed),
+        of_scores,
     )
-    return lambda: calls[OPERATORS.index(name)]
+    return steps[OPERATORS.index(name)]
 
 
 BACKENDS = {"cuda": "cuda", "triton": "cuda", "cpu": "cpu"}
@@ -152,37 +136,24 @@ BACKENDS = {"cuda": "cuda", "triton": "cuda", "cpu": "cpu"}
 
 
 def ours(loss: str, backend: str) -> str:
-    """The name of ours with that loss of ``FUSED``."""
+    """The rival's name."""
     return f"fused-{loss}" if backend == "cpu" else f"fused-{loss}-{backend}"
 
 
-def base_of(names: Iterable[str]) -> str | None:
-    """The rival that others are compared with: EMU by our fastest backend among ``names``."""
-    return next((n for backend in BACKENDS if (n := ours("emu", backend)) in names), None)
-
-
-FUSED: dict[str, tuple[str, Callable[..., Tensor]]] = {
-    "emu": ("EMU, fused", partial(fused_emu_loss, **EMU)),
-    "softmax": ("sampled softmax, fused", fused_softmax_loss),
-    "expected": ("EMU in closed form, fused", partial(fused_emu_loss, **CLOSED)),
+FUSED: dict[str, tuple[str, Callable[..., Any]]] = {
+    "emu": ("**EMU, fused{}**", partial(emu_kernels.fused_emu_loss, **EMU)),
+    "softmax": ("sampled softmax, fused{}", emu_kernels.fused_softmax_loss),
+    "expected": ("EMU in closed form, fused{}", partial(emu_kernels.fused_emu_loss, **CLOSED)),
+    "scores": ("", partial(emu_kernels.emu_scores, mutation_rate=EMU["mutation_rate"])),
 }
-"""Titles and functions of our losses."""
+"""Titles of our losses, and functions."""
 
 
-def _fused(loss: str, backend: str) -> Rival:
-    title, function = FUSED[loss]
-    title += "" if backend == "cpu" else f" ({backend})"
-
-    def loss_of(shape: Shape) -> Loss:
-        pairs = loss == "expected" and SIMILARITIES[shape.similarity].coupled
-        unit = {"mask_unit": "pair"} if pairs else {}
-        given = {"similarity": shape.similarity, "sparse_grad": shape.sparse, "backend": backend}
-        return partial(function, **given, **unit)
-
-    return Rival(
-        ours(loss, backend), f"**{title}**" if loss == "emu" else title, loss_of,
-        lambda shape: backends.get(backend).unavailable(), BACKENDS[backend], backend,
-    )  # fmt: skip
+def fused(loss: str, backend: str | None, shape: Shape) -> Loss:
+    pairs = loss == "expected" and SIMILARITIES[shape.similarity].coupled
+    unit = {"mask_unit": "pair"} if pairs else {}
+    given = {"similarity": shape.similarity, "sparse_grad": shape.sparse, "backend": backend}
+    return partial(FUSED[loss][1], **given, **unit)
 
 
 @functools.cache
@@ -203,24 +174,20 @@ def fastest(shape: Shape) -> eager.Scores:
     return min(reversed(spellings), key=seconds)
 
 
-def _eager(loss: Loss, **options: Any) -> Callable[[Shape], Loss]:
-    return lambda shape: partial(loss, scores=fastest(shape), sparse=shape.sparse, **options)
+def _eager(loss: Loss, shape: Shape, **options: Any) -> Loss:
+    return partial(loss, scores=fastest(shape), sparse=shape.sparse, **options)
 
 
 @functools.lru_cache(maxsize=1)
-def _compiled_loss(shape: Shape) -> Loss:
+def _compiled(shape: Shape) -> Loss:
+    if shape.sparse:
+        raise NotImplementedError("torch.compile cannot trace sparse gradients")
+    if shape.device == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise NotImplementedError("torch.compile needs a C++ compiler (install GCC, or set CXX)")
     # Otherwise torch stops compiling after some shapes and runs the function as it is.
     torch.compiler.reset()
     scores = eager.SPELLINGS[shape.similarity][-1]
     return torch.compile(lambda *x: eager.emu_loss(*x, scores=scores, **EMU), dynamic=False)
-
-
-def _cannot_compile(shape: Shape) -> str | None:
-    if shape.sparse:
-        return "torch.compile cannot trace sparse gradients"
-    if shape.device == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
-        return "torch.compile needs a C++ compiler (install GCC, or set CXX)"
-    return None
 
 
 @functools.cache
@@ -243,48 +210,51 @@ def gather_scatter(query: Tensor, table: Tensor, positive: Tensor, ids: Tensor) 
     return gradient
 
 
-def _cannot_gather(shape: Shape) -> str | None:
+def _gather_scatter(shape: Shape) -> Loss:
     if (shape.dtype, shape.gradient) != ("float32", "dense"):
-        return "supports only float32 and dense gradients"
-    try:
-        _native()
-    except (OSError, subprocess.CalledProcessError) as error:
-        return f"needs a C++ compiler with OpenMP (install GCC, or set CXX): {error}"
-    return None
+        raise NotImplementedError("supports only float32 and dense gradients")
+    _native()  # raises without a C++ compiler that has OpenMP
+    return gather_scatter
 
 
-def _shared_expected(query: Tensor, table: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
-    return fused_emu_loss(query, table, positive, negative[:1], **CLOSED)
+def _product(name: str, shape: Shape) -> Loss:
+    losses: dict[str, Loss] = {
+        "shared-expected": lambda q, t, p, n: emu_kernels.fused_emu_loss(q, t, p, n[:1], **CLOSED),
+        "shared-softmax": eager.shared_softmax_loss,
+        "all-expected": lambda q, t, p, n: emu_kernels.one_vs_all_loss(q, t, p, **CLOSED),
+        "all-softmax": lambda q, t, p, n: torch.nn.functional.cross_entropy(q @ t.T, p),
+    }
+    return losses[name]
 
 
-def _all_expected(query: Tensor, table: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
-    return one_vs_all_loss(query, table, positive, **CLOSED)
-
-
-_SETS, _ALL = "one set of negatives", "all entities"
-PRODUCTS = (
-    Rival("shared-expected", f"EMU in closed form, {_SETS}", lambda _: _shared_expected),
-    Rival("shared-softmax", f"sampled softmax, {_SETS}", lambda _: eager.shared_softmax_loss),
-    Rival("all-expected", f"EMU in closed form, {_ALL}", lambda _: _all_expected),
-    Rival("all-softmax", f"softmax of {_ALL}", lambda _: eager.all_softmax_loss),
+OURS = tuple(
+    Rival(
+        ours(loss, backend), title.format("" if backend == "cpu" else f" ({backend})"),
+        partial(fused, loss, backend), device=device, backend=backend,
+    )
+    for loss, (title, _) in FUSED.items()
+    for backend, device in BACKENDS.items()
+    if title
+)  # fmt: skip
+PRODUCTS = tuple(
+    Rival(name, title, partial(_product, name))
+    for name, title in {
+        "shared-expected": "EMU in closed form, one set of negatives",
+        "shared-softmax": "sampled softmax, one set of negatives",
+        "all-expected": "EMU in closed form, all entities",
+        "all-softmax": "softmax of all entities",
+    }.items()
 )
 """Of dot with dense gradients: of the command ``closed`` alone."""
-
+_EAGER_EMU = partial(_eager, eager.emu_loss, **EMU)
+_EAGER_SOFTMAX = partial(_eager, eager.softmax_loss)
+_BARE = "bare gather and scatter of the rows"
 RIVALS = (
-    *(_fused(loss, backend) for loss in FUSED for backend in BACKENDS),
-    Rival(
-        "eager-emu", "EMU, eager PyTorch", _eager(eager.emu_loss, **EMU),
-        dense_gradients=2, tiles=8,
-    ),
-    Rival(
-        "compiled-emu", "EMU, torch.compile", _compiled_loss, _cannot_compile,
-        dense_gradients=2, tiles=4,
-    ),
-    Rival("eager-softmax", "sampled softmax, eager PyTorch", _eager(eager.softmax_loss), tiles=4),
-    Rival(
-        "gather-scatter", "bare gather and scatter of the rows", lambda shape: gather_scatter,
-        _cannot_gather, "cpu", phases=(WHOLE,),
-    ),
+    *OURS,
+    Rival("eager-emu", "EMU, eager PyTorch", _EAGER_EMU, dense_gradients=2, tiles=8),
+    Rival("compiled-emu", "EMU, torch.compile", _compiled, dense_gradients=2, tiles=4),
+    Rival("eager-softmax", "sampled softmax, eager PyTorch", _EAGER_SOFTMAX, tiles=4),
+    Rival("gather-scatter", _BARE, _gather_scatter, "cpu", phases=(WHOLE,)),
     *PRODUCTS,
 )  # fmt: skip
 BY_NAME = {rival.name: rival for rival in RIVALS}

@@ -5,6 +5,8 @@ On each backend that can run here; a GPU's include launches.
 
 from __future__ import annotations
 
+from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
@@ -13,15 +15,10 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench.inputs import SIMILARITIES, Shape, make
 from bench.measure import synchronize
-from bench.rivals import BACKENDS, EMU
-from emu_kernels import backends, emu_mutate, emu_scores, fused_emu_loss, fused_softmax_loss
+from bench.rivals import BACKENDS, BY_NAME, fused, ours
+from emu_kernels import emu_mutate
 
-CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "emu": (fused_emu_loss, EMU),
-    "softmax": (fused_softmax_loss, {}),
-    "scores": (emu_scores, {"mutation_rate": 0.94}),
-}
-CASES = [(call, s) for call in CALLS for s in SIMILARITIES] + [("mutate", "")]
+CASES = [*product(("emu", "softmax", "scores"), SIMILARITIES), ("mutate", "dot")]
 
 
 @pytest.mark.parametrize("gradient", [None, "dense", "sparse"], ids=str)  # None: forward only
@@ -30,27 +27,25 @@ CASES = [(call, s) for call in CALLS for s in SIMILARITIES] + [("mutate", "")]
 def test_call(
     benchmark: BenchmarkFixture, backend: str, name: str, similarity: str, gradient: str | None
 ) -> None:
-    device = BACKENDS[backend]
-    reason = backends.get(backend).unavailable()
-    if reason is not None or (device == "cuda" and not torch.cuda.is_available()):
-        pytest.skip(reason or "torch sees no GPU")
-    inputs = make(Shape(device=device))
-    leaves = [inputs.query, inputs.table]
+    shape = Shape(similarity=similarity, gradient=gradient or "dense", device=BACKENDS[backend])
+    if shape.device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("torch sees no GPU")
+    if (reason := BY_NAME[ours("emu", backend)].unavailable(shape)) is not None:
+        pytest.skip(reason)
+    inputs = make(shape)
     if name == "mutate":  # a tenth of the batch, whose (B, K, D) tensors are read and written
         ids = (inputs.positive[:100], inputs.negative[:100])
         leaves = [inputs.table.detach()[i].requires_grad_() for i in ids]
+        call = partial(emu_mutate, *leaves, mutation_rate=0.94, backend=backend)
+    else:
+        leaves, call = [*inputs[:2]], partial(fused(name, backend, shape), *inputs)
 
     def step() -> None:
         with torch.set_grad_enabled(gradient is not None):
-            if name == "mutate":
-                value: Any = emu_mutate(*leaves, mutation_rate=0.94, seed=1, backend=backend)
-            else:
-                function, options = CALLS[name]
-                kind = {"similarity": similarity, "sparse_grad": gradient == "sparse"}
-                value = function(*inputs, backend=backend, **kind, **options)
+            value: Any = call()
         if gradient is not None:
             value = value.mutated if name == "scores" else value
             torch.autograd.grad(value.sum(), leaves)
-        synchronize(device)
+        synchronize(shape.device)
 
     benchmark(step)

@@ -19,7 +19,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -29,71 +29,26 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from bench import eager, measure
-from bench.inputs import Shape, is_gpu
+from bench.inputs import Inputs, Shape, is_gpu
+from bench.measure import Run
 from bench.rivals import BY_NAME as STEPS
-from bench.rivals import EMU, TRAINING, Loss
-from bench.steps import Setting
-from emu_kernels import fused_emu_loss
+from bench.rivals import EMU, SCALED, TRAINING, Loss, Rival, fused
 
 if TYPE_CHECKING:
-    from emu_kernels.trainer.config import Config
     from emu_kernels.trainer.data import Graph
 
 ZIPF = "zipf"
 RELATIONS = 500  # of the synthetic graph, which has as many triples as entities
+TRIPLES = 272_115  # of FB15k-237
 LEARNING_RATE = 0.1
-
-
-@dataclass(frozen=True)
-class Task(Shape):
-    """One training run. The default is the paper's setting on FB15k-237."""
-
-    entities: int = 1_000_000  # of the synthetic graph
-    similarity: str = ""  # the model's
-    graph: str = "FB15k-237"
-    model: str = "DistMult"
-    optimizer: str = "Adagrad"
-
-    def tiny(self) -> Task:
-        return super().tiny().replace(graph=ZIPF)
-
-    def columns(self) -> dict[str, Any]:
-        own = {name: getattr(self, name) for name in ("graph", "model", "optimizer")}
-        return super().columns() | own
-
-    def load(self) -> tuple[Task, Graph]:
-        """With the graph, of training triples alone.
-
-        Raises:
-            FileNotFoundError: the dataset is not at hand and cannot be downloaded.
-        """
-        from emu_kernels.trainer import data, datasets, errors
-
-        if self.graph == ZIPF:
-            train = zipf_triples(self.entities, RELATIONS, self.entities)
-            entities: Any = range(self.entities)  # training does not use names
-            relations: Any = range(RELATIONS)
-        else:
-            try:
-                graph = datasets.load_dataset(self.graph)
-            except errors.DataError as error:
-                raise FileNotFoundError(str(error)) from error
-            train, entities, relations = graph.triples["train"], graph.entities, graph.relations
-        none = train.new_empty((0, 3))
-        splits = {"train": train, "valid": none, "test": none}
-        return self.replace(entities=len(entities)), data.Graph(entities, relations, splits)
-
-    def __str__(self) -> str:
-        sizes = f"d={self.dim}, B={self.batch}, K={self.negatives}"
-        graph = f"{self.graph} ({self.entities:,})" if self.graph == ZIPF else self.graph
-        return f"{self.model} on {graph}, {sizes}, {self.optimizer}, {self.gradient} gradients"
+PYG = "torch-geometric"
 
 
 def zipf_triples(entities: int, relations: int, triples: int) -> Tensor:
     """(triples, 3) of ids: rank i of entities and relations has a probability close to 1 / i.
 
-    Zipf's law with exponent 1 is nearly that of (size + 1)^u, rounded down, for uniform u. Frequent
-    entities are at random places, as in a real table, so that their rows are far apart.
+    (size + 1)^u, rounded down, of uniform u nearly has Zipf's law. Frequent entities are at random
+    places, as in a real table, so that their rows are far apart.
     """
     draws = torch.Generator().manual_seed(0)
     place = torch.randperm(entities, generator=draws)
@@ -106,63 +61,85 @@ def zipf_triples(entities: int, relations: int, triples: int) -> Tensor:
     return torch.stack(columns, dim=1)
 
 
-Run = Callable[[int], float]  # trains so many steps and returns their seconds
+@dataclass(frozen=True)
+class Task(Shape):
+    """One training run. The default is the paper's setting on FB15k-237."""
+
+    entities: int = 1_000_000  # of the synthetic graph
+    similarity: str = ""  # the model's
+    graph: str = "FB15k-237"
+    model: str = "DistMult"
+    optimizer: str = "Adagrad"
+
+    def tiny(self) -> Any:
+        return super().tiny().replace(graph=ZIPF)
+
+    def columns(self) -> dict[str, Any]:
+        own = {name: getattr(self, name) for name in ("graph", "model", "optimizer")}
+        return super().columns() | own
+
+    def load(self) -> tuple[Task, Graph]:
+        """With the graph, of training triples alone."""
+        from emu_kernels.trainer import data, datasets, errors
+
+        if self.graph == ZIPF:
+            train = zipf_triples(self.entities, RELATIONS, self.entities)
+            names: Any = range(self.entities), range(RELATIONS)  # training does not use names
+        else:
+            try:
+                graph = datasets.load_dataset(self.graph)
+            except errors.DataError as error:
+                raise FileNotFoundError(str(error)) from error
+            names, train = (graph.entities, graph.relations), graph.triples["train"]
+        splits = {"train": train, "valid": train[:0], "test": train[:0]}
+        return self.replace(entities=len(names[0])), data.Graph(names[0], names[1], splits)
+
+    def __str__(self) -> str:
+        sizes = f"B={self.batch}, K={self.negatives}, D={self.dim}"
+        return f"{self.model} on {self.graph}, {sizes}, {self.optimizer}, {self.gradient} gradient"
 
 
-def timed(train: Callable[[int], object], device: str) -> Run:
-    return lambda steps: measure.wall_clock(lambda: partial(train, steps), device)
-
-
-def new_optimizer(task: Task, parameters: Iterable[Any]) -> torch.optim.Optimizer:
+def adagrad(task: Task, parameters: Iterable[Any]) -> torch.optim.Optimizer:
     """The fastest available: on a CPU fused, unless gradients are sparse."""
-    name = "SparseAdam" if task.sparse and task.optimizer == "Adam" else task.optimizer
-    fused = {} if task.sparse or is_gpu(task.device) else {"fused": True}
-    return getattr(torch.optim, name)(list(parameters), lr=LEARNING_RATE, **fused)
+    fused = not task.sparse and not is_gpu(task.device)
+    return torch.optim.Adagrad(list(parameters), lr=LEARNING_RATE, fused=fused or None)
 
 
 def by_hand(task: Task, parameters: Iterable[Any], loss: Callable[[int], Tensor]) -> Run:
     """The usual loop, with a loss of the step's number."""
-    optimizer, numbers = new_optimizer(task, parameters), itertools.count()
+    optimizer = adagrad(task, parameters)
 
-    def train(steps: int) -> None:
-        for number in itertools.islice(numbers, steps):
-            optimizer.zero_grad()
-            loss(number).backward()
-            optimizer.step()
+    def step(number: int) -> None:
+        optimizer.zero_grad()
+        loss(number).backward()
+        optimizer.step()
 
-    return timed(train, task.device)
+    return measure.run_of(step, task.device)
 
 
-def our_config(task: Task, loss: str = "emu") -> Config:
+def emu_train(task: Task, graph: Graph, loss: str) -> Run:
+    """``emu-train``, without evaluation."""
     from emu_kernels.trainer.config import Config
+    from emu_kernels.trainer.loop import Trainer, settle
 
     never = 2**62
-    return Config(
+    config = Config(
         data=task.graph,  # a name only: the graph is passed to the trainer
         model=task.model, dim=task.dim, loss=loss, batch_size=task.batch,
         negatives=task.negatives, optimizer=task.optimizer, lr=LEARNING_RATE, sparse=task.sparse,
         regularization=0.0, eval_every=never, log_every=never, device=task.device, **EMU,
     )  # fmt: skip
-
-
-def our_trainer(task: Task, graph: Graph, loss: str) -> Run:
-    """``emu-train``, without evaluation."""
-    from emu_kernels.trainer.loop import Trainer, settle
-
-    trainer = Trainer(settle(our_config(task, loss)), graph)
+    trainer = Trainer(settle(config), graph)
 
     def train(steps: int) -> None:
         with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
             trainer.train(trainer.step + steps)
 
-    return timed(train, task.device)
+    return lambda steps: measure.wall_clock(lambda: partial(train, steps), task.device)
 
 
 def pytorch_loop(task: Task, graph: Graph, new_loss: Callable[[Shape], Loss]) -> Run:
-    """An ordinary loop: shuffled triples, tails and heads corrupted in turn, embeddings.
-
-    The query is computed once a row and scored with its K candidates.
-    """
+    """Shuffled triples, tails and heads in turn; a query a row, scored with its K candidates."""
     from emu_kernels.trainer.batches import AlternatingBatches
     from emu_kernels.trainer.models import MODELS
 
@@ -184,13 +161,10 @@ def pytorch_loop(task: Task, graph: Graph, new_loss: Callable[[Shape], Loss]) ->
     return by_hand(task, model.parameters(), loss)
 
 
-def our_emu(shape: Shape) -> Loss:
-    return partial(fused_emu_loss, similarity=shape.similarity, sparse_grad=shape.sparse, **EMU)
-
-
-def cross_entropy(positive: Tensor, negative: Tensor) -> Tensor:
-    """(B,), (B, K) scores -> the loss with the positive as the right class."""
-    return eager.first_class(torch.cat([positive[:, None], negative], dim=1))
+def full_batches(loader: Any, size: int) -> Iterator[Any]:
+    """Of a loader, epoch after epoch."""
+    every = itertools.chain.from_iterable(itertools.repeat(loader))
+    return (batch for batch in every if len(batch[0]) == size)
 
 
 LIBRARIES: dict[str, dict[str, dict[str, Any]]] = {
@@ -200,7 +174,7 @@ LIBRARIES: dict[str, dict[str, dict[str, Any]]] = {
         "TransE": {"entity_constrainer": None},
         "RotatE": {},  # relations are constrained to the unit circle: part of the model
     },
-    "torch-geometric": {"DistMult": {}, "ComplEx": {}, "TransE": {}, "RotatE": {}},
+    PYG: {"DistMult": {}, "ComplEx": {}, "TransE": {}, "RotatE": {}},
     "torchkge": {"DistMult": {}, "ComplEx": {}, "TransE": {"dissimilarity_type": "L1"}},
 }
 """By package its models, with their options."""
@@ -217,25 +191,22 @@ def pykeen(task: Task, graph: Graph, *, ours: bool) -> Run:
     from pykeen.training import SLCWATrainingLoop, TrainingCallback
     from pykeen.triples import CoreTriplesFactory
 
-    new_loop: Any = SLCWATrainingLoop
-    if ours:
-        from emu_kernels.integrations.pykeen import EMUTrainingLoop
+    from emu_kernels.integrations.pykeen import EMUTrainingLoop
 
-        new_loop = partial(EMUTrainingLoop, **EMU)
+    new_loop: Any = partial(EMUTrainingLoop, **EMU) if ours else SLCWATrainingLoop
     logging.getLogger("pykeen").setLevel(logging.ERROR)
-    triples = graph.triples["train"]
+    train = graph.triples["train"]
     sizes: Any = {"num_entities": graph.num_entities, "num_relations": graph.num_relations}
-    every = CoreTriplesFactory(triples, **sizes)
+    every = CoreTriplesFactory(train, **sizes)
     model = model_resolver.make(
         task.model.lower(), triples_factory=every, embedding_dim=task.dim,
         loss="crossentropy", random_seed=0, **LIBRARIES["pykeen"][task.model],
     ).to(task.device)  # fmt: skip
     training_loop = new_loop(
-        model=model, triples_factory=every, optimizer=new_optimizer(task, model.get_grad_params()),
-        negative_sampler="basic", automatic_memory_optimization=False,
+        model=model, triples_factory=every, optimizer=adagrad(task, model.get_grad_params()),
         negative_sampler_kwargs={"num_negs_per_pos": task.negatives},
+        automatic_memory_optimization=False,
     )  # fmt: skip
-
     times: list[float] = []
     epochs = itertools.count(1)
 
@@ -246,12 +217,12 @@ def pykeen(task: Task, graph: Graph, *, ours: bool) -> Run:
 
     def run(steps: int) -> float:
         times.clear()
-        chosen = torch.randint(len(triples), ((steps + 1) * task.batch,))
+        chosen = torch.randint(len(train), ((steps + 1) * task.batch,))
         epoch = next(epochs)
         training_loop.train(
-            CoreTriplesFactory(triples[chosen], **sizes), num_epochs=epoch,  # in total
-            continue_training=epoch > 1, batch_size=task.batch, use_tqdm=False,
-            drop_last=True, pin_memory=False, num_workers=0, callbacks=Watch(),
+            CoreTriplesFactory(train[chosen], **sizes), num_epochs=epoch,  # in total
+            continue_training=epoch > 1, batch_size=task.batch, use_tqdm=False, pin_memory=False,
+            callbacks=Watch(),
         )  # fmt: skip
         return times[steps] - times[0]
 
@@ -273,19 +244,21 @@ def pyg(task: Task, graph: Graph, *, ours: bool) -> Run:
     model = getattr(kge, task.model)(*sizes, sparse=task.sparse).to(task.device)
     columns = graph.triples["train"].to(task.device).T.contiguous()
     loader = model.loader(*columns, batch_size=task.batch, shuffle=True, drop_last=True)
-    batches = itertools.chain.from_iterable(itertools.repeat(loader))
+    batches = full_batches(loader, task.batch)
 
     def loss(step: int) -> Tensor:
-        triples = next(batches)
+        batch = next(batches)
         if ours:
-            return emu_loss(model, *triples, num_negatives=task.negatives, **EMU)
-        shape = (len(triples[0]), task.negatives)
-        sampled = torch.randint(model.num_nodes, shape, device=task.device)
-        corrupted = [ids[:, None] for ids in triples]
-        corrupted[0 if step % 2 else 2] = sampled
+            return emu_loss(model, *batch, num_negatives=task.negatives, **EMU)
+        shape = (task.batch, task.negatives)
+        corrupted = [ids[:, None] for ids in batch]
+        corrupted[0 if step % 2 else 2] = torch.randint(
+            graph.num_entities, shape, device=task.device
+        )
         if task.model == "RotatE":  # its forward does not broadcast
             corrupted = [ids.expand(shape).flatten() for ids in corrupted]
-        return cross_entropy(model(*triples), model(*corrupted).view(shape))
+        scores = model(*batch)[:, None], model(*corrupted).view(shape)
+        return eager.first_class(torch.cat(scores, dim=1))
 
     return by_hand(task, model.parameters(), loss)
 
@@ -313,58 +286,40 @@ def torchkge(task: Task, graph: Graph) -> Run:
     sizes = (task.dim, graph.num_entities, graph.num_relations)
     model = new_model(*sizes, **LIBRARIES["torchkge"][task.model]).to(task.device)
     sampler = UniformNegativeSampler(knowledge, n_neg=task.negatives)
-    loader = DataLoader(knowledge, batch_size=task.batch)
-    every = itertools.chain.from_iterable(itertools.repeat(loader))
-    batches = (batch for batch in every if len(batch[0]) == task.batch)
+    batches = full_batches(DataLoader(knowledge, batch_size=task.batch), task.batch)
 
     def loss(step: int) -> Tensor:
         head, tail, relation = next(batches)
         corrupted = sampler.corrupt_batch(head, tail, relation)
         positive, negative = model(head, tail, relation, *corrupted)
-        rows = len(head)  # both are repeated once a negative, block by block
-        return cross_entropy(positive[:rows], negative.view(-1, rows).T)
+        # Both are repeated once a negative, block by block.
+        scores = positive[: task.batch, None], negative.view(-1, task.batch).T
+        return eager.first_class(torch.cat(scores, dim=1))
 
     return by_hand(task, model.parameters(), loss)
 
 
-def ours_can_be_sparse(task: Task) -> bool:
-    from emu_kernels.trainer.errors import ConfigError
-
-    try:
-        our_config(task.replace(gradient="sparse"))
-    except ConfigError:
-        return False
-    return True
-
-
 @dataclass(frozen=True)
 class Trainer:
+    """Made of a module's functions, as a :class:`bench.rivals.Rival`."""
+
     name: str  # in results and on the command line
     title: str  # in tables
     train: Callable[[Task, Graph], Run]
     library: str = ""  # its package, one of ``LIBRARIES``
-    can_be_sparse: Callable[[Task], bool] = lambda task: True
-    device: str | None = None  # any
+    device: None = None  # any
     phases: tuple[str, ...] = (TRAINING,)
 
     def adapt(self, task: Task) -> Task:
         """The task with dense gradients where this trainer has no sparse ones for it."""
-        possible = self.library not in DENSE and self.can_be_sparse(task)
-        return task if possible else task.replace(gradient="dense")
+        from emu_kernels.trainer.models import MODELS, Model
 
-    def warm(self, task: Task, graph: Graph) -> Run:
-        run = self.train(self.adapt(task), graph)
-        run(measure.MEMORY_STEPS)
-        return run
+        whole = MODELS[task.model].candidates is not Model.candidates  # of all entities
+        dense = self.library in DENSE or (self.name.startswith("trainer-") and whole)
+        return task.replace(gradient="dense") if dense else task
 
-    def start(
-        self, task: Task, graph: Graph, _phase: str, *, tiny: bool
-    ) -> tuple[measure.Turn, float | None]:
-        """Warm up; on a GPU with the MiB that this takes."""
-        warm, on_gpu = partial(self.warm, task, graph), is_gpu(task.device)
-        run, peak = measure.cuda_peak(warm) if on_gpu else (warm(), None)
-        steps = max(1, math.ceil((0.0 if tiny else 0.25) / run(1)))
-        return lambda: run(steps) / steps, peak
+    def start(self, task: Task, graph: Graph, phase: str, tiny: bool) -> measure.Turn:
+        return measure.turn_of_run(self.train(self.adapt(task), graph), tiny=tiny)
 
     def columns(self, task: Task) -> dict[str, Any]:
         """Of a row of results."""
@@ -382,44 +337,74 @@ class Trainer:
         # Parameters, gradients, the optimiser's state and temporaries; tensors of B·K·D.
         tables = 3 if self.adapt(task).sparse else 6
         entities = task.entities if task.graph == ZIPF else 200_000  # more than any dataset has
-        width = MODELS[task.model].entity_width * task.dim * 4
         rows = entities * tables + task.batch * task.negatives * 12
-        return measure.too_large(rows * width, task.device)
+        width = MODELS[task.model].entity_width * task.dim
+        return measure.too_large(4 * rows * width, task.device)
 
 
-def _ours(loss: str, title: str) -> Trainer:
-    start = partial(our_trainer, loss=loss)
-    return Trainer(f"trainer-{loss}", title, start, can_be_sparse=ours_can_be_sparse)
-
-
+_FUSED = partial(fused, "emu", None)
 _SOFTMAX, _EMU = STEPS["eager-softmax"].loss, STEPS["eager-emu"].loss
-_PYG = "torch-geometric"
 TRAINERS = (
-    _ours("emu", "**our trainer, EMU**"),
-    _ours("softmax", "our trainer, sampled softmax"),
-    Trainer("fused-loop-emu", "PyTorch loop with our EMU", partial(pytorch_loop, new_loss=our_emu)),
+    Trainer("trainer-emu", "**our trainer, EMU**", partial(emu_train, loss="emu")),
+    Trainer("trainer-softmax", "our trainer, sampled softmax", partial(emu_train, loss="softmax")),
+    Trainer("fused-loop-emu", "PyTorch loop with our EMU", partial(pytorch_loop, new_loss=_FUSED)),
     Trainer("loop-softmax", "PyTorch loop", partial(pytorch_loop, new_loss=_SOFTMAX)),
     Trainer("loop-emu", "PyTorch loop with eager EMU", partial(pytorch_loop, new_loss=_EMU)),
     Trainer("pykeen", "PyKEEN, sLCWA", partial(pykeen, ours=False), "pykeen"),
     Trainer("pykeen-emu", "PyKEEN with our EMU", partial(pykeen, ours=True), "pykeen"),
-    Trainer("pyg", "PyTorch Geometric", partial(pyg, ours=False), _PYG),
-    Trainer("pyg-emu", "PyTorch Geometric with our EMU", partial(pyg, ours=True), _PYG),
+    Trainer("pyg", "PyTorch Geometric", partial(pyg, ours=False), PYG),
+    Trainer("pyg-emu", "PyTorch Geometric with our EMU", partial(pyg, ours=True), PYG),
     Trainer("torchkge", "TorchKGE", torchkge, "torchkge"),
 )
-BASE = TRAINERS[0].name
 BY_NAME = {trainer.name: trainer for trainer in TRAINERS}
 
 
-def for_memory(name: str, task: Any) -> Callable[[], Run]:
-    """Model, gradients, optimiser and temporaries; not the triples."""
-    return partial(BY_NAME[name].warm, *task.load())
+@dataclass(frozen=True)
+class WholeStep(Rival):
+    """A rival's loss in a training step on a GPU, perhaps as CUDA graphs: sampler and all.
+
+    DistMult with Adagrad, tails and heads in turn. Triples, which are random and as many as
+    FB15k-237's, negatives and seeds are drawn on the device; each replay advances its generator.
+    """
+
+    captured: bool = False
+
+    def start(self, shape: Shape, inputs: Inputs, phase: str, tiny: bool) -> measure.Turn:
+        device, loss_of = shape.device, self.loss(shape)
+        columns = zipf_triples(shape.entities, 237, TRIPLES).T.contiguous().to(device)  # (3, M)
+        sizes = ((n, shape.dim) for n in (shape.entities, 237))
+        tables = [torch.empty(size, device=device).uniform_(-0.26, 0.26) for size in sizes]
+        sums = [torch.zeros_like(table) for table in tables]
+
+        def step(head: bool) -> None:
+            place = torch.randint(TRIPLES, (shape.batch,), device=device)
+            negative = torch.randint(shape.entities, (shape.batch, shape.negatives), device=device)
+            first, relation, last = columns[:, place]
+            given, positive = (last, first) if head else (first, last)
+            # Rows are leaves: their gradients are (B, D) and not a second (N, D).
+            leaves = tables[0], tables[0][given], tables[1][relation]
+            entity, rows, relations = (leaf.requires_grad_() for leaf in leaves)
+            loss = loss_of(rows * relations, entity, positive, negative)
+            of_entity, of_given, of_rows = torch.autograd.grad(loss, leaves)
+            entity.requires_grad_(False)
+            of_entity.index_add_(0, given, of_given)
+            of_relation = torch.zeros_like(tables[1]).index_add_(0, relation, of_rows)
+            for p, total, g in zip(tables, sums, (of_entity, of_relation), strict=True):
+                p.addcdiv_(g, total.addcmul_(g, g).sqrt().add_(1e-10), value=-0.1)
+
+        steps: list[Any] = [partial(step, False), partial(step, True)]
+        steps = [*map(measure.Captured, steps)] if self.captured else steps
+        return measure.turn_of_run(measure.run_of(lambda n: steps[n % 2](), device), tiny=tiny)
+
+    def columns(self, shape: Shape) -> dict[str, Any]:
+        named = {"graph": f"{TRIPLES} random triples", "model": "DistMult", "optimizer": "Adagrad"}
+        return super().columns(shape) | named
 
 
-def settings(options: Any) -> Iterator[Setting]:
-    """Of the command ``train``."""
-    fields = ("entities", "dim", "batch", "negatives", "optimizer")
-    shared = {field: getattr(options, field) for field in fields}
-    for graph, model in itertools.product(options.graph, options.model):
-        gradient = options.gradient or ("sparse" if graph == ZIPF else "dense")
-        task = Task(graph=graph, model=model, gradient=gradient, **shared)
-        yield Setting(task, options.rivals, (TRAINING,), "train", BASE, for_memory)
+CAPTURED = ", captured"
+WHOLE_STEPS = [WholeStep(**vars(STEPS[n]) | {"phases": (TRAINING,)}) for n in SCALED]
+WHOLE_STEPS += [
+    replace(r, name=r.name + CAPTURED, title=r.title + CAPTURED, device="cuda", captured=True)
+    for r in WHOLE_STEPS
+    if r.device != "cpu"
+]

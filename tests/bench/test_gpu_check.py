@@ -12,25 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu_cases, gpu_check, results
+from bench import gpu_check, results
 from bench.__main__ import _parser
 from bench.gpu_check import FAILED, OK, ROOT, SKIPPED, TIMEOUT, Stage
-from bench.inputs import SIMILARITIES
 
 ABSENT = ("hypothesis", "pooch", "pykeen", "setuptools", "torch_geometric", "torchkge", "tqdm")
 """What a GPU's machine may lack, or have in a version that is too old."""
-
-STAND_IN = """#!/bin/sh
-while :; do case "$1" in
-  --log-file) echo ID >"$2"; shift 2 ;;
-  --nvtx | --csv | --force-overwrite) shift ;;
-  --error-exitcode | --target-processes | --report-api-errors | --tool | --page) shift 2 ;;
-  --nvtx-include | --clock-control | --launch-count | --section) shift 2 ;;
-  -*) echo "unknown option $1"; exit 1 ;;
-  *) exec "$@" ;;
-esac; done
-"""
-FAMILIES = {"a": {"captured", "kernels", "steps"}, "b": set(), "c": {"closed", "scale-D", "steps"}}
+STAND_IN = '#!/bin/sh\nwhile [ ! -x "$1" ]; do shift; done\nexec "$@"\n'  # runs what it is given
+FAMILIES = {"a": "captured kernels steps", "b": "", "c": "captured closed scale-D steps"}
 
 
 def test_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
@@ -58,7 +47,7 @@ def test_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch)
     assert [r.detail for r in found[5:]] == ["its report", "deaf", "1 failed, failed: a rival"]
     assert "GIVEN=value" in capsys.readouterr().out
     record = json.loads((tmp_path / "summary.json").read_text())
-    assert [r["stage"] for r in record] == list("abcdefgh")
+    assert "".join(r["stage"] for r in record) == "abcdefgh"
     (cut,) = gpu_check.run_stages([stages[0]], tmp_path, minutes=0)
     assert cut.detail == "no time was left for it"
 
@@ -75,34 +64,22 @@ def test_commands(part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         assert "nothing to check" in capsys.readouterr().err
 
 
-def test_cases(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu_cases.main(["--device", "cpu"]) == 0
-    monkeypatch.setattr(gpu_cases, "HOT", (gpu_cases.ODD,))
-    assert gpu_cases.main(["--device", "cpu", "--hot"]) == 0
-    assert gpu_cases.main(["--device", "cpu", "--backends", "cuda"]) == 1
-    out = capsys.readouterr().out
-    assert all(text in out for text in (*SIMILARITIES, "shared, padded", "bfloat16"))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("part", gpu_check.PARTS)
 def test_a_part_ends_with_its_facts_saved(part: str, tmp_path: Path) -> None:
     """The same programs on tiny sizes; compute-sanitizer and ncu run what they are given."""
-    programs, blocked, out = tmp_path / "bin", tmp_path / "site", tmp_path / "out"
-    for folder in (programs, blocked):
-        folder.mkdir()
+    out = tmp_path / "out"
     for name in ("compute-sanitizer", "ncu"):
-        (programs / name).write_text(STAND_IN)
-        (programs / name).chmod(0o755)
+        (tmp_path / name).write_text(STAND_IN)
+        (tmp_path / name).chmod(0o755)
     text = f"import sys\nsys.modules.update(dict.fromkeys({ABSENT}))\n"
-    (blocked / "sitecustomize.py").write_text(text)
-    path = os.pathsep.join([str(blocked), str(ROOT)])
-    environment = os.environ | {"PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": path}
+    (tmp_path / "sitecustomize.py").write_text(text)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    environment |= {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
     # pytest looks for its plugins among what is installed, not among what can be imported.
     environment |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": "-p xdist.plugin"}
-    make = ["make", "gpu-check", f"PYTHON={sys.executable}", f"PART={part}", f"OUT={out}"]
-    make.append("GPU_CHECK=--device cpu")
-    done = subprocess.run(make, cwd=ROOT, env=environment, text=True, capture_output=True)
+    make = f"make gpu-check PYTHON={sys.executable} PART={part} OUT={out} 'GPU_CHECK=--device cpu'"
+    done = subprocess.run(make, shell=True, cwd=ROOT, env=environment, capture_output=True)
     stages = json.loads((out / part / "summary.json").read_text())
     log = (out / part / "log.txt").read_text()
     # Compiling every rival takes longer than a part has; on a busy machine so does building.
@@ -114,9 +91,8 @@ def test_a_part_ends_with_its_facts_saved(part: str, tmp_path: Path) -> None:
     failures = [line for line in log.splitlines() if line.strip().startswith("failed: ")]
     assert all("compiled-emu" in x and "setuptools halted" in x for x in failures), log
     # NBFNet's step needs the trainer's pooch, which is hidden here as it is on a GPU's machine.
-    ran = {stage["status"] for stage in stages if stage["stage"] != "nbfnet"}
-    assert ran <= {OK, FAILED, TIMEOUT}, done.stdout + log
+    assert {stage["stage"] for stage in stages if stage["status"] == SKIPPED} <= {"nbfnet"}, log
     assert sum(stage["seconds"] for stage in stages) < 9.5 * 60
     assert done.returncode == (2 if late or lost else 0)  # make's
     found = set(results.read(out / part / "results")["family"]) if part != "b" else set()
-    assert found == FAMILIES[part]
+    assert found == {*FAMILIES[part].split()}
