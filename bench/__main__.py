@@ -130,6 +130,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text}")
+    return int(text)
+
+
 def _add(command: argparse.ArgumentParser, name: str, default: Any) -> None:
     listed = isinstance(default, list)
     first = default[0] if listed else default
@@ -138,7 +144,7 @@ def _add(command: argparse.ArgumentParser, name: str, default: Any) -> None:
     if kind is bool:
         command.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, **given)
         return
-    given |= {"type": kind}
+    given |= {"type": _count if kind is int else kind}
     if answers := ANSWERS.get(name):
         given |= {"choices": answers, "metavar": "NAME", "help": f"of {', '.join(answers)}"}
     if listed:

@@ -180,7 +180,7 @@ def test_a_missing_dataset_is_skipped(monkeypatch, tmp_path: Path, capsys) -> No
     assert "skipped: DistMult on FB15k-237, " in capsys.readouterr().out
 
 
-def test_files_of_another_form_are_refused(tmp_path: Path, capsys) -> None:
+def test_bad_files_and_numbers_are_refused(tmp_path: Path, capsys) -> None:
     rows = bench("steps --rivals fused-emu", tmp_path)
     (path,) = tmp_path.glob("*.csv")
     path.write_text(path.read_text().replace(",8,5,20,", ",many,5,20,"))
@@ -192,6 +192,9 @@ def test_files_of_another_form_are_refused(tmp_path: Path, capsys) -> None:
     assert path.read_text() == "a,b\n1,2\n"
     assert main(["report", "--results", str(tmp_path)]) == 1
     assert "error: " in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["steps", "--rounds", "0"])
+    assert "--rounds: expected a number of at least 1, got 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("similarity", SIMILARITIES)
