@@ -116,9 +116,9 @@ def stages(part: str, folder: Path, capability: str, device: str = "cuda") -> li
     # Under a sanitizer everything takes far longer: tests of every dtype and kind of gradient.
     sanitizer = (
         "compute-sanitizer --error-exitcode 1 --target-processes all --report-api-errors no "
-        f"--tool {{}} {pytest} {of_triton} tests/ops/test_relational.py -m 'not slow' "
-        "-k '(cuda or triton) and (dtypes or sparse or masks or low_precision or nan_reaches "
-        "or (similarities and softmax))'"
+        f"--tool {{}} {pytest} {of_triton} tests/ops/test_relational.py "
+        "tests/ops/test_specification.py -m 'not slow' -k '(cuda or triton) and (dtypes or sparse "
+        "or masks or low_precision or nan_reaches or test_mutate or (similarities and softmax))'"
     ).format
     # Each tensor an allocation of its own, so that accesses beyond its end are found.
     memcheck = f"PYTORCH_NO_CUDA_MEMORY_CACHING=1 {sanitizer('memcheck')}"
