@@ -23,7 +23,7 @@ def extension() -> str:
         threads = "torch's" if native.joins_torch() else "one"
     except ValueError as error:  # the environment asks for what cannot be
         used, threads = f"none ({error})", "none"
-    return f"{native.compiler()}; can use {runnable}; in use: {used}; threads: {threads}"
+    return f"{native.compiler().strip()}; can use {runnable}; in use: {used}; threads: {threads}"
 
 
 def report() -> str:

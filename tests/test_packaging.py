@@ -281,7 +281,8 @@ runpy.run_module("emu_kernels", run_name="__main__")
     lines = report_lines(python("-c", code, cwd=tmp_path, path=installed))
     assert "pip install" in lines["extension"]
     assert lines["backend reference"] == "can run"
-    assert lines["backend cpu"].startswith("cannot run: ")
+    assert lines["backend cpu"].startswith("cannot run: emu_kernels is imported from ")
+    assert "run Python in another folder" in lines["backend cpu"]
 
 
 @pytest.mark.parametrize(

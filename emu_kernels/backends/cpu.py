@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,12 @@ from emu_kernels.request import LossRequest, Request
 from emu_kernels.validate import coefficient
 
 _PROCESS = os.getpid()
+
+# As in a checkout from which the package was installed elsewhere: Python prefers where it runs.
+_NOT_BUILT = (
+    f"emu_kernels is imported from {Path(__file__).parents[1]}, where the CPU kernels are not "
+    "built: run Python in another folder, or build them there (pip install --editable .)"
+)
 
 
 def _alone_after_fork() -> None:
@@ -32,7 +39,7 @@ class CpuBackend(NativeBackend):
     measured = True
 
     def __init__(self) -> None:
-        super().__init__(*load("_C"))
+        super().__init__(*load("_C", _NOT_BUILT))
 
     def unavailable(self) -> str | None:
         return self._missing

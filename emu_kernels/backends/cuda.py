@@ -26,7 +26,7 @@ def _load() -> tuple[Any, str | None]:
     return load(
         "_cuda",
         "emu_kernels was built without CUDA: install a CUDA toolkit, 12.4 or newer, set "
-        "CUDA_HOME or put nvcc into PATH, and build again (pip install --editable .)",
+        "CUDA_HOME or put nvcc into PATH, and build again in a checkout (pip install .)",
     )
 
 

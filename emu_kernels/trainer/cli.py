@@ -256,7 +256,8 @@ def _parser() -> argparse.ArgumentParser:
     presets = textwrap.indent("\n".join(PRESETS), "  ")
     parser = argparse.ArgumentParser(
         prog="emu-train",
-        usage="%(prog)s (--dataset NAME | --data PATH | --preset NAME | --resume RUN) [options]",
+        usage="%(prog)s (--dataset NAME | --data PATH | --preset NAME | --resume RUN)\n"
+        "                 [options]",
         description="Train knowledge-graph embeddings with the fused EMU loss.",
         epilog=f"presets:\n{presets}\n\n{EXAMPLES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -435,8 +435,8 @@ examples:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="emu-predict",
-        description="Complete triples with a trained model: give two parts to predict the third, "
-        "or all three to score it.",
+        description="Complete triples with a trained model: give two parts to predict the\n"
+        "third, or all three to score it.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
