@@ -39,9 +39,9 @@ std::vector<std::string> instruction_sets() {
 RelationalArgs read_relational(Arguments& a) {
   RelationalArgs args{};
   const std::string task = a["task"], message = a["message"], aggregate = a["aggregate"];
-  args.task = named<RelationalTask>(task, {{"forward", RelationalTask::kForward},
-                                           {"backward", RelationalTask::kBackward},
-                                           {"own", RelationalTask::kOwn}});
+  args.task = named<RelationalTask>(
+      task,
+      {{"forward", RelationalTask::kForward}, {"backward", RelationalTask::kBackward}, {"own", RelationalTask::kOwn}});
   args.message = named<Message>(
       message, {{"distmult", Message::kDistMult}, {"transe", Message::kTransE}, {"rotate", Message::kRotate}});
   args.aggregate = named<Aggregate>(aggregate, {{"sum", Aggregate::kSum},

@@ -30,11 +30,11 @@ EMU_INLINE void for_messages(const Real* __restrict x, const Real* __restrict r,
 // NaN if one of them is.
 template <class Real>
 EMU_INLINE Real smaller(Real a, Real b) {
-  return (a <= b) | (a != a) ? a : b;
+  return ((a <= b) | (a != a)) ? a : b;
 }
 template <class Real>
 EMU_INLINE Real larger(Real a, Real b) {
-  return (a >= b) | (a != a) ? a : b;
+  return ((a >= b) | (a != a)) ? a : b;
 }
 
 template <class Real>
