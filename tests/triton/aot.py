@@ -190,7 +190,7 @@ def messages(
     }
     with recording() as launches:
         out = relational._forward(given)
-        relational._backward(given | {"grad": out, "result": out})
+        relational._backward(given | {"grad": out, "result": out, "with_own": True})
     return launches
 
 
