@@ -26,7 +26,7 @@ GPU_CHECK ?=
 # Tests run on all cores, in eight processes at most, since each takes most of a GB of memory. Tests that share
 # something slow to make stay in one process (loadgroup; TOGETHER in tests/conftest.py). The other ways to share
 # out tests either make such a thing twice or leave one process with the longest file.
-PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadgroup
+PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadgroup --durations 10
 
 .PHONY: help demo test test-all lint bench docs gpu-check wheel release-check clean FORCE
 .SECONDARY:

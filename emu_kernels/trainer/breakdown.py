@@ -30,14 +30,17 @@ class Line(NamedTuple):
 
 def relation_kinds(graph: Graph) -> Tensor:
     """(R,) int64: the place of each relation's kind in :data:`KINDS`; "1-1" without triples."""
-    triples = torch.cat([graph.triples[split] for split in SPLITS]).unique(dim=0)
-    total = torch.bincount(triples[:, 1], minlength=graph.num_relations)
+    size, count = graph.num_entities, graph.num_relations
+    head, relation, tail = torch.cat([graph.triples[split] for split in SPLITS]).T
+    triples = ((relation * size + head) * size + tail).unique()  # fits: Graph checks it
+    relation, tail = triples // size**2, triples % size
+    total = torch.bincount(relation, minlength=count)
 
-    def many(given: int) -> Tensor:
-        pairs = triples[:, [1, given]].unique(dim=0)
-        return total >= MANY * torch.bincount(pairs[:, 0], minlength=graph.num_relations).clamp(1)
+    def many(pairs: Tensor) -> Tensor:
+        return total >= MANY * torch.bincount(pairs // size, minlength=count).clamp(1)
 
-    return 2 * many(2).long() + many(0).long()
+    heads = (triples // size).unique_consecutive()
+    return 2 * many((relation * size + tail).unique()).long() + many(heads).long()
 
 
 def by_relation(graph: Graph, triples: Tensor, ranks: Ranks) -> list[Line]:
