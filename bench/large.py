@@ -64,14 +64,19 @@ class Parts:
         yield
         seconds, used = time.perf_counter() - started, resource.getrusage(who)
         cpu = used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime
-        peak = system_bytes("VmHWM") if who == resource.RUSAGE_SELF else used.ru_maxrss * 1024
-        self.add(name, amount, seconds, cpu, peak)
+        self.add(name, amount, seconds, cpu, who)
 
     def add(
-        self, name: str, amount: int, seconds: float, cpu: float | str = "", peak: int | None = None
+        self,
+        name: str,
+        amount: int,
+        seconds: float,
+        cpu: float | str = "",
+        who: int = resource.RUSAGE_SELF,
     ) -> None:
-        mib = (system_bytes("VmHWM") if peak is None else peak) / MIB
-        measured = {"seconds": seconds, "cpu_seconds": cpu, "peak_mib": mib}
+        own = who == resource.RUSAGE_SELF
+        peak = system_bytes("VmHWM") if own else resource.getrusage(who).ru_maxrss * 1024
+        measured = {"seconds": seconds, "cpu_seconds": cpu, "peak_mib": peak / MIB}
         load = {"load": os.getloadavg()[0]}
         self.rows.append(self._shared | {"part": name, "amount": amount} | measured | load)
         print(f"{name}: {seconds:.1f} s, {measured['peak_mib']:,.0f} MiB", flush=True)
@@ -172,8 +177,8 @@ def spread(options: argparse.Namespace, folder: Path) -> list[Row]:
         )  # fmt: skip
     logged = RunFolder.open(run).read_metrics()
     seconds = max(row.get("seconds", 0) for row in logged)
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    parts.add(f"steps on {options.processes} processes", options.steps, seconds, peak=peak)
+    name = f"steps on {options.processes} processes"
+    parts.add(name, options.steps, seconds, who=resource.RUSAGE_CHILDREN)
     return parts.rows
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy
@@ -29,6 +30,9 @@ Direction = Literal["head", "tail"]  # which entity of a triple is predicted
 DIRECTIONS: tuple[Direction, Direction] = ("tail", "head")
 
 PARTS = ("head", "relation", "tail")
+
+KINDS = ("1-1", "1-n", "n-1", "n-n")  # of relations (Bordes et al., 2013): heads - tails
+MANY = 1.5  # tails a head, or heads a tail, from which on it is "n"
 
 NamedTriple = tuple[str, str, str]
 Columns = Sequence[pyarrow.ChunkedArray]  # head, relation, tail, perhaps their weight
@@ -167,6 +171,25 @@ class Graph:
     @property
     def num_relations(self) -> int:
         return len(self.relations)
+
+    @cached_property
+    def relation_kinds(self) -> Tensor:
+        """(R,) int64: the place of each relation's kind in :data:`KINDS`; "1-1" without triples.
+
+        A relation has many tails where a pair of a head and the relation has :data:`MANY` or more
+        on average, over the triples of all splits, and many heads likewise.
+        """
+        size, count = self.num_entities, self.num_relations
+        head, relation, tail = torch.cat([self.triples[split] for split in SPLITS]).T
+        triples = ((relation * size + head) * size + tail).unique()  # fits: checked above
+        relation, tail = triples // size**2, triples % size
+        total = torch.bincount(relation, minlength=count)
+
+        def many(pairs: Tensor) -> Tensor:
+            return total >= MANY * torch.bincount(pairs // size, minlength=count).clamp(1)
+
+        heads = (triples // size).unique_consecutive()
+        return 2 * many((relation * size + tail).unique()).long() + many(heads).long()
 
     def unseen(self, split: str) -> int:
         """How many triples of `split` hold an entity or a relation that training never sees."""

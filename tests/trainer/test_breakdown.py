@@ -7,9 +7,9 @@ import csv
 import pytest
 import torch
 
-from emu_kernels.trainer.breakdown import KINDS, by_kind, by_relation, relation_kinds
+from emu_kernels.trainer.breakdown import by_kind, by_relation
 from emu_kernels.trainer.config import Config
-from emu_kernels.trainer.data import DIRECTIONS, Graph
+from emu_kernels.trainer.data import DIRECTIONS, KINDS, Graph
 from emu_kernels.trainer.evaluation import Evaluator, Metrics
 from emu_kernels.trainer.loop import Trainer
 from emu_kernels.trainer.run import RunFolder, new_model
@@ -25,7 +25,7 @@ def test_kinds():
     # 1.5 tails a head in "one to many" and 1.5 heads a tail in "many to many", which is many; of
     # the repeated triple once.
     graph = Graph.from_names({"train": train, "valid": train[:1], "test": []})
-    kinds = [KINDS[kind] for kind in relation_kinds(graph).tolist()]
+    kinds = [KINDS[kind] for kind in graph.relation_kinds.tolist()]
     assert dict(zip(graph.relations, kinds, strict=True)) == {
         "many to many": "n-n",
         "many to one": "n-1",
