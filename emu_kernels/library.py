@@ -75,7 +75,7 @@ def no_second_derivative(name: str) -> RuntimeError:
     """What the backward pass of a gradient raises."""
     return RuntimeError(
         f"{name} has no second derivative: its gradient was asked to be differentiated "
-        "(create_graph=True). backend='reference' has one, but for one_vs_all_loss."
+        "(create_graph=True). backend='reference' has one, except for one_vs_all_loss."
     )
 
 

@@ -154,7 +154,7 @@ def _apply(function: type[Function], values: Values) -> Any:
     if torch.compiler.is_compiling():
         inputs = (value for value in values.values() if isinstance(value, Tensor))
         if not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
-            # What torch.compile does itself, but for a forward of any number of arguments.
+            # What torch.compile does itself, except for a forward of any number of arguments.
             return function.forward(tuple(values), *values.values())
     return function.apply(tuple(values), *values.values())
 

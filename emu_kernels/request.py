@@ -16,7 +16,7 @@ from emu_kernels.mutation import DIFFERENTIABLE, Expected, Mutation
 
 @dataclass(frozen=True, kw_only=True)
 class Draws:
-    """What determines the masks or shares of a call, but for its shape."""
+    """What determines the masks or shares of a call, except for its shape."""
 
     mutation: Mutation
     seed: Tensor  # () int64

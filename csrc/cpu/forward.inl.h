@@ -15,7 +15,7 @@ EMU_INLINE typename F::V tail_load(const typename F::Real* from, int64_t count) 
   return load<typename F::V>(lanes);
 }
 
-// Statistics of softmax(positive, scores), where all but padding is finite. Writes e^(s_k − max) to `powers`.
+// Statistics of softmax(positive, scores), where all is finite except padding. Writes e^(s_k − max) to `powers`.
 template <class F>
 static Softmax<typename F::Real> softmax(typename F::Real positive, const typename F::Real* scores, int64_t count,
                                          typename F::Real* powers) {

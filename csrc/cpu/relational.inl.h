@@ -16,13 +16,13 @@ template <Message kMessage, class Real, class Take>
 EMU_INLINE void for_messages(const Real* __restrict x, const Real* __restrict r, Real w, int64_t dim, Take&& take) {
   if constexpr (kMessage == Message::kRotate) {
     const int64_t half = dim / 2;
-#pragma GCC ivdep
+    EMU_INDEPENDENT
     for (int64_t j = 0; j < half; ++j) {
       const int64_t i = half + j;
       take(j, w * (x[j] * r[j] - x[i] * r[i]), i, w * (x[j] * r[i] + x[i] * r[j]));
     }
   } else {
-#pragma GCC ivdep
+    EMU_INDEPENDENT
     for (int64_t j = 0; j < dim; ++j) take(j, w * (kMessage == Message::kTransE ? x[j] + r[j] : x[j] * r[j]));
   }
 }
@@ -127,7 +127,7 @@ struct Relational {
         };
         if (own != nullptr) {
           const Real* __restrict row = own + v * L + first * a.D;
-#pragma GCC ivdep
+          EMU_INDEPENDENT
           for (int64_t j = 0; j < queries * a.D; ++j) add(j, row[j]);
         }
         for (int64_t i = a.start[v]; i < a.start[v + 1]; ++i) {
@@ -190,7 +190,7 @@ struct Relational {
           const Real* __restrict found = result + kSections * row;
           Real* __restrict to_own = static_cast<Real*>(a.out) + row;
           const Real part = share_of(v);
-#pragma GCC ivdep
+          EMU_INDEPENDENT
           for (int64_t j = 0; j < dim; ++j) {
             to_own[j] = pull<kAggregate>(g, found, dim, j, own[row + j], part, least_deviation);
           }

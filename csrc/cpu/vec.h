@@ -15,6 +15,12 @@ constexpr int kVectorBytes = 16;
 #endif
 
 #define EMU_INLINE static inline __attribute__((always_inline))
+// Before a loop: its iterations neither read nor write what another one writes.
+#ifdef __clang__
+#define EMU_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define EMU_INDEPENDENT _Pragma("GCC ivdep")
+#endif
 
 typedef float VF __attribute__((vector_size(kVectorBytes)));
 typedef double VD __attribute__((vector_size(kVectorBytes)));

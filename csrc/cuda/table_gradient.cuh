@@ -104,7 +104,7 @@ struct TableGradient {
   int j;
   Real sum[H][V];
   Chunk<T, V> candidate[H];
-  Rates<Sim, T, V> rates;  // of moments, but for the positive's terms
+  Rates<Sim, T, V> rates;  // of moments, except for the positive's terms
 
   EMU_DEVICE TableGradient(const TableGradientKernelArgs& args, unsigned char* shared)
       : a(args),

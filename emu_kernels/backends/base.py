@@ -1,6 +1,6 @@
 """What a backend is, and what one with kernels implements.
 
-Requests arrive validated, but for ids (see :meth:`Kernels.check_ids`).
+Requests arrive validated, except for ids (see :meth:`Kernels.check_ids`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Scores(NamedTuple):
     positive: Tensor  # (B,)
     negative: Tensor  # (B, K), −inf where padding
     mutated: Tensor  # (B, K), −inf where padding; (0,) without mutation
-    cumulant: Tensor  # (B, K), −inf where padding; (0,) but for a rule of moments
+    cumulant: Tensor  # (B, K), −inf where padding; (0,) except for a rule of moments
 
 
 class Backend(Protocol):
@@ -57,7 +57,7 @@ class ScoreWeights(NamedTuple):
     positive_weight: Tensor  # (B,)
     weight: Tensor  # (B, K)
     mutated_weight: Tensor  # (B, K), of any shape without mutation
-    cumulant_weight: Tensor  # (B, K), of any shape but for a rule of moments
+    cumulant_weight: Tensor  # (B, K), of any shape except for a rule of moments
 
 
 class ScoresGradient(NamedTuple):
@@ -74,7 +74,7 @@ class ScoresGradient(NamedTuple):
     grad_weights: Tensor  # (B, W), (0,) without weights
     weight: Tensor  # (S, B, K), of the sums of z⁻
     mutated_weight: Tensor  # (S, B, K), of the sums of ẑ; (0,) without mutation
-    variance_weight: Tensor  # (S, B, K), of V; (0,) but for a rule of moments
+    variance_weight: Tensor  # (S, B, K), of V; (0,) except for a rule of moments
     grad_rate: Tensor  # (B, U), by each row's rates; (0,) unless they are learned
 
 

@@ -41,7 +41,7 @@ examples:
   emu-train --dataset FB15k-237 --model DistMult
   emu-train --dataset FB15k-237 --model DistMult --loss softmax
   emu-train --preset rotate-fb15k-237 --loss selfadv --margin 9
-  emu-train --data my-graph.parquet --columns subject,predicate,object --hold-out 0.001
+  emu-train --data graph.parquet --columns subject,predicate,object
   emu-train --data my-graph/ --model ComplEx --dim 200 --run-dir runs/mine
   emu-train --resume runs/mine
   emu-train --dataset CoDEx-S --seeds 3 --run-dir runs/codex

@@ -34,7 +34,7 @@ class SourceOptions:
     data: str | None = setting(
         None,
         "a folder (or archive, tar or zip) with train, valid and test, or one file: "
-        f"{', '.join(FORMATS)}; all of them but Parquet may be gzipped (.gz)",
+        f"{', '.join(FORMATS)}; all may be gzipped (.gz), except Parquet",
     )
 
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_SHORT = 60  # characters of choices that fit in a line of a command's help
+
 
 class Limit(NamedTuple):
     """The values that a number may have."""
@@ -125,6 +127,9 @@ def add_options(parser: argparse._ActionsContainer, settings: type[DataclassInst
             keywords["metavar"] = "X"
         if isinstance(choices, Mapping):
             help += ": " + ", ".join(f"{name} ({choice.help})" for name, choice in choices.items())
+        elif choices is not None and len(names := ", ".join(map(str, choices))) > _SHORT:
+            keywords["metavar"] = "NAME"
+            help += f": {names}"
         if f.default is not None:
             help += f" (default {f.default})"
         words = f.metadata["words"] or {}

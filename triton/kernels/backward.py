@@ -109,7 +109,7 @@ def _kept(w, h, drawn, kind: tl.constexpr):
 
 @triton.jit
 def _by_candidate(x, q, d, kind: tl.constexpr):
-    """x times the terms' derivatives by the candidate, but for the scale."""
+    """x times the terms' derivatives by the candidate, except for the scale."""
     if kind.BILINEAR:
         return [x[i] * q[i] for i in (0, 1)[: kind.PARTS]]
     else:

@@ -237,7 +237,7 @@ def _store_by_rate(grad_rate, row, j, inside, total, kind: tl.constexpr):
 
 @triton.jit
 def _add_given(total, w, drawn, d, kind: tl.constexpr):
-    """The positive's part of a tile's gradient, but for the factor that all share."""
+    """The positive's part of a tile's gradient, except for the factor that all share."""
     if kind.BILINEAR:
         return [total[i] + give(drawn[i], w[i % kind.SUMS], kind) for i in (0, 1)[: kind.PARTS]]
     else:
@@ -250,7 +250,7 @@ def _add_given(total, w, drawn, d, kind: tl.constexpr):
 def finish_gradient(
     query,
     gq,  # (1, WIDTH) of each part, of all negatives, as the next
-    gz,  # by the positive, but for a factor that all share; of moments the weights of its terms
+    gz,  # by the positive, except for a factor that all share; of moments the weights of its terms
     ga,
     positive_weight,
     own,  # whether to add the positive's own part

@@ -26,7 +26,7 @@ def draws(
     seed,
     column,  # (ROWS,) uint32, k
     row,  # (ROWS,) uint32, row_offset + b
-    first,  # component, a multiple of 16 but for SHIFT
+    first,  # component, a multiple of 16 except for SHIFT
     SHIFT: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,

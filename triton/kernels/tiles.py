@@ -231,7 +231,7 @@ def no_moments(kind: tl.constexpr, REAL: tl.constexpr):
 @triton.jit
 def add_moments(means, variances, own, t, rates, kind: tl.constexpr):
     """Adds Σ (1 − ρ) t to means and Σ ρ (1 − ρ) (t − p)² to variances, each word on its own: the
-    moments of a tile's sums where a term is the positive's p with probability ρ, but for Σ ρ p.
+    moments of a tile's sums where a term is the positive's p with probability ρ, except for Σ ρ p.
     With one rate Σ (t − p)² is enough."""
     u = minus(t, own, kind)
     if kind.ONE_RATE:
