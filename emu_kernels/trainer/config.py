@@ -68,13 +68,15 @@ OPTIMIZERS = {
     "RowwiseAdagrad": Choice("Adagrad with a sum for each row, 1/d of the state", ()),
 }
 
+_RATES = ", ".join(f"{x} {y.defaults['lr']:g}" for x, y in SCORERS.items() if "lr" in y.defaults)
+
 
 @dataclass(frozen=True)
 class OptimisationOptions:
     """optimisation"""
 
     optimizer: str = setting("Adagrad", "the optimizer", choices=OPTIMIZERS)
-    lr: float = setting(0.1, "learning rate", limit=ABOVE_0)
+    lr: float = setting(0.1, f"learning rate; with {_RATES}", limit=ABOVE_0)
     schedule: str = setting("constant", "the rate over the steps", choices=SCHEDULES)
     decay_steps: int | None = setting(
         None, "of the schedule (default all steps, a third of them for step)", limit=AT_LEAST_1

@@ -266,6 +266,7 @@ class TransE(Model, name="TransE"):
 
     norms = (1, 2)
     regularization = 1e-3
+    defaults: ClassVar[dict[str, Any]] = {"lr": 0.05}
 
     def query(self, entity: Tensor, relation: Tensor, direction: Direction) -> Query:
         return Query(queries.transe(entity, relation, direction))
@@ -280,6 +281,7 @@ class RotatE(Model, name="RotatE"):
     similarity = "rotate"
     entity_width = 2
     regularization = 1e-3
+    defaults: ClassVar[dict[str, Any]] = {"lr": 0.05}
 
     def query(self, entity: Tensor, relation: Tensor, direction: Direction) -> Query:
         return Query(queries.rotate(entity, relation * (math.pi / self.range), direction))
@@ -316,6 +318,8 @@ class HAKE(Model, name="HAKE"):
     similarity = "hake"
     entity_width = 2
     relation_width = 3
+    # Ours: the paper gives no rate, and RotatE is the nearest model.
+    defaults: ClassVar[dict[str, Any]] = {"lr": 0.05}
 
     def __init__(self, *args: Any, **keywords: Any) -> None:
         super().__init__(*args, **keywords)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from .models import MODELS
 from .nbfnet import NBFNet
 
 # A model on a dataset, as EMU's paper trains it (arXiv 2504.03327). The settings of EMU are those
@@ -23,19 +24,19 @@ _EMU_PAPER: dict[str, Any] = {
     "batch_size": 1000,
     "negatives": 256,
     "optimizer": "Adagrad",
+    "lr": 0.1,
     "steps": 100_000,
     "eval_every": 5000,
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
-    f"{model}-{dataset}".lower(): {"dataset": dataset, "model": model, "lr": lr, **_EMU_PAPER}
-    for model, lr in {
-        "DistMult": 0.1,
-        "ComplEx": 0.1,
-        "TransE": 0.05,
-        "RotatE": 0.05,
-        "HAKE": 0.05,  # ours: the paper gives none, and RotatE is the nearest model
-    }.items()
+    f"{model}-{dataset}".lower(): {
+        "dataset": dataset,
+        "model": model,
+        **_EMU_PAPER,
+        **MODELS[model].defaults,
+    }
+    for model in ("DistMult", "ComplEx", "TransE", "RotatE", "HAKE")
     for dataset in ("FB15k-237", "WN18RR")
 }
 

@@ -323,6 +323,8 @@ def test_a_preset_alone_names_its_dataset(data_folder, tmp_path, monkeypatch, ca
         ),
         (["--sampler=structure-aware", "--walks=9"], "neighbourhood, SAN (hops 3, walks 9);"),
         (["--model=PairRE", "--norm=2"], "PairRE, 2-norm, d = 8,"),
+        (["--model=HAKE"], "Adagrad, lr 0.05,"),
+        (["--model=HAKE", "--lr=0.3"], "Adagrad, lr 0.3,"),
         (["--inverse-relations"], "DistMult, d = 8, inverse relations, EMU"),
     ],
 )
