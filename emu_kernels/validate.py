@@ -196,14 +196,14 @@ def log_q(value: object, table: Tensor) -> None:
 
 
 def number(name: str, value: object, expected: str = "a number") -> float:
-    """A Python or NumPy number, as Python's."""
+    """A Python or NumPy number, as a Python float."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
     return float(value)
 
 
 def whole(name: str, value: object, expected: str = "an int") -> int:
-    """A Python or NumPy integer, as Python's, or a symbolic one."""
+    """A Python or NumPy integer, as a Python int, or a symbolic integer as it is."""
     if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
         return value  # type: ignore[return-value]
     if isinstance(value, bool) or not isinstance(value, Integral):
@@ -219,13 +219,13 @@ def rate(name: str, value: object) -> float:
 
 
 def rate_or_rule(name: str, value: object) -> None:
-    """What can be said of a mutation rate before there are tensors that it has to fit."""
+    """Check a mutation rate as far as possible without the tensors that it has to fit."""
     if not isinstance(value, (Tensor, Mutation)):
         rate(name, value)
 
 
 def coefficient(name: str, value: object) -> float | Tensor:
-    """A loss coefficient: a finite number, not negative, or a one-element tensor of one."""
+    """A loss coefficient: a finite number >= 0, or a one-element tensor, which is not read here."""
     if isinstance(value, Tensor):
         if value.numel() != 1 or not value.dtype.is_floating_point:
             raise ValueError(
