@@ -229,7 +229,7 @@ def _check(
                 f"got {tuple(edge_weight.shape)}"
             )
         if edge_weight.requires_grad:
-            raise ValueError("edge_weight: expected no gradient to be required, got one that is")
+            raise ValueError("edge_weight: is not differentiated; pass edge_weight.detach()")
     others = {"relations": relations, "own": own, "edge_weight": edge_weight}
     validate.same_device("nodes", nodes, **others, graph=graph.edge_type)
 

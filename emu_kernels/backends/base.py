@@ -61,11 +61,11 @@ class ScoreWeights(NamedTuple):
 
 
 class ScoresGradient(NamedTuple):
-    """Gradients of a weighted sum of scores by the query's side, and the weights of its sums.
+    """Gradients of a weighted sum of scores by all but the table, and the weights of its sums.
 
     A similarity is a function of S sums over components (:mod:`emu_kernels.similarity`). A sum's
-    weight is the derivative by the sum or, of a sum of squares under a root, by half the squares,
-    negated. With a rule of moments ẑ's sums are the means M, and each has a variance V too.
+    weight is the derivative by that sum; for a sum of squares under a root, minus the derivative by
+    half of it. With a rule of moments the sums of ẑ are means M, and each also has a variance V.
     """
 
     grad_query: Tensor  # (B, D)

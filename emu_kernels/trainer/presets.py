@@ -10,8 +10,8 @@ from typing import Any
 
 from .nbfnet import NBFNet
 
-# A model on a dataset, as EMU's paper trains it (arXiv 2504.03327). The settings of EMU are those
-# that the authors publish for all their runs on FB15k-237 (there called 0.39, the share that a
+# A model on a dataset, as EMU's paper trains it (arXiv 2504.03327). EMU's settings are those that
+# the authors publish for all their runs on FB15k-237 (they give the rate as 0.39, the share that a
 # negative keeps). With --loss softmax it is the paper's baseline, with the model's regularisation.
 _EMU_PAPER: dict[str, Any] = {
     "dim": 100,
@@ -34,14 +34,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "ComplEx": 0.1,
         "TransE": 0.05,
         "RotatE": 0.05,
-        "HAKE": 0.05,  # ours: the paper gives none, and RotatE is the nearest model
+        "HAKE": 0.05,  # our choice, that of RotatE, the nearest model: the paper gives none
     }.items()
     for dataset in ("FB15k-237", "WN18RR")
 }
 
-# As NBFNet's authors train it on one device: 20 epochs, validated at every second one. Their
-# temperature divides scores, ours multiplies them. fb237_v1 is set as in A*Net's repository, whose
-# paper has the figures to compare with; NBFNet's own file removes one-hop edges there.
+# As NBFNet's authors train it on one device: 20 epochs, validated after every second one. Their
+# temperature divides scores, ours multiplies them. fb237_v1 has the settings of A*Net's repository,
+# as that paper has the figures to compare with; NBFNet's own file removes one-hop edges there.
 for name, triples, settings in (
     ("FB15k-237", 272_115, {"adversarial_temperature": 2.0, "removed_edges": "one-hop"}),
     ("WN18RR", 86_835, {"relation_features": "table", "batch_size": 16}),

@@ -254,8 +254,8 @@ HEADER: list[NamedTriple] = [("source", "kind", "target")]
         (
             {"train": [*CHAIN, ("caf\u00e9", "r0", "e1"), ("cafe\u0301", "r1", "e1")]},
             [
-                "one of the entities with a name that looks like another's, composed otherwise in "
-                "Unicode: 'caf\u00e9'"
+                "one of the entities with a name that looks like another's, composed differently "
+                "in Unicode: 'caf\u00e9'"
             ],
         ),
     ],
