@@ -74,7 +74,7 @@ class ScoresGradient(NamedTuple):
     grad_weights: Tensor  # (B, W), (0,) without weights
     weight: Tensor  # (S, B, K), of the sums of z⁻
     mutated_weight: Tensor  # (S, B, K), of the sums of ẑ; (0,) without mutation
-    variance_weight: Tensor  # (S, B, K), of V; (0,) except for a rule of moments
+    variance_weight: Tensor  # (S, B, K), of V/2; (0,) except for a rule of moments
     grad_rate: Tensor  # (B, U), by each row's rates; (0,) unless they are learned
 
 
