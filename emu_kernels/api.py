@@ -104,7 +104,7 @@ def fused_emu_loss(
 
     Args:
         query: (B, D) fp32, bf16, fp16 or fp64: all of the model's score except the entity being
-            corrupted. Computed with in fp32 (fp64 if it is fp64), also under autocast.
+            corrupted. Converted to fp32 unless it is fp64, also under autocast.
         table: (N, D) the entity embeddings, fp32, bf16, fp16 or (with an fp64 query) fp64; rows may
             be strided. Never cast as a whole.
         positive: (B,) integer row ids in [0, N).

@@ -153,7 +153,7 @@ def _apply(function: type[Function], values: Values) -> Any:
     if torch.compiler.is_compiling():
         inputs = (value for value in values.values() if isinstance(value, Tensor))
         if not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
-            # torch.compile does so by itself, but not if forward takes any number of arguments.
+            # torch.compile does so itself, but not if forward takes a variable number of arguments.
             return function.forward(tuple(values), *values.values())
     return function.apply(tuple(values), *values.values())
 

@@ -166,8 +166,8 @@ class Batch(NamedTuple):
 
     query: Tensor  # (B, D)
     positive: Tensor  # (B, D), z⁺
-    candidates: Tensor  # (K, D), zeros where padding
-    bias: Tensor | None  # (K,), −inf where padding, else 0
+    candidates: Tensor  # (K, D), zeros at padding
+    bias: Tensor | None  # (K,), −inf at padding, else 0
     known: Known | None  # candidates that are not negatives of some rows
     real: Tensor  # (B,), or () for all rows: how many negatives there are
     total: Tensor  # (B, D), or (D,) for all rows: their sum

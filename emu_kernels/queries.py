@@ -223,6 +223,6 @@ def _check(entity: Tensor, relation: Tensor, to: str, width: int, *, even: bool 
         raise ValueError(f"entity: expected rows of two halves, got shape {tuple(entity.shape)}")
     if relation.shape[-1] != width:
         raise ValueError(
-            f"relation: expected {width} values a row with entity {tuple(entity.shape)}, "
+            f"relation: expected {width} values per row with entity {tuple(entity.shape)}, "
             f"got shape {tuple(relation.shape)}"
         )

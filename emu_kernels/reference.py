@@ -197,8 +197,8 @@ class Scores(NamedTuple):
     """
 
     positive: Tensor  # (B,)
-    negative: Tensor  # (B, K), −inf where padding
-    mutated: Tensor | None  # (B, K), −inf where padding; None without mutation
+    negative: Tensor  # (B, K), −inf at padding
+    mutated: Tensor | None  # (B, K), −inf at padding; None without mutation
     cumulant: Tensor | None  # likewise
 
 

@@ -57,5 +57,5 @@ class LossRequest(Request):
     coefficients: Tensor | None  # (2,) β and α of query's dtype, instead of the two numbers
     sample_weight: Tensor | None  # (B,) of query's dtype
     positive_log_q: Tensor | None = None  # (B,) of query's dtype; logits are scores minus these
-    negative_log_q: Tensor | None = None  # (G, K), 0 where padding; both or neither
+    negative_log_q: Tensor | None = None  # (G, K), 0 at padding; both or neither
     reduction: str  # "none", "sum" or "mean"

@@ -115,7 +115,7 @@ def batch(
         raise ValueError(f"query: expected at least one component, got shape {tuple(query.shape)}")
     if table.shape[1] != dim:
         raise ValueError(
-            f"table: expected {dim} components a row like query, got shape {tuple(table.shape)}"
+            f"table: expected {dim} components per row like query, got shape {tuple(table.shape)}"
         )
     if positive.shape[0] != rows:
         raise ValueError(
@@ -279,7 +279,7 @@ def rates(name: str, value: Tensor, unit: str, units: int, device: torch.device)
     if tuple(value.shape) not in ((), (units,)) or not value.dtype.is_floating_point:
         raise ValueError(
             f"{name}: expected a number, a Mixup, an Expected or a floating-point tensor of shape "
-            f"() or ({units},), one rate a {unit}, got shape {tuple(value.shape)}, "
+            f"() or ({units},), one rate per {unit}, got shape {tuple(value.shape)}, "
             f"dtype {value.dtype}"
         )
     if value.requires_grad:
@@ -300,7 +300,7 @@ def expected(
     if tuple(value.shape) not in shapes:
         listed = " or ".join(map(str, shapes))
         raise ValueError(
-            f"{name}: expected a number or a tensor of one rate a {unit}, of shape {listed}, "
+            f"{name}: expected a number or a tensor of one rate per {unit}, of shape {listed}, "
             f"got {tuple(value.shape)}"
         )
     return value

@@ -441,8 +441,8 @@ static void finish_moment_weights(const Problem& p, RowScratch<F, Sim, kMoments>
   for (int i = 0; i < Sums<Sim>::kCount; ++i) grad_weights[i] += horizontal_sum<F>(of_weight[i]);
 }
 
-// From sums to scores: Σ_s w_s S_s. Leaves in `weight` the derivatives of the scores by the sums (by half the
-// squares), and returns the positive's score.
+// From sums to scores: Σ_s w_s S_s. Leaves in `weight` the derivatives of the scores by the sums (for a root, minus
+// those by half of the sums), and returns the positive's score.
 template <class F, class Sim, Mode kMode>
 static typename F::Real finish_scores(const Problem& p, RowScratch<F, Sim, kMode>& s) {
   using Real = typename F::Real;

@@ -208,7 +208,8 @@ struct QueryMajor {
     }
   }
 
-  // From a sum to its value (minus the root, if there is one) and the score's derivative by it (by half the squares).
+  // From a sum to its value (minus the root, if there is one) and the score's derivative by the sum (for a root, minus
+  // that by half of the sum).
   EMU_DEVICE void finish_value(int s, Real& value, Real& derivative) const {
     derivative = Sim::kWeights > 0 && p.weights != nullptr ? static_cast<const Real*>(p.weights)[s] : Real{1};
     if (Sim::root(Sim::kCoupled ? 0 : s)) {

@@ -32,7 +32,7 @@ struct RowValues {
   EMU_DEVICE Real weight(int s) const {
     return Sim::kWeights > 0 && p.weights != nullptr ? static_cast<const Real*>(p.weights)[s] : Real{1};
   }
-  // The score's derivative by a sum (by half the squares), from the sum's value.
+  // The score's derivative by a sum (for a root, minus that by half of the sum), from the sum's value.
   EMU_DEVICE Real derivative(int s, Real value) const {
     if (!Sim::root(Sim::kCoupled ? 0 : s)) return weight(s);
     return value == 0 ? Real{0} : -weight(s) / value;

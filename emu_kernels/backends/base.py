@@ -21,9 +21,9 @@ class Loss(NamedTuple):
 
 class Scores(NamedTuple):
     positive: Tensor  # (B,)
-    negative: Tensor  # (B, K), −inf where padding
-    mutated: Tensor  # (B, K), −inf where padding; (0,) without mutation
-    cumulant: Tensor  # (B, K), −inf where padding; (0,) except for a rule of moments
+    negative: Tensor  # (B, K), −inf at padding
+    mutated: Tensor  # (B, K), −inf at padding; (0,) without mutation
+    cumulant: Tensor  # (B, K), −inf at padding; (0,) except for a rule of moments
 
 
 class Backend(Protocol):

@@ -3,7 +3,7 @@
 A thin trainer: ordinary PyTorch around one call of :func:`emu_kernels.fused_emu_loss` a step.
 
 ================= ====================================================================
-``data``          triples, vocabularies, files and archives
+``data``          triples and vocabularies; ``reading`` reads files and archives
 ``names``         names as one tensor of bytes
 ``datasets``      the public datasets by name: addresses, checksums, cache
 ``models``        a query for each model, and the similarity that compares it
@@ -19,13 +19,15 @@ A thin trainer: ordinary PyTorch around one call of :func:`emu_kernels.fused_emu
 ``evaluation``    filtered ranking in both directions
 ``breakdown``     metrics by relation
 ``trackers``      where metrics are logged besides the run folder
-``loop``          the training loop; ``sparse`` is its step for very large tables
+``schedule``      learning rates, and the change of optimizer
+``loop``          the training loop
 ``distributed``   the loop on the processes of ``torchrun``; ``shards`` are its checkpoints
 ``run``           the run folder: config, metrics, checkpoints, embeddings
 ``checkpoint``    files that stay readable if the program is killed at any moment
 ``report``        tables and plots of metrics; ``page`` is a run's report as HTML
 ``cli``           ``emu-train``
 ``predict``       ``emu-predict``
+``terminal``      what both do if their output cannot be written
 ================= ====================================================================
 """
 

@@ -49,7 +49,7 @@ class Graph:
     entities: Sequence[str]
     relations: Sequence[str]
     triples: dict[str, Tensor]  # split -> (M, 3) int64: head, relation, tail
-    notes: tuple[str, ...] = ()  # what the files hold and was left out
+    notes: tuple[str, ...] = ()  # what was left out of the files
     weights: Tensor | None = None
     """(M,) fp32, of the training triples in the loss; None: all are equal."""
 

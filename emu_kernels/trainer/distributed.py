@@ -244,7 +244,7 @@ class ShardedTrainer(Trainer):
         if self.run is None:
             return
         shards.save(self.run.shards(self.step), self.entities)
-        super().save()
+        super().save()  # the checkpoint that refers to these shards
         if self._is_first:
             kept = {self.run.shards(step) for step in (self.step, self.best_step)}
             for folder in {*self.run.path.glob("shards-*")} - kept:

@@ -7,7 +7,8 @@
 ``plot.png``                loss and MRR over steps
 ``report.html``             the finished run as a page
 ``last.safetensors``        model and optimizer, to continue from
-``best.safetensors``        the model with the best validation MRR
+``best.safetensors``        the model of the best validation, by the metric in the settings
+``relations.csv``           the test metrics of each relation
 ``shards-500/``             with --sharded: the entities at step 500, a part for each process;
                             the checkpoints of that step do not hold them
 ``embeddings.safetensors``  the best model's embeddings, with names

@@ -118,7 +118,7 @@ def values(sums, good, kind: tl.constexpr):
 
 @triton.jit
 def value_slope(v, ROOT: tl.constexpr):
-    """dv/dS from v (for a root: by half of S)."""
+    """dv/dS from v; for a root, minus the derivative by half of S."""
     if ROOT:
         return tl.where(v == 0, 0.0, -1.0 / tl.where(v == 0, 1.0, v))
     else:
@@ -201,5 +201,5 @@ def _moment_slopes(a, b, mean, variance, ROOT: tl.constexpr):
 
 @triton.jit
 def slopes(v, weights, kind: tl.constexpr):
-    """∂score/∂S of each sum."""
+    """∂score/∂S of each sum; for a root as in value_slope."""
     return [weighed(value_slope(v[s], kind.ROOTS[s]), weights, s) for s in (0, 1)[: kind.SUMS]]
