@@ -1,7 +1,7 @@
 """Compare with the alternatives that a user has, on this machine.
 
-``python -m bench`` measures what can run here, prints tables and appends rows to the
-results of this device. With a command it does one of the parts; ``report`` makes tables from
+``python -m bench`` measures everything that can run here, prints tables and appends rows to
+this device's results. With a command it does one of the parts; ``report`` makes tables from
 the rows. Sizes, rivals and rounds are options: ``python -m bench steps --help``.
 """
 
@@ -66,26 +66,26 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "geometry": {"runs": [Path], "batch": 200, "negatives": 256, "rate": 0.61},
     "report": {"into": Path, "parts": [str]},
 }  # fmt: skip
-"""By their defaults; where there is none, by a type or a list of one."""
+"""Each command's options with their defaults; without a default, a type or a list of one type."""
 FOLDERS = ("large", "distributed", "study", "geometry")
-"""Parts whose rows have other columns, and folders of their own."""
+"""Commands whose rows have other columns, in folders of their own."""
 ANSWERS: dict[str, Any] = CHOICES | {"phases": rivals.PHASES, "axes": steps.SCALES}
 ANSWERS["rivals"] = (*rivals.DEFAULT, *trainers.BY_NAME)
 HELP = {
     "aggregate": "names; nbfnet: a step of the model's training",
-    "chunk": "triples that share a set of negatives, of some more steps",
-    "dataset": "of the study only these runs; so are model, loss and seed",
+    "chunk": "triples that share a set of negatives, in additional steps",
+    "dataset": "only these runs of the study; likewise model, loss and seed",
     "entities": "of a training run: of the synthetic graph, or of each process",
-    "folder": "for what is removed at the end: some GB of large",
+    "folder": "for temporary files: several GB for large",
     "graph": "datasets, or zipf: synthetic",
-    "into": "a file, to write between its markers",
+    "into": "a file, between whose markers to write the tables",
     "parts": "only these: steps, train, train:WN18RR, scale-N, ...",
-    "processes": "numbers of them; of large: if more than 1, so many train it once again",
+    "processes": "numbers of processes; of large: above 1, so many train it once more",
     "ranked": "triples of validation and of test, among all entities",
     "report": "only print the tables",
     "rounds": "turns of each rival; 2 if tiny",
-    "sets": "numbers of sets of negatives; where not given, one a row, and 8",
-    "tiny": "tiny sizes, not saved without --results: does it work?",
+    "sets": "numbers of sets of negatives; by default one set for each row, and 8 sets",
+    "tiny": "tiny sizes, to see whether it works; saves nothing without --results",
 }
 _PHASES = "--phases forward backward 'forward + backward'"
 _OTHERS = f"--similarity {' '.join(s for s in SIMILARITIES if s != 'dot')}"
@@ -114,7 +114,7 @@ CONTENTS = {
         for kind in ("", "--gradient sparse --entities 2500000")
     ],
 }
-"""Of which commands the others consist."""
+"""The commands that other commands consist of."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -153,7 +153,7 @@ def _add(command: argparse.ArgumentParser, name: str, default: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> list[Row]:
-    """Measure a part. Rows are saved when they are measured."""
+    """Measure a part. Rows are saved as soon as they are measured."""
     save = not options.tiny or options.results != results.FOLDER
     if options.tiny:
         options.rounds = 2
@@ -185,7 +185,7 @@ def _run(options: argparse.Namespace) -> list[Row]:
 
 
 def _measure(options: argparse.Namespace) -> list[Row]:
-    """Measure a part, or those that it consists of, with the options that it shares with them."""
+    """Measure a part, or the parts that it consists of, with the options that they share."""
     if options.command not in ("all", "gpu"):
         return _run(options)
     name = "gpu" if options.command == "gpu" else f"all on {torch.device(options.device).type}"
@@ -209,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(given)
     try:
         if is_gpu(getattr(options, "device", "cpu")):
-            results.device_name("cuda")  # raises where there is none
+            results.device_name("cuda")  # raises an error if there is none
         if options.command in ("messages", "report", *FOLDERS):
             return importlib.import_module(f"bench.{options.command}").run(options)
         if not (rows := _measure(options)):

@@ -1,6 +1,6 @@
 """Steps with the entities on several processes of this machine, by TorchRec.
 
-Each process has a batch of its own. What moves is counted, not measured: the rows that a process
+Each process has its own batch. The data moved is counted, not measured: the rows that a process
 fetches from others, which go back as gradients, and their ids.
 """
 

@@ -4,7 +4,8 @@ On a CPU in fp32 the first spelling of a similarity is the fastest measured, for
 for dot of {product and sum, ``einsum``, ``bmm``}; for l1 and l2 of {difference and sum,
 ``vector_norm``, ``cdist``}; for rotate of {``vector_norm`` of the stacked parts, root of the sum of
 squares, ``hypot``, complex ``abs``}; for the rows of {``table[ids]``, ``embedding``,
-``index_select``}. The last one, of pointwise operations and sums, has every dtype and can be fused.
+``index_select``}. A similarity's last spelling consists of pointwise operations and sums, supports
+every dtype and can be fused.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def emu_loss(
     mutation_rate: float, beta: float, alpha: float,
     scores: Scores, sparse: bool = False, mask: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """L_emu + α · L_van, the mean over the batch; masks are drawn where not given."""
+    """L_emu + α · L_van, the mean over the batch; a mask is drawn if none is given."""
     z_pos = embedding(positive, table, sparse=sparse)  # (B, D)
     z_neg = embedding(negative, table, sparse=sparse)  # (B, K, D)
     if mask is None:

@@ -18,8 +18,8 @@ Run = tuple[Settings, Names]
 SEEDS = (0, 1, 2)
 MODELS = ("DistMult", "ComplEx", "TransE", "RotatE", "HAKE")
 
-# The contenders. Each has the settings that the paper's authors publish for all their runs, or its
-# own papers', so that none is tuned here more than another.
+# The contenders. Each has the settings that EMU's authors publish for all their runs, or those of
+# its own paper, so that none is tuned more than another here.
 LOSSES: dict[str, Settings] = {
     "softmax": {"loss": "softmax"},
     "ULS": {"loss": "uls"},
@@ -36,14 +36,14 @@ SMALL_GRAPH: Settings = {"steps": 5000, "eval_every": 250}
 ALL_ENTITIES: Settings = {"steps": 4000, "eval_every": 250, "schedule": "cosine"}
 RATES = (0.2, 0.4, 0.61, 0.8, 0.95)
 BETAS = (0.0, 0.1, 0.25, 0.53, 1.0)
-ALPHAS = (0.0, 0.03, 0.3, 0.7)  # .11 is in the first grid
+ALPHAS = (0.0, 0.03, 0.3, 0.7)  # 0.11 is in the first grid
 
 
 def short(preset: str) -> Settings:
     """A tenth of the authors' steps, at twice their rate, which falls along a cosine.
 
-    Of the schedules tried ("schedules" below) that is best for EMU and as good as any for softmax;
-    the authors' change to Adam is worse than none after so few steps.
+    Of the schedules tried ("schedules" below) this is the best for EMU and as good as any for
+    softmax; after so few steps, the authors' change to Adam is worse than no change.
     """
     settings = PRESETS[preset.lower()]
     changes = {"steps": 10_000, "eval_every": 1000, "schedule": "cosine", "lr": 2 * settings["lr"]}
@@ -54,9 +54,9 @@ class Experiment(NamedTuple):
     """An entry of :data:`EXPERIMENTS`: one table.
 
     Attributes:
-        text: what it asks.
-        lines: the settings of each line, and what names it in the table.
-        seeds: each line is trained with each.
+        text: the question that it asks.
+        lines: the settings of each line, and its names in the table.
+        seeds: each line is trained with each of them.
     """
 
     text: str
@@ -64,7 +64,7 @@ class Experiment(NamedTuple):
     seeds: tuple[int, ...] = SEEDS
 
     def runs(self) -> list[Run]:
-        """Seed by seed, so that a first result is there early."""
+        """All runs, seed by seed, so that the first results come early."""
         lines = list(self.lines())
         return [(line | {"seed": seed}, names) for seed in self.seeds for line, names in lines]
 
@@ -103,8 +103,8 @@ def _graphs() -> Iterable[Run]:
 
 
 def _nbfnet() -> Iterable[Run]:
-    """The authors' settings, until two validations in a row are not better."""
-    # Steps between validations, an epoch or half of CoDEx-S's, and the largest number of these.
+    """The authors' settings, until two validations in a row bring no improvement."""
+    # Steps between validations (an epoch, or half of one for CoDEx-S), and the most validations.
     lengths = {
         "fb237_v1": (67, 6), "WN18RR_v1": (85, 4), "umls": (82, 10), "kinship": (134, 5),
         "CoDEx-S": (257, 2),
@@ -173,7 +173,7 @@ EXPERIMENTS = {
 
 
 def tiny(settings: Settings) -> Settings:
-    """A run of seconds that takes the same way through the code."""
+    """A run of seconds that takes the same path through the code."""
     small = {"dataset": "nations", "dim": 4, "batch_size": 64, "steps": 4, "eval_every": 2}
     small |= {"negatives": settings["negatives"] if settings["negatives"] == ALL else 4}
     return settings | small

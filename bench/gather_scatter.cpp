@@ -1,7 +1,7 @@
-// The least that a training step must move: a lower bound of the time of the fused kernels on a CPU.
-// Gather: copy the B·K rows of the table that the ids name, row by row of the batch, into a tile of each thread
-// that stays in its L2 cache. Scatter: add B·K rows (a row's query, as for a dot product with all weights one)
-// into a dense (N, D) gradient, zeros included. No scores, no softmax, no masks.
+// The least data that a training step must move: a lower bound of the fused kernels' time on a CPU.
+// Gather: copy the B·K rows of the table that the ids name, one row of the batch after the other, into a tile of each
+// thread that stays in its L2 cache. Scatter: add B·K rows (the batch row's query, as for a dot product with all
+// weights one) into a dense (N, D) gradient, and write its zeros. No scores, no softmax, no masks.
 
 #include <omp.h>
 
@@ -21,7 +21,7 @@ static void prefetch(const float* row, int64_t dim) {
 // table (N, D), query (B, D), ids (B, K) in [0, N), gradient (N, D).
 extern "C" void gather_scatter(const float* table, const float* query, const int64_t* ids, int64_t B, int64_t K,
                                int64_t D, int64_t N, int threads, float* gradient) {
-  std::vector<uint32_t> next(threads * N);  // how many of an id each thread has, then where they go
+  std::vector<uint32_t> next(threads * N);  // how often each thread has an id, then where these go
   std::vector<uint32_t> begin(N + 1);       // where the segment of an id begins
   std::vector<uint32_t> rows(B * K);        // rows of the batch, sorted by id
 #pragma omp parallel num_threads(threads)

@@ -1,11 +1,11 @@
 """Where negatives lie: their cosines with positives, and how even their directions are.
 
-``python -m bench geometry RUN...`` reads run folders of ``emu-train`` and draws, for some batches
-of training triples, uniform and structure-aware negatives and mutants of the uniform ones (figures
-3 and 4 of EMU's paper). Of each it writes the distribution of the cosine with the positive, and of
-the differences from the positive how much of their variance the two leading principal components
-have, and the participation ratio (Σλ)² / (D Σλ²) of the covariance's eigenvalues λ: 1 where all
-directions are alike, 1/D where all lie on a line.
+``python -m bench geometry RUN...`` reads run folders of ``emu-train`` and draws, for one batch of
+training triples, uniform and structure-aware negatives and mutants of the uniform ones (figures 3
+and 4 of EMU's paper). For each kind it writes the distribution of the cosine with the positive;
+and, for the differences from the positive, the share of their variance in the two leading principal
+components, and the participation ratio (Σλ)² / (D Σλ²) of the covariance's eigenvalues λ: 1 if all
+directions are alike, 1/D if all lie on a line.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from emu_kernels.trainer.sampling import CORRUPTIONS, new_negatives
 
 BINS = np.linspace(-1, 1, 41)
 EDGES = tuple(f"from{edge:+.2f}" for edge in BINS[:-1])
-# loss: that the model was trained with; negatives: the kind; leading, evenness: the share of two
-# components and the participation ratio, means over positives; from...: shares of the cosines.
+# loss: the one that the model was trained with; negatives: their kind; leading, evenness: the share
+# of two components and the participation ratio, means over positives; from...: shares of cosines.
 COLUMNS = (
     "date", "commit", "dataset", "model", "loss", "step", "negatives", "cosine", "leading",
     "evenness", *EDGES, "device", "emu_kernels", "torch", "python",
@@ -41,7 +41,7 @@ UNIFORM, AWARE, MUTANTS = "uniform", "structure-aware", "mutants"
 
 
 def spectrum(differences: Tensor) -> tuple[float, float]:
-    """Leading share and evenness of (B, K, D), K differences around each of B points; means."""
+    """Mean leading share and evenness of (B, K, D), K differences around each of B points."""
     centred = differences.double() - differences.double().mean(dim=1, keepdim=True)
     variances = torch.linalg.svdvals(centred).square()  # (B, min(K, D)), the others are 0
     total = variances.sum(dim=1)

@@ -1,12 +1,12 @@
-"""All checks that need a GPU, most valuable facts first: ``make gpu-check PART=a``, then b, then c.
+"""All checks that need a GPU, the most valuable first: ``make gpu-check PART=a``, then b, then c.
 
-Each part is a call of at most 9.5 minutes. It builds in place with the given Python (no network, no
-environment of its own) and runs its stages: tests on the GPU, some of them under sanitizers, the
-measurements, the profiler. Everything is also written to a folder: a log, JSON, and rows, each when
-it is measured. Each stage has a time limit, at which it is interrupted as by Ctrl-C, so that its
-report survives, and a failing one does not stop those after it.
+Each part is a call of at most 9.5 minutes. It builds in place with the given Python (without a
+network or a new environment) and runs its stages: tests on the GPU, some of them under sanitizers,
+measurements, the profiler. Everything is also written to a folder: a log, JSON, and rows, each as
+soon as it is measured. Each stage has a time limit, at which it is interrupted as if by Ctrl-C, so
+that its report survives; a stage that fails does not stop those after it.
 
-Exit status: 0 where every stage passed or was skipped, 1 where one failed, 2 without a GPU.
+Exit status: 0 if every stage passed or was skipped, 1 if one failed, 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -92,10 +92,11 @@ def _run(stage: Stage, limit: float, log: TextIO) -> Result:
 
 
 def stages(part: str, folder: Path, capability: str, device: str = "cuda") -> list[Stage]:
-    """Those of a part.
+    """The stages of a part.
 
-    ``capability``: of the GPU, as "90", for which alone is compiled. ``device``: "cpu" rehearses:
-    tiny sizes, tests that are only collected, and a build elsewhere without the CUDA kernels.
+    ``capability``: that of the GPU, such as "90"; kernels are compiled for it only. ``device``:
+    "cpu" rehearses, with tiny sizes, tests that are only collected, and a build elsewhere without
+    the CUDA kernels.
     """
     rehearsed = device == "cpu"
     python, out = shlex.quote(sys.executable), shlex.quote(str(folder))
@@ -113,14 +114,14 @@ def stages(part: str, folder: Path, capability: str, device: str = "cuda") -> li
     agreement = "tests/ops/test_agreement.py"
     facts = f"tests/cuda/test_gpu.py tests/triton/test_gpu.py {agreement} -k 'test_gpu or cuda'"
     of_triton = f"{agreement} tests/ops/test_mask.py tests/ops/test_similarities.py"
-    # Under a sanitizer everything takes far longer: tests of every dtype and kind of gradient.
+    # Only some tests, of every dtype and kind of gradient: a sanitizer makes them far slower.
     sanitizer = (
         "compute-sanitizer --error-exitcode 1 --target-processes all --report-api-errors no "
         f"--tool {{}} {pytest} {of_triton} tests/ops/test_relational.py "
         "tests/ops/test_specification.py -m 'not slow' -k '(cuda or triton) and (dtypes or sparse "
         "or masks or low_precision or nan_reaches or test_mutate or (similarities and softmax))'"
     ).format
-    # Each tensor an allocation of its own, so that accesses beyond its end are found.
+    # Each tensor is allocated by itself, so that accesses beyond its end are found.
     memcheck = f"PYTORCH_NO_CUDA_MEMORY_CACHING=1 {sanitizer('memcheck')}"
     steps = bench("steps --rounds 1 --batch 1024 --dim 512 --entities 14541 200000")
     ncu = (
@@ -143,7 +144,7 @@ def stages(part: str, folder: Path, capability: str, device: str = "cuda") -> li
             Stage("memcheck", memcheck, 150, "compute-sanitizer"),
             Stage("racecheck", sanitizer("racecheck"), 150, "compute-sanitizer"),
         ],
-        # Of Triton's cases few: compiling each takes longest.
+        # Few of Triton's cases, as compiling them takes longest.
         "c": [
             Stage("tests of triton", f"{many} {of_triton} -m 'not slow' -k triton", 200),
             Stage("captured", bench("captured"), 120),
@@ -169,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_check", description=__doc__)
     add = parser.add_argument
     add("--out", type=Path, default=ROOT / "build" / "gpu-check", help="folder")
-    add("--part", choices=PARTS, default=PARTS[0], help="of the stages")
+    add("--part", choices=PARTS, default=PARTS[0], help="the stages to run")
     add("--minutes", type=float, default=9.5, help="for the part; stages are cut to fit")
     add("--stages", nargs="+", metavar="NAME", help="only these of the part")
     add("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: rehearse it on tiny sizes")

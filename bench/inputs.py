@@ -41,7 +41,7 @@ class Shape:
         return f"{self.similarity}, {sizes}, {self.dtype}, {self.gradient} gradient"
 
     def columns(self) -> dict[str, Any]:
-        """Of a row of results."""
+        """The columns of a row of results."""
         fields = {name: name for name in CHOICES} | SIZES
         return {name: getattr(self, field) for name, field in fields.items()}
 
@@ -54,7 +54,7 @@ class Shape:
         return self.replace(**{name: min(getattr(self, name), n) for name, n in largest.items()})
 
     def load(self) -> tuple[Any, Any]:
-        """The shape, and what its steps need."""
+        """The shape, and the data that its steps need."""
         return self, make(self)
 
     @property

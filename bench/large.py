@@ -1,10 +1,9 @@
 """A graph of Wikidata5M's size on this machine: from a Parquet file to predictions.
 
-The graph is synthetic: degrees by Zipf's law, names as Wikidata's. Each part's row has its time by
-the clock and of the processor, the peak of the process's resident memory in it (files that it has
-mapped included), and the machine's load. What follows reading runs in the same process, as in
-emu-train; predictions have one of their own. With ``--processes 2`` it is trained once more, by
-emu-train on so many.
+The graph is synthetic: degrees by Zipf's law, names like Wikidata's. Each part's row has its wall
+time and processor time, the process's peak of resident memory (mapped files included), and the
+machine's load. Reading and all that follows runs in one process, as in emu-train; predictions run
+in another. With ``--processes 2`` it is trained once more, by emu-train on so many processes.
 """
 
 from __future__ import annotations
@@ -135,7 +134,7 @@ def train(options: argparse.Namespace, folder: Path) -> list[Row]:
 
 
 def blocks(parts: Parts, trainer: Trainer) -> None:
-    """Steps of which a block of triples shares a set of negatives, as DGL-KE, PBG and Marius do."""
+    """Steps in which blocks of triples share sets of negatives, as in DGL-KE, PBG and Marius."""
     config = trainer.config
     trainer.train(WARM_UP)
     before = trainer.seconds

@@ -1,8 +1,8 @@
-"""Mutation rates other than one for all components, for the study to compare.
+"""Mutation rates that differ between components, for the study to compare.
 
-Each rule is a loss of the trainer within :func:`entered`: EMU in closed form, with a rate for each
-component that is 0.61 (the setting ``mutation_rate``) on average over a row, but where a rate would
-be larger than 1. What a rule has learned is in its model.
+Within :func:`entered` each rule is a loss of the trainer: EMU in closed form, with a rate for each
+component. Over a row the rates are 0.61 (the setting ``mutation_rate``) on average, except that
+they are limited to [0, 1]. What a rule learns is in its model.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ OPTIONS = ("mutation_rate", "beta", "alpha")
 
 
 class LearnedRates(DistMult):
-    """DistMult with a learned share that each component keeps, of a row's (1 − ρ) · D in all."""
+    """DistMult that learns how to distribute what is kept of a row, (1 − ρ) · D, to components."""
 
     by_relation = False
 
@@ -39,20 +39,20 @@ class LearnedRates(DistMult):
         return super().ask(entity, relation, direction)
 
     def rates(self, rate: float) -> Tensor:
-        """(D,), or (B, D) for the batch that was asked last."""
+        """(D,), or (B, D) for the batch of the last :meth:`ask`."""
         shares = self.logits[self._row].softmax(dim=1) * self.logits.shape[1]
         rates = 1 - ((1 - rate) * shares).clamp(max=1)
         return rates if self.by_relation else rates[0]
 
 
 class RatesByRelation(LearnedRates):
-    """With shares of its own for each relation and direction."""
+    """Learns this for each relation and direction separately."""
 
     by_relation = True
 
 
 def _by_size(of_large: bool, size: Callable[[Step], Tensor]) -> Callable[[Step], Tensor]:
-    """Rates in proportion to a size (B, D) or, where small ones are mutated, such shares kept."""
+    """Rates in proportion to a size (B, D), or, if not ``of_large``, kept shares in proportion."""
 
     def loss(step: Step) -> Tensor:
         sizes = size(step).detach().abs()
@@ -79,7 +79,7 @@ def _learned(step: Step) -> Tensor:
 
 
 def _adversarial(step: Step) -> Tensor:
-    """The rates that are worst for the model: their gradient is turned round."""
+    """The rates that are worst for the model: their gradient is reversed."""
     assert isinstance(step.model, LearnedRates)
     rates = step.model.rates(step.config.mutation_rate)
     return step.emu(Expected((2 * rates.detach() - rates).clamp(0, 1)))
@@ -108,12 +108,12 @@ LINES = (
     ("learned by relation", "DistMult, rates by relation", "learned"),
     ("learned by relation against the model", "DistMult, rates by relation", "adversarial"),
 )
-"""What is mutated more, the model and its loss."""
+"""For each line: what is mutated more, the model, its loss."""
 
 
 @contextmanager
 def entered() -> Iterator[None]:
-    """Rules and models are the trainer's as long as this lasts."""
+    """Within it, the trainer has these rules and models."""
     losses = {name: Loss("", OPTIONS, rule, *[False] * 4) for name, rule in RULES.items()}
     LOSSES.update(losses)
     SCORERS.update(MODELS_WITH_RATES)

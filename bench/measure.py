@@ -1,4 +1,4 @@
-"""Times of rivals that take turns in one process, so that a disturbance slows all; peak memory."""
+"""Times of rivals that take turns in one process, so that disturbances slow all; peak memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import torch
 
 from bench.inputs import is_gpu
 
-Step = Callable[[], Callable[[], Any]]  # prepares, and returns what is timed
+Step = Callable[[], Callable[[], Any]]  # prepares, and returns the function to time
 Turn = Callable[[], float]  # takes one turn and returns the seconds of a step
 Run = Callable[[int], float]  # takes so many steps and returns their seconds
 MIB = 2**20
@@ -80,7 +80,7 @@ def turn_of(step: Step, device: str, *, tiny: bool = False) -> Turn:
 
 
 def run_of(step: Callable[[int], Any], device: str) -> Run:
-    """Of steps that get their numbers, without waiting for the GPU in between."""
+    """A run of steps, each given its number, without waiting for the GPU in between."""
     numbers = itertools.count()
 
     def train(steps: int) -> None:
@@ -98,10 +98,10 @@ def turn_of_run(run: Run, *, tiny: bool = False) -> Turn:
 
 
 def alternate(rivals: Mapping[str, Callable[[], Turn]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each in each round. The order rotates by one each round.
+    """Seconds of each rival in each round. The order rotates by one each round.
 
-    Each is a function that warms up and makes the turns. One that cannot be started is said to have
-    failed, and does not stop the others.
+    A rival is a function that warms up and returns its turn. One that cannot be started is reported
+    as failed, and does not stop the others.
     """
     turns: dict[str, Turn] = {}
     for name, start in rivals.items():
@@ -120,13 +120,13 @@ def alternate(rivals: Mapping[str, Callable[[], Turn]], rounds: int) -> dict[str
 
 
 def system_bytes(name: str, file: str = "/proc/self/status") -> int:
-    """What Linux says: of this process VmRSS, or VmHWM, its peak since :func:`reset_peak`."""
+    """A value of Linux: for this process VmRSS, or VmHWM, its peak since :func:`reset_peak`."""
     (line,) = (x for x in Path(file).read_text().splitlines() if x.startswith(f"{name}:"))
     return int(line.split()[1]) * 1024  # given in kB
 
 
 def reset_peak() -> None:
-    """Return freed memory to the system, and let the peak begin at what is left."""
+    """Return freed memory to the system, and restart the peak at what is left."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # proc(5): sets VmHWM to VmRSS
@@ -147,7 +147,7 @@ def free_bytes(device: str) -> int:
 
 
 def in_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """The result of a fresh process."""
+    """The result of a function in a fresh process."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
@@ -163,10 +163,9 @@ def _cpu_peak(prepare: Callable[[Any], Any], shape: Any, threads: int) -> float:
 
 
 def peak(prepare: Callable[[Any], Any], shape: Any, threads: int) -> float:
-    """MiB by which ``prepare(shape)()`` raises the peak memory; on a GPU, of torch's allocator.
-
-    On a CPU that of a fresh process. The kernel counts pages in batches: below about 1 MiB the
-    result is noise.
+    """MiB by which ``prepare(shape)()`` raises the peak memory: on a GPU that of torch's allocator,
+    on a CPU that of a fresh process, where results below about 1 MiB are noise, as Linux counts
+    pages in batches.
     """
     if not is_gpu(shape.device):
         return in_process(_cpu_peak, prepare, shape, threads)
@@ -183,7 +182,7 @@ class Captured:
     """A step as a CUDA graph; a call replays it and returns the step's result."""
 
     def __init__(self, step: Callable[[], Any]) -> None:
-        self.step = step  # whose tensors a replay reads and writes
+        self.step = step  # keeps the tensors that a replay reads and writes
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):

@@ -1,9 +1,9 @@
 """Relational message passing, forward and backward: ours against plain PyTorch.
 
-The graph is a dataset's training triples and their inverses, as NBFNet has them, with relations of
-each query and DistMult messages. Plain PyTorch gathers, multiplies and scatters: it is the
+The graph is a dataset's training triples and their inverses, as in NBFNet, with different relations
+for each query and DistMult messages. Plain PyTorch gathers, multiplies and scatters: it is the
 specification, ``backend="reference"``. The graph "zipf" is random, with as many nodes, relations
-and triples as FB15k-237, but the busiest node has a tenth of all triples; it needs no download.
+and triples as FB15k-237, but its busiest node has a tenth of all triples; it needs no download.
 ``--aggregate nbfnet`` measures a training step of NBFNet, as its authors train it on FB15k-237.
 """
 

@@ -1,4 +1,4 @@
-"""Markdown tables of results, from the rows alone. Of repeated runs the latest counts."""
+"""Markdown tables of results, from the rows only. The latest of repeated runs counts."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _NAMED: list[Any] = [*RIVALS, *TRAINERS, *WHOLE_STEPS]
 TITLES: dict[str, str] = {rival.name: rival.title for rival in _NAMED}
 Rows: TypeAlias = pd.DataFrame
 Columns: TypeAlias = list[tuple[str, ...]]
-"""A header and the keys of its cells: rival, what and phase, but for those that name a line."""
+"""A header and the keys of its cells: rival, what and phase, except those that name a line."""
 
 
 def latest(rows: Rows) -> Rows:
-    """The latest run of each setting; in ``setting`` numbers, in order of their first rows."""
+    """The latest run of each setting; column ``setting`` numbers these, by their first rows."""
     keys = ["family", "device", "threads", "graph", "model", "optimizer", *SETTING]
     # The trainers of one run may differ in the gradient that they can compute.
     gradient = rows["gradient"].where(rows["family"] != "train", "")
@@ -49,7 +49,7 @@ def spread(header: str, *key: str) -> Columns:
 def table(rows: Rows, index: dict[str, str], columns: Columns, left: int = 1) -> str:
     """A line for each setting and each value of ``index``, in order; "–" where there is no row.
 
-    ``index`` has the headers of its columns, of which those after the first ``left`` come last.
+    ``index`` maps columns to headers; those after the first ``left`` come last in the table.
     """
     text = rows[list(QUANTILES)].map(number)
     line = rows.groupby(["setting", *index], sort=False).ngroup()
@@ -75,7 +75,7 @@ def titled(rows: Rows) -> Rows:
 
 
 def setting(rows: Rows, without: Sequence[str] = ()) -> str:
-    """What the first row's step is, but for some columns."""
+    """The setting of the first row, except for some columns."""
     row = rows.iloc[0]
     texts = {"similarity": row["similarity"], **{name: f"{name}={row[name]}" for name in SIZES}}
     texts |= {"dtype": row["dtype"]}
@@ -84,7 +84,7 @@ def setting(rows: Rows, without: Sequence[str] = ()) -> str:
 
 
 def caption(rows: Rows, what: str = "") -> str:
-    """Where and of what the rows are, with our kernels' instruction sets."""
+    """Where the rows were measured and with what, with our kernels' instruction sets."""
     row = rows.iloc[-1]
     ours = rows["instruction_set"][rows["rival"].str.startswith("fused-")].unique()
     threads = f"{row['threads']} thread{'s' if row['threads'] != 1 else ''}"
@@ -97,7 +97,7 @@ def caption(rows: Rows, what: str = "") -> str:
 
 
 def step_table(rows: Rows, index: Sequence[str] = ()) -> str:
-    """A line for each rival, and value of the index. Phases have columns where measured."""
+    """A line for each rival and value of the index. Phases that were measured have columns."""
     columns = spread("median ms", TIME, WHOLE)
     columns += [(f"{p} ms", TIME, p) for p in PHASES[:-1] if (rows["phase"] == p).any()]
     columns += [*spread("× ours", RATIO, WHOLE), ("peak MiB", MEMORY, WHOLE)]
@@ -107,7 +107,7 @@ def step_table(rows: Rows, index: Sequence[str] = ()) -> str:
 
 
 def variations(rows: Rows) -> str:
-    """A line for each setting, ours and eager. What differs between settings has a column."""
+    """A line for each setting, with ours and eager. What differs between settings has a column."""
     usual = {c: rows[c].iloc[0] if c in SIZES else getattr(Shape, c) for c in SETTING}
     differ = [c for c in SETTING if (rows[c] != usual[c]).any()] or ["similarity"]
     columns: Columns = [
@@ -123,8 +123,8 @@ def variations(rows: Rows) -> str:
 
 
 def steps_table(rows: Rows) -> str:
-    """On a GPU a line for each setting and rival; on a CPU the paper's setting in full, the others
-    in a line each."""
+    """On a GPU a line for each setting and rival; on a CPU the paper's setting in full, and a line
+    for each other setting."""
     if rows["instruction_set"].str.startswith("sm_").any():
         return step_table(rows, SETTING)
     usual = [getattr(Shape, SIZES.get(column, column)) for column in SETTING]
@@ -166,7 +166,7 @@ def kernels_table(rows: Rows) -> str:
     return table(rows, {"phase": "operator"}, columns) + caption(rows, setting(rows))
 
 
-# A family's table, and whether each setting has one of its own.
+# A family's table, and whether each setting has its own table.
 TABLES = {
     "steps": (steps_table, False),
     "closed": (step_table, True),

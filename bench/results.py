@@ -29,7 +29,7 @@ TIME, RATIO, MEMORY = "time", "time ratio", "peak memory"
 SPEED = "triples a second"
 UNITS = {TIME: "ms", RATIO: "x", MEMORY: "MiB", SPEED: "1/s"}
 
-# date: when the run began, UTC, the same in all its rows; commit: "-dirty" where files differ;
+# date: when the run began, UTC, the same in all its rows; commit: with "-dirty" if files differ;
 # family: of comparisons, as on the command line; what: a key of UNITS; base: the rival whose time a
 # ratio is relative to; gradient: of the table; library: the rival's. Empty where not applicable.
 COLUMNS = (
@@ -44,14 +44,14 @@ Row = dict[str, Any]
 
 
 def of_values(what: str, values: Any, **columns: Any) -> Row:
-    """Their quantiles."""
+    """A row with the values' quantiles."""
     low, median, high = np.quantile(values, (0.2, 0.5, 0.8)).tolist()
     columns |= {"what": what, "unit": UNITS[what]}
     return columns | {"median": median, "q20": low, "q80": high}
 
 
 def of_times(times: Mapping[str, Any], base: str | None, rival: str, batch: int = 0) -> list[Row]:
-    """A rival's time, its speed where the batch is given, its ratio to the base's times."""
+    """A rival's time, its speed if the batch is given, and its ratio to the base's times."""
     seconds = np.array(times[rival])
     rows = [of_values(TIME, 1000 * seconds, rival=rival)]
     if batch:
@@ -76,7 +76,7 @@ def commit() -> str:
     git = partial(subprocess.check_output, cwd=ROOT, text=True, stderr=subprocess.DEVNULL)
     try:
         name = git(["git", "rev-parse", "--short=12", "HEAD"]).strip()
-        # Every run changes the results themselves.
+        # Without the results, which every run changes.
         changed = git(["git", "status", "--porcelain", "--", ".", ":(exclude)bench/results"])
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("BENCH_COMMIT", "unknown")
@@ -93,7 +93,7 @@ def environment(device: str = "cpu") -> Row:
 
 
 def append(folder: Path, rows: Sequence[Row], columns: Sequence[str] = COLUMNS) -> Path:
-    """Add rows of one device to its file, and return this. Needs no pandas."""
+    """Add rows of one device to its file, and return the file. Needs no pandas."""
     folder.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"[^a-z0-9]+", "-", rows[0]["device"].lower()).strip("-")
     path = folder / f"{name}.csv"

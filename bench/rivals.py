@@ -1,4 +1,4 @@
-"""Implementations of one training step that are compared.
+"""The implementations of one training step that are compared.
 
 A step is the loss of one batch and its gradients with respect to the query and the table. Phase
 "forward" is the loss as training computes it (keeping what backward needs), "backward" the
@@ -37,21 +37,21 @@ CLOSED = EMU | {"mutation_rate": Expected(EMU["mutation_rate"])}
 
 PHASES = ("forward", "backward", "forward + backward")
 WHOLE = PHASES[-1]
-TRAINING = "training step"  # the only phase of a trainer's
+TRAINING = "training step"  # the only phase of trainers
 OPERATORS = ("loss, no gradient", "loss", "table gradient", "scores", "query gradient of scores")
-"""What autograd calls, by themselves: a pass over the negatives, or the gradient of the table."""
+"""What autograd calls, each by itself: a pass over the negatives, or the gradient of the table."""
 Loss = Callable[..., Tensor]  # of query, table, positive and negative
 
 
 @dataclass(frozen=True)
 class Rival:
-    """Made of a module's functions, so that a fresh process, where memory is measured, has it."""
+    """Consists of a module's functions, so that it can be sent to another process, to measure."""
 
     name: str  # in results and on the command line
     title: str  # in tables
-    loss: Callable[[Shape], Loss]  # for steps of a shape; raises where it cannot run them
+    loss: Callable[[Shape], Loss]  # for steps of a shape; raises an error if it cannot run them
     device: str | None = None  # the only type of device on which it is measured
-    backend: str | None = None  # of ours
+    backend: str | None = None  # our backend, if it is ours
     phases: tuple[str, ...] = PHASES + OPERATORS
     dense_gradients: int = 1  # (N, D) buffers needed at once
     tiles: int = 0  # (B, K, D) buffers needed at once
@@ -81,7 +81,7 @@ class Rival:
         return None
 
     def columns(self, shape: Shape) -> dict[str, Any]:
-        """Of a row of results."""
+        """The columns of a row of results."""
         used, library = torch.backends.cpu.get_cpu_capability().lower(), ""
         if is_gpu(shape.device):
             used = "sm_{}{}".format(*torch.cuda.get_device_capability(shape.device))
@@ -99,7 +99,7 @@ def step(loss: Loss, inputs: Inputs, phase: str) -> Step:
         return loss(*inputs)
 
     def gradients(value: Tensor) -> Any:
-        if not value.requires_grad:  # all is done
+        if not value.requires_grad:  # the loss has computed everything
             return value
         of_query, of_table = torch.autograd.grad(value, (inputs.query, inputs.table))
         return of_query, of_table.coalesce() if of_table.is_sparse else of_table
@@ -202,7 +202,7 @@ def _native() -> Callable[..., None]:
 
 
 def gather_scatter(query: Tensor, table: Tensor, positive: Tensor, ids: Tensor) -> Tensor:
-    """Gather the rows of ``ids``; (N, D), row n the Σ of query_b over ids_bk = n."""
+    """Gather the rows of ``ids``; return (N, D), whose row n is Σ query_b over ids_bk = n."""
     gradient = torch.empty(table.shape)
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in (table, query, ids, gradient)]
     sizes = map(ctypes.c_int64, (*ids.shape, *table.shape[::-1]))
@@ -245,7 +245,7 @@ PRODUCTS = tuple(
         "all-softmax": "softmax of all entities",
     }.items()
 )
-"""Of dot with dense gradients: of the command ``closed`` alone."""
+"""For dot with dense gradients, in the command ``closed`` only."""
 _EAGER_EMU = partial(_eager, eager.emu_loss, **EMU)
 _EAGER_SOFTMAX = partial(_eager, eager.softmax_loss)
 _BARE = "bare gather and scatter of the rows"

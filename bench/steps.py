@@ -32,7 +32,7 @@ class Setting(NamedTuple):
     rivals: Sequence[Any]
     phases: Sequence[str] = PHASES
     family: str = "steps"
-    bases: Sequence[str] = _EMU  # others are compared with the first of these that is measured
+    bases: Sequence[str] = _EMU  # the first of these that is measured is what others compare with
 
 
 def named(names: Sequence[str], among: Sequence[Any] = rivals.RIVALS) -> list[Any]:
@@ -47,7 +47,7 @@ def of_steps(options: Any) -> Iterator[Setting]:
 
 
 def of_closed(options: Any) -> Iterator[Setting]:
-    """A set of negatives a row; one for the batch, and all entities."""
+    """A set of negatives for each row; one set for the batch, and all entities."""
     bases = [ours("expected", backend) for backend in BACKENDS]
     yield Setting(Shape(), named(rivals.SCALED), (WHOLE,), "closed", bases)
     compared = (*rivals.OURS, *PRODUCTS)
@@ -65,7 +65,7 @@ def of_scale(options: Any) -> Iterator[Setting]:
 
 
 def of_kernels(options: Any) -> Iterator[Setting]:
-    """The paper's shape on FB15k-237, and long rows of a large table, which lie in no cache."""
+    """The paper's shape on FB15k-237, and long rows of a large table, which fits in no cache."""
     for shape in (Shape(), Shape(1024, 256, 512, 2_500_000, gradient="sparse")):
         yield Setting(shape, named(_EMU), rivals.OPERATORS, "kernels", bases=())
 
@@ -86,13 +86,13 @@ def of_train(options: Any) -> Iterator[Setting]:
 
 
 def steps_of(rival: Any, phase: str, shape: Shape) -> Callable[[], float]:
-    """What is measured in memory: parameters of a trainer, gradients, temporaries; not the data."""
+    """The step whose memory is measured: trainers' parameters, gradients, temporaries; no data."""
     shape, data = shape.load()
     return lambda: rival.start(shape, data, phase, True)()
 
 
 def rows(setting: Setting, options: Any) -> Iterator[list[Row]]:
-    """Measure, with the options of the command line; the rows of one phase after the other."""
+    """Measure with the options of the command line; yields the rows phase by phase."""
     shape, data = setting.shape.load()
     shared = dict.fromkeys(results.COLUMNS, "") | results.environment(shape.device)
     shared |= shape.columns() | {"family": setting.family, "threads": options.threads}

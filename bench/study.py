@@ -1,8 +1,8 @@
-"""The study: named lists of training runs that can stop and go on, and tables of their rows.
+"""The study: named lists of training runs, which can be stopped and resumed, and their tables.
 
-``python -m bench study losses --jobs 2`` trains what has no rows yet, in processes of one thread.
-A run that was stopped goes on from its last checkpoint. Rows belong to a run's settings, so that
-experiments share the runs that they have in common. The lists are in :mod:`bench.experiments`.
+``python -m bench study losses --jobs 2`` trains the runs that have no rows yet, in processes of one
+thread. A run that was stopped goes on from its last checkpoint. Rows are identified by a run's
+settings, so that experiments share runs. The lists are in :mod:`bench.experiments`.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from emu_kernels.trainer.evaluation import METRICS, Metrics
 from emu_kernels.trainer.loop import Trainer, settle
 from emu_kernels.trainer.run import RunFolder
 
-# settings: of emu-train, beside those with a column, as JSON; split: valid, a row for each
-# validation, or test, of the step that was best there; seconds: of the steps until then, without
-# evaluation, on one core of the device.
+# settings: emu-train's, except those with a column, as JSON; split: valid, a row for each
+# validation, or test, for the step that was best in validation; seconds: of the steps until then,
+# without evaluation, on one core of the device.
 COLUMNS = (
     "date", "commit", "dataset", "model", "loss", "settings", "seed", "split", "step", *METRICS,
     "seconds", "device", "emu_kernels", "torch", "python",
@@ -43,7 +43,7 @@ RUN = ["dataset", "model", "loss", "settings", "seed"]
 
 
 def key(settings: Settings) -> Row:
-    """A run's columns among those of its rows."""
+    """The columns that identify a run in its rows."""
     others = {name: value for name, value in sorted(settings.items()) if name not in RUN}
     named: Row = {name: settings[name] for name in ("dataset", "model", "loss")}
     return named | {"settings": json.dumps(others), "seed": settings.get("seed", 0)}

@@ -1,6 +1,6 @@
-"""Micro-benchmarks of the public functions, to see a regression in seconds: ``pytest bench/``.
+"""Micro-benchmarks of the public functions, to see regressions within seconds: ``pytest bench/``.
 
-On each backend that can run here; a GPU's include launches.
+They run on each backend that can run here; times on a GPU include launches.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
-"""Training from end to end, trainer against trainer, each at the best settings known to us.
+"""Training from end to end, trainer against trainer, each with the fastest settings known to us.
 
-All train the same model at the same dimension, batch, number of negatives (uniform, half of them
+All train the same model with the same dimension, batch, number of negatives (uniform, half of them
 heads) and optimiser, on the same triples, with cross-entropy of the positive among its negatives or
-with EMU: no regulariser, no constraint on embeddings, no evaluation. A step is everything: drawing
-triples and negatives, loss, gradients, optimiser. Building loaders and shuffling is not timed.
-
-The other libraries, and our trainer, are imported only where they are used: the list needs none.
+with EMU: no regulariser, no constraint on embeddings, no evaluation. A step includes everything:
+drawing triples and negatives, loss, gradients, optimiser. Building loaders and shuffling is not
+timed. Other libraries, and our trainer, are imported only when they are used.
 """
 
 from __future__ import annotations
@@ -47,8 +46,8 @@ PYG = "torch-geometric"
 def zipf_triples(entities: int, relations: int, triples: int) -> Tensor:
     """(triples, 3) of ids: rank i of entities and relations has a probability close to 1 / i.
 
-    (size + 1)^u, rounded down, of uniform u nearly has Zipf's law. Frequent entities are at random
-    places, as in a real table, so that their rows are far apart.
+    (size + 1)^u, rounded down, nearly has Zipf's law for uniform u. Frequent entities have random
+    ids, as in a real table, so that their rows are far apart.
     """
     draws = torch.Generator().manual_seed(0)
     place = torch.randperm(entities, generator=draws)
@@ -79,7 +78,7 @@ class Task(Shape):
         return super().columns() | own
 
     def load(self) -> tuple[Task, Graph]:
-        """With the graph, of training triples alone."""
+        """The task, and its graph with training triples only."""
         from emu_kernels.trainer import data, datasets, errors
 
         if self.graph == ZIPF:
@@ -100,13 +99,13 @@ class Task(Shape):
 
 
 def adagrad(task: Task, parameters: Iterable[Any]) -> torch.optim.Optimizer:
-    """The fastest available: on a CPU fused, unless gradients are sparse."""
+    """The fastest Adagrad: on a CPU fused, unless gradients are sparse."""
     fused = not task.sparse and not is_gpu(task.device)
     return torch.optim.Adagrad(list(parameters), lr=LEARNING_RATE, fused=fused or None)
 
 
 def by_hand(task: Task, parameters: Iterable[Any], loss: Callable[[int], Tensor]) -> Run:
-    """The usual loop, with a loss of the step's number."""
+    """The usual loop; ``loss`` is given the step's number."""
     optimizer = adagrad(task, parameters)
 
     def step(number: int) -> None:
@@ -139,7 +138,7 @@ def emu_train(task: Task, graph: Graph, loss: str) -> Run:
 
 
 def pytorch_loop(task: Task, graph: Graph, new_loss: Callable[[Shape], Loss]) -> Run:
-    """Shuffled triples, tails and heads in turn; a query a row, scored with its K candidates."""
+    """Shuffled triples, tails and heads in turn; each row's query is scored with K candidates."""
     from emu_kernels.trainer.batches import AlternatingBatches
     from emu_kernels.trainer.models import MODELS
 
@@ -162,7 +161,7 @@ def pytorch_loop(task: Task, graph: Graph, new_loss: Callable[[Shape], Loss]) ->
 
 
 def full_batches(loader: Any, size: int) -> Iterator[Any]:
-    """Of a loader, epoch after epoch."""
+    """The full batches of a loader, epoch after epoch."""
     every = itertools.chain.from_iterable(itertools.repeat(loader))
     return (batch for batch in every if len(batch[0]) == size)
 
@@ -177,15 +176,15 @@ LIBRARIES: dict[str, dict[str, dict[str, Any]]] = {
     PYG: {"DistMult": {}, "ComplEx": {}, "TransE": {}, "RotatE": {}},
     "torchkge": {"DistMult": {}, "ComplEx": {}, "TransE": {"dissimilarity_type": "L1"}},
 }
-"""By package its models, with their options."""
+"""For each package its models, with their options."""
 DENSE = ("pykeen", "torchkge")  # those without sparse gradients
 
 
 def pykeen(task: Task, graph: Graph, *, ours: bool) -> Run:
     """PyKEEN's SLCWATrainingLoop, its basic sampler (vectorised), CrossEntropyLoss.
 
-    Without worker processes, which would take the cores that compute. Each call trains an epoch of
-    steps + 1 batches, and the clock is read when the first and the last one begin.
+    Without worker processes, which would take cores from the computation. Each call trains an epoch
+    of steps + 1 batches, and the clock is read when the first and the last one begin.
     """
     from pykeen.models import model_resolver
     from pykeen.training import SLCWATrainingLoop, TrainingCallback
@@ -230,11 +229,11 @@ def pykeen(task: Task, graph: Graph, *, ours: bool) -> Run:
 
 
 def pyg(task: Task, graph: Graph, *, ours: bool) -> Run:
-    """torch_geometric.nn.kge, its loader, and negatives drawn as by its ``random_sample``.
+    """torch_geometric.nn.kge, its loader, and negatives drawn like its ``random_sample`` does.
 
-    Its own losses take one negative a positive. With K of them the scores of a row are computed by
-    broadcasting where the model's ``forward`` allows it, so that heads (or tails) and relations are
-    looked up once a row; heads and tails are corrupted in turn.
+    Its own losses take one negative per positive. For K of them the scores of a row are computed by
+    broadcasting, if the model's ``forward`` allows it, so that heads (or tails) and relations are
+    looked up once per row; heads and tails are corrupted in turn.
     """
     from torch_geometric.nn import kge
 
@@ -266,7 +265,7 @@ def pyg(task: Task, graph: Graph, *, ours: bool) -> Run:
 def torchkge(task: Task, graph: Graph) -> Run:
     """TorchKGE's model, DataLoader and UniformNegativeSampler; its scores in cross-entropy.
 
-    Entities are normalised at each look-up, as its models do; ``normalize_parameters``, due once an
+    Its models normalise entities at each look-up; ``normalize_parameters``, which is due once per
     epoch, is left out.
     """
     from torchkge import models
@@ -292,7 +291,7 @@ def torchkge(task: Task, graph: Graph) -> Run:
         head, tail, relation = next(batches)
         corrupted = sampler.corrupt_batch(head, tail, relation)
         positive, negative = model(head, tail, relation, *corrupted)
-        # Both are repeated once a negative, block by block.
+        # Both are repeated once for each negative, block by block.
         scores = positive[: task.batch, None], negative.view(-1, task.batch).T
         return eager.first_class(torch.cat(scores, dim=1))
 
@@ -301,7 +300,7 @@ def torchkge(task: Task, graph: Graph) -> Run:
 
 @dataclass(frozen=True)
 class Trainer:
-    """Made of a module's functions, as a :class:`bench.rivals.Rival`."""
+    """Consists of a module's functions, like a :class:`bench.rivals.Rival`."""
 
     name: str  # in results and on the command line
     title: str  # in tables
@@ -311,7 +310,7 @@ class Trainer:
     phases: tuple[str, ...] = (TRAINING,)
 
     def adapt(self, task: Task) -> Task:
-        """The task with dense gradients where this trainer has no sparse ones for it."""
+        """The task, with dense gradients if this trainer has no sparse ones for it."""
         from emu_kernels.trainer.models import MODELS, Model
 
         whole = MODELS[task.model].candidates is not Model.candidates  # of all entities
@@ -322,7 +321,7 @@ class Trainer:
         return measure.turn_of_run(self.train(self.adapt(task), graph), tiny=tiny)
 
     def columns(self, task: Task) -> dict[str, Any]:
-        """Of a row of results."""
+        """The columns of a row of results."""
         version = self.library and f"{self.library} {importlib.metadata.version(self.library)}"
         return {"gradient": self.adapt(task).gradient, "library": version}
 
@@ -361,10 +360,10 @@ BY_NAME = {trainer.name: trainer for trainer in TRAINERS}
 
 @dataclass(frozen=True)
 class WholeStep(Rival):
-    """A rival's loss in a training step on a GPU, perhaps as CUDA graphs: sampler and all.
+    """A rival's loss in a whole training step, sampling included, on a GPU perhaps as CUDA graphs.
 
-    DistMult with Adagrad, tails and heads in turn. Triples, which are random and as many as
-    FB15k-237's, negatives and seeds are drawn on the device; each replay advances its generator.
+    DistMult with Adagrad, tails and heads in turn. Triples (random, as many as FB15k-237's),
+    negatives and seeds are drawn on the device; each replay advances its generator.
     """
 
     captured: bool = False
@@ -381,7 +380,7 @@ class WholeStep(Rival):
             negative = torch.randint(shape.entities, (shape.batch, shape.negatives), device=device)
             first, relation, last = columns[:, place]
             given, positive = (last, first) if head else (first, last)
-            # Rows are leaves: their gradients are (B, D) and not a second (N, D).
+            # Rows are leaves, so that their gradients are (B, D) and not a second (N, D).
             leaves = tables[0], tables[0][given], tables[1][relation]
             entity, rows, relations = (leaf.requires_grad_() for leaf in leaves)
             loss = loss_of(rows * relations, entity, positive, negative)

@@ -1,4 +1,4 @@
-# The extension module (csrc/bindings.cpp). Arguments named like tensors are addresses, 0 for none.
+# The extension module (csrc/bindings.cpp). Arguments named like tensors are addresses, 0 for None.
 from typing import Any, TypedDict
 
 version: str

@@ -45,12 +45,12 @@ __all__ = [
 
 
 def load(run: str | os.PathLike[str], device: str = "cpu") -> Predictor:
-    """The best model of a run folder of ``emu-train``, to predict with.
+    """Load the best model of an ``emu-train`` run folder, to predict with.
 
     Needs the trainer's packages: ``pip install 'emu-kernels[trainer]'``.
 
     Raises:
-        ModuleNotFoundError: they are not installed.
+        ModuleNotFoundError: those packages are not installed.
         emu_kernels.trainer.errors.RunError: the folder holds no run that can be read.
     """
     from emu_kernels.trainer.predict import Predictor

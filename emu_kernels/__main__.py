@@ -1,4 +1,4 @@
-"""``python -m emu_kernels``: versions, and the backends that can run here or why they cannot."""
+"""``python -m emu_kernels``: versions, and for each backend whether it can run here or why not."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def extension() -> str:
     try:
         used = native.instruction_set()
         threads = "torch's" if native.joins_torch() else "one"
-    except ValueError as error:  # the environment asks for what cannot be
+    except ValueError as error:  # EMU_KERNELS_CPU names a set that cannot run here
         used, threads = f"none ({error})", "none"
     return f"{native.compiler().strip()}; can use {runnable}; in use: {used}; threads: {threads}"
 

@@ -1,5 +1,5 @@
-# The CUDA kernels (csrc/cuda/bindings.cpp). _C.pyi has what both modules have; here addresses are
-# on the device, and a _Place has the keys device, stream and processors.
+# The CUDA kernels (csrc/cuda/bindings.cpp). _C.pyi declares what both modules have; here addresses
+# are on the device, and a _Place has the keys device, stream and processors.
 from emu_kernels._C import Problem as Problem
 from emu_kernels._C import loss_forward as loss_forward
 from emu_kernels._C import loss_workspace as loss_workspace

@@ -1,6 +1,6 @@
-"""The public functions: check the arguments, make one request of them, dispatch. Nothing else.
+"""The public functions: each checks its arguments, makes one request of them and dispatches it.
 
-What they compute is specified by :mod:`emu_kernels.reference`, which masks they draw by
+What they compute is specified by :mod:`emu_kernels.reference`; which masks they draw, by
 :mod:`emu_kernels.mask`.
 """
 
@@ -56,13 +56,13 @@ class EmuScores(NamedTuple):
     positive: Tensor
     """(B,) score of each row's positive."""
     negative: Tensor
-    """(B, K) scores of the negatives as they are; −inf where padding."""
+    """(B, K) scores of the negatives without mutation; −inf at padding."""
     mutated: Tensor
-    """(B, K) scores of the mutated negatives; −inf where padding. ``negative`` without mutation;
-    with :class:`emu_kernels.Expected` the means over all masks."""
+    """(B, K) scores of the mutated negatives; −inf at padding. With
+    :class:`emu_kernels.Expected`, means over all masks; without mutation, ``negative`` itself."""
     cumulant: Tensor
-    """(B, K) log E e^ŝ over all masks, to second order, with ``Expected``; −inf where padding.
-    Of a drawn mask it is ``mutated`` itself: a loss with a logsumexp over these fits both."""
+    """(B, K) with ``Expected``, log E e^ŝ over all masks, to second order; −inf at padding.
+    Otherwise ``mutated`` itself, so that a logsumexp over ``cumulant`` is right in both cases."""
 
 
 def fused_emu_loss(
@@ -89,71 +89,73 @@ def fused_emu_loss(
 ) -> Tensor:
     r"""EMU loss L_emu + α · L_van of sampled negatives (Takamoto et al., arXiv 2504.03327).
 
-    Each negative z⁻_k is mutated toward the positive z⁺ by a random mask λ_k, a share
-    ``mutation_rate`` of whose components is 1: ẑ_k = λ_k ⊙ z⁺ + (1 − λ_k) ⊙ z⁻_k. With
+    Each negative z⁻_k is mutated toward the positive z⁺ by a random mask λ_k, whose components are
+    1 with probability ``mutation_rate``: ẑ_k = λ_k ⊙ z⁺ + (1 − λ_k) ⊙ z⁻_k. With
     ŝ_k = φ(query, ẑ_k), s⁺ = φ(query, z⁺), s⁻_k = φ(query, z⁻_k), for each row::
 
         L_emu = (1/K) · [(l̂ − s⁺) + β Σ_k (l̂ − ŝ_k)]     l̂ = logsumexp(s⁺, ŝ_1..ŝ_K)
         L_van = l − s⁺                                     l = logsumexp(s⁺, s⁻_1..s⁻_K)
 
-    Nothing of size B·K·D is allocated; gradients flow into ``query``, ``table`` (into the positive
-    through every mutated component too), ``scale`` and ``similarity_weights`` and have no second
-    derivative, except on ``reference``.
+    Nothing of size B·K·D is allocated. Gradients flow into ``query``, ``table`` (into the positive
+    also through every mutated component), ``scale`` and ``similarity_weights``; they can be
+    differentiated again on ``reference`` only.
 
     Numbers may be Python's or NumPy's.
 
     Args:
-        query: (B, D) fp32, bf16, fp16 or fp64: all of the model except the entity being corrupted.
-            Taken in fp32, whatever autocast says.
+        query: (B, D) fp32, bf16, fp16 or fp64: all of the model's score except the entity being
+            corrupted. Converted to fp32 unless it is fp64, also under autocast.
         table: (N, D) the entity embeddings, fp32, bf16, fp16 or (with an fp64 query) fp64; rows may
             be strided. Never cast as a whole.
         positive: (B,) integer row ids in [0, N).
-        negative: (G, K) integer row ids in [0, N), or −1 for padding, which takes no part (K above
-            is then the row's count of real negatives; a row without any has loss 0). G divides B: G
-            = B is a set for each row, G = 1 (or shape (K,)) one for the batch, between them one for
-            each block of B/G rows.
-        similarity: φ(q, c) of query and candidate, with a, w, κ of the arguments below:
+        negative: (G, K) integer row ids in [0, N), or −1 for padding, which is ignored (K above is
+            then the row's number of real negatives; a row without any has loss 0). G divides B:
+            each block of B/G rows shares one set of negatives. So G = B is a set for each row,
+            G = 1 (or shape (K,)) one set for the batch.
+        similarity: φ(q, c) of query and candidate, with a (``scale``), w (``similarity_weights``)
+            and κ (``phase_scale``):
 
             - "dot": Σ_j q_j c_j (DistMult, ComplEx)
             - "l1": −Σ_j |q_j − a_j c_j| (TransE, PairRE)
             - "l2": −‖q − a ⊙ c‖₂
-            - "rotate": −Σ_j |q_j − c_j|, complex numbers, re‖im (RotatE)
+            - "rotate": −Σ_j |q_j − c_j| of complex numbers, stored as re‖im (RotatE)
             - "hake": −w_0 Σ_j |sin((q_j − c_j) κ/2)| of the phases − w_1 ‖q − a ⊙ c‖₂ of the
-              moduli, phase‖modulus (HAKE)
+              moduli, stored as phase‖modulus (HAKE)
             - "protate": −w_0 Σ_j |sin((q_j − c_j) κ/2)| of phases (pRotatE)
 
-            Where a distance is 0 its subgradient is 0.
-        mutation_rate: in [0, 1], effective in steps of 1/256
-            (:func:`emu_kernels.mask.effective_rate`); a tensor holds one rate (), or one a
-            component (D,), or a pair (D/2,), and gets no gradient. An
+            The subgradient of a distance of 0 is 0.
+        mutation_rate: in [0, 1], rounded to a multiple of 1/256
+            (:func:`emu_kernels.mask.effective_rate`). A tensor holds one rate, (), one for each
+            component, (D,), or one for each pair, (D/2,), and gets no gradient. An
             :class:`emu_kernels.Expected` takes the expectation over all masks, and draws none; a
-            :class:`emu_kernels.Mixup` mixes instead.
+            :class:`emu_kernels.Mixup` mixes positive and negative instead.
         beta: the label β ≥ 0 of a mutated negative under unbounded label smoothing; a number, or a
             one-element tensor (for schedules), which gets no gradient.
-        alpha: the weight α ≥ 0 of the vanilla term; likewise.
-        scale: a, (B, D) for "l1" and "l2", (B, D/2) for "hake"; None is ones.
-        similarity_weights: w, (2,) for "hake", (1,) for "protate"; None is ones.
-        phase_scale: κ, for "hake" and "protate": π over the range that the phases' embeddings have.
+        alpha: the weight α ≥ 0 of the vanilla term; a number or a tensor, like ``beta``.
+        scale: a, (B, D) for "l1" and "l2", (B, D/2) for "hake"; None means ones.
+        similarity_weights: w, (2,) for "hake", (1,) for "protate"; None means ones.
+        phase_scale: κ, for "hake" and "protate": turns the phases' embeddings into radians (π/r if
+            they are in ±r).
         sample_weight: (B,) weight of each row's loss, not differentiated.
         log_q: (N,) of any floating dtype: for each row of ``table`` the logarithm of its (expected)
             share of the drawn candidates, for the logQ correction of sampled softmax (Bengio and
-            Senécal, 2008; Yi et al., 2019). s − log q then takes the place of every score above:
-            the positive's, the negatives', and, with its negative's log q, the mutated ones'; in
-            closed form, of means and cumulants. So both terms are (smoothed) cross-entropies of
-            corrected logits. A constant cancels. Not differentiated; read at the call, and may be
-            changed before the backward pass. A row with a candidate whose log q is not finite has
-            loss NaN. None corrects nothing, and costs nothing.
+            Senécal, 2008; Yi et al., 2019). Every score s above is replaced by s − log q; a mutated
+            negative has its negative's log q, and in closed form means and cumulants are both
+            corrected. So both terms are (smoothed) cross-entropies of corrected logits. A constant
+            in log q cancels. Not differentiated; copied at the call, so that it may be changed
+            before the backward pass. A row with a candidate whose log q is not finite has loss NaN.
+            None: no correction, at no cost.
         mask_unit: "component", or "pair": components j and D/2 + j, the parts of a complex number
             in "rotate" (and in ComplEx's "dot"), are mutated together.
         seed: of the masks: an int in [0, 2^63), a one-element int64 tensor on the table's device,
             or None to draw from torch's default generator of that device. Under torch.compile a
-            tensor or None never recompiles; ints do once, at the second value.
-        row_offset: global index of row 0, so that sharding a batch changes no mask; an integer
-            tensor () is read, which waits for its device.
+            tensor or None never causes a recompilation; ints cause one, at the second value.
+        row_offset: global index of row 0, so that sharding a batch changes no mask. Reading it from
+            an integer tensor () waits for the tensor's device.
         reduction: "mean" (divides by the sum of ``sample_weight``; 0 for an empty batch), "sum" or
             "none".
         sparse_grad: give ``table`` a sparse (COO) gradient of its touched rows, each once and in
-            order, with no N·D buffer. Eager only.
+            ascending order, with no N·D buffer. Eager only.
         backend: a name of :data:`emu_kernels.backends.NAMES`, or None for the fastest
             (:func:`emu_kernels.backends.default_backend`).
 
@@ -165,7 +167,7 @@ def fused_emu_loss(
         TypeError: an argument of the wrong type or dtype.
         ValueError: shapes, devices or values that do not fit.
         IndexError: an id out of range.
-        RuntimeError: a backend that cannot run here.
+        RuntimeError: the backend cannot run here.
     """
     request = prepare.loss(
         prepare.scores(
@@ -210,7 +212,7 @@ def fused_softmax_loss(
 ) -> Tensor:
     """Sampled-softmax cross-entropy: L_van of :func:`fused_emu_loss` alone, by the same kernels.
 
-    Arguments, result and errors are those of :func:`fused_emu_loss`, less the mutation.
+    Arguments, result and errors are those of :func:`fused_emu_loss`, without the mutation.
     """
     request = prepare.loss(
         prepare.scores(
@@ -258,9 +260,9 @@ def emu_scores(
     The backward pass is fused for any upstream gradients and allocates nothing of size B·K·D.
 
     Args:
-        mutation_rate: as there, or None, which mutates nothing, so that ``mutated`` and
-            ``cumulant`` are ``negative`` itself, at no cost. Its former name, ``mutation``, is
-            deprecated.
+        mutation_rate: as in :func:`fused_emu_loss`; or None, to mutate nothing: ``mutated`` and
+            ``cumulant`` are then ``negative`` itself, at no cost. Its former name, ``mutation``,
+            is deprecated.
         margin: γ, added to every score.
 
     There is no ``log_q``: subtract ``log_q[positive]`` and ``log_q[negative]`` from the scores.
@@ -310,7 +312,7 @@ def emu_mutate(
     row_offset: int = 0,
     backend: str | None = None,
 ) -> Tensor:
-    """Mutated negatives ẑ = λ ⊙ z⁺ + (1 − λ) ⊙ z⁻ themselves, for scorers that are black boxes.
+    """The mutated negatives ẑ = λ ⊙ z⁺ + (1 − λ) ⊙ z⁻ themselves, for black-box scorers.
 
     The masks are those of :func:`fused_emu_loss` for the same seed; they are never stored.
 
@@ -358,11 +360,12 @@ def uls_cross_entropy(
 
     Args:
         positive_score: (B,) s⁺, any floating dtype; computed in fp32 (fp64 for fp64). For a logQ
-            correction take log q off all three arguments, as :func:`fused_emu_loss` does.
-        negative_score: (B, K) ŝ; −inf is padding and takes no part.
+            correction subtract log q from this, ``negative_score`` and ``cumulant``, as
+            :func:`fused_emu_loss` does.
+        negative_score: (B, K) ŝ; −inf marks padding, which is ignored.
         beta: ≥ 0, a number or a one-element tensor.
-        cumulant: (B, K) what l̂ is taken over in the place of ŝ, which then are means: the fields of
-            :class:`EmuScores`.
+        cumulant: (B, K) to take l̂ over instead of ŝ, which then holds means: the fields
+            ``cumulant`` and ``mutated`` of :class:`EmuScores`.
         reduction: "mean", "sum" or "none".
 
     Returns:

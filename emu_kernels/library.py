@@ -1,7 +1,7 @@
-"""The private operators' definitions. Their schemas are read off requests and annotations.
+"""Defines the private operators. Their schemas follow from requests' fields and annotations.
 
-All arguments go by name. A request travels as its fields; its mutation as the rule's name and the
-rule's parameters.
+Our code names all arguments. A request is passed as its fields, its mutation as the name and the
+parameters of the rule.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _LIBRARY = torch.library.Library("emu_kernels", "DEF")
 _TYPES = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",
-    float | Tensor | None: "Tensor?",  # a number has become a tensor
+    float | Tensor | None: "Tensor?",  # numbers have been made tensors
     int: "SymInt",
     float: "float",
     bool: "bool",
@@ -37,7 +37,7 @@ AnyDraws = TypeVar("AnyDraws", bound=Draws)
 
 
 def flatten(request: Draws) -> Values:
-    """An operator's arguments by name."""
+    """A request as an operator's arguments, by name."""
     rule: Mutation = request.mutation
     values = {name: getattr(request, name) for name in _FIELDS[type(request)]}
     values |= {**_DEFAULTS, "mutation": rule.name}
@@ -47,13 +47,13 @@ def flatten(request: Draws) -> Values:
 
 
 def build(cls: type[AnyDraws], values: Values) -> AnyDraws:
-    """The inverse of :func:`flatten`; names that are not ``cls``'s are ignored."""
+    """The inverse of :func:`flatten`; other names among the values are ignored."""
     name = values["mutation"]
     parameters = {p: values[p] for p in _PARAMETERS[name]}
     given = {field: values[field] for field in _FIELDS[cls]}
     given["mutation"] = RULES[name](**parameters)
     request = object.__new__(cls)
-    vars(request).update(given)  # a frozen class's own way is an assignment a field, and slow
+    vars(request).update(given)  # faster than the frozen class's __init__
     return request
 
 
@@ -64,7 +64,7 @@ def differentiable(cls: type[Draws]) -> tuple[str, ...]:
 
 
 def arguments(cls: type[Draws]) -> str:
-    """A request's fields in a schema, then the parameters of all mutation rules."""
+    """The arguments in a schema: a request's fields, then the parameters of all mutation rules."""
     hints = get_type_hints(cls) | {"mutation": str}
     for rule in RULES.values():
         hints |= get_type_hints(rule)
@@ -72,7 +72,7 @@ def arguments(cls: type[Draws]) -> str:
 
 
 def no_second_derivative(name: str) -> RuntimeError:
-    """What the backward pass of a gradient raises."""
+    """The error to raise when a gradient is differentiated."""
     return RuntimeError(
         f"{name} has no second derivative: its gradient was asked to be differentiated "
         "(create_graph=True). backend='reference' has one, except for one_vs_all_loss."
@@ -80,16 +80,16 @@ def no_second_derivative(name: str) -> RuntimeError:
 
 
 class Function(torch.autograd.Function):
-    """Forward and context apart, as :mod:`torch.func` wants them. What a backward pass needs of a
-    forward pass is among its outputs."""
+    """``forward`` is separate from ``setup_context``, as :mod:`torch.func` requires: it returns
+    all that the backward pass needs of it."""
 
     def __init_subclass__(cls) -> None:
-        # PyTorch asks for forward's signature at each call. Making it anew costs 20 µs.
+        # PyTorch inspects forward's signature at each call, which takes 20 µs if it is not stored.
         cls.forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        """Keeps nothing, if not overridden."""
+        """Saves nothing unless overridden."""
 
 
 class FirstOrder(Function):
@@ -113,10 +113,10 @@ def define(
     run: Callable[[Values], Any],
     fake: Callable[[Values], Any],
 ) -> Callable[[Values], Any]:
-    """Define an operator with its implementation and its fake kernel; returns what calls it.
+    """Define an operator by its implementation and its fake kernel; return a function to call it.
 
-    All three take the arguments by name, in one dictionary. PyTorch's own calls are positional,
-    which costs less: the schema's names are put to the values here, and nowhere else.
+    All three functions take the arguments as one dictionary. PyTorch is given them by position,
+    which is faster: only this function translates between the two.
     """
     _LIBRARY.define(f"{name}({schema}", tags=(torch.Tag.pt2_compliant_tag,))
     operator = getattr(torch.ops.emu_kernels, name).default

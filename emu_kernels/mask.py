@@ -30,7 +30,7 @@ MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 COMPONENTS_PER_CALL = 16
 MASK_STREAM, MIXUP_STREAM = 0, 1
-MAX_MIXUP_ORDER = 4  # words a call
+MAX_MIXUP_ORDER = 4  # the words that one call of the generator gives
 _LOW = 0xFFFFFFFF
 
 
@@ -40,7 +40,7 @@ def rate_to_threshold(mutation_rate: float) -> int:
 
 
 def effective_rate(mutation_rate: float) -> float:
-    """The rate that is really drawn: ``mutation_rate`` to the nearest 1/256."""
+    """The rate that masks really have: ``mutation_rate`` rounded to the nearest 1/256."""
     return rate_to_threshold(mutation_rate) / 256
 
 
@@ -81,13 +81,14 @@ def mutation_mask(
     threshold: int | Tensor,
     pairs: bool = False,
 ) -> Tensor:
-    """The mask λ of design equation ẑ = λ ⊙ z⁺ + (1 − λ) ⊙ z⁻.
+    """The mask λ of ẑ = λ ⊙ z⁺ + (1 − λ) ⊙ z⁻.
 
     Args:
         batch, count, dim: B, K, D.
         seed: one-element int64 tensor; its device is the mask's.
         row_offset: global index of row 0.
-        threshold: 0..256, see :func:`rate_to_threshold`; a tensor holds one a component, or a pair.
+        threshold: 0..256, see :func:`rate_to_threshold`; a tensor holds one for each component, or
+            for each pair.
         pairs: whether components j and D/2 + j share a bit.
 
     Returns:
@@ -106,7 +107,7 @@ def mutation_mask(
 
 
 def mixup_share(batch: int, count: int, *, seed: Tensor, row_offset: int, order: int) -> Tensor:
-    """(B, K) fp32 in [0, 1): the share μ ~ Beta(order, 1) of itself that a negative keeps."""
+    """(B, K) fp32 in [0, 1): the share μ ~ Beta(order, 1) of itself that each negative keeps."""
     words = _words(batch, count, 1, seed, row_offset, MIXUP_STREAM)[:, :, 0, :order]
     return (words >> 8).amax(dim=-1).to(torch.float32) * 2.0**-24
 

@@ -9,11 +9,12 @@ from emu_kernels.mutation import MutationRate
 
 
 class EMULoss(nn.Module):
-    """:func:`emu_kernels.fused_emu_loss` with its hyper-parameters held, and a fresh seed every
-    call.
+    """:func:`emu_kernels.fused_emu_loss` as a module that holds the hyper-parameters. Each call
+    draws a fresh seed unless it is given one.
 
     After a call, ``last_terms`` is a detached (2,) tensor with the batch's (weighted) means of
-    L_emu and L_van, for logging; reading it into Python synchronises, keeping it does not.
+    L_emu and L_van, for logging. Converting it to Python numbers waits for a GPU; keeping the
+    tensor does not.
 
     Args:
         mutation_rate, beta, alpha, similarity, phase_scale, mask_unit, reduction, sparse_grad,
@@ -21,7 +22,7 @@ class EMULoss(nn.Module):
             (schedules).
 
     Raises:
-        TypeError, ValueError: a rate or coefficient that is no such number; at a call, as
+        TypeError, ValueError: an invalid rate or coefficient; at a call, as
             :func:`emu_kernels.fused_emu_loss`.
 
     Shapes: as in :func:`emu_kernels.fused_emu_loss`.

@@ -1,7 +1,7 @@
-"""Negatives of a batch, without those that are true: drawn by torch on the training device.
+"""Negatives for a batch, without known triples, drawn by torch on the training device.
 
-:class:`Negatives` draws them, and :class:`KnownTriples` is the index of what is known. What
-is drawn is a function of a seed and the step, so runs repeat and resume without a saved state.
+:class:`Negatives` draws them, and :class:`KnownTriples` is the index of known triples. The draws
+are a function of a seed and the step, so runs can be repeated and resumed without a saved state.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class KnownTriples:
     """Turns negatives that make a known triple into padding (−1).
 
     Args:
-        triples: (M, 3) int64 ids of head, relation, tail: the triples to know (those of the
-            training split), M > 0, on the device to draw on.
+        triples: (M, 3) int64 ids of head, relation, tail: the known triples (usually the training
+            split), M > 0, on the device to draw on.
 
     Raises:
         ValueError: a graph with N²R ≥ 2⁶³.
@@ -73,7 +73,7 @@ class KnownTriples:
         Args:
             given: (B,) heads where ``to`` is "tail", else tails.
             relation: (B,).
-            negative: (G, K), G dividing B: a set for each block of B/G rows. No −1.
+            negative: (G, K), G dividing B: a set for each block of B/G rows. It holds no −1.
 
         Returns:
             (G, K), a new tensor.
@@ -87,7 +87,7 @@ class KnownTriples:
         return negative
 
     def _remove(self, pair: Tensor, negative: Tensor, to: Side) -> Tensor:
-        if pair.device.type != "cpu":  # picking out the suspects would wait for the device
+        if pair.device.type != "cpu":  # picking out suspects, as below, would wait for the device
             key = pair.unsqueeze(1) * self._num_entities + negative
             return torch.where(self._contains(key, to), -1, negative)
         # index_select: indexing by tensors is many times slower on a CPU.
@@ -117,8 +117,8 @@ class KnownTriples:
         )
 
     def lists(self, given: Tensor, relation: Tensor, to: Side) -> tuple[Tensor, Tensor]:
-        """Offsets (B + 1,) and ids (M,): those of row b are all known answers of its pair, each
-        once."""
+        """Offsets (B + 1,) and ids (M,): ``ids[offsets[b]:offsets[b + 1]]`` are all known answers
+        of row b's pair, each once."""
         keys, first = self._keys[to], self._pair(given, relation) * self._num_entities
         start = torch.searchsorted(keys, first)
         counts = torch.searchsorted(keys, first + self._num_entities) - start
@@ -143,9 +143,9 @@ class UniformNegatives:
     """Uniform negatives, drawn in bulk: (G, K) int64 ids for each step.
 
     Args:
-        sets: G. The batch size B for a set of negatives a row; a divisor of it for chunk-shared
-            negatives, where each block of B/G consecutive rows shares one set, as large-scale
-            trainers do (PyTorch-BigGraph, Lerer et al., 2019; DGL-KE, Zheng et al., 2020).
+        sets: G. The batch size B, for one set of negatives for each row; or a divisor of it, for
+            chunk-shared negatives: each block of B/G consecutive rows shares one set, as in
+            large-scale trainers (PyTorch-BigGraph, Lerer et al., 2019; DGL-KE, Zheng et al., 2020).
         negatives: K.
     """
 
@@ -168,7 +168,7 @@ class UniformNegatives:
 
 
 class Negatives:
-    """Draws the negatives of a batch: uniform, of fitting types, or by weight; the known left out.
+    """Draws a batch's negatives uniformly, by type, or by weight, and leaves out known triples.
 
     ::
 
@@ -177,19 +177,19 @@ class Negatives:
         loss = fused_emu_loss(query, table, tail, negative, ...)
 
     Args:
-        triples: (M, 3) int64 ids of head, relation, tail: what is known, M > 0. Draws are made on
-            its device.
-        batch_size: the rows of a batch, or with ``sets`` any multiple of them.
-        count: K negatives a set.
-        sets: G sets of negatives for a batch, each for a block of B/G rows; None is a set for each
-            row.
-        candidates: "all", or "typed": the entities that a triple of the relation has on the side to
-            predict (Krompaß et al., "Type-Constrained Representation Learning in Knowledge
-            Graphs", ISWC 2015, by their local closed-world rule). It needs a set for each row. A
-            relation that no triple has takes all entities.
-        weight: (N,) of how often each entity is drawn, ≥ 0, for "all" (word2vec's is its frequency
-            to the power 0.75); None is uniform. Drawn by Vose's alias method, exact to 2⁻³¹.
-        filtered: turn negatives that make a known triple into −1, which the losses leave out.
+        triples: (M, 3) int64 ids of head, relation, tail: the known triples, M > 0. Negatives are
+            drawn on their device.
+        batch_size: the rows of a batch, a multiple of ``sets``.
+        count: K, the negatives of a set.
+        sets: G sets of negatives for a batch, each for a block of B/G rows; None: one for each row.
+        candidates: "all", or "typed": the entities that occur on the side to predict in a triple of
+            the relation (Krompaß et al., "Type-Constrained Representation Learning in Knowledge
+            Graphs", ISWC 2015, by their local closed-world rule). "typed" needs a set for each
+            row. For a relation without triples it draws from all entities.
+        weight: (N,) ≥ 0, how often each entity is drawn, for "all" (in word2vec an entity's
+            frequency to the power 0.75); None is uniform. Drawn by Vose's alias method, exact to
+            2⁻³¹.
+        filtered: turn negatives that make a known triple into −1, which the losses ignore.
         seed: of all draws.
 
     Raises:
@@ -251,7 +251,7 @@ class Negatives:
             to: the entity that is replaced.
 
         Returns:
-            (G, K) int64 ids, −1 for what is left out. The next call may overwrite them.
+            (G, K) int64 ids, −1 where a known triple is left out. The next call may overwrite them.
         """
         one_of("to", to, ("tail", "head"))
         drawn = self._draw(step)
@@ -280,7 +280,7 @@ class Negatives:
 def _pools(
     relation: Tensor, entity: Tensor, num_entities: int, num_relations: int
 ) -> tuple[Tensor, Tensor]:
-    """Offsets (R + 1,) and ids: each relation's distinct entities; all where it has none."""
+    """Offsets (R + 1,) and ids: each relation's distinct entities, or all if it has none."""
     missing = torch.ones(num_relations, dtype=torch.bool, device=relation.device)
     missing[relation] = False
     everyone = torch.arange(num_entities, device=relation.device)
@@ -291,7 +291,10 @@ def _pools(
 
 
 def _alias(weight: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(N,) how often of 2³¹ a column keeps its own id, and (N,) the id that it else takes."""
+    """(N,) in how many of 2³¹ draws a column keeps its own id, and (N,) the id it takes otherwise.
+
+    The tables of Vose's alias method.
+    """
     share = weight.detach().double().cpu().numpy()
     if not (np.isfinite(share).all() and (share >= 0).all() and share.sum() > 0):
         raise ValueError("weight: expected finite values of at least 0, not all of them 0")
@@ -305,7 +308,7 @@ def _alias(weight: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         share[high] -= 1 - share[low]
         if share[high] < 1:
             small.append(large.pop())
-    for i in small:  # rounding left them over
+    for i in small:  # left over by rounding errors
         if share[i] == 0:
             keep[i], other[i] = 0.0, int(weight.argmax())
     scaled = torch.tensor(keep, dtype=torch.float64) * (1 << _FRACTION_BITS)

@@ -1,4 +1,4 @@
-"""1-vs-all losses: all entities but the known answers are negatives; B·N scores are not stored."""
+"""1-vs-all losses: all entities except known answers are negatives; B·N scores are not stored."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from emu_kernels.products import Batch, Gather, Known, combined, loss_rows, tile
 from emu_kernels.request import LossRequest
 
 CHUNK = 2**16
-"""Known answers whose rows are gathered at once."""
+"""How many known answers' rows are gathered at once."""
 MEANS = 2
-"""The place of the means among a tile's scores, of which alone no logsumexp is taken."""
+"""The index of the means among a tile's scores: they are summed, the others go into a logsumexp."""
 
 
 def one_vs_all_loss(
@@ -41,21 +41,21 @@ def one_vs_all_loss(
     r"""EMU in closed form, ULS or softmax over all entities (1-vs-all; Lacroix et al., 2018).
 
     The loss of :func:`emu_kernels.fused_emu_loss` with :class:`Expected`, where the negatives of a
-    row are all entities but its positive and those of ``known``; K is their number. It goes over
-    the entities a tile at a time, twice, so that neither pass stores scores of size B·N. The dot
-    product is made by matrix products, distances by the backend's kernels.
+    row are all entities except its positive and those of ``known``; K is their number. The forward
+    and the backward pass each go over the entities a tile at a time, so that neither stores B·N
+    scores. Dot products are computed by matrix products, distances by the backend's kernels.
 
     Args:
-        known: answers that are known to be true, and so no negatives: offsets (B + 1,) and entity
-            ids (M,), integers; those of row b are ``ids[offsets[b]:offsets[b + 1]]``. The positive
-            may be among them.
-        mutation_rate: :class:`Expected`, whose rate 0 is ULS alone, with ``beta`` and ``alpha`` to
-            be given; or None for the softmax alone, L_van, which does not use them. Masks cannot be
-            drawn for all entities.
+        known: answers that are known to be true, and so are not negatives: offsets (B + 1,) and
+            entity ids (M,), integers; those of row b are ``ids[offsets[b]:offsets[b + 1]]``. The
+            positive may be among them.
+        mutation_rate: an :class:`Expected`, to be given with ``beta`` and ``alpha`` (its rate 0 is
+            ULS without mutation); or None for the softmax alone, L_van, which does not use them.
+            Masks cannot be drawn for all entities.
 
     The other arguments, the result and the errors are those of :func:`emu_kernels.fused_emu_loss`.
-    The table's gradient is dense, as every row is touched; for bf16 and fp16 it is the sum of some
-    parts that are rounded each. Eager only; on a GPU it waits to learn the sizes of ``known``.
+    The table's gradient is dense, as every row is touched; for bf16 and fp16 it is a sum of several
+    parts, each of which is rounded. Eager only; on a GPU it waits to learn the sizes of ``known``.
     """
     rule: Mutation = mutation_rate or NoMutation()
     if not isinstance(rule, (Expected, NoMutation)):
@@ -110,7 +110,7 @@ def _left_out(known: tuple[Tensor, Tensor] | None, positive: Tensor, entities: i
 
 
 def _count(left_out: Known, request: LossRequest) -> Tensor:
-    """(B,) negatives of each row."""
+    """(B,) how many negatives each row has."""
     rows = request.query.shape[0]
     return request.table.shape[0] - torch.bincount(left_out.row, minlength=rows)
 
@@ -135,7 +135,7 @@ def _by_products(request: LossRequest, positive: Tensor, left_out: Known) -> tup
 
 
 class _RowSums(Function):
-    """(B, D) the sum of all rows of a table less those that are left out."""
+    """(B, D) for each query the sum of all rows of a table except those that are left out."""
 
     @staticmethod
     def forward(table: Tensor, left_out: Known, rows: int, dtype: torch.dtype) -> Tensor:
@@ -165,14 +165,14 @@ def _chunks(left_out: Known) -> list[tuple[Tensor, Tensor]]:
 
 
 class _How(NamedTuple):
-    """What :func:`emu_scores` is told beside tensors that get a gradient."""
+    """What the scores depend on besides tensors that get a gradient."""
 
     positive: Tensor
     left_out: Known
     options: dict[str, Any]
 
     def scores(self, start: int, end: int, given: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
-        """(B, end − start) of a tile's entities: scores, and with a rule cumulants and means."""
+        """(B, end − start) for a tile's entities: scores; with a rate also cumulants and means."""
         query, table, scale, weights, rate = given
         assert query is not None
         assert table is not None
@@ -193,12 +193,12 @@ class _How(NamedTuple):
 
 
 def _filled(scores: Tensor, places: Tensor, value: float) -> Tensor:
-    """Scores with another value at flat places."""
+    """Scores with another value at the given flat indices."""
     return scores.reshape(-1).index_fill(0, places, value).view(scores.shape)
 
 
 class _Statistics(Function):
-    """Of all negatives of a row, (B,) each: the logsumexp of scores and, with a rule, that of
+    """(B,) each, over all negatives of a row: the logsumexp of scores and, with a rate, that of
     cumulants and the sum of means. NaN where a score is not finite.
 
     The backward pass computes each tile's scores again.

@@ -1,10 +1,9 @@
-"""The operator boundary: private torch operators with fake kernels, under one autograd Function a
-call.
+"""The operator boundary: private torch operators with fake kernels, called from autograd Functions.
 
 The operators carry no autograd of their own. Each public function has one Function whose backward
-goes through a second one that refuses to be differentiated again: a second derivative raises
-instead of being dropped in silence. autograd passes arguments by position: ``_apply`` sends their
-names along, and every Function takes them apart by name.
+goes through a second one that refuses to be differentiated again: a second derivative raises an
+error instead of being dropped silently. autograd passes arguments by position, so ``_apply`` passes
+their names too, and every Function looks its arguments up by name.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ from emu_kernels.library import (
 )
 from emu_kernels.request import Draws, LossRequest, Request
 
-_KERNELS: dict[str, Kernels] = {}  # what the operators' ``backend`` names
+_KERNELS: dict[str, Kernels] = {}  # by the value of the operators' argument ``backend``
 _WITH_GRADIENT = differentiable(Request)
 
 _REQUEST = f"{arguments(Request)}, str backend"
@@ -55,12 +54,12 @@ _DRAWS = f"{arguments(Draws)}, str backend"
 
 
 def register(kernels: Kernels) -> None:
-    """Have the operators find a backend by its name."""
+    """Let the operators find a backend by its name."""
     _KERNELS[kernels.name] = kernels
 
 
 def _checked(values: Values) -> Kernels:
-    """The backend of a call, once it has checked the ids."""
+    """The backend of a call, after it has checked the ids."""
     kernels = _KERNELS[values["backend"]]
     rows = values["table"].shape[0]
     kernels.check_ids("positive", values["positive"], rows=rows, lowest=0)
@@ -69,7 +68,7 @@ def _checked(values: Values) -> Kernels:
 
 
 def _unchecked(values: Values) -> Kernels:
-    """The backend of a call whose ids were checked before."""
+    """The backend of a call whose ids are checked already."""
     return _KERNELS[values["backend"]]
 
 
@@ -150,17 +149,17 @@ mutate_backward = define(
 
 
 def _apply(function: type[Function], values: Values) -> Any:
-    """The Function of named values: its ``forward`` gets their names first, then the values."""
+    """Apply a Function to named values: its ``forward`` gets first the names, then the values."""
     if torch.compiler.is_compiling():
         inputs = (value for value in values.values() if isinstance(value, Tensor))
         if not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
-            # What torch.compile does itself, except for a forward of any number of arguments.
+            # torch.compile does so itself, but not if forward takes a variable number of arguments.
             return function.forward(tuple(values), *values.values())
     return function.apply(tuple(values), *values.values())
 
 
 def _save(ctx: Any, values: Values) -> None:
-    """Keep named values for the backward pass, tensors as autograd wants them."""
+    """Keep named values for the backward pass, tensors by ``save_for_backward``."""
     held = {name: value for name, value in values.items() if isinstance(value, Tensor)}
     ctx.save_for_backward(*held.values())
     ctx.held_names = tuple(held)
@@ -182,15 +181,15 @@ def _by_name(ctx: Any, gradients: Mapping[str, Tensor | None]) -> tuple[Tensor |
     return (None, *(gradients.get(name) for name in ctx.names))
 
 
-_DEFERRED: list[tuple[Tensor, list[Values]]] = []  # tables, and what waits for each
+_DEFERRED: list[tuple[Tensor, list[Values]]] = []  # tables, and the values that wait for each
 
 
 @contextmanager
 def deferred(table: Tensor) -> Iterator[list[Values]]:
-    """Backward passes inside do not make this table's gradients, but leave what they are made of.
+    """Backward passes inside do not compute this table's gradients, but keep the values to do so.
 
     Yields:
-        What waits for :func:`step_table` or :func:`table_grad`.
+        The values, for :func:`step_table` or :func:`table_grad`.
     """
     waiting: list[Values] = []
     _DEFERRED.append((table, waiting))
@@ -201,23 +200,23 @@ def deferred(table: Tensor) -> Iterator[list[Values]]:
 
 
 def step_table(values: Values, step: TableStep) -> bool:
-    """:meth:`Kernels.step_table` of what waits."""
+    """:meth:`Kernels.step_table` with deferred values."""
     sums = SumWeights(**{name: values[name] for name in SumWeights._fields})
     return _KERNELS[values["backend"]].step_table(build(Request, values), sums, step)
 
 
 def _table_grad(values: Values) -> Tensor | None:
-    """:func:`table_grad`, unless the table's are deferred."""
+    """:func:`table_grad`, unless the table's gradients are deferred."""
     if not torch.compiler.is_compiling():
         for table, waiting in _DEFERRED:
-            if values["table"] is table:  # and not a part of it, of a backward pass within this one
+            if values["table"] is table:  # not a view of it, from a backward pass inside this one
                 waiting.append(values)
                 return None
     return table_grad(values)
 
 
 def table_grad(values: Values) -> Tensor:
-    """By the table, of a request's values and those of :class:`SumWeights`."""
+    """The gradient by the table, from the values of a request and of :class:`SumWeights`."""
     if not values["sparse_grad"]:
         grad: Tensor = table_gradient(values)
         return grad
@@ -231,7 +230,7 @@ def table_grad(values: Values) -> Tensor:
 
 
 def _rate_grad(rate: Tensor, of_rows: Tensor) -> Tensor:
-    """By the rates, which rows and components may share, from each row's gradient by each."""
+    """The gradient by the rates, which rows and components may share, from (B, U) for each row."""
     return of_rows.sum_to_size(rate.shape)
 
 
@@ -258,7 +257,7 @@ class _LossGradient(FirstOrder):
 
 
 class _Loss(Function):
-    """The :class:`LossState` of one call, of which the loss alone is differentiable."""
+    """The :class:`LossState` of one call, of which only the loss is differentiable."""
 
     @staticmethod
     def forward(names: tuple[str, ...], *given: Any) -> tuple[Tensor, ...]:
@@ -276,7 +275,7 @@ class _Loss(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grad is None:  # of a loss that nothing depends on
+        if grad is None:  # nothing depends on the loss
             return _by_name(ctx, {})
         grads = _apply(_LossGradient, {**_saved(ctx), "grad": grad, "needed": _needed(ctx)})
         return _by_name(ctx, dict(zip(_WITH_GRADIENT, grads, strict=True)))
@@ -372,7 +371,7 @@ class _Mutate(Function):
 
 
 class KernelBackend(Kernels):
-    """A :class:`emu_kernels.backends.base.Backend` of :class:`Kernels`, through the operators."""
+    """Makes a :class:`emu_kernels.backends.base.Backend` of :class:`Kernels`, by the operators."""
 
     def loss(self, request: LossRequest) -> Loss:
         if products.fits(request, self.name):

@@ -1,8 +1,8 @@
-"""Steps of a large embedding table: in the pass that makes its gradient, or by the rows touched.
+"""Optimizer steps of a large embedding table, which update only the rows that a batch touches.
 
-A step of an optimizer for which a row without a gradient stays where it is needs the gradient of a
-batch's rows alone. Our CPU kernels sum it row by row: each sum is stepped by while it is in
-registers, and the gradient is never written.
+An optimizer that does not move rows without a gradient needs the gradients of the batch's rows
+only. Our CPU kernels sum these row by row and step each row while its sum is in registers, so that
+the gradient is never written to memory.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ _BLOCK = 2**19  # components that a CPU updates at a time, so that they stay in 
 
 
 class RowwiseAdagrad(torch.optim.Optimizer):
-    """Adagrad (Duchi et al., 2011) with one sum a row: of the mean square of the row's gradient.
+    """Adagrad (Duchi et al., 2011) with one sum for each row: of its gradients' mean squares.
 
-    The state of a table (N, D) is (N, 1), where Adagrad's is (N, D). It is PyTorch-BigGraph's
+    The state of an (N, D) table is (N, 1), whereas Adagrad's is (N, D). This is PyTorch-BigGraph's
     ``RowAdagrad`` (Lerer et al., 2019) and FBGEMM's ``EXACT_ROWWISE_ADAGRAD``. A tensor of one
     dimension has a sum for each component, as in Adagrad.
 
     Args:
         params: tensors of one or two dimensions.
-        lr, eps: as of ``torch.optim.Adagrad``.
+        lr, eps: as in ``torch.optim.Adagrad``.
     """
 
     def __init__(self, params: Iterable[Tensor], lr: float = 0.01, eps: float = 1e-10) -> None:
@@ -58,7 +58,7 @@ ROW_OPTIMIZERS: dict[type[torch.optim.Optimizer], str] = {
     torch.optim.Adagrad: "adagrad",
     RowwiseAdagrad: "rowwise_adagrad",
 }
-"""Those that leave a row without a gradient where it is, by the kernels' names for them."""
+"""The optimizers that do not move rows without a gradient, with the kernels' names for them."""
 
 _OFF = ("momentum", "weight_decay", "lr_decay", "nesterov", "maximize")
 
@@ -70,37 +70,36 @@ def backward_and_step(
     ids: Tensor | None = None,  # (B,)
     rows: Tensor | None = None,  # (B, D)
 ) -> None:
-    """``loss.backward()``, and the optimizer's step of one table that the loss compares with.
+    """``loss.backward()``, and the optimizer's step of one table, that of the loss's candidates.
 
-    In a loop with ``optimizer.zero_grad()`` before and ``optimizer.step()`` after it, which steps
-    the other parameters, the numbers are those of ``loss.backward(); optimizer.step()``::
+    Call it between ``optimizer.zero_grad()`` and ``optimizer.step()``, which steps the other
+    parameters. The numbers are those of ``loss.backward(); optimizer.step()``::
 
         rows = entity.detach()[head].requires_grad_()
         loss = fused_emu_loss(rows * relation[r], entity, tail, negative, ...)
         backward_and_step(loss, optimizer, entity, head, rows)
         optimizer.step()
 
-    Where the loss is one call of this package on the CPU, with `table` in fp32 or fp64, the table's
-    gradient is never written: each touched row is stepped where it is summed, and ``table.grad`` is
-    None afterwards. Elsewhere (another backend, a 16-bit table, a second term with the same table,
-    losses of shared negatives that are matrix products) there is a gradient as always, and
-    ``table.grad`` what is left of it for ``optimizer.step()``.
+    If the loss is one call of this package on the CPU, with `table` in fp32 or fp64, the table's
+    gradient is never written: each touched row is stepped as soon as its gradient is summed, and
+    ``table.grad`` is None afterwards. Otherwise (another backend, a 16-bit table, a second term
+    with the same table, shared negatives that are scored by matrix products) the gradient is
+    computed as usual, and ``table.grad`` is the part that ``optimizer.step()`` has yet to apply.
 
-    The bits do not depend on the number of threads. Those of SGD and Adagrad are, where torch uses
-    fused multiplications and additions as we do (x86-64 since AVX2), the bits of their steps with
-    ``fused=True`` by the dense gradient. Elsewhere, and of RowwiseAdagrad, the last place may
-    differ.
+    The bits do not depend on the number of threads. Those of SGD and Adagrad are the bits of a
+    ``fused=True`` step by the dense gradient, where torch uses fused multiply-add as we do (x86-64
+    with AVX2). Elsewhere, and with RowwiseAdagrad, the last place may differ.
 
     Args:
         loss: a scalar. Its graph is freed, as by ``loss.backward()``.
         optimizer: a ``torch.optim.SGD`` without momentum, a ``torch.optim.Adagrad`` or a
-            :class:`RowwiseAdagrad`, without decay; others move rows that have no gradient. It has
-            `table` among its parameters.
-        table: a leaf, as the loss got it. Hooks on its gradient do not run.
-        ids: integer ids of rows that the query was made from, repeats allowed; None if it was made
-            from others.
-        rows: a leaf with those rows, ``table.detach()[ids].requires_grad_()``: so their gradient
-            is of the batch's size.
+            :class:`RowwiseAdagrad`, without decay; others move rows that have no gradient. `table`
+            is among its parameters.
+        table: a leaf, the same tensor that the loss was given. Hooks on its gradient do not run.
+        ids: integer ids of the rows of `table` that the query was made from, repeats allowed; None
+            if there are none.
+        rows: a leaf with those rows, ``table.detach()[ids].requires_grad_()``, so that their
+            gradient has the batch's size.
 
     Raises:
         TypeError, ValueError: an argument that does not fit.
@@ -133,7 +132,7 @@ def backward_and_step(
 
 
 def _given(table: Tensor, ids: Tensor | None, rows: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The ids as int64, and the rows, checked; none of them for None."""
+    """The ids as int64, and the rows, checked; empty tensors for None."""
     table = validate.tensor("table", table)
     validate.dims("table", table, (2,), "(N, D)")
     if not (table.is_leaf and table.requires_grad):
@@ -153,7 +152,7 @@ def _given(table: Tensor, ids: Tensor | None, rows: Tensor | None) -> tuple[Tens
         )
     if not (rows.is_leaf and rows.requires_grad):
         raise ValueError("rows: expected a leaf: table.detach()[ids].requires_grad_()")
-    if ids.device.type == "cpu":  # a GPU, which would have to be waited for, checks what it indexes
+    if ids.device.type == "cpu":  # on a GPU this would wait, and indexing checks ids there
         values.check_ids("ids", ids, rows=table.shape[0], lowest=0)
     return ids.to(torch.int64).contiguous(), rows.detach()
 
@@ -161,7 +160,7 @@ def _given(table: Tensor, ids: Tensor | None, rows: Tensor | None) -> tuple[Tens
 def _table_step(
     optimizer: torch.optim.Optimizer, table: Tensor, ids: Tensor, rows: Tensor
 ) -> TableStep:
-    """The optimizer's step of the table, with the rows in the place of their gradient."""
+    """The optimizer's step of the table; ``rows`` are a placeholder for their gradient."""
     name = ROW_OPTIMIZERS.get(type(optimizer))
     if name is None:
         listed = ", ".join(each.__name__ for each in ROW_OPTIMIZERS)
@@ -187,9 +186,9 @@ def _count(optimizer: torch.optim.Optimizer, table: Tensor) -> None:
 
 @torch.no_grad()
 def _step_sparse(table: Tensor, step: TableStep) -> None:
-    """Step a table by its sparse gradient and more rows.
+    """Step a table by its sparse gradient and the step's further rows.
 
-    Adagrad's own step for sparse gradients sorts and sums the rows once more.
+    torch's Adagrad would sort and sum the rows of a sparse gradient once more.
     """
     gradient = table.grad
     assert gradient is not None
@@ -207,7 +206,7 @@ def _step_sparse(table: Tensor, step: TableStep) -> None:
 
 
 def add_rows(gradient: Tensor, ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Add rows to a table's sparse gradient, in place, where the gradient has them.
+    """Add rows to a table's sparse gradient, in place, where the gradient has the same rows.
 
     Args:
         gradient: (N, D), coalesced, ids ascending.
@@ -229,7 +228,7 @@ def add_rows(gradient: Tensor, ids: Tensor, rows: Tensor) -> tuple[Tensor, Tenso
 
 
 def add_squares(sums: Tensor, gradient: Tensor) -> Tensor:
-    """Add a gradient's squares to Adagrad's sums (R, D), or their means to those of rows (R, 1)."""
+    """Add a gradient's squares to Adagrad's sums (R, D), or their row means to sums (R, 1)."""
     if sums.shape == gradient.shape:
         return sums.addcmul_(gradient, gradient)
     return sums.add_(gradient.square().mean(dim=1, keepdim=True))

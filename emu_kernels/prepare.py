@@ -1,4 +1,4 @@
-"""From a public function's arguments to a request: check them, then bring them into one form.
+"""Makes a request of a public function's arguments: checks them, then brings them into one form.
 
 Errors are those that :func:`emu_kernels.fused_emu_loss` documents.
 """
@@ -51,8 +51,8 @@ def _drawn(rate: float | Tensor | Mutation, unit: str, dim: int, device: torch.d
 
 
 def _expected(rule: Expected, unit: str, query: Tensor, similarity: str) -> Expected:
-    """The rule with its rates as a tensor: one of all (1, 1), of all rows (1, U) or of each
-    (B, U)."""
+    """The rule with its rates as a tensor: one for all, (1, 1), one for each unit, (1, U), or one
+    for each row and unit, (B, U)."""
     coupled = SIMILARITIES[similarity].coupled
     wanted = mask_unit(pairs=coupled)
     if unit != wanted:
@@ -165,8 +165,8 @@ def loss(
 
 
 def _of_ids(log_q: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """Each id's, 0 where padding. A copy, so that the caller may update the table before the
-    backward pass. An id out of range is the backends' business: here it reads another."""
+    """log q of each id, 0 at padding. A copy, so that the caller may change ``log_q`` before the
+    backward pass. Ids out of range, which backends report, get the value of another id here."""
     rows = log_q.shape[0]
     if rows == 0:
         return torch.zeros_like(ids, dtype=dtype)

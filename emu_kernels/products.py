@@ -1,16 +1,16 @@
-"""Losses of the dot product by matrix products, where many queries share their negatives.
+"""Losses of the dot product by matrix products, for many queries that share their negatives.
 
 A score is q·z⁻. In closed form (:class:`emu_kernels.mutation.Expected`) the cumulant of a mutated
-score is a product too: with w = ρ (1 − ρ), component by component,
+score is a product as well: with w = ρ (1 − ρ), component by component,
 
     c_k = Σ_j ρ_j q_j z⁺_j + ½ Σ_j w_j (q_j z⁺_j)²
         + [(1 − ρ) ⊙ q − w ⊙ q² ⊙ z⁺ ‖ ½ w ⊙ q²] · [z⁻_k ‖ z⁻_k²]
     Σ_k m_k = K Σ_j ρ_j q_j z⁺_j + ((1 − ρ) ⊙ q) · Σ_k z⁻_k
 
-So all that is of size B·K is the logsumexp of a product of inner size D or 2D, which goes tile by
-tile. The rest are tensors of (B, D), differentiated by autograd. The losses are those of
-:mod:`emu_kernels.reference`, to rounding. Their bits depend on the number of threads, as those of
-torch's matrix products do; with ``torch.use_deterministic_algorithms`` kernels are used instead.
+So the only computation of size B·K is the logsumexp of a product of inner size D or 2D, done tile
+by tile. The rest is on (B, D) tensors and differentiated by autograd. The losses are those of
+:mod:`emu_kernels.reference`, up to rounding. Their bits depend on the number of threads, as those
+of torch's matrix products do; with ``torch.use_deterministic_algorithms`` kernels are used instead.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ from emu_kernels.values import usable_coefficients, usable_ids
 TILE = 1024
 """Candidates whose scores, (B, TILE), exist at once."""
 KEPT = 2**22
-"""Scores that are kept for the backward pass; of more it computes the tiles again."""
+"""The most scores of a single tile to keep for the backward pass, which computes others again."""
 MIN_SCORES = {"cpu": 2**17}
-"""Of a backend, how many scores a set of negatives must have, its rows times its negatives, for
-products to be faster than the kernels (at 100 components). A backend that was not measured is not
-in it."""
+"""For each backend, the least number of scores of a set of negatives (its rows times its negatives)
+from which on products are faster than the kernels, at 100 components. Backends that were not
+measured are left out."""
 MIN_ROWS = 32
-"""Rows a set must have too: its candidates are copied, (G·K, D)."""
+"""The least number of rows of a set, as well: its candidates are copied, (G·K, D)."""
 
 
 class Known(NamedTuple):
-    """Candidates that are no negatives of a row, sorted by candidate."""
+    """Pairs of a row and a candidate that is not a negative of it, sorted by candidate."""
 
     candidate: Tensor  # (M,) int64
     row: Tensor  # (M,) int64
 
 
 Tile = tuple[int, int, Tensor | None]
-"""Its bounds, and the places in its scores, flat, that take no part."""
+"""Its first candidate, the one after its last, and the flat indices of scores to leave out."""
 
 
 def tiles(count: int, known: Known | None) -> list[Tile]:
@@ -65,7 +65,7 @@ def tiles(count: int, known: Known | None) -> list[Tile]:
 
 
 def _features(rows: Tensor, bias: Tensor | None, like: Tensor) -> Tensor:
-    """z, or z ‖ z² where ``like``, the other factor, is twice as wide; then 0 and the bias."""
+    """z, or z ‖ z² if ``like``, the other factor, is twice as wide; then columns of 0 and bias."""
     rows = rows.to(like.dtype)
     parts = [rows] if rows.shape[1] == like.shape[1] else [rows, rows.square()]
     column = rows.new_zeros((rows.shape[0], 1))
@@ -73,7 +73,7 @@ def _features(rows: Tensor, bias: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _factor(x: Tensor, column: Tensor) -> Tensor:
-    """What :func:`_features` are multiplied by, for x · y plus the column where their 0 is 1."""
+    """The other factor of :func:`_features`, for x · y + bias, plus ``column`` if their 0 is 1."""
     return torch.cat([x, column[:, None], torch.ones_like(column)[:, None]], dim=1)
 
 
@@ -84,10 +84,10 @@ def _as_they_are(x: Tensor) -> Any:
 
 class _LogSumExp(Function):
     """(B,) log (e^own + Σ_k e^(x · y_k + bias_k)) of own (B,), x (B, E) and the features y of rows
-    (K, D); and the log-softmax of the only tile, if it is small enough to be kept.
+    (K, D); also the log-softmax of the tile, if there is only one and it is small enough to keep.
 
-    The sum so far is one more candidate of each tile, the first: so a product and one pass of a
-    log-softmax over it are all that a tile takes.
+    The sum so far is put before the candidates of each tile, so that a tile takes only a product
+    and one log-softmax.
     """
 
     @staticmethod
@@ -166,18 +166,18 @@ class Batch(NamedTuple):
 
     query: Tensor  # (B, D)
     positive: Tensor  # (B, D), z⁺
-    candidates: Tensor  # (K, D), zeros where padding
-    bias: Tensor | None  # (K,), −inf where padding, else 0
-    known: Known | None  # candidates that are no negatives of some rows
+    candidates: Tensor  # (K, D), zeros at padding
+    bias: Tensor | None  # (K,), −inf at padding, else 0
+    known: Known | None  # candidates that are not negatives of some rows
     real: Tensor  # (B,), or () for all rows: how many negatives there are
     total: Tensor  # (B, D), or (D,) for all rows: their sum
-    log_q: Tensor | None = None  # (B,) of the positives; the candidates' is taken off the bias
-    log_q_total: Tensor | float = 0.0  # of the negatives
+    log_q: Tensor | None = None  # (B,) of the positives; the candidates' is in the bias, negated
+    log_q_total: Tensor | float = 0.0  # the sum over the negatives
 
 
 def loss_rows(batch: Batch, request: LossRequest, rate: Tensor | None) -> tuple[Tensor, Tensor]:
     """L_emu and L_van of each row, (B,) both, as :func:`emu_kernels.reference.loss_rows`; ``rate``
-    (1 or B, D) is of a rule of moments."""
+    (1 or B, 1 or D) is that of the closed form, None for L_van alone."""
     q, z = batch.query, batch.positive
     beta, _ = usable_coefficients(request)
     given = (batch.candidates, batch.bias, tiles(batch.candidates.shape[0], batch.known))
@@ -187,7 +187,7 @@ def loss_rows(batch: Batch, request: LossRequest, rate: Tensor | None) -> tuple[
     if batch.candidates.numel():
         low, high = torch.aminmax(batch.candidates.detach())
         largest = torch.maximum(-low, high)
-    bound = q.detach().abs().sum(dim=1) * largest  # of all scores
+    bound = q.detach().abs().sum(dim=1) * largest  # no score is larger in absolute value
     if rate is not None:
         bound = bound + q.detach().square().sum(dim=1) * largest * largest
     if batch.log_q is not None:
@@ -214,8 +214,8 @@ def loss_rows(batch: Batch, request: LossRequest, rate: Tensor | None) -> tuple[
 
 
 def fits(request: LossRequest, backend: str) -> bool:
-    """Whether a loss is made by products: sets of negatives have many rows, no mask differs from
-    row to row, and nobody asked for bits that depend on nothing."""
+    """Whether a loss is computed by products: each set of negatives has many rows, no masks are
+    drawn, and torch was not asked for deterministic algorithms."""
     groups, count = request.negative.shape
     rows = request.query.shape[0]
     scores = rows * count
@@ -230,7 +230,7 @@ def fits(request: LossRequest, backend: str) -> bool:
 
 
 class Gather(Function):
-    """Rows of a table, widened; contributions to a row's gradient are summed, then rounded."""
+    """Rows of a table, as ``dtype``; contributions to a row's gradient are summed, then rounded."""
 
     @staticmethod
     def forward(table: Tensor, ids: Tensor, dtype: torch.dtype, sparse: bool) -> Tensor:
@@ -273,7 +273,8 @@ def loss(request: LossRequest) -> Loss:
     )
     groups, count = negative.shape
     rows = request.query.shape[0] // max(groups, 1)
-    negative_or_own = torch.where(negative >= 0, negative, positive[:1])  # padding touches no row
+    # Padding reads the first positive, so that it touches no other row.
+    negative_or_own = torch.where(negative >= 0, negative, positive[:1])
     ids = torch.cat([negative_or_own.flatten(), positive])
     gathered = Gather.apply(request.table, ids, request.query.dtype, request.sparse_grad)
     candidates, own = gathered.split([groups * count, gathered.shape[0] - groups * count])

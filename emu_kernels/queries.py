@@ -1,4 +1,4 @@
-"""The queries of published models: all of a score but the entity that is predicted.
+"""The queries of published models: all of a score except the entity that is predicted.
 
 Each function takes rows of the given entity and of the relation, and ``to``, the entity to predict:
 with "tail" the query is of (head, relation, ?), with "head" of (?, relation, tail). Its similarity
@@ -8,11 +8,11 @@ to a row of the entity table is the model's score, in both directions::
     loss = fused_emu_loss(query, entity, tail, negative, similarity="rotate", ...)
 
 Rows have shape (B, D), or any shape (..., D). A complex vector is stored as its d real parts, then
-its d imaginary parts. Gradients flow; nothing is normalised. A ``to`` that is neither word, and
+its d imaginary parts. Everything is differentiable, and nothing is normalised. Another ``to``, and
 widths that do not fit, raise a ValueError.
 
-CP (Hitchcock, 1927; Lacroix et al., 2018) has an embedding of each entity as head and one as tail:
-it is :func:`distmult` of the one kind of row with the table of the other.
+CP (Hitchcock, 1927; Lacroix et al., 2018) has two embeddings of each entity, as head and as tail:
+use :func:`distmult` of rows of the one table, with the other table as candidates.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ def rotate(entity: Tensor, phase: Tensor, to: Side = "tail") -> Tensor:
         phase: (B, d), θ of the relation in radians. (The authors' program stores θ (γ+2)/(πd).)
 
     Returns:
-        (B, 2d), re‖im, for similarity "rotate"; or "l2", for the norm of all components that some
-        libraries take.
+        (B, 2d), re‖im, for similarity "rotate"; or for "l2", the norm over all components, which
+        some libraries use.
     """
     _check(entity, phase, to, entity.shape[-1] // 2, even=True)
     sine = phase.sin()
@@ -114,7 +114,8 @@ def protate(entity: Tensor, relation: Tensor, to: Side = "tail") -> Tensor:
 
 def pairre(entity: Tensor, relation: Tensor, to: Side = "tail") -> tuple[Tensor, Tensor]:
     """PairRE, −‖h ⊙ r_h − t ⊙ r_t‖ (Chao et al., "PairRE: Knowledge Graph Embeddings via Paired
-    Relation Vectors", ACL 2021). The paper normalises h and t; give normalised rows, and table.
+    Relation Vectors", ACL 2021). The paper normalises h and t: pass normalised rows here, and a
+    normalised table to the loss.
 
     Args:
         entity: (B, D).
@@ -133,7 +134,7 @@ def pairre(entity: Tensor, relation: Tensor, to: Side = "tail") -> tuple[Tensor,
 def hake(entity: Tensor, relation: Tensor, to: Side = "tail") -> tuple[Tensor, Tensor]:
     """HAKE, −w_0 Σ_j |sin((h_p + r_p − t_p)_j κ/2)| − w_1 ‖h_m (|r_m| + r_b) − t_m (1 − r_b)‖₂
     (Zhang et al., "Learning Hierarchy-Aware Knowledge Graph Embeddings for Link Prediction", AAAI
-    2020). r_b is cut to [−|r_m|, 1], as in the authors' program.
+    2020). r_b is clamped to [−|r_m|, 1], as in the authors' program.
 
     Args:
         entity: (B, 2d), phases h_p in units of 1/κ, then moduli h_m.
@@ -159,7 +160,7 @@ def simple(entity: Tensor, relation: Tensor, to: Side = "tail") -> Tensor:
     Prediction in Knowledge Graphs", NeurIPS 2018).
 
     Args:
-        entity: (B, 2d), as head, then as tail.
+        entity: (B, 2d), the entity as head, then as tail.
         relation: (B, 2d), r, then its inverse r'.
 
     Returns:
@@ -222,6 +223,6 @@ def _check(entity: Tensor, relation: Tensor, to: str, width: int, *, even: bool 
         raise ValueError(f"entity: expected rows of two halves, got shape {tuple(entity.shape)}")
     if relation.shape[-1] != width:
         raise ValueError(
-            f"relation: expected {width} values a row with entity {tuple(entity.shape)}, "
+            f"relation: expected {width} values per row with entity {tuple(entity.shape)}, "
             f"got shape {tuple(relation.shape)}"
         )

@@ -25,7 +25,7 @@ from emu_kernels.similarity import SIMILARITIES
 
 
 class Options(NamedTuple):
-    """What a similarity may take beside query and candidate."""
+    """What a similarity may take besides query and candidate."""
 
     scale: Tensor | None = None  # a
     weights: Tensor | None = None  # w, or None for ones
@@ -36,7 +36,7 @@ class Options(NamedTuple):
 
 
 Terms = tuple[Tensor, ...]
-"""Of each of a similarity's sums the terms, of which the last dimension is added up."""
+"""For each of a similarity's sums its terms, which are added up over the last dimension."""
 
 
 def _difference(query: Tensor, candidate: Tensor, options: Options) -> Tensor:
@@ -100,7 +100,8 @@ TERMS: dict[str, Callable[[Tensor, Tensor, Options], Terms]] = {
     "hake": _hake,
     "protate": _protate,
 }
-"""Of each of :data:`emu_kernels.similarity.SIMILARITIES`, which says how sums become a score."""
+"""The terms of each of :data:`emu_kernels.similarity.SIMILARITIES`, which says how their sums
+become a score."""
 
 
 def phi(name: str, query: Tensor, candidate: Tensor, options: Options) -> Tensor:
@@ -153,7 +154,7 @@ MUTATE: dict[str, Callable[[Tensor, Tensor, Draws], Tensor]] = {
     "mixup": _mixup,
 }
 """ẑ (B, K, D) of positive (B, 1, D), negative (B, K, D) for each of
-:data:`emu_kernels.mutation.RULES` but :class:`emu_kernels.mutation.Expected`."""
+:data:`emu_kernels.mutation.RULES` except :class:`emu_kernels.mutation.Expected`."""
 
 
 def mutate(positive: Tensor, negative: Tensor, draws: Draws) -> Tensor:
@@ -196,8 +197,8 @@ class Scores(NamedTuple):
     """
 
     positive: Tensor  # (B,)
-    negative: Tensor  # (B, K), −inf where padding
-    mutated: Tensor | None  # (B, K), −inf where padding; None without mutation
+    negative: Tensor  # (B, K), −inf at padding
+    mutated: Tensor | None  # (B, K), −inf at padding; None without mutation
     cumulant: Tensor | None  # likewise
 
 
@@ -239,7 +240,7 @@ def scores(request: Request) -> Scores:
 
 
 def logits(scored: Scores, request: LossRequest) -> Scores:
-    """Every score less its candidate's log q. A mutated negative is a draw of its negative."""
+    """Every score minus its candidate's log q; a mutated negative has that of its negative."""
     positive, negative = request.positive_log_q, request.negative_log_q
     if positive is None or negative is None:
         return scored
@@ -294,7 +295,8 @@ def loss_rows(
 
 
 def reduce(rows: Tensor, sample_weight: Tensor | None, reduction: str) -> Tensor:
-    """none: weighted rows; sum; mean: sum over the summed weights, 0 where those are 0."""
+    """Weighted rows for "none", their sum for "sum"; for "mean" the sum over that of the weights,
+    0 if the latter is 0."""
     weighted = rows if sample_weight is None else rows * sample_weight
     if reduction == "none":
         return weighted

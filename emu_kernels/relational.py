@@ -1,9 +1,9 @@
 """Relational message passing (NBFNet; Zhu et al., 2021) without an array of edges × batch × d.
 
-``relational_spmm`` is a generalised sparse product: at each node, an aggregate over its incoming
-edges of a message of the source's features and the relation's. ``reference`` is plain PyTorch and
-says what is meant; ``cpu`` and ``triton`` have kernels, which compute each message where it is
-needed.
+``relational_spmm`` is a generalised sparse product: each node gets an aggregate of the messages of
+its incoming edges, each made of the source's and the relation's features. ``reference`` is plain
+PyTorch and the specification; ``cpu`` and ``triton`` have kernels, which compute each message where
+it is needed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MESSAGES = {
 AGGREGATES = ("sum", "mean", "min", "max", "pna")
 BACKENDS = (backends.REFERENCE, "cpu", "triton")
 EPSILON = 1e-6
-"""The least variance in the standard deviation of "pna", as NBFNet's authors have it."""
+"""The lower bound of the variance in "pna", as in the program of NBFNet's authors."""
 
 _PIECE = 1024  # edges of one relation that are summed at a time in its gradient
 
@@ -35,7 +35,7 @@ _PIECE = 1024  # edges of one relation that are summed at a time in its gradient
 class _Sorted(NamedTuple):
     """Edges in some order."""
 
-    start: Tensor  # (N + 1,) where a node's edges begin; of relations (P + 1,), of pieces
+    start: Tensor  # (N + 1,) where each node's edges begin
     other: Tensor  # (E,) the node at the other end
     relation: Tensor  # (E,)
     edge: Tensor  # (E,) its number in edge_index
@@ -52,8 +52,8 @@ class RelationalGraph:
         num_relations: R, at least 1.
 
     Raises:
-        TypeError: a tensor's dtype is no integer's.
-        ValueError: a shape, a device or an id is not what is said above; no edges.
+        TypeError: a tensor has no integer dtype.
+        ValueError: a shape, a device or an id is not as described above, or there are no edges.
     """
 
     edge_index: Tensor
@@ -105,7 +105,8 @@ def _sort(by: Tensor, other: Tensor, kind: Tensor, count: int) -> _Sorted:
 
 
 def _pieces(kind: Tensor, source: Tensor, target: Tensor, count: int) -> tuple[Tensor, ...]:
-    """Edges by relation: where pieces begin, the relation of each, targets, sources, numbers."""
+    """Edges sorted by relation, in pieces: where each piece begins, the relation of each piece;
+    the edges' targets, sources, and numbers in edge_index."""
     by, edge = kind.sort(stable=True)
     edges = torch.bincount(by, minlength=count)
     pieces = (edges + _PIECE - 1) // _PIECE
@@ -134,15 +135,15 @@ def relational_spmm(
     arXiv 2106.06935, equation 6 and table 1).
 
     Args:
-        nodes: (N, B, D), float32, bfloat16, float16 or float64: of each node a row for each query.
+        nodes: (N, B, D), float32, bfloat16, float16 or float64: a row for each node and query.
         relations: (R, D), the same for all queries, or (R, B, D); dtype of ``nodes``.
         graph: N nodes, R relations, E edges.
-        message: "distmult" (x · r), "transe" (x + r), or "rotate" (complex product; the first half
-            of a row has real parts, the second imaginary ones, D is even).
+        message: "distmult" (x · r), "transe" (x + r), or "rotate" (the complex product: the first
+            half of a row holds real parts, the second imaginary parts; D is even).
         aggregate: "sum", "mean", "min", "max", or "pna": mean, min, max and standard deviation
             (Corso et al., 2020), from one pass over the edges.
-        own: (N, B, D), dtype of ``nodes``: one message more for each node, of its own (NBFNet's
-            boundary condition).
+        own: (N, B, D), dtype of ``nodes``: an additional message to each node (NBFNet's boundary
+            condition).
         edge_weight: (E,) in the order of ``graph.edge_index``. bool: edges that are False are left
             out, as if they were not in the graph. float: multiplies the messages; has no gradient.
         backend: as for :func:`emu_kernels.fused_emu_loss`; "reference", "cpu" and "triton" exist.
@@ -150,19 +151,19 @@ def relational_spmm(
     Returns:
         (N, B, D), or for "pna" (N, B, 4, D) in the order above; dtype of ``nodes``. 0 at a node
         that receives nothing. Sums are accumulated in float32 (float64 for float64), in a fixed
-        order: the same bits in every run, for any number of threads. Where several messages are the
-        minimum or maximum, each gets its gradient whole. The variance of "pna" is at least 1e-6.
+        order: the same bits in every run, for any number of threads. Several messages that are the
+        minimum or maximum get the whole gradient each. The variance of "pna" is at least 1e-6.
 
     Raises:
         TypeError: an argument has another type or dtype.
-        ValueError: a shape, a device or a name is not what is said above; edge_weight requires a
-            gradient.
+        ValueError: a shape, a device or a name is not as described above, or edge_weight requires
+            a gradient.
         RuntimeError: the backend cannot run here.
     """
     _check(nodes, relations, graph, message, aggregate, own, edge_weight)
     name = backends.resolve(backend, nodes.device, BACKENDS).name
     real = _real(nodes)
-    # Triton's kernels read what the others compute with.
+    # Triton's kernels read the dtype of nodes, the others the one that they compute with.
     rows = nodes.dtype if name == "triton" else real
     keep = edge_weight if edge_weight is not None and edge_weight.dtype == torch.bool else None
     weight = None if edge_weight is None or keep is not None else edge_weight.to(real)
@@ -184,7 +185,7 @@ def relational_spmm(
 
 
 def _real(nodes: Tensor) -> torch.dtype:
-    """What is computed with."""
+    """The dtype to compute with."""
     return torch.float64 if nodes.dtype == torch.float64 else torch.float32
 
 
@@ -228,7 +229,7 @@ def _check(
                 f"got {tuple(edge_weight.shape)}"
             )
         if edge_weight.requires_grad:
-            raise ValueError("edge_weight: expected no gradient to be required, got one that is")
+            raise ValueError("edge_weight: is not differentiated; pass edge_weight.detach()")
     others = {"relations": relations, "own": own, "edge_weight": edge_weight}
     validate.same_device("nodes", nodes, **others, graph=graph.edge_type)
 
@@ -336,7 +337,7 @@ def _run(given: Values, task: str, out: Tensor, **more: Any) -> Tensor:
 
 
 def _number(given: Values) -> Tensor:
-    """(N, 1, 1): how many messages a node receives, at least 1."""
+    """(N, 1, 1): how many messages each node receives."""
     start, _, _, edge = given["graph"][:4]
     number = start[1:] - start[:-1]
     if given["keep"] is not None:
@@ -346,7 +347,7 @@ def _number(given: Values) -> Tensor:
 
 
 def _result(given: Values) -> Tensor:
-    """(N, B, S, D) in memory, S sections."""
+    """(N, B, S, D), uninitialised, with S sections: 4 for "pna", else 1."""
     nodes = given["nodes"]
     count, batch, dim = nodes.shape
     sections = 4 if given["aggregate"] == "pna" else 1
@@ -363,10 +364,10 @@ def _run_forward(given: Values) -> Tensor:
 
 
 def _pulls(given: Values, of_own: Tensor) -> Tensor:
-    """(N, B, S, D): the gradient of a message to a node as a function of it; that of ``own``.
+    """(N, B, S, D): what gives the gradient of any message to a node; fills in that of ``own``.
 
-    The gradient of a message m is the first section and, for "pna", the last one times m, and where
-    m is the minimum or the maximum those in between.
+    The gradient of a message m is the first section (for "min" and "max" only if m attains it).
+    For "pna" add the last section times m, and the second or third if m is the minimum or maximum.
     """
     pulls, result, own = given["grad"].contiguous(), given["result"], given["own"]
     aggregate = given["aggregate"]
@@ -376,7 +377,7 @@ def _pulls(given: Values, of_own: Tensor) -> Tensor:
         pulls[:, :, 0] /= number
     if aggregate == "pna":
         mean, deviation = result[:, :, 0], result[:, :, 3]
-        # Where the variance was too small it is a constant.
+        # Where the variance was raised to EPSILON it is a constant.
         square = pulls[:, :, 3] / (deviation * number)
         pulls[:, :, 3] = square.masked_fill_(deviation <= EPSILON**0.5, 0.0)
         pulls[:, :, 0].addcmul_(pulls[:, :, 3], mean, value=-1)

@@ -39,12 +39,12 @@ class Request(Draws):
 
     @property
     def mutated(self) -> bool:
-        """Whether there are mutated negatives; else there is the vanilla term alone."""
+        """Whether there are mutated negatives; otherwise there is only the vanilla term."""
         return self.mutation.draw != "none"
 
     @property
     def moments(self) -> Expected | None:
-        """The rule in closed form: there are means and variances of mutated scores."""
+        """The rule, if it is the closed form, which uses moments of mutated scores; else None."""
         return self.mutation if isinstance(self.mutation, Expected) else None
 
 
@@ -54,8 +54,8 @@ class LossRequest(Request):
 
     beta: float
     alpha: float
-    coefficients: Tensor | None  # (2,) β and α of query's dtype, in the place of the two numbers
+    coefficients: Tensor | None  # (2,) β and α of query's dtype, instead of the two numbers
     sample_weight: Tensor | None  # (B,) of query's dtype
-    positive_log_q: Tensor | None = None  # (B,) of query's dtype: scores less these are the logits
-    negative_log_q: Tensor | None = None  # (G, K), 0 where padding; both or neither
+    positive_log_q: Tensor | None = None  # (B,) of query's dtype; logits are scores minus these
+    negative_log_q: Tensor | None = None  # (G, K), 0 at padding; both or neither
     reduction: str  # "none", "sum" or "mean"

@@ -1,8 +1,8 @@
 """What a similarity φ(query, candidate) is, apart from its arithmetic.
 
 φ = Σ_s w_s v_s(S_s). Each S_s is a sum of terms over components; v is the sum itself or, for a sum
-of squares, minus its root. A row of D components is one half, or two halves of D/2 each. The
-arithmetic of each similarity stands in :mod:`emu_kernels.reference`, csrc/common/similarity.h and
+of squares, minus its root. A row of D components is one part, or two halves of D/2 each. The
+arithmetic of each similarity is in :mod:`emu_kernels.reference`, csrc/common/similarity.h and
 triton/kernels/similarities.py; a test compares csrc's traits with these.
 """
 
@@ -12,24 +12,24 @@ from dataclasses import dataclass
 from typing import Literal
 
 Factor = Literal["none", "scale", "phase"]
-"""What a half's candidate is multiplied by: nothing, the optional ``scale``, or κ/2."""
+"""What a half of the candidate is multiplied by: nothing, the optional ``scale``, or κ/2."""
 
 
 @dataclass(frozen=True)
 class Similarity:
     name: str
     halves: int = 1
-    """2: a row is re‖im, or phase‖modulus."""
+    """1: a row is one part; 2: it is re‖im, or phase‖modulus."""
     coupled: bool = False
-    """Whether a term is a function of both halves, as of a complex number's parts."""
+    """Whether a term depends on both halves, such as on both parts of a complex number."""
     bilinear: bool = False
-    """Whether a term is q·c; else it is a function of q − a·c."""
+    """Whether a term is q·c; otherwise it is a function of q − a·c."""
     weights: int = 0
-    """How many ``similarity_weights`` it takes: one a sum, or none."""
+    """How many ``similarity_weights`` it takes: one for each sum, or none."""
     factors: tuple[Factor, ...] = ("none",)
-    """Of each half."""
+    """One for each half."""
     roots: tuple[bool, ...] = (False,)
-    """Of each sum: whether it is a sum of squares under a root."""
+    """For each sum, whether it is a sum of squares under a root."""
 
     @property
     def sums(self) -> int:
@@ -37,12 +37,12 @@ class Similarity:
 
     @property
     def direct(self) -> bool:
-        """Whether a score is its one sum."""
+        """Whether the score is simply its only sum."""
         return self.sums == 1 and not self.roots[0] and not self.weights
 
     @property
     def scaled_halves(self) -> int:
-        """How many halves the optional ``scale`` multiplies, the last ones."""
+        """How many halves, counted from the last, the optional ``scale`` multiplies."""
         return self.factors.count("scale")
 
     @property

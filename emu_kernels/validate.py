@@ -115,7 +115,7 @@ def batch(
         raise ValueError(f"query: expected at least one component, got shape {tuple(query.shape)}")
     if table.shape[1] != dim:
         raise ValueError(
-            f"table: expected {dim} components a row like query, got shape {tuple(table.shape)}"
+            f"table: expected {dim} components per row like query, got shape {tuple(table.shape)}"
         )
     if positive.shape[0] != rows:
         raise ValueError(
@@ -196,14 +196,14 @@ def log_q(value: object, table: Tensor) -> None:
 
 
 def number(name: str, value: object, expected: str = "a number") -> float:
-    """A Python or NumPy number, as Python's."""
+    """A Python or NumPy number, as a Python float."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
     return float(value)
 
 
 def whole(name: str, value: object, expected: str = "an int") -> int:
-    """A Python or NumPy integer, as Python's, or a symbolic one."""
+    """A Python or NumPy integer, as a Python int, or a symbolic integer as it is."""
     if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
         return value  # type: ignore[return-value]
     if isinstance(value, bool) or not isinstance(value, Integral):
@@ -219,13 +219,13 @@ def rate(name: str, value: object) -> float:
 
 
 def rate_or_rule(name: str, value: object) -> None:
-    """What can be said of a mutation rate before there are tensors that it has to fit."""
+    """Check a mutation rate as far as possible without the tensors that it has to fit."""
     if not isinstance(value, (Tensor, Mutation)):
         rate(name, value)
 
 
 def coefficient(name: str, value: object) -> float | Tensor:
-    """A loss coefficient: a finite number, not negative, or a one-element tensor of one."""
+    """A loss coefficient: a finite number >= 0, or a one-element tensor, which is not read here."""
     if isinstance(value, Tensor):
         if value.numel() != 1 or not value.dtype.is_floating_point:
             raise ValueError(
@@ -279,7 +279,7 @@ def rates(name: str, value: Tensor, unit: str, units: int, device: torch.device)
     if tuple(value.shape) not in ((), (units,)) or not value.dtype.is_floating_point:
         raise ValueError(
             f"{name}: expected a number, a Mixup, an Expected or a floating-point tensor of shape "
-            f"() or ({units},), one rate a {unit}, got shape {tuple(value.shape)}, "
+            f"() or ({units},), one rate per {unit}, got shape {tuple(value.shape)}, "
             f"dtype {value.dtype}"
         )
     if value.requires_grad:
@@ -300,7 +300,7 @@ def expected(
     if tuple(value.shape) not in shapes:
         listed = " or ".join(map(str, shapes))
         raise ValueError(
-            f"{name}: expected a number or a tensor of one rate a {unit}, of shape {listed}, "
+            f"{name}: expected a number or a tensor of one rate per {unit}, of shape {listed}, "
             f"got {tuple(value.shape)}"
         )
     return value

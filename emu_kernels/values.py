@@ -1,6 +1,6 @@
 """Checks that read the values of tensors, and their operators.
 
-They run when a call does, not when it is traced. On a GPU they would wait for the device: there ids
+They run when a call runs, not when it is traced. On a GPU they would wait for the device: there ids
 are checked by the kernels (:mod:`emu_kernels.backends.ids`), and a rate or a coefficient out of
 range makes the loss NaN.
 """
@@ -31,7 +31,7 @@ def check_ids(name: str, ids: Tensor, *, rows: int, lowest: int) -> None:
 
 
 def bad_id(name: str, ids: Tensor, flat: int, *, rows: int, lowest: int) -> IndexError:
-    """What to raise for the id at a place of the flattened ``ids``."""
+    """The error for the id at index ``flat`` of the flattened ``ids``."""
     at = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), ids.shape))
     padding = " (-1 is padding)" if lowest < 0 else ""
     return IndexError(
@@ -88,7 +88,7 @@ _THRESHOLDS = define(
 
 
 def usable_thresholds(name: str, rates: Tensor) -> Tensor:
-    """The thresholds of a tensor of rates, checked on the CPU."""
+    """The thresholds of a tensor of rates, which are checked if they are on the CPU."""
     thresholds: Tensor = _THRESHOLDS({"rates": rates, "name": name})
     return thresholds
 
@@ -118,7 +118,7 @@ def usable_ids(
     *,
     rows: int,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Ids that are safe to index with; on a GPU a (B,) factor too, NaN where a row's are bad."""
+    """Ids that are safe to index with; on a GPU also a (B,) factor, NaN for rows with bad ids."""
     if positive.device.type == "cpu":
         positive = _IDS({"value": positive, "rows": rows, "lowest": 0, "name": "positive"})
         negative = _IDS({"value": negative, "rows": rows, "lowest": -1, "name": "negative"})

@@ -1,6 +1,6 @@
 """Fixtures that run a test once for each backend, and the marks of slow tests.
 
-A registered backend takes part in every test of the operators.
+Every registered backend is tested by all tests of the operators.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(params=KERNELS)
 def kernel(request: pytest.FixtureRequest) -> str:
-    """Every backend but the reference."""
+    """Every backend except the reference."""
     return _usable(request.param)
 
 

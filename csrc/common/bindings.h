@@ -1,7 +1,7 @@
 // What both extension modules register. Python checks tensors and passes addresses, sizes and strides; there are no
 // torch headers here, so one build serves every torch version.
 //
-// All functions take keyword arguments only. Those that belong together come as a dictionary: `draws`, `place`,
+// All functions take keyword arguments only. Some take groups of arguments as dictionaries: `draws`, `place`,
 // `gradient`.
 #pragma once
 
@@ -85,7 +85,7 @@ class Arguments {
   T get(const char* name) {
     return (*this)[name].object.cast<T>();
   }
-  // Throws where some were not read.
+  // Throws if some were not read.
   void end() const {
     if (read_ != given_.size()) throw py::type_error("unexpected argument among " + std::string(py::str(given_)));
   }
@@ -95,7 +95,7 @@ class Arguments {
   size_t read_ = 0;
 };
 
-// Registers a function. read(arguments) returns the function that then runs without the interpreter's lock.
+// Registers a function. read(arguments) returns the function to call, which runs without the interpreter's lock.
 template <class Read>
 void define(py::module_& m, const char* name, Read read) {
   m.def(name, [read](const py::kwargs& given) {
@@ -107,7 +107,7 @@ void define(py::module_& m, const char* name, Read read) {
   });
 }
 
-// The same for a function of a problem and of what read(arguments) returns.
+// The same for a function of a problem and the result of read(arguments).
 template <class Backend, class Read, class Run>
 void define_call(py::module_& m, const char* name, Read read, Run run) {
   define(m, name, [=](Arguments& a) {
@@ -119,7 +119,7 @@ void define_call(py::module_& m, const char* name, Read read, Run run) {
   });
 }
 
-// The place in a list of the entry of a name.
+// The index in a list of the entry with a name.
 template <class... Entries>
 int place_of(List<Entries...>, const std::string& name) {
   const char* const names[] = {Entries::name...};
@@ -129,7 +129,7 @@ int place_of(List<Entries...>, const std::string& name) {
   throw std::invalid_argument("unknown name " + name);
 }
 
-// --- what calls are made of -----------------------------------------------------------------------------------
+// --- the arguments of calls -----------------------------------------------------------------------------------
 
 struct Nothing {};
 inline Nothing read_nothing(Arguments&) { return {}; }
@@ -264,7 +264,7 @@ inline MutateArgs read_mutate(Arguments& a) {
   return args;
 }
 
-// --- what the lists say, for tests that compare Python's with them -----------------------------------------------
+// --- descriptions of the lists' entries, for tests that compare Python's with them -------------------------------
 
 template <class Sim>
 py::dict describe_similarity() {
@@ -299,7 +299,8 @@ py::list describe_mutations(List<Rules...>) {
 
 // --- the functions that both modules have -----------------------------------------------------------------------
 
-// Backend has these as static functions, and a type Guard: one is made from the call's Place before the function runs.
+// Backend has these as static functions, and a type Guard, which is made from the call's Place before the function
+// runs.
 template <class Backend>
 void define_operators(py::module_& m) {
   m.def("similarities", [] { return describe_similarities(Similarities{}); });

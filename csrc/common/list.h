@@ -1,8 +1,8 @@
-// What the lists of similarities and of mutation rules are made of, for GCC, Clang and nvcc.
+// What the lists of similarities and of mutation rules are written with, for GCC, Clang and nvcc.
 #pragma once
 
-// EMU_MEMBER: a function for host and device. EMU_INNER: one of the inner loops, for the device under nvcc, else for
-// the host. Both are always inlined, so that no two CPU instruction sets can share a compiled copy.
+// EMU_MEMBER: a function for host and device. EMU_INNER: a function of the inner loops, for the device under nvcc,
+// otherwise for the host. Both are always inlined, so that no two CPU instruction sets can share a compiled copy.
 #if defined(__CUDACC__)
 #define EMU_MEMBER __host__ __device__ __forceinline__
 #define EMU_INNER __device__ static __forceinline__
@@ -13,11 +13,11 @@
 
 namespace emu {
 
-// Types that are known at run time by their place in the list.
+// Types that are chosen at run time by their index in the list.
 template <class... Entries>
 struct List {};
 
-// Calls body with the entry at a place of the list.
+// Calls body with the entry at an index of the list.
 template <class Body, class First, class... Rest>
 auto with_entry(List<First, Rest...>, int place, Body&& body) {
   if constexpr (sizeof...(Rest) > 0) {

@@ -1,6 +1,6 @@
 // The mutation rules, one small struct each, for scalars and vectors, host and device. To add one, write its struct
-// here and put it into the list below it; a parameter of its own is a field of Draws. emu_kernels/mutation.py
-// describes the same rules.
+// here and put it into the list below; its own parameters are fields of Draws. emu_kernels/mutation.py describes the
+// same rules.
 //
 // A rule has: name; kDraw, what it draws for each negative of a row; for masks kPairs, whether a unit of the mask is
 // the pair of components j and D/2 + j; for shares the function share(u, draws) from four uniform numbers in [0, 1)
@@ -17,19 +17,19 @@ enum class Draw {
   kNone,
   kMask,    // a byte for each unit, which is mutated (taken from the positive) if its byte is below a threshold
   kShare,   // one number for each negative: how much of itself it keeps
-  kMoments  // nothing: the mean and the variance of what masks would give are taken
+  kMoments  // nothing: the mean and the variance of the scores that masks would give are taken
 };
 
 // What one call draws. emu_kernels/mask.py says how the generator's counter follows from seed and row.
 struct Draws {
-  int rule;             // its place in the list
+  int rule;             // its index in the list
   Draw kind;            // the rule's kDraw
   bool pairs;           // the rule's kPairs
-  const int64_t* seed;  // (1,), read when a kernel runs: a replayed CUDA graph draws what the seed then says
+  const int64_t* seed;  // (1,), read when a kernel runs, so that a replayed CUDA graph uses the seed's new value
   uint32_t row_offset;
   // The parameters of all rules.
-  int threshold;              // of all bytes, 0..256
-  const int16_t* thresholds;  // of each unit, or null
+  int threshold;              // for all bytes, 0..256
+  const int16_t* thresholds;  // one for each unit, or null
   int order;                  // 1..4
   const void* rate;           // real: (1, 1), or (1 or B, U), U = D, or D/2 where a term is a function of both halves
   int rate_rows, rate_units;  // its shape
@@ -95,9 +95,9 @@ struct Expected {
 
 using Mutations = List<NoMutation, Component, Pair, Mixup, Expected>;
 
-// --- what the kernels make of the list ------------------------------------------------------------------------
+// --- how the kernels use the list -----------------------------------------------------------------------------
 
-// The share that the call's rule makes of four uniform numbers.
+// The share that the call's rule computes from four uniform numbers.
 template <class V, class First, class... Rest>
 EMU_INNER V share_of(List<First, Rest...>, int place, const V (&uniform)[4], const Draws& draws) {
   if constexpr (sizeof...(Rest) > 0) {
@@ -112,13 +112,14 @@ EMU_INNER V share_of(List<First, Rest...>, int place, const V (&uniform)[4], con
   }
 }
 
-// Mean and variance of a sum's value (of the sum itself, or of minus the root of a sum of squares), from those of the
-// sum, where x holds M and V and inverse is 1/√M (0 of 0). The derivatives are by M and by V/2; those of a root are
-// multiplied by −2, as a sum's weights are. The root follows by the delta method.
+// Mean and variance of a sum's value (the sum itself, or minus the root of a sum of squares), and their derivatives by
+// M and V/2, where M and V are the mean and the variance of the sum. For a root, the derivatives are multiplied by −2,
+// like a sum's weights.
 template <class V>
 struct Moments {
   V mean, variance, mean_by_m, mean_by_v, variance_by_m, variance_by_v;
 };
+// Those of minus a root, by the delta method; inverse is 1/√M (0 for M = 0).
 template <class V>
 EMU_INNER Moments<V> moments_of_root(V m, V v, V inverse) {
   const V square = inverse * inverse, cube = square * inverse;
@@ -127,10 +128,10 @@ EMU_INNER Moments<V> moments_of_root(V m, V v, V inverse) {
           v * square * square * 0.5f,           -square};
 }
 
-// How the inner loops mutate a negative. Where a term is a function of one component, the mutated term is the
-// negative's or the positive's (kSelect); else components are exchanged before terms are taken (kMask). With a
-// share, every component is mixed. With moments, the sums of ẑ are their means M, and each has a variance V: with t
-// the negative's terms and p the positive's, M = Σ_j ρ_j p_j + (1 − ρ_j) t_j and V = Σ_j ρ_j (1 − ρ_j) (p_j − t_j)².
+// How the inner loops mutate a negative. If a term is a function of one component, the mutated term is either the
+// negative's or the positive's (kSelect); otherwise components are exchanged before terms are computed (kMask). With a
+// share, every component is mixed. With moments, the sums of ẑ are means M, and each has a variance V: with t the
+// negative's terms and p the positive's, M = Σ_j ρ_j p_j + (1 − ρ_j) t_j and V = Σ_j ρ_j (1 − ρ_j) (p_j − t_j)².
 enum Mode { kPlain, kSelect, kMask, kShare, kMoments };
 
 constexpr bool masked(Mode mode) { return mode == kSelect || mode == kMask; }

@@ -13,7 +13,7 @@ constexpr uint32_t kPhiloxM0 = 0xD2511F53u;
 constexpr uint32_t kPhiloxM1 = 0xCD9E8D57u;
 constexpr uint32_t kPhiloxW0 = 0x9E3779B9u;
 constexpr uint32_t kPhiloxW1 = 0xBB67AE85u;
-constexpr int kComponentsPerCall = 16;  // one byte of the four output words each
+constexpr int kComponentsPerCall = 16;  // each takes one byte of the four output words
 constexpr uint32_t kMaskStream = 0, kShareStream = 1;
 
 // (word >> kUniformShift) · kUniformUnit is a number in [0, 1) that a float holds exactly.

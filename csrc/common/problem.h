@@ -1,6 +1,6 @@
-// What Python hands to the kernels, on the CPU and on a GPU. Tensors are checked, and contiguous unless a stride is
-// given; "real" is float, or double for a double table. Sizes: B rows, K negatives a row, G sets of negatives, D
-// components, N table rows, S sums a score (2 for hake, else 1), W similarity weights.
+// What Python passes to the kernels, on the CPU and on a GPU. Tensors are checked, and contiguous unless a stride is
+// given; "real" is float, or double for a double table. Sizes: B rows, K negatives per row, G sets of negatives, D
+// components, N table rows, S sums per score (2 for hake, else 1), W similarity weights.
 #pragma once
 
 #include <cstdint>
@@ -27,12 +27,12 @@ struct Problem {
   const void* weights;      // (W,) real, or null: ones
   const int64_t* positive;  // (B,) in [0, N)
   const int64_t* negative;  // (G, K) in [-1, N), −1 for padding
-  int64_t* report;          // CUDA, where ids are not checked before: (2,) on the host, for an id out of range of
-                            // positive and one of negative
+  int64_t* report;          // CUDA, where ids are not checked before: (2,) on the host, where kernels store an id of
+                            // positive, and one of negative, that is out of range
   DType dtype;
   int64_t table_stride;
   int64_t N, B, D, G, K;
-  int similarity;  // its place in the list of common/similarity.h
+  int similarity;  // its index in the list of common/similarity.h
   double phase_scale;
   Draws draws;
   Place place;
@@ -40,11 +40,11 @@ struct Problem {
   EMU_MEMBER int64_t rows_per_group() const { return G ? B / G : 0; }
 };
 
-// What a backward pass needs, all real. A weight is what a sum's terms share (backends/base.py, LossState).
+// What a backward pass needs, all real. A weight is that of a sum (backends/base.py, ScoresGradient).
 struct GradientArgs {
   void* weight;           // (S, B, K)
   void* mutated_weight;   // (S, B, K) with mutation
-  void* variance_weight;  // (S, B, K) with moments, by half the variance
+  void* variance_weight;  // (S, B, K) with moments: derivatives by half the variance
   void* grad_rate;        // (B, U) with moments, or null
   void* grad_query;       // (B, D)
   void* grad_positive;    // (B, D)
@@ -54,10 +54,10 @@ struct GradientArgs {
 
 struct LossArgs {
   double beta, alpha;
-  const void* coefficients;    // CUDA: (2,) real, β and α in the place of the two numbers, or null
+  const void* coefficients;    // CUDA: (2,) real, β and α instead of the two numbers, or null
   const void* sample_weight;   // (B,) real or null
-  const void* positive_log_q;  // (B,) real, what is taken off the positive's score, or null
-  const void* negative_log_q;  // (G, K) real, off the negatives' and the mutated ones', or null; 0 where padding
+  const void* positive_log_q;  // (B,) real, subtracted from the positive's score, or null
+  const void* negative_log_q;  // (G, K) real, subtracted from the (mutated) negatives', or null; 0 at padding
   Reduction reduction;
   bool need_grad;
   // Outputs, all real; those of gradient are written if need_grad.
@@ -76,7 +76,7 @@ struct ScoreArgs {
 };
 
 struct QueryGradientArgs {
-  const void* positive_weight;  // (B,) real, of scores, as the next two
+  const void* positive_weight;  // (B,) real: upstream gradients of scores, like the next three
   const void* weight;           // (B, K)
   const void* mutated_weight;   // (B, K) with mutation
   const void* cumulant_weight;  // (B, K) with moments
@@ -84,19 +84,19 @@ struct QueryGradientArgs {
   void* workspace;  // CUDA: of query_gradient_workspace bytes
 };
 
-// Optimisers that leave a row without a gradient where it is.
+// Optimisers that do not move rows without a gradient.
 enum class Optimizer { kNone, kSgd, kAdagrad, kRowwiseAdagrad };
 
-// CPU: a step of the touched rows, in the place of their gradient.
+// CPU: a step of the touched rows, which is made instead of writing their gradient.
 struct StepArgs {
   Optimizer optimizer;  // kNone: there is no step
   double lr, eps;
-  void* table;  // the problem's, of real
-  void* sums;   // Adagrad's: (N, D) real, (N,) row-wise, null without
-  // More gradient, of M rows of the table.
+  void* table;  // the problem's table, of real
+  void* sums;   // Adagrad's: (N, D) real, or (N,) row-wise; otherwise null
+  // M further gradients of rows of the table.
   int64_t count;         // M
   const int64_t* ids;    // (M,) ascending
-  const int64_t* order;  // (M,) where each id's is in rows
+  const int64_t* order;  // (M,) where each id's gradient is in rows
   const void* rows;      // (M, D) real
 };
 
@@ -108,7 +108,7 @@ struct TableGradientArgs {
   const void* grad_positive;    // (B, D)
   int64_t* ids;                 // (touched,): the sparse form; null: the dense form
   void* out;                    // (N, D) or (touched, D) of dtype
-  const void* sorted;           // the batch's ids in order: cpu/segments.h, cuda/sort.h
+  const void* sorted;           // the batch's ids, sorted: cpu/segments.h, cuda/sort.h
   int64_t sorted_size;          // CPU
   StepArgs step;                // CPU
   void* partials;               // CUDA: of partials_workspace bytes
@@ -126,8 +126,9 @@ struct MutateArgs {
   Place place;
 };
 
-// Messages along edges, aggregated: N nodes, E edges, R relations, B queries, D components. Edges are sorted by what a
-// task goes through, and `other`, `relation`, `edge` (its number before sorting) belong to the sorted ones.
+// Messages along edges, aggregated: N nodes, E edges, R relations, B queries, D components. Edges are sorted by the
+// node that a task loops over (target, or source in the backward pass); `other`, `relation` and `edge` (its number
+// before sorting) are those of the sorted edges.
 enum class Message { kDistMult, kTransE, kRotate };
 enum class Aggregate { kSum, kMin, kMax, kPna };
 enum class RelationalTask { kForward, kBackward, kOwn };
@@ -136,24 +137,24 @@ struct RelationalArgs {
   RelationalTask task;
   Message message;
   Aggregate aggregate;
-  DType dtype;  // float or double: of all that is real
+  DType dtype;  // float or double: that of all arrays called real
   int64_t N, R, B, D, size;
-  int64_t relation_rows;    // 1, or B where each query has relations of its own
+  int64_t relation_rows;    // 1, or B if each query has relations of its own
   const void* nodes;        // (N, B, D) real
   const void* relations;    // (R, relation_rows, D) real
-  const void* own;          // (N, B, D) real: of each node to itself, or null
+  const void* own;          // (N, B, D) real: a message from each node to itself, or null
   const void* weight;       // (E,) real or null
   const uint8_t* keep;      // (E,) 0 for an edge to leave out, or null
   const int64_t* start;     // (N + 1,)
-  const int64_t* other;     // (E,) source in the forward pass, else target
+  const int64_t* other;     // (E,) the source in the forward pass, else the target
   const int64_t* relation;  // (E,)
   const int64_t* edge;      // (E,)
-  const void* share;        // (N,) real: of a node's messages in a mean, 1 / their number; null: 1
-  const void* grad;         // (N, B, S, D) real, of the result; S sections
-  const void* result;       // (N, B, S, D) real, of the forward pass
+  const void* share;        // (N,) real: the share of each message in a node's mean, 1 / their number; null: 1
+  const void* grad;         // (N, B, S, D) real, by the result; S sections
+  const void* result;       // (N, B, S, D) real, that of the forward pass
   void* out;                // (N, B, S, D) real, or the gradient of nodes or own, (N, B, D)
   void* relation_gradient;  // (R, relation_rows, D) real, backward
-  double epsilon;           // the least variance
+  double epsilon;           // the lower bound of the variance
   int threads;
 };
 

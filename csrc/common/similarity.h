@@ -1,25 +1,26 @@
 // The similarities φ(query, candidate), one small struct each, for scalars and vectors, host and device. To add one,
-// write its struct here and put it into the list below it; CMake compiles CUDA kernels for each entry of the list.
+// write its struct here and put it into the list below; CMake compiles CUDA kernels for each entry of the list.
 // emu_kernels/similarity.py describes the same similarities.
 //
 // φ = Σ_s w_s S_s, where S_s is a sum of terms over components, or minus the root of a sum of squares. A term
-// is u itself where u is q·c, or a function of u = q − a·c that is 0 at 0 (padding is summed, too). A row may be two
-// halves, D/2 components each, with a sum each; or a term may be a function of both halves (kCoupled), as of a complex
-// number's parts.
+// is either u = q·c (kBilinear), or a function of u = q − a·c that is 0 at 0 (as padding is summed too). A row may be
+// two halves of D/2 components each, with a sum each; or a term may be a function of both halves (kCoupled), such as of
+// both parts of a complex number.
 //
 // Each has: name, kHalves, kCoupled, kBilinear, kWeights (how many w it takes), root(s) (whether sum s is of squares
-// under a root), factor(h), and, with M the mathematics of a V, the slopes from which every gradient is made:
-//   uncoupled: term<h, M>(u), slope<h, M>(u) = −∂term/∂u (of a square: half of it); a bilinear one needs no slope
+// under a root), factor(h), and the terms and slopes from which scores and gradients are computed; M is the class of
+// the mathematical functions of V:
+//   uncoupled: term<h, M>(u), slope<h, M>(u) = −∂term/∂u (for a square, u itself); a bilinear one needs no slope
 //   coupled:   a function of u0² + u1²: inverse<M>(square), value(square, inverse), where −∂term/∂u_h = u_h · inverse;
 //              and the same from the parts: term<M>(u0, u1), slopes<M>(u0, u1, s0, s1)
-// What does not depend on the M is written with operators that scalars and vectors both have.
+// Code that does not need M uses only operators that scalars and vectors both have.
 #pragma once
 
 #include "common/list.h"
 
 namespace emu {
 
-// What a half's candidate is multiplied by: nothing, the query's scale a, or κ/2 (and so is the query).
+// What a half of the candidate is multiplied by: nothing, the query's scale a, or κ/2 (the query is too).
 enum class Factor { kNone, kScale, kPhase };
 
 struct OneSum {
@@ -136,9 +137,9 @@ struct Sums {
   static_assert(Sim::kHalves == 1 || Sim::factor(0) != Factor::kScale, "only the last half can have a scale");
   static_assert(!Sim::kCoupled || Sim::factor(1) == Factor::kNone, "coupled halves are not multiplied");
   static constexpr int kCount = Sim::kCoupled ? 1 : Sim::kHalves;
-  // Whether a score is its one sum.
+  // Whether the score is simply its only sum.
   static constexpr bool kDirect = kCount == 1 && !Sim::root(0) && Sim::kWeights == 0;
-  // Whether a half's candidate is multiplied by the query's scale.
+  // Whether the last half of the candidate is multiplied by the query's scale.
   static constexpr bool kScaled = Sim::factor(Sim::kHalves - 1) == Factor::kScale;
 };
 

@@ -12,7 +12,7 @@
 namespace emu {
 
 #if defined(EMU_HAS_AVX2) || defined(EMU_HAS_AVX512)
-// What __builtin_cpu_supports says, which finds nothing where Zig has linked.
+// The same as __builtin_cpu_supports, which finds nothing in programs that Zig has linked.
 struct Found {
   bool avx2, avx512;
 };

@@ -15,7 +15,7 @@ EMU_INLINE typename F::V tail_load(const typename F::Real* from, int64_t count) 
   return load<typename F::V>(lanes);
 }
 
-// Statistics of softmax(positive, scores), where all is finite except padding. Writes e^(s_k − max) to `powers`.
+// Statistics of softmax(positive, scores); everything except padding is finite. Writes e^(s_k − max) to `powers`.
 template <class F>
 static Softmax<typename F::Real> softmax(typename F::Real positive, const typename F::Real* scores, int64_t count,
                                          typename F::Real* powers) {
@@ -61,7 +61,7 @@ static bool all_finite(const typename F::Real* scores, int64_t count) {
 //   gradient += x c_k (bilinear) or x slope(u_k)      factor_gradient += x slope(u_k) c_k      share += ŵ_k λ_k
 // With shares, the mutated negative has terms of its own. With moments ŵ_k is M's weight, v_k is that of V/2, and
 //   x = w_k + ŵ_k (1 − ρ) + v_k ρ (1 − ρ) (t_k − p)      share += v_k (t_k − p)
-// Of one rate for all components, kUniform, (1 − ρ) and ρ (1 − ρ) are factors of the weights instead.
+// If all components have the same rate (kUniform), the weights are multiplied by (1 − ρ) and ρ (1 − ρ) instead.
 template <class F, class Sim, Mode kMode, int h, int N, bool kUniform = false>
 static void accumulate_half(RowScratch<F, Sim, kMode>& s, const Layout<Sim>& at, int64_t j, int64_t from,
                             int64_t count) {
@@ -86,7 +86,7 @@ static void accumulate_half(RowScratch<F, Sim, kMode>& s, const Layout<Sim>& at,
     if (kUniform) of_variance *= s.uniform_spread;
     const V both = kUniform ? F::fma(hat, F::broadcast(s.uniform_keep), w) : w + hat;
     const V own = kMode == kShare ? F::broadcast(s.tile.shares[k]) : V{};
-    const V from_positive = hat * (1 - own);  // of kShare
+    const V from_positive = hat * (1 - own);  // for kShare
     for (int n = 0; n < N; ++n) {
       const int64_t i = n * F::kLanes;
       const V q = load<V>(s.query + first + i), c = load<V>(rows + k * at.row + i);
@@ -142,7 +142,7 @@ static void accumulate_half(RowScratch<F, Sim, kMode>& s, const Layout<Sim>& at,
   }
 }
 
-// The same where a term is a function of both halves. Uses the inverses that scoring left in the tile.
+// The same if a term is a function of both halves. Uses the inverses that scoring left in the tile.
 template <class F, class Sim, Mode kMode, int N>
 static void accumulate_coupled(RowScratch<F, Sim, kMode>& s, const Layout<Sim>& at, int64_t j, int64_t from,
                                int64_t count) {
@@ -239,8 +239,8 @@ static void accumulate_rates(const RowScratch<F, Sim, kMoments>& s, const Layout
   }
 }
 
-// How many vectors of components have their sums in registers at a time: as many as there are registers for, and
-// fewer where more were not faster because a vector takes much arithmetic.
+// How many vectors of components have their sums in registers at a time: as many as registers allow, or fewer if more
+// were not faster, because a vector takes much arithmetic.
 template <class Sim, Mode kMode>
 constexpr int accumulators() {
   constexpr bool kManyRegisters = kVectorBytes == 64;
@@ -292,7 +292,7 @@ EMU_INLINE void accumulate_query(RowScratch<F, Sim, kMode>& s, const Layout<Sim>
   });
 }
 
-// Adds the positive's own part; for kSelect and kMoments also what mutated negatives took from it. `hat` is Σ_k ŵ_k.
+// Adds the positive's own part; for kSelect and kMoments also its part in mutated negatives. `hat` is Σ_k ŵ_k.
 template <class F, class Sim, Mode kMode, int h>
 EMU_INLINE void finish_gradient(RowScratch<F, Sim, kMode>& s, const Layout<Sim>& at, typename F::Real hat) {
   using V = typename F::V;
@@ -331,8 +331,8 @@ EMU_INLINE void finish_gradient(RowScratch<F, Sim, kMode>& s, const Layout<Sim>&
   }
 }
 
-// Row b's part of what a backward pass needs, from the weights of its scores in s.plain and s.mutated. The row is
-// loaded; it is scored too, unless scores are sums of uncoupled terms.
+// Row b's part of what a backward pass needs, from the weights of its scores in s.plain and s.mutated. The row must be
+// loaded, and also scored, unless scores are sums of uncoupled terms.
 template <class F, class Sim, Mode kMode>
 static void gradient_row(const Problem& p, const Random& random, RowScratch<F, Sim, kMode>& s, int64_t b,
                          typename F::Real positive_weight, const GradientArgs& a) {
@@ -375,7 +375,7 @@ static void gradient_row(const Problem& p, const Random& random, RowScratch<F, S
     if (a.grad_rate != nullptr) {
       Real* to = static_cast<Real*>(a.grad_rate) + b * at.units();
       for (int i = 0; i < at.kSums; ++i) {
-        const Real sign = Sim::root(i) ? static_cast<Real>(-0.5) : Real{1};  // weights of a root's sums are −2 times
+        const Real sign = Sim::root(i) ? static_cast<Real>(-0.5) : Real{1};  // a root's weights are multiplied by −2
         for (int64_t j = 0; j < at.half; ++j) to[i * at.half + j] = sign * s.grad_rate[i * at.half_padded + j];
       }
     }
@@ -408,9 +408,9 @@ struct RowLoss {
   Real uls, vanilla, positive_weight;
 };
 
-// Loss of one row from its scores, and with need_grad its derivatives by every score, in place of them:
+// The loss of one row from its scores; with need_grad, overwrites every score by the loss's derivative by it:
 //   ∂/∂s⁻_k = α p_k      ∂/∂ŝ_k = ((1 + βK) p̂_k − β)/K      ∂/∂s⁺ = ((1 + βK) p̂_0 − 1)/K + α (p_0 − 1)
-// With moments p̂ is of the cumulants c, and ∂/∂c_k = (1 + βK) p̂_k / K, ∂/∂m_k = −β/K.
+// With moments p̂ is the softmax of the cumulants c, and ∂/∂c_k = (1 + βK) p̂_k / K, ∂/∂m_k = −β/K.
 template <class F, Mode kMode>
 static RowLoss<typename F::Real> row_loss(const LossArgs& a, typename F::Real positive, typename F::Real* plain,
                                           typename F::Real* mutated, typename F::Real* cumulant, int64_t count,
@@ -455,7 +455,7 @@ static RowLoss<typename F::Real> row_loss(const LossArgs& a, typename F::Real po
   return out;
 }
 
-// From scores to logits: takes log q off row b's scores; returns the positive's.
+// From scores to logits: subtracts log q from row b's scores; returns the positive's logit.
 template <class F, class Sim, Mode kMode>
 static typename F::Real correct(const Problem& p, const LossArgs& a, RowScratch<F, Sim, kMode>& s, int64_t b,
                                 typename F::Real positive) {
@@ -510,7 +510,7 @@ static void loss_forward(const Problem& p, const LossArgs& a) {
     if (a.need_grad) gradient_row<F, Sim, kMode>(p, random, s, b, loss.positive_weight, a.gradient);
   });
 
-  // In the rows' order, so that the result does not depend on the threads.
+  // Summed in the rows' order, so that the result does not depend on the threads.
   const Real* sample_weight = static_cast<const Real*>(a.sample_weight);
   const Real alpha = static_cast<Real>(a.alpha);
   double total = 0, total_weight = 0, total_uls = 0, total_vanilla = 0;

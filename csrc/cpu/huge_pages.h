@@ -1,5 +1,5 @@
-// Large pages for large results. The memory of a large gradient comes fresh from the system at each step, page by page
-// as it is first written. With pages of 4 KiB that takes longer than writing the gradient itself.
+// Large pages for large results. At each step the system provides the memory of a large gradient anew, page by page as
+// it is first written. With pages of 4 KiB that takes longer than writing the gradient itself.
 #pragma once
 
 #include <cstddef>
@@ -11,7 +11,7 @@
 
 namespace emu {
 
-// Below this size malloc may reuse memory. (glibc's threshold for mapping each allocation anew grows up to this.)
+// Below this size malloc may reuse memory: glibc's threshold for mapping each allocation anew grows up to this.
 constexpr size_t kAlwaysMapped = size_t{32} << 20;
 
 // Asks the system for large pages. It may decline.

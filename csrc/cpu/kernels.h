@@ -1,5 +1,5 @@
-// The kernels of one instruction set, and what their sources need from outside the namespace that vec.h and
-// kernels.inl.h are included in.
+// The kernels of one instruction set, and what their sources need from outside the namespace into which vec.h and
+// kernels.inl.h are included.
 #pragma once
 
 #include <cstdint>
@@ -32,8 +32,8 @@ extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
 #endif
 
-// dispatch.cpp: the kernels in use, chosen at the first call: the best that the machine runs, or those named by the
-// environment variable EMU_KERNELS_CPU. Throws std::invalid_argument for a name that cannot run here.
+// dispatch.cpp: the kernels in use, chosen at the first call: the best that the machine can run, or those named by the
+// environment variable EMU_KERNELS_CPU. Throws std::invalid_argument if those cannot run here.
 const Kernels& kernels();
 int runnable_kernels(const Kernels* out[3]);  // best first; returns how many
 

@@ -1,7 +1,7 @@
 // The CPU kernels, compiled once for each instruction set (see vec.h for the rules that follow from that).
 //
 // Forward, row by row: gather a row's negatives into a tile that stays in the cache, draw masks or shares, score,
-// take the softmax, and make the gradients of the query and of the positive from the same tile. Backward, entity by
+// take the softmax, and compute the gradients of the query and of the positive from the same tile. Backward, entity by
 // entity: a sorted segment has all contributions to a row of the table, which is written once; masks are drawn again.
 #include "cpu/memory.inl.h"
 //
@@ -21,7 +21,7 @@
 
 // --- from run-time values to template arguments -------------------------------------------------------------
 
-// Calls body(similarity, mode), whose types say which.
+// Calls body(similarity, mode) with the call's similarity and mode as types.
 template <class Body>
 static void specialise(const Problem& p, Body&& body) {
   with_entry(Similarities{}, p.similarity,

@@ -1,6 +1,7 @@
 // How rows lie in scratch memory, and the arithmetic that all inner loops share.
 
-// Each half is padded: component j of half h is at h·half_padded + j. Mask bytes are not; they have the table's order.
+// Each half is padded: component j of half h is at h·half_padded + j. Mask bytes are not padded by half: they have the
+// table's order.
 template <class Sim>
 struct Layout {
   static constexpr int H = Sim::kHalves;
@@ -12,11 +13,11 @@ struct Layout {
       : half(dim / H),
         half_padded(padded(dim / H)),
         row(H * padded(dim / H)),
-        mask_row(padded(dim) + (H > 1 ? 16 : 0)) {}  // a vector of half 1's masks may read beyond
+        mask_row(padded(dim) + (H > 1 ? 16 : 0)) {}  // as loading half 1's masks may read beyond them
 
-  int64_t units() const { return kSums * half; }  // rates of a row, with moments
+  int64_t units() const { return kSums * half; }  // how many rates a row has, with moments
 
-  int64_t scale_width() const {  // of a query's scale
+  int64_t scale_width() const {  // the width of a query's scale
     int64_t width = 0;
     for (int h = 0; h < H; ++h) width += Sim::factor(h) == Factor::kScale ? half : 0;
     return width;
@@ -61,7 +62,7 @@ EMU_INLINE void load_query(const Problem& p, const Layout<Sim>& at, int64_t b, t
   }
 }
 
-// What row b's candidates are multiplied by: the scale a, or ones without a scale; κ/2 for phases.
+// What row b's candidates are multiplied by: the scale a (ones if there is none), or κ/2 for phases.
 template <class F, class Sim>
 EMU_INLINE void load_factor(const Problem& p, const Layout<Sim>& at, int64_t b, typename F::Real* to) {
   using Real = typename F::Real;

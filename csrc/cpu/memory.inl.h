@@ -17,7 +17,7 @@ class Scratch {
   int64_t stride_;
 };
 
-// Hands out aligned arrays of one slot, or counts their bytes where base is null.
+// Hands out aligned arrays of one slot, or only counts their bytes if base is null.
 struct Carver {
   uint8_t* base;
   int64_t used = 0;
@@ -31,7 +31,7 @@ struct Carver {
 
 EMU_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 EMU_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
-// memcpy of elements; both addresses may be null where the count is 0.
+// memcpy of elements; both addresses may be null if the count is 0.
 template <class T>
 EMU_INLINE void copy(T* to, const T* from, int64_t count) {
   if (count > 0) __builtin_memcpy(to, from, sizeof(T) * static_cast<size_t>(count));

@@ -2,7 +2,7 @@
 
 constexpr int kMaskLanes = kVectorBytes / 8;  // (row, negative) pairs drawn at once
 
-// A mask has a byte for each component: 0xFF where mutated, else 0.
+// A mask has a byte for each component: 0xFF if it is mutated, else 0.
 //
 // The counter's words are (block, k, row, stream). After the first round two words depend on the block alone and two
 // on (k, row) alone. So the first two rounds are done once for each block and once for each pair, not for each
@@ -71,8 +71,8 @@ class Random {
 
  private:
   struct Block {
-    uint64_t c0, c1, c2;                                            // what the second round adds to a pair's words
-    uint8_t last[kComponentsPerCall], allowed[kComponentsPerCall];  // of each component, if they differ
+    uint64_t c0, c1, c2;                                            // the block's part of the second round's words
+    uint8_t last[kComponentsPerCall], allowed[kComponentsPerCall];  // threshold − 1; 0xFF, or 0 for threshold 0
   };
 
   Block second_round(uint32_t block, uint32_t stream) const {
@@ -136,7 +136,7 @@ class Random {
     }
   }
 
-  U64 key0_[kPhiloxRounds], key1_[kPhiloxRounds];  // ready in every lane
+  U64 key0_[kPhiloxRounds], key1_[kPhiloxRounds];  // each round's key, in every lane
   Draws draws_;
   int64_t half_, units_;
   Scratch memory_;

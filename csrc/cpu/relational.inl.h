@@ -2,16 +2,16 @@
 // edge and component: a message is computed again where it is needed. A row of a result is summed by one thread in the
 // edges' order, so results do not depend on the number of threads.
 //
-// Rows of all queries of a node are adjacent, and queries go by in chunks: of a chunk the nodes' rows fit in the
-// last-level cache, from which each is read once an edge.
+// The rows of all queries of a node are adjacent. Queries are processed in chunks, such that all nodes' rows of a chunk
+// fit in the last-level cache, from which a node's rows are read once for each of its edges.
 
 constexpr int64_t kChunkBytes = 6 << 20;  // of all nodes' rows of a chunk of queries
-constexpr int64_t kChunkRow = 512;        // components of a node in a chunk at most: accumulators stay in L1
-constexpr int64_t kReads = 8;             // of a row a pass, on average: with fewer a cache gains nothing
+constexpr int64_t kChunkRow = 512;        // the most components of a node in a chunk, so that accumulators stay in L1
+constexpr int64_t kReads = 8;             // of a row in a pass, on average: with fewer, a cache gains nothing
 constexpr int64_t kNodesPerItem = 16;
 
-// Calls take(j, message) for the components of one query; of complex numbers take(j, real part, half + j, imaginary
-// part). Both passes compute messages here, since the backward one compares them with extremes to the bit.
+// Calls take(j, message) for the components of one query; for complex numbers take(j, real part, half + j, imaginary
+// part). Both passes compute messages here, as the backward pass needs the same bits to find minima and maxima.
 template <Message kMessage, class Real, class Take>
 EMU_INLINE void for_messages(const Real* __restrict x, const Real* __restrict r, Real w, int64_t dim, Take&& take) {
   if constexpr (kMessage == Message::kRotate) {
@@ -64,7 +64,7 @@ struct Relational {
     const int64_t row = a.D * static_cast<int64_t>(sizeof(Real));
     const int64_t most = max64(1, kChunkRow / a.D);
     if (a.size < kReads * a.N) return min64(a.B, most);
-    // Not so few that a row's pieces are shorter than what a processor fetches at a time.
+    // At least so many that a row's pieces are as long as what a processor fetches at a time.
     return min64(a.B, max64(min64(kChunkBytes / (a.N * row), most), max64(1, 128 / row)));
   }
 
@@ -72,7 +72,7 @@ struct Relational {
     return relations + (a.relation_rows > 1 ? r * L + b * a.D : r * a.D);
   }
   bool left_out(int64_t e) const { return a.keep != nullptr && a.keep[e] == 0; }
-  // How many messages a node has, of edges sorted by target.
+  // How many messages a node receives; needs edges sorted by target.
   int64_t received(int64_t v) const {
     int64_t number = own != nullptr;
     for (int64_t i = a.start[v]; i < a.start[v + 1]; ++i) number += !left_out(a.edge[i]);
@@ -165,14 +165,14 @@ struct Relational {
     });
   }
 
-  // The gradient of a message m, given g of its target's sections, which it has to `share`. Where m is the minimum or
-  // the maximum, it has the gradient of that whole.
+  // The gradient of a message m to a target, whose sections have the gradients g; `share` is the message's share of the
+  // mean. If m is the minimum or the maximum, it gets the whole gradient of that.
   template <Aggregate kAggregate>
   EMU_INLINE Real pull(const Real* g, const Real* out, int64_t dim, int64_t j, Real m, Real share, Real least) {
     if constexpr (kAggregate == Aggregate::kSum) return g[j] * share;
     if constexpr (kAggregate == Aggregate::kMin || kAggregate == Aggregate::kMax) return m == out[j] ? g[j] : Real{0};
     const Real low = m == out[dim + j] ? g[dim + j] : Real{0}, high = m == out[2 * dim + j] ? g[2 * dim + j] : Real{0};
-    // Where the variance was too small it is a constant.
+    // Where the variance was raised to epsilon it is a constant.
     const Real deviation = out[3 * dim + j], slope = deviation <= least ? Real{0} : g[3 * dim + j] / deviation;
     return share * (g[j] + slope * (m - out[j])) + low + high;
   }
@@ -222,14 +222,14 @@ struct Relational {
     }
   }
 
-  // Edges sorted by source: `other` is the target. A thread goes over all edges for some of the queries, so that
-  // nobody else adds to the same row, and each target's gradient is read once.
+  // Edges are sorted by source: `other` is the target. A thread goes over all edges for some of the queries, so that no
+  // other thread adds to the same row.
   template <Message kMessage, Aggregate kAggregate>
   void backward() const {
     constexpr int64_t kSections = kAggregate == Aggregate::kPna ? 4 : 1;
     const bool shared = a.relation_rows == 1;
     const int64_t each = min64(chunk, (a.B + a.threads - 1) / a.threads);
-    // After so many edges recent sums are added to the relations': long sums round more.
+    // After so many edges the recent sums are added to the relations' totals, as long sums lose precision.
     const int64_t every = max64(1024, 32 * a.R);
     Scratch parts(1, shared ? a.R * L * static_cast<int64_t>(sizeof(Real)) : 0);
     Scratch scratch(a.threads, a.R * each * a.D * static_cast<int64_t>(sizeof(Real)));

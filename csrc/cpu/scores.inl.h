@@ -1,17 +1,17 @@
 // A row's negatives in a tile that fits the cache, and their scores.
 
-constexpr int64_t kTileBytes = 256 * 1024;  // of a tile's rows: what else it holds is as much at most
+constexpr int64_t kTileBytes = 256 * 1024;  // of a tile's rows; its other arrays take at most as much
 constexpr int kStreamRows = 8;              // gathered, masked and scored together
-constexpr int kPrefetchRows = 8;            // ahead
-constexpr int64_t kPrefetchBytes = 1024;    // of a row; the processor goes on by itself
+constexpr int kPrefetchRows = 8;            // how many rows ahead to prefetch
+constexpr int64_t kPrefetchBytes = 1024;    // of a row; the processor prefetches the rest by itself
 
 template <class F, class Sim, Mode kMode>
 struct Tile {
   using Real = typename F::Real;
-  Real* rows;      // (capacity, row), zero beyond a half's end and where padding
+  Real* rows;      // (capacity, row), zero beyond a half's end and at padding
   uint8_t* masks;  // (capacity, mask_row)
-  Real* shares;    // (capacity,) of kShare
-  Real* inverses;  // (capacity, kInverses, half_padded) of coupled terms: of the negative, of the mutated one
+  Real* shares;    // (capacity,) for kShare
+  Real* inverses;  // (capacity, kInverses, half_padded) of coupled terms: of the negative, and of the mutated one
   int64_t capacity;
   int64_t group = -1, first = -1, scored_row = -1;  // what the arrays hold now
   static constexpr int kInverses = !Sim::kCoupled ? 0 : kMode == kPlain || kMode == kMoments ? 1 : 2;
@@ -31,7 +31,7 @@ struct Tile {
     if (rows != nullptr) __builtin_memset(rows, 0, sizeof(Real) * capacity * at.row);
   }
 
-  // Whether the arrays hold negatives `from` and following of group g, and what depends on row b.
+  // Whether the arrays hold the negatives of group g from `from` on, and what depends on row b.
   bool holds(int64_t g, int64_t b, int64_t from) const {
     const bool of_group = (kMode == kPlain || kMode == kMoments) && !Sim::kCoupled;
     return group == g && first == from && (of_group || scored_row == b);
@@ -99,18 +99,18 @@ struct RowScratch {
   static constexpr int kSums = Sums<Sim>::kCount;
   Tile<F, Sim, kMode> tile;
   // (row,) each. positive_term: the positive's terms; for coupled terms the differences that they are functions of.
-  // share: for kSelect Σ_k ŵ_k λ_k, for kMoments Σ_k of half the variance's weight · (t − p), else the part of the
+  // share: for kSelect Σ_k ŵ_k λ_k, for kMoments Σ_k v_k (t_k − p) with v_k the weight of V/2, else the part of the
   // positive's gradient that comes from mutated negatives.
   Real *query, *factor, *positive, *positive_term, *gradient, *share, *factor_gradient;
-  // (row,) each, of kMoments: 1 − ρ, ρ (1 − ρ), the positive's terms p, also of coupled ones, and ρ's gradient.
+  // (row,) each, for kMoments: 1 − ρ, ρ (1 − ρ), the positive's terms p (coupled ones too), and ρ's gradient.
   Real *keep, *spread, *own_term, *grad_rate;
-  bool uniform;  // whether all components have one rate, which loops then leave to the end
+  bool uniform;  // whether all components have the same rate, by which loops then multiply only at the end
   Real uniform_keep, uniform_spread;
   Real from_positive[kSums];  // Σ_j ρ_j p_j
-  // (K rounded up to whole vectors,) each. plain and mutated hold sums, then scores, then weights of scores. Where a
-  // score is more than its sum, `value` holds the sums (or minus their roots) and `weight` the weights of the sums.
-  // Coupled terms have a `value` too, so that a tile can be scored again after the weights are there.
-  // With moments `mutated` has the means, and `cumulant` what is in the logsumexp; `variance` is of each sum.
+  // (K rounded up to whole vectors,) each. plain and mutated hold sums, then scores, then weights of scores. If a score
+  // is not simply its only sum, `value` holds the sums (or minus their roots) and `weight` the weights of the sums.
+  // Coupled terms have a `value` too, so that a tile can be scored again once the weights are computed.
+  // With moments `mutated` has the means, `cumulant` what goes into the logsumexp, and `variance` that of each sum.
   Real *plain, *mutated, *cumulant;
   Real *plain_value[kSums], *mutated_value[kSums], *plain_weight[kSums], *mutated_weight[kSums];
   Real *variance[kSums], *variance_weight[kSums];
@@ -235,7 +235,7 @@ EMU_INLINE void score_half(const RowScratch<F, Sim, kMode>& s, const Layout<Sim>
   if (kMode == kMoments) horizontal_sums<F, R>(squares, variance);
 }
 
-// The same where a term is a function of both halves. Leaves the terms' inverses in the tile.
+// The same if a term is a function of both halves. Leaves the terms' inverses in the tile.
 template <class F, class Sim, Mode kMode, int R, bool kUniform = false>
 EMU_INLINE void score_coupled(const RowScratch<F, Sim, kMode>& s, const Layout<Sim>& at, int64_t k,
                               typename F::Real* plain, typename F::Real* mutated, typename F::Real* variance) {
@@ -332,7 +332,8 @@ EMU_INLINE typename F::Real half_terms(const Layout<Sim>& at, const typename F::
   return horizontal_sum<F>(sum);
 }
 
-// The same where a term is a function of both halves. The differences that it is of, and the terms, unless null.
+// The same if a term is a function of both halves. Writes the terms, and the differences that they are functions of,
+// unless these are null.
 template <class F, class Sim>
 EMU_INLINE typename F::Real coupled_terms(const Layout<Sim>& at, const typename F::Real* query,
                                           const typename F::Real* factor, const typename F::Real* candidate,
@@ -393,7 +394,7 @@ EMU_INLINE void for_moments(const Problem& p, const RowScratch<F, Sim, kMoments>
   }
 }
 
-// From M and V of each sum to the means and cumulants of the scores.
+// From each sum's M and V to the means and cumulants of the scores.
 template <class F, class Sim>
 static void finish_moments(const Problem& p, RowScratch<F, Sim, kMoments>& s) {
   using V = typename F::V;
@@ -431,7 +432,7 @@ static void finish_moment_weights(const Problem& p, RowScratch<F, Sim, kMoments>
     V weight = w * (of_mean * of.mean_by_m + w * of_variance * of.variance_by_m);
     V variance_weight = w * (of_mean * of.mean_by_v + w * of_variance * of.variance_by_v);
     const V product = of_mean * of.mean + 2 * w * of_variance * of.variance;
-    const int64_t real = min64(F::kLanes, p.K - k);  // beyond them there is anything
+    const int64_t real = min64(F::kLanes, p.K - k);  // lanes beyond these hold garbage
     for (int64_t lane = 0; lane < real; ++lane) of_weight[i][lane] += product[lane];
     store(s.mutated_weight[i] + k, weight);
     store(s.variance_weight[i] + k, variance_weight);
@@ -440,8 +441,8 @@ static void finish_moment_weights(const Problem& p, RowScratch<F, Sim, kMoments>
   for (int i = 0; i < Sums<Sim>::kCount; ++i) grad_weights[i] += horizontal_sum<F>(of_weight[i]);
 }
 
-// From sums to scores: Σ_s w_s S_s. Leaves in `weight` the derivatives of the scores by the sums (by half the
-// squares), and returns the positive's score.
+// From sums to scores: Σ_s w_s S_s. Leaves in `weight` the derivatives of the scores by the sums (for a root, minus
+// those by half of the sums), and returns the positive's score.
 template <class F, class Sim, Mode kMode>
 static typename F::Real finish_scores(const Problem& p, RowScratch<F, Sim, kMode>& s) {
   using Real = typename F::Real;
@@ -515,7 +516,7 @@ static void finish_weights(const Problem& p, RowScratch<F, Sim, kMode>& s, typen
   if constexpr (kMode == kMoments) finish_moment_weights<F, Sim>(p, s, grad_weights);
 }
 
-// The sums of row b's negatives from .. from + count − 1, which fill a tile.
+// The sums of row b's negatives from, ..., from + count − 1, which fill a tile.
 template <class F, class Sim, Mode kMode>
 static void score_tile(const Problem& p, const Random& random, RowScratch<F, Sim, kMode>& s, int64_t b, int64_t from,
                        int64_t count) {

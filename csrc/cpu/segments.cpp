@@ -17,7 +17,8 @@ int bit_width(uint64_t v) {
   return bits;
 }
 
-// Bits of a digit: as few passes as keep the histogram in the L2 and well below the number of entries.
+// Bits of a digit: as few passes as possible, with a histogram that fits the L2 cache and is well below the number of
+// entries.
 int choose_digit_bits(int bits, int64_t entries) {
   int most = 8;
   while (most < 15 && (int64_t{1} << (most + 3)) <= entries) ++most;
@@ -27,7 +28,7 @@ int choose_digit_bits(int bits, int64_t entries) {
 
 }  // namespace
 
-// A stable least-significant-digit radix sort with a histogram a chunk.
+// A stable least-significant-digit radix sort with a histogram for each chunk.
 Segments::Segments(const Problem& p) {
   const int64_t negatives = p.G * p.K;
   const int64_t n = negatives + p.B;

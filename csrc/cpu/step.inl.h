@@ -1,4 +1,4 @@
-// An optimiser's step of one row of the table, by the arithmetic of torch's own: the same operations in the same order.
+// An optimiser's step of one row of the table, with torch's arithmetic: the same operations in the same order.
 
 template <class F>
 class RowStep {
@@ -18,13 +18,13 @@ class RowStep {
 
   bool is_on() const { return optimizer_ != Optimizer::kNone; }
 
-  // The first of the ids with more gradient, in their order, that was not come to; a padded row to work in.
+  // The next of the further gradients, in the order of ids; a padded row to work in.
   struct More {
     int64_t next;
     Real* row;
   };
 
-  int64_t find(int64_t id) const {  // the first that is not below
+  int64_t find(int64_t id) const {  // the first further gradient of an id that is not below this
     int64_t from = 0, to = more_.count;
     while (from < to) {
       const int64_t middle = (from + to) / 2;
@@ -37,7 +37,7 @@ class RowStep {
     return from;
   }
 
-  // A touched row, by its gradient and what there is more of it. A padded row, which is changed.
+  // Steps a touched row by `gradient`, a padded row, to which its further gradients are added.
   template <class Sim>
   void run_with(const Layout<Sim>& at, int64_t id, Real* gradient, More& more) const {
     for (; more.next < more_.count && more_.ids[more.next] == id; ++more.next) {
@@ -49,7 +49,7 @@ class RowStep {
     run(at, id, gradient);
   }
 
-  // Rows below `end` that are not touched and have more gradient.
+  // Steps rows below `end` that are not touched but have further gradients.
   template <class Sim>
   void run_until(const Layout<Sim>& at, int64_t end, More& more) const {
     while (more.next < more_.count && more_.ids[more.next] < end) {

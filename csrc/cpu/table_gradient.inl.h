@@ -1,9 +1,9 @@
-// Entity-major: the gradient of the table, each touched row written once, or stepped by an optimiser in its place.
+// Entity-major: the gradient of the table; each touched row is written once, or stepped by an optimiser instead.
 
 constexpr int64_t kPiecePairs = 2048;  // contributions that one task sums
-constexpr int kBuffer = 64;            // contributions at a time, masks and weights at hand
+constexpr int kBuffer = 64;            // contributions whose masks and weights are kept at a time
 
-// Contributions to rows of the table: of negative k of row b, or (k = −1) of row b's positive.
+// Contributions to rows of the table: from negative k of row b, or (k = −1) from row b's positive.
 template <class F, class Sim>
 struct Pairs {
   using Real = typename F::Real;
@@ -13,25 +13,25 @@ struct Pairs {
   int64_t k[kBuffer];
   Real plain[kSums][kBuffer];     // g_b w_bk
   Real mutated[kSums][kBuffer];   // g_b ŵ_bk; for kSelect g_b (w_bk + ŵ_bk)
-  Real variance[kSums][kBuffer];  // of kMoments: g_b v_bk
-  Real shares[kBuffer];           // of kShare
+  Real variance[kSums][kBuffer];  // for kMoments: g_b v_bk
+  Real shares[kBuffer];           // for kShare
   uint8_t* masks;                 // (kBuffer, mask_row)
   int count;
 };
 
-// Padded rows of all queries, of the factors of candidates, and, where candidates are mixed with them, of positives.
+// Padded rows of all queries, of the candidates' factors and, if candidates are mixed with them, of positives.
 template <class Real>
 struct RowData {
   Real *queries, *factors, *positives;  // (B, row)
   Real *own_terms, *keep, *spread;      // with moments: the positives' terms p, 1 − ρ and ρ (1 − ρ)
-  int64_t factor_stride, rate_stride;   // 0 where all rows' are the same
+  int64_t factor_stride, rate_stride;   // 0 if all rows share one
 };
 
 template <class Sim, Mode kMode>
 constexpr bool kNeedsCandidate = !Sim::kBilinear || kMode == kMoments;
 
 // sum += Σ over pairs of (w + ŵ (1 − λ)) ∂φ/∂c, for N vectors of half h's components from component j on.
-// Of one rate for all components, kUniform, `plain` is g (w + ŵ (1 − ρ)) and `variance` g v ρ (1 − ρ).
+// If all components have the same rate (kUniform), `plain` is g (w + ŵ (1 − ρ)) and `variance` is g v ρ (1 − ρ).
 template <class F, class Sim, Mode kMode, int h, int N, bool kUniform>
 static void accumulate_candidate(const Pairs<F, Sim>& pairs, int from, int to, const RowData<typename F::Real>& rows,
                                  const Layout<Sim>& at, int64_t j, const typename F::Real* candidate,
@@ -164,16 +164,16 @@ struct TableGradient {
   const Random random;
   const Layout<Sim> at;
   const RowStep<F> step;
-  const bool uniform;  // whether moments have one rate for all components
+  const bool uniform;  // whether moments have the same rate for all components
   const int64_t group_rows, entries_per_piece, pieces;
   const uint64_t* sorted;
   const int64_t size;
   // A piece is a fixed number of sorted entries, so its sums do not depend on the number of threads. A segment that
-  // lies in several pieces leaves partial sums, which are added up in order at the end.
+  // spans several pieces leaves partial sums, which are added up in order at the end.
   Scratch rows_memory, partials_memory, ordinals_memory, slots_memory;
   RowData<Real> rows;
   Real* partials;     // (pieces, 2, row): of the first and of the last segment
-  int64_t* ordinals;  // (pieces,) which touched row a piece begins in
+  int64_t* ordinals;  // (pieces,) the index, among touched rows, of the row that a piece begins in
 
   TableGradient(const Problem& problem, const TableGradientArgs& args)
       : p(problem),
@@ -199,7 +199,7 @@ struct TableGradient {
   static constexpr bool kMixed = (kMode == kMask || kMode == kShare) && !Sim::kBilinear;
   static constexpr bool kCandidate = kNeedsCandidate<Sim, kMode>;
 
-  // Lays out `rows` from base on, or nowhere for a null base; returns the bytes that they take.
+  // Lays out `rows` from base on, if it is not null; returns the bytes that they take.
   int64_t row_bytes(uint8_t* base) {
     Carver carver{base};
     rows.queries = carver.take<Real>(p.B * at.row);
@@ -219,7 +219,7 @@ struct TableGradient {
            3 * at.row * static_cast<int64_t>(sizeof(Real));
   }
 
-  // What moments need of row b. `own` is a padded row of zeros, for the positive.
+  // Loads what moments need of row b. `own` is a padded row of zeros, for the positive.
   void load_moments(int64_t b, Real* own) {
     gather<F, Sim>(p, at, p.positive[b], own);
     const Real *query = rows.queries + b * at.row, *factor = rows.factors + b * rows.factor_stride;
@@ -274,12 +274,12 @@ struct TableGradient {
   uint32_t key_at(int64_t e) const { return static_cast<uint32_t>(sorted[e] >> 32); }
   int64_t begin(int64_t piece) const { return piece * entries_per_piece; }
   int64_t end(int64_t piece) const { return min64(size, begin(piece) + entries_per_piece); }
-  // Whether the piece's first segment began in the one before, and its last goes on in the one after.
+  // Whether the piece's first segment began in the piece before; whether its last one goes on in the piece after.
   bool continues(int64_t piece) const { return begin(piece) > 0 && key_at(begin(piece) - 1) == key_at(begin(piece)); }
   bool goes_on(int64_t piece) const { return end(piece) < size && key_at(end(piece)) == key_at(end(piece) - 1); }
   bool one_segment(int64_t piece) const { return key_at(begin(piece)) == key_at(end(piece) - 1); }
 
-  // The rows between two touched ones: with an optimiser those are stepped that have more gradient.
+  // Zeroes the rows between two touched ones; with an optimiser, steps those that have further gradients instead.
   void fill_gap(int64_t from, int64_t to, More& more) {
     if (step.is_on()) return step.run_until(at, to, more);
     const int64_t bytes_a_row = p.D * element_size(p.dtype);
@@ -350,7 +350,7 @@ struct TableGradient {
     }
   }
 
-  // The next contributions, at most kBuffer, with their weights and masks.
+  // Reads the next contributions, at most kBuffer, with their weights and masks.
   void fill(Pairs<F, Sim>& pairs, int64_t& entry, int64_t& row_in_group, int64_t last) {
     const Real* weight = static_cast<const Real*>(a.weight);
     const Real* mutated_weight = static_cast<const Real*>(a.mutated_weight);
@@ -404,7 +404,7 @@ struct TableGradient {
     }
   }
 
-  // Contributions from .. to, all of one segment, in which negatives come before positives.
+  // Adds contributions from, ..., to − 1, all of one segment, in which negatives come before positives.
   void add_run(const Pairs<F, Sim>& pairs, int from, int to, const Real* candidate, Real* sum) {
     int negatives = from;
     while (negatives < to && pairs.k[negatives] >= 0) ++negatives;

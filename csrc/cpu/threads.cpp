@@ -15,9 +15,9 @@
 namespace emu {
 namespace {
 
-// The function that compilers call for `#pragma omp parallel`. GCC's OpenMP runtime has it, and so have LLVM's and
-// Intel's. Threads of our own would find the processors busy: after each of its parallel operations torch's threads
-// spin for a millisecond or more, waiting for the next.
+// The function that compilers call for `#pragma omp parallel`; the OpenMP runtimes of GCC, LLVM and Intel all have it.
+// Threads of our own would find the processors busy: after each parallel operation, torch's threads spin for a
+// millisecond or more, waiting for the next one.
 using Fork = void (*)(void (*body)(void*), void* context, unsigned threads, unsigned flags);
 
 Fork find_fork() {
@@ -32,7 +32,7 @@ Fork find_fork() {
       },
       &torch);
   if (torch.empty()) return nullptr;
-  // A preloaded runtime comes before torch's own, for torch too.
+  // A preloaded runtime takes precedence over torch's own, as it does for torch itself.
   void* found = dlsym(RTLD_DEFAULT, kName);
   if (found == nullptr) {
     if (void* library = dlopen(torch.c_str(), RTLD_LAZY | RTLD_NOLOAD)) found = dlsym(library, kName);
@@ -79,8 +79,8 @@ void parallel_for(int threads, int64_t items, Task task, void* context) {
     for (int64_t i = 0; i < items; ++i) task(context, i, 0);
     return;
   }
-  // All of torch's threads, even for fewer items: GCC's runtime ends the threads that a smaller team leaves out, and
-  // starts new ones for the next operation.
+  // Use all of torch's threads, even for fewer items: GCC's runtime ends the threads that a smaller team leaves out,
+  // and starts new ones for the next operation.
   Region region{task, context, items};
   fork(&Region::work, &region, static_cast<unsigned>(threads), 0);
 }

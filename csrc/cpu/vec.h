@@ -2,9 +2,9 @@
 // function compiled for one instruction set can be merged with another's. Hence no standard library
 // templates here or in kernels.inl.h.
 //
-// F32 and F64 name the lanes: V a vector, M a mask of its lanes, kLanes how many; Pairs is a vector of as many numbers
-// as U64 has lanes. U64 carries the random number generator: 32-bit words in the low halves of 64-bit lanes, high
-// halves undefined.
+// F32 and F64 stand for the types of lanes, with V a vector, M a mask of its lanes, kLanes their number; Pairs is a
+// vector of as many numbers as U64 has lanes. U64 is for the random number generator: 32-bit words in the low halves of
+// 64-bit lanes, high halves undefined.
 
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
@@ -15,7 +15,7 @@ constexpr int kVectorBytes = 16;
 #endif
 
 #define EMU_INLINE static inline __attribute__((always_inline))
-// Before a loop: its iterations neither read nor write what another one writes.
+// Before a loop: no iteration reads or writes what another one writes.
 #ifdef __clang__
 #define EMU_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
 #else
@@ -111,7 +111,7 @@ struct F32 {
 #endif
     y = y * fma(x * y, y * -0.5f, broadcast(1.5f));  // Newton
 #if defined(__AVX512F__)
-    // Not below, so that NaN stays.
+    // "Not below" instead of "above or equal", so that NaN is kept.
     return keep(_mm512_cmp_ps_mask((__m512)x, (__m512)broadcast(1.17549435e-38f), _CMP_NLT_UQ), y);
 #else
     return (V)((VI)y & ~(VI)(x < 1.17549435e-38f));
@@ -121,7 +121,7 @@ struct F32 {
   EMU_INLINE V reduce_by_pi(V x) {
     const V magic = broadcast(12582912.0f);  // 1.5·2^23: adding it rounds to a whole number
     const V n = fma(x, broadcast(0.318309886f), magic) - magic;
-    // π in three parts, of which n times the first is exact.
+    // π in three parts; n times the first one is exact.
     V r = fma(n, broadcast(-3.140625f), x);
     r = fma(n, broadcast(-9.67502593994140625e-4f), r);
     return fma(n, broadcast(-1.509957990978376432e-7f), r);
@@ -135,7 +135,7 @@ struct F32 {
     y = fma(y, s, broadcast(-0.166666597127914428710938f));
     return fma(r, s * y, r);
   }
-  EMU_INLINE bool far(V x) {  // whether in some lane reduce_by_pi is not exact enough
+  EMU_INLINE bool far(V x) {  // whether reduce_by_pi is too inexact in some lane
 #if defined(__AVX512F__)
     return _mm512_cmp_ps_mask((__m512)abs(x), (__m512)broadcast(8192.0f), _CMP_GT_OQ) != 0;
 #else

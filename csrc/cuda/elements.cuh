@@ -64,17 +64,17 @@ struct Chunk {
       memcpy(words + i * kWords / V, &x, sizeof(T));
     }
   }
-  // Makes the compiler compute again, where it is used again, what was computed from it.
+  // Makes the compiler recompute what was computed from this, instead of keeping it in registers.
   EMU_DEVICE void forget() {
 #pragma unroll
     for (uint32_t& word : words) emu::cuda::forget(word);
   }
 };
 
-// How the chunks of a row may be loaded: each at once, 8 bytes at a time, or element by element.
+// How the chunks of a row may be loaded: whole, 8 bytes at a time, or element by element.
 enum class Width { kWhole, kHalves, kElements };
 
-// Components j .. j + V − 1 of those before `end`, and zeros.
+// Components j, ..., j + V − 1; zeros from `end` on.
 template <class T, int V>
 EMU_DEVICE Chunk<T, V> load_chunk(const T* from, int j, int end, Width width) {
   constexpr int kBytes = static_cast<int>(sizeof(T)) * V;
@@ -157,14 +157,14 @@ struct Maths<float> {
   EMU_DEVICE static float sign(float x) { return static_cast<float>((x > 0) - (x < 0)); }
   // x^(−1/2); 0 below the smallest normal number.
   EMU_DEVICE static float inverse_root(float x) { return x < 1.17549435e-38f ? 0.0f : reciprocal_root(x); }
-  // x − n·π, |result| <= π/2, n whole. Far from 0 in doubles: sinf's own way there needs local memory.
+  // x − n·π, |result| <= π/2, n whole. Far from 0 it uses doubles, as the method of sinf needs local memory there.
   EMU_DEVICE static float reduce_by_pi(float x) {
     if (fabsf(x) > 8192.0f) {
       const double n = rint(static_cast<double>(x) * 0.31830988618379067);
       return static_cast<float>(fma(n, -1.2246467991473532e-16, fma(n, -3.141592653589793, static_cast<double>(x))));
     }
     const float n = rintf(x * 0.318309886f);
-    // π in three parts, of which n times the first is exact.
+    // π in three parts; n times the first one is exact.
     return fmaf(n, -1.509957990978376432e-7f, fmaf(n, -9.67502593994140625e-4f, fmaf(n, -3.140625f, x)));
   }
   // sin of −π/2..π/2 (minimax of degree 9).
@@ -200,7 +200,7 @@ struct Maths<double> {
   EMU_DEVICE static double log(double x) { return ::log(x); }
 };
 
-// What a half's terms are functions of; for a bilinear similarity the term itself.
+// The difference that a term is a function of; for a bilinear similarity, the term itself.
 template <class Sim, int h, class Real>
 EMU_DEVICE Real difference(Real q, Real a, Real c) {
   if constexpr (Sim::kBilinear) return multiply(q, c);

@@ -1,5 +1,5 @@
-"""Runs nvcc, and keeps what ptxas reports of a file's kernels in the folder EMU_CUDA_REPORTS, if
-that is in the environment. CMakeLists.txt puts it before each compiler command;
+"""Runs nvcc, and writes what ptxas reports about a file's kernels to the folder EMU_CUDA_REPORTS,
+if that is set in the environment. CMakeLists.txt puts this program before each compiler command;
 tests/cuda/test_registers.py reads the reports.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 def main(command: list[str]) -> int:
     done = subprocess.run(command, text=True, stderr=subprocess.PIPE)
-    noise = ("ptxas info", "    ")  # of -Xptxas -v
+    noise = ("ptxas info", "    ")  # from -Xptxas -v
     lines = done.stderr.splitlines(keepends=True)
     sys.stderr.writelines(line for line in lines if done.returncode or not line.startswith(noise))
     folder = os.environ.get("EMU_CUDA_REPORTS")

@@ -1,7 +1,7 @@
 // Masks and shares, as emu_kernels/mask.py specifies them.
 //
 // One Philox call decides sixteen components, more than one thread has of a row. So a team draws the bytes of a few
-// rows into shared memory, each thread with calls of its own, and each thread then reads the bytes of its components.
+// rows into shared memory, where each thread makes some of the calls; then each thread reads its components' bytes.
 #pragma once
 
 #include "common/philox.h"
@@ -15,8 +15,8 @@ EMU_DEVICE void draw_block(uint64_t seed, uint32_t block, uint32_t k, uint32_t r
   philox4x32(counter, seed, words);
 }
 
-// In two registers. Each use hides where they come from: else the compiler would keep the keys of all rounds too, for
-// which there are too few registers.
+// The seed in two registers. Each use hides where it comes from: otherwise the compiler would also keep the keys of all
+// rounds, for which there are too few registers.
 struct Seed {
   uint32_t low = 0, high = 0;
 
@@ -45,7 +45,7 @@ EMU_DEVICE Real draw_share(const Draws& draws, const Seed& seed, uint32_t k, uin
   return share_of(Mutations{}, draws.rule, uniform, draws);
 }
 
-// A component is mutated where its byte, shifted to the top of a word, is at most this.
+// A component is mutated if its byte, shifted to the top of a word, is at most `top`.
 struct Limit {
   uint32_t top;
   bool decided;  // bytes are drawn as 0 for mutated and 255 for not
@@ -57,7 +57,7 @@ struct Limit {
   }
   EMU_DEVICE bool mutated(uint32_t word, int byte) const { return word << (24 - 8 * byte) <= top; }
 
-  // Where bytes cannot be compared with one limit later, decides the sixteen of one call now.
+  // If bytes cannot be compared with one limit later, decides the sixteen of one call now.
   EMU_DEVICE void decide(const Draws& draws, int units, int block, uint32_t (&words)[4]) const {
     if (!decided) return;
 #pragma unroll
@@ -73,7 +73,7 @@ struct Limit {
   }
 };
 
-// The bytes of a few rows' components c0 .. c0 + tile − 1 of each half.
+// The bytes of a few rows' components c0, ..., c0 + tile − 1 of each half.
 template <class Sim>
 struct MaskTile {
   static constexpr int H = Sim::kHalves;
@@ -83,9 +83,9 @@ struct MaskTile {
   const int tile, half, units, region;
   Seed seed;
   int c0 = 0;
-  // Philox blocks of each half's components. No arrays: those that are indexed at run time lie in local memory.
+  // Philox blocks of each half's components. Not arrays: those indexed at run time would be in local memory.
   int first0 = 0, first1 = 0, blocks0 = 0, blocks1 = 0;
-  // Which a thread draws: the place of its first call, and the step to the next. One word, for want of registers, has a
+  // What a thread draws: the place of its first call, and the step to the next. To save registers, one word holds a
   // row and a block of it.
   static constexpr uint32_t kBlockBits = 22, kOneRow = 1u << kBlockBits;
   uint32_t first_place, step;
@@ -101,7 +101,7 @@ struct MaskTile {
         units(static_cast<int>(p.D) / (p.draws.pairs ? 2 : 1)),
         region(tile_size + kComponentsPerCall) {}
 
-  // Where a row is one half but masks are of pairs, the two components of a pair may be in different tiles.
+  // If a row is not in halves but masks are of pairs, the two components of a pair may be in different tiles.
   EMU_DEVICE bool scattered() const { return H == 1 && draws.pairs; }
 
   EMU_DEVICE void move_to(const Team& team, int column) {
@@ -119,7 +119,7 @@ struct MaskTile {
     first_place = place(team.at), step = place(team.threads);
   }
 
-  // counter(r, k, row) sets the counter's words for row r; where it returns false, nothing is drawn.
+  // counter(r, k, row) sets the counter's words for row r; if it returns false, nothing is drawn.
   template <class Counter>
   EMU_DEVICE void draw(int rows, Counter&& counter) {
     const int all = blocks0 + blocks1;
@@ -159,7 +159,7 @@ struct MaskTile {
     }
   }
 
-  // The words that hold row r's bytes of components j .. j + V − 1 of half h.
+  // The words that hold row r's bytes of components j, ..., j + V − 1 of half h.
   template <int V, int kWords>
   EMU_DEVICE void load(int r, int h, int j, uint32_t (&words)[kWords]) const {
     const int of = h == 1 && draws.pairs ? 0 : h;

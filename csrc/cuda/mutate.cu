@@ -7,8 +7,8 @@ namespace {
 
 constexpr int kThreads = 128;
 
-// How rows are cut: into the sixteen components that one Philox call decides; where masks are of pairs, into those of
-// either half.
+// How rows are cut: into the sixteen components that one Philox call decides; if masks are of pairs, each half is cut
+// by itself.
 struct Cut {
   int64_t units, blocks, parts;
 

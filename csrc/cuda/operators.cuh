@@ -8,7 +8,7 @@
 namespace emu::cuda {
 
 constexpr int kMostTeams = 8;
-constexpr int kWantedWarps = 16;  // a processor
+constexpr int kWantedWarps = 16;  // per multiprocessor
 
 inline bool aligned(const void* pointer, int64_t bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(bytes) == 0;
@@ -37,8 +37,8 @@ Plan make_plan(const Problem& p) {
   return plan;
 }
 
-// For passes over a row's negatives. Where a team is one warp, several share a block; where rows are few, several
-// blocks share a row.
+// For passes over a row's negatives. If a team is one warp, several share a block; if rows are few, several blocks
+// share a row.
 template <class Sim, class T, Mode kMode>
 Plan make_query_plan(const Problem& p, int columns) {
   constexpr int R = Shape<Sim, T, kMode>::R;
@@ -56,7 +56,7 @@ Plan make_query_plan(const Problem& p, int columns) {
   return plan;
 }
 
-// Hands out parts of a workspace, or, where base is null, adds up their sizes.
+// Hands out parts of a workspace, or only adds up their sizes if base is null.
 struct Carver {
   char* base;
   int64_t used = 0;
@@ -75,8 +75,8 @@ struct Operators {
   static constexpr int kSums = Sums<Sim>::kCount;
   static constexpr bool kMutated = kMode != Mode::kPlain, kMoments = kMode == Mode::kMoments;
 
-  // Whether scores and gradients can be made in one pass over the negatives. Doubles (for checking gradients), shares
-  // (for comparison with masks), long rows and learned rates take two.
+  // Whether scores and gradients can be computed in one pass over the negatives. Doubles (for checking gradients),
+  // shares (for comparison with masks), long rows and learned rates take two, and so do one-half rows with a scale.
   static constexpr bool kCanBeOnline = sizeof(T) < 8 && kMode != Mode::kShare;
 
   static bool online(const Problem& p) {
@@ -178,7 +178,7 @@ struct Operators {
                p.place.stream, reduce);
   }
 
-  // The gradients from the weights of sums, which `gradient` has already.
+  // The gradients from the weights of sums, which are in `gradient` already.
   static void weigh(const Problem& p, const Plan& plan, Real* sums, RowState<Real>* state,
                     const GradientArgs& gradient) {
     QueryMajorArgs args{};

@@ -1,4 +1,4 @@
-// The operators on a GPU. All of them only launch: they allocate nothing, and wait for nothing. A failed launch throws
+// The operators on a GPU. They only launch kernels: they allocate nothing, and wait for nothing. A failed launch throws
 // std::runtime_error with the kernel's name.
 #pragma once
 
@@ -16,7 +16,7 @@ struct Kernels {
   void (*scores_forward)(const Problem&, const ScoreArgs&);
   void (*query_gradient)(const Problem&, const QueryGradientArgs&);
   void (*table_gradient)(const Problem&, const TableGradientArgs&);
-  // Another way to a dense fp32 gradient: adds every contribution with atomics, in no fixed order.
+  // Another way to compute a dense fp32 gradient: adds every contribution with atomics, in no fixed order.
   void (*table_gradient_atomic)(const Problem&, const TableGradientArgs&);
 };
 
@@ -24,10 +24,10 @@ struct Kernels {
 template <class Sim>
 Kernels make_kernels();
 
-// Those of the problem's similarity.
+// The kernels of the problem's similarity.
 Kernels kernels(const Problem& p);
 
-// For the gradient of the touched rows only, before table_gradient: numbers the touched rows, and returns the place
+// For the gradient of the touched rows only, before table_gradient: numbers the touched rows, and returns the offset
 // in `partials`, in bytes, where their count will be.
 int64_t count_touched(const Problem& p, const TableGradientArgs& a);
 int64_t partials_workspace(const Problem& p);

@@ -1,5 +1,5 @@
-// CUDA as the kernels use it. Under nvcc these are the real thing; the tests compile the same sources as plain
-// C++ against tests/cuda/host_execution.h, which defines the same names, and run them on the CPU.
+// The parts of CUDA that the kernels use. Under nvcc they are the real ones; the tests compile the same sources as
+// plain C++ against tests/cuda/host_execution.h, which defines the same names, and run them on the CPU.
 //
 // So kernels get their shared memory from EMU_SHARED_MEMORY and are launched by EMU_LAUNCH, use only whole warps
 // in shuffles and __syncwarp, never wait by spinning, and use PTX only through the functions here.
@@ -34,7 +34,7 @@ inline void fill_zero(void* to, size_t bytes, void* stream, const char* what) {
   if (bytes > 0) check(cudaMemsetAsync(to, 0, bytes, static_cast<cudaStream_t>(stream)), what);
 }
 
-// to[0..3] += v, 16-byte aligned, in one transaction where the hardware has it.
+// to[0..3] += x, y, z, w, 16-byte aligned, in one transaction if the hardware can do so.
 EMU_DEVICE void add_vector(float* to, float x, float y, float z, float w) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x), "f"(y), "f"(z), "f"(w) : "memory");
@@ -43,8 +43,8 @@ EMU_DEVICE void add_vector(float* to, float x, float y, float z, float w) {
 #endif
 }
 
-// Hides from the compiler where a word came from, so that it computes again what it would keep in registers, which
-// are scarce.
+// Hides from the compiler where a word came from, so that it recomputes what it would otherwise keep in registers,
+// which are scarce.
 EMU_DEVICE void forget(uint32_t& word) { asm volatile("" : "+r"(word)); }
 
 EMU_DEVICE float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }

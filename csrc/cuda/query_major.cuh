@@ -1,5 +1,5 @@
-// Query-major: one pass over a row's negatives, which scores them, or adds them to the gradients of query, scale and
-// positive under their weights, or does both.
+// Query-major: one pass over a row's negatives, which scores them, or adds their weighted parts of the gradients of
+// query, scale and positive, or does both.
 #pragma once
 
 #include "cuda/shape.cuh"
@@ -8,8 +8,8 @@ namespace emu::cuda {
 
 enum class Pass {
   kScores,   // sums and scores
-  kOnline,   // sums, and gradients under weights that are relative to the highest score so far
-  kWeighted  // gradients under given weights
+  kOnline,   // sums, and gradients by weights that are relative to the highest score so far
+  kWeighted  // gradients by given weights
 };
 
 struct QueryMajorArgs {
@@ -18,17 +18,17 @@ struct QueryMajorArgs {
   // kScores, kOnline: outputs for each sum (or minus its root): (S, B) and (S, B, K), or null. With moments
   // mutated_value is M, and variance V.
   void *positive_value, *value, *mutated_value, *variance;
-  void *positive_score, *score, *mutated_score, *cumulant;  // (B,), (B, K), .. or null
+  void *positive_score, *score, *mutated_score, *cumulant;  // (B,), and (B, K) each, or null
   const void *weight, *mutated_weight, *variance_weight;    // kWeighted: (S, B, K), of the sums
-  const void *positive_log_q, *negative_log_q;              // kOnline: of LossArgs
+  const void *positive_log_q, *negative_log_q;              // kOnline: those of LossArgs
   void* highest;  // kOnline: (B, splits, 2), what the weights of a split are relative to
   void* sums;     // kOnline, kWeighted: (B, splits, arrays, D)
 };
 
 // The arrays of sums over a row's negatives. In an online pass there are three of each kind: weighted by e^(s − max),
-// by e^(ŝ − max), and not weighted. For the positive there are the last two. With moments its arrays are of (t − p)
-// under V's weight, which without a root has no part that is not weighted; and there is one of the rates' gradient,
-// for which learned rates take two passes.
+// weighted by e^(ŝ − max), and not weighted. For the positive's share there are the last two. With moments these are of
+// (t − p) times V's weight, which has an unweighted part only with a root. The rates' gradient has one array, in a
+// weighted pass only: so learned rates take two passes.
 template <class Sim, Mode kMode, Pass kPass>
 struct Arrays {
   static constexpr bool kMutated = kMode != Mode::kPlain;
@@ -37,7 +37,7 @@ struct Arrays {
   static constexpr bool kTwoShares = kPass == Pass::kOnline && (kMode != Mode::kMoments || kRoots);
   static constexpr int kShareWays = !kMutated ? 0 : kTwoShares ? 2 : 1;
   static constexpr int kQuery = 0, kShare = kWays, kFactor = kWays + kShareWays;
-  // The gradient of a scale takes arrays of its own. An online pass has registers for them with two halves only.
+  // The gradient of a scale takes arrays of its own. An online pass has registers for them only with two halves.
   static constexpr bool kFactors = Sums<Sim>::kScaled && (kPass != Pass::kOnline || Sim::kHalves > 1);
   static constexpr bool kRates = kMode == Mode::kMoments && kPass == Pass::kWeighted;
   static constexpr int kRate = kFactor + (kFactors ? kWays : 0);
@@ -53,13 +53,13 @@ struct QueryMajor {
   static constexpr int H = S::H, V = S::V, R = S::R, kSums = Sums<Sim>::kCount;
   static constexpr bool kMutated = kMode != Mode::kPlain, kDirect = Sums<Sim>::kDirect;
   static constexpr bool kMoments = kMode == Mode::kMoments, kDrawn = kMutated && !kMoments;
-  static constexpr bool kOneTile = kPass != Pass::kScores;        // a block has one, and online passes are of one
-  static constexpr int kKinds = kMoments ? 4 : kMutated ? 2 : 1;  // moments: plain, M, V and one that is 0
-  static constexpr int kValues = kSums * kKinds * R;  // of R rows; value (s, kind, r) at (s·kinds + kind)·R + r
+  static constexpr bool kOneTile = kPass != Pass::kScores;        // per block; online passes need rows of one tile
+  static constexpr int kKinds = kMoments ? 4 : kMutated ? 2 : 1;  // moments: plain, M, V and an unused one
+  static constexpr int kValues = kSums * kKinds * R;  // for R rows; value (s, kind, r) is at (s·kinds + kind)·R + r
   static constexpr int kLanes = kWarp / kValues;      // lanes that hold the same value
 
-  // A multiprocessor runs two blocks of the most threads if each thread has 128 registers. Only these fit into them on
-  // every target; of the others, with a scale, two halves, or eight rows or components a thread, some would spill.
+  // A multiprocessor runs two blocks of the largest size if each thread has 128 registers. Only these kernels fit into
+  // them on every target; of those with a scale, two halves, or eight rows or components per thread, some would spill.
   static constexpr bool kFits = kPass == Pass::kOnline && kMutated && sizeof(T) == 4 && H == 1 && !Sums<Sim>::kScaled;
   static constexpr int kBlocks = kFits ? 2 : 1;
 
@@ -93,10 +93,10 @@ struct QueryMajor {
   Columns<Sim, T, V> at;
   const T* positive_row;
   bool positive_bad;
-  Real positive[H][V];        // z⁺, where candidates are mixed with it
-  Real positive_term[H][V];   // its terms, where those are selected
-  Rates<Sim, T, V> rates;     // of moments
-  Real from_positive[kSums];  // Σ_j ρ_j p_j, of moments
+  Real positive[H][V];        // z⁺, if candidates are mixed with it
+  Real positive_term[H][V];   // its terms, if those are selected
+  Rates<Sim, T, V> rates;     // for moments
+  Real from_positive[kSums];  // Σ_j ρ_j p_j, for moments
   Chunk<T, V> rows[R][H];
   uint32_t words[R][H][S::kWords];
   Real acc[A::kCount][H][V];
@@ -208,7 +208,8 @@ struct QueryMajor {
     }
   }
 
-  // From a sum to its value (minus the root, if there is one) and the score's derivative by it (by half the squares).
+  // From a sum to its value (minus the root, if there is one) and the score's derivative by the sum (for a root, minus
+  // that by half of the sum).
   EMU_DEVICE void finish_value(int s, Real& value, Real& derivative) const {
     derivative = Sim::kWeights > 0 && p.weights != nullptr ? static_cast<const Real*>(p.weights)[s] : Real{1};
     if (Sim::root(Sim::kCoupled ? 0 : s)) {
@@ -221,8 +222,8 @@ struct QueryMajor {
     return Sim::kWeights > 0 && p.weights != nullptr ? static_cast<const Real*>(p.weights)[s] : Real{1};
   }
 
-  // The same of a lane's kind with moments. Lanes of M and of V have the cumulant as their score, with its derivatives,
-  // and keep those of the mean too.
+  // The same for a lane's kind with moments. The score of lanes of M and of V is the cumulant, with its derivatives;
+  // they keep those of the mean too.
   struct LaneMoments {
     Real value[kSums], derivative[kSums], of_mean[kSums], score, mean;
   };
@@ -253,7 +254,7 @@ struct QueryMajor {
   // s⁺, from all components. Tiles are taken in reverse, so that the first one's columns stay loaded.
   EMU_DEVICE Real score_positive() {
     constexpr int kOf = kMoments ? 4 : 2;
-    Real sums[kOf] = {};  // the second is of hake alone; then, with moments, what each gives to M
+    Real sums[kOf] = {};  // the second is for hake only; with moments the next two are each sum's part of M
     for (int tile_at = kOneTile ? 0 : plan.tiles() - 1; tile_at >= 0; --tile_at) {
       load_columns(tile_at * plan.tile);
       Real z[H][V];
@@ -280,7 +281,7 @@ struct QueryMajor {
         }
       }
     }
-    const Real sum = team_sums(team, sums, scratch);  // the first in the lower half of a warp, or its lowest quarter
+    const Real sum = team_sums(team, sums, scratch);  // the first is in a warp's lower half, or its lowest quarter
     if constexpr (kMoments) {
 #pragma unroll
       for (int s = 0; s < kSums; ++s) from_positive[s] = from_lane(sum, (2 + s) * kWarp / kOf);
@@ -304,14 +305,14 @@ struct QueryMajor {
 
   // --- gradients -------------------------------------------------------------------------------------------
 
-  // The weights of a term: the negative's, the mutated negative's, and that of the label of the mutated one. With
-  // moments the last two are M's, and there are V's.
+  // The weights of a term: the negative's, the mutated negative's, and that of the mutated one's label. With moments
+  // the last two are for M, and there are two for V.
   struct Weights {
     Real plain[kSums], mutated[kSums], label[kSums], variance[kSums], variance_label[kSums];
   };
 
-  // What takes the place of the weights of the mutated negative's term and of its label, with moments. Adds to the
-  // positive's share.
+  // With moments, what replaces the weights of the mutated negative's term and of its label. Adds to the positive's
+  // share.
   template <int s>
   EMU_DEVICE void spread_weights(int i, const Weights& w, Real term, Real& mutated, Real& label) {
     const Real gap = term - rates.own_term[s][i], keep = rates.keep[s][i], spread = rates.spread[s][i];
@@ -471,7 +472,7 @@ struct QueryMajor {
     const int first_tile = kPass == Pass::kWeighted ? static_cast<int>(blockIdx.y) : 0;
     const int last_tile = kOneTile ? first_tile + 1 : plan.tiles();
     const bool one_tile = kOneTile || plan.tiles() == 1;
-    Real highest = 0;  // of this lane's kind
+    Real highest = 0;  // the highest score so far of this lane's kind
     if constexpr (kPass == Pass::kWeighted) {
       load_columns(first_tile * plan.tile);
     } else {
@@ -495,12 +496,12 @@ struct QueryMajor {
     const uint32_t first = static_cast<uint32_t>(groups * split / plan.splits) + static_cast<uint32_t>(team.index);
     const uint32_t step = static_cast<uint32_t>(team.count) * R;
     for (uint32_t k0 = first * R; k0 < end; k0 += step) {
-      // All ids are loaded before one is checked: what reports a bad one is volatile, and loads would wait for it.
+      // All ids are loaded before any is checked: the store that reports a bad one is volatile, and loads would wait.
       int64_t id[R];
 #pragma unroll
       for (int r = 0; r < R; ++r) id[r] = k0 + r < K ? ids[k0 + r] : -1;
       const T* from[R];
-      unsigned real = 0, bad = 0;  // a bit a row
+      unsigned real = 0, bad = 0;  // a bit for each row
 #pragma unroll
       for (int r = 0; r < R; ++r) {
         bool out_of_range;
@@ -508,14 +509,14 @@ struct QueryMajor {
         bad |= static_cast<unsigned>(out_of_range) << r;
         real |= static_cast<unsigned>(from[r] != nullptr) << r;
       }
-      if (!kDrawn && !team.one_warp()) team.sync();  // before the next sums are made
+      if (!kDrawn && !team.one_warp()) team.sync();  // before the scratch is used for the next sums
       Real part[kValues] = {};
       for (int tile_at = first_tile; tile_at < last_tile; ++tile_at) {
         if (!one_tile) load_columns(tile_at * plan.tile);
         load_rows(from);
         if constexpr (kDrawn) {
-          // All of the team must have read the last masks before new ones are drawn. Where nothing has synchronised it
-          // since, this does.
+          // The whole team must have read the last masks before new ones are drawn. This synchronises it, unless
+          // something else has since.
           if (kPass == Pass::kWeighted || kMode == Mode::kShare || !one_tile || team.one_warp()) team.sync();
           const uint32_t row = p.draws.row_offset + static_cast<uint32_t>(b);
           if constexpr (kMode == Mode::kShare) {
@@ -640,7 +641,7 @@ struct QueryMajor {
     if constexpr (kPass != Pass::kScores) finish(highest);
   }
 
-  // Of all rows by one branch on their width.
+  // Loads all rows with one branch on their width.
   EMU_DEVICE void load_rows(const T* const (&from)[R]) {
     if (plan.width == Width::kWhole) {
       load_rows_of<Width::kWhole>(from);

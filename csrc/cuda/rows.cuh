@@ -1,4 +1,4 @@
-// What is done with a row after its pass over the negatives: softmax, loss, weights of sums, the gradients' last steps.
+// What is computed for a row after its pass over the negatives: softmax, loss, weights of sums, last gradient steps.
 #pragma once
 
 #include "cuda/query_major.cuh"
@@ -6,10 +6,10 @@
 namespace emu::cuda {
 
 constexpr int kRowThreads = 128;
-constexpr int kRowBlocks = 8;  // an SM, of row_loss: leaves it 64 registers, where ptxas alone chose to spill
+constexpr int kRowBlocks = 8;  // per SM, of row_loss: leaves it 64 registers, whereas ptxas by itself chose to spill
 
-// What a row's gradients need from its softmax: the factors α/Σe, mass/Σê and β/K, the maxima that e and ê are relative
-// to, and the weights of the positive's sums.
+// What a row's gradients need from its softmax: the factors α/Σe, mass/Σê and β/K, with mass = (1 + βK)/K; the maxima
+// that e and ê are relative to; the weights of the positive's sums.
 template <class Real>
 struct RowState {
   Real plain, mutated, label, highest, mutated_highest, positive_weight[2];
@@ -28,11 +28,11 @@ struct RowValues {
         b(row),
         ids(problem.negative + (problem.rows_per_group() > 0 ? row / problem.rows_per_group() : 0) * problem.K) {}
 
-  EMU_DEVICE bool counts(int64_t k) const { return ids[k] != -1; }  // or is out of range, and NaN
+  EMU_DEVICE bool counts(int64_t k) const { return ids[k] != -1; }  // an id out of range counts too, as NaN
   EMU_DEVICE Real weight(int s) const {
     return Sim::kWeights > 0 && p.weights != nullptr ? static_cast<const Real*>(p.weights)[s] : Real{1};
   }
-  // The score's derivative by a sum (by half the squares), from the sum's value.
+  // The score's derivative by a sum (for a root, minus that by half of the sum), from the sum's value.
   EMU_DEVICE Real derivative(int s, Real value) const {
     if (!Sim::root(Sim::kCoupled ? 0 : s)) return weight(s);
     return value == 0 ? Real{0} : -weight(s) / value;
@@ -44,7 +44,7 @@ struct RowValues {
     for (int s = 0; s < kSums; ++s) sum += weight(s) * static_cast<const Real*>(values)[at(s, k)];
     return sum;
   }
-  // Its mean and its cumulant, from its sums' M and V.
+  // A mutated score's mean and cumulant, from its sums' M and V.
   struct Expectation {
     Real mean, cumulant;
   };
@@ -60,8 +60,8 @@ struct RowValues {
     }
     return e;
   }
-  // Puts in the place of M and V the weights of M and of half V, from the derivatives by the mean, where the cumulant
-  // is a function of it, and by the cumulant. Adds to the gradient of w and to Σ_k of M's weights.
+  // Overwrites M and V by the weights of M and of V/2, from the derivatives by the mean (also through the cumulant,
+  // which is a function of it) and by the cumulant. Adds to the gradient of w and to Σ_k of M's weights.
   EMU_DEVICE void weigh_moments(void* means, void* variances, int64_t k, Real of_mean, Real of_cumulant,
                                 Real (&of_weights)[2], Real (&taken)[2]) const {
 #pragma unroll
@@ -93,14 +93,14 @@ struct RowLossArgs {
                                            // mutated_value is M with moments, and variance V
   double beta, alpha;
   const void* coefficients;                     // (2,) or null
-  const void *positive_log_q, *negative_log_q;  // of LossArgs
+  const void *positive_log_q, *negative_log_q;  // those of LossArgs
   void *uls, *vanilla;                          // (B,) of L_emu and L_van
   void* state;                                  // (B,) RowState, if need_grad
   void* grad_weights;                           // (B, W) or null
   bool mutated, need_grad;
 };
 
-// Writes the gradient of a row's w: its threads' sums added up.
+// Writes the gradient of a row's w, the total of its threads' sums.
 template <class Sim, class Real>
 EMU_DEVICE void keep_weights_gradient(const RowValues<Sim, Real>& row, Real (&sums)[2], Real* scratch, void* to) {
   if constexpr (Sim::kWeights > 0) {
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks) row_loss(const __grid
   const Problem& p = a.p;
   const RowValues<Sim, Real> row(p, blockIdx.x);
   const int64_t K = p.K;
-  // Logits: scores less log q.
+  // Logits: scores minus log q.
   const Real* log_q =
       a.negative_log_q != nullptr ? static_cast<const Real*>(a.negative_log_q) + (row.ids - p.negative) : nullptr;
   const auto correct = [&](Real score, int64_t k) { return log_q != nullptr ? score - log_q[k] : score; };
@@ -306,8 +306,8 @@ struct RowGradientArgs {
   void *grad_query, *grad_positive, *grad_scale, *grad_rate;
 };
 
-// Adds up the splits' sums in order, and the positive's own part; for kSelect and kMoments also what mutated negatives
-// took from it.
+// Adds up the splits' sums in order, and the positive's own part; for kSelect and kMoments also its part in mutated
+// negatives.
 template <class Sim, class T, Mode kMode, Pass kPass>
 __global__ void __launch_bounds__(kRowThreads) row_gradient(const __grid_constant__ RowGradientArgs a) {
   using Real = typename Sum<T>::Real;
@@ -372,7 +372,7 @@ __global__ void __launch_bounds__(kRowThreads) row_gradient(const __grid_constan
         const int s = h < kLast ? h : kLast;
         x += (1 - rates.keep[s][0]) * state.taken[s] - rates.spread[s][0] * share[s];
         if (A::kRates && a.grad_rate != nullptr && h == s) {
-          const Real sign = Sim::root(s) ? static_cast<Real>(-0.5) : Real{1};  // weights of a root's sums are −2 times
+          const Real sign = Sim::root(s) ? static_cast<Real>(-0.5) : Real{1};  // a root's weights are multiplied by −2
           static_cast<Real*>(a.grad_rate)[(b * (kLast + 1) + s) * a.plan.half + j] = bad ? nan : sign * rate[s];
         }
       }
@@ -404,7 +404,7 @@ struct ReduceArgs {
 
 constexpr int kReduceThreads = 1024;
 
-// One block, which always adds up in the same order.
+// Uses one block, which always sums in the same order.
 template <class Real>
 __global__ void __launch_bounds__(kReduceThreads) reduce_rows(const __grid_constant__ ReduceArgs a) {
   EMU_SHARED_MEMORY(shared);

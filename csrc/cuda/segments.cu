@@ -1,13 +1,13 @@
-// The sparse form of the table's gradient: which touched row each piece begins in, and how many there are.
+// For the sparse form of the table's gradient: numbers the touched rows, and finds the one each piece begins in.
 #include "cuda/operators.cuh"
 
 namespace emu::cuda {
 namespace {
 
 constexpr int kCountThreads = 128, kNumberThreads = 1024;
-constexpr int kRunsAThread = 8;  // so that the most pieces that there usually are take one turn
+constexpr int kRunsAThread = 8;  // so that the usual number of pieces takes one turn
 
-// ordinals[run] = how many touched rows begin in a run, the entries of one piece (chunks of rows share them).
+// ordinals[run] = how many touched rows begin in a run: the entries of a piece, which its chunks of rows share.
 __global__ void __launch_bounds__(kCountThreads)
     count_segments(SortedIds sorted, int64_t rows, int64_t entries_a_piece, int64_t* ordinals) {
   EMU_SHARED_MEMORY(shared);
@@ -21,18 +21,18 @@ __global__ void __launch_bounds__(kCountThreads)
   if (threadIdx.x == 0) ordinals[blockIdx.x] = begun;
 }
 
-// From these counts: ordinals[run] = which touched row the run begins in; ordinals[runs] = how many there are in all.
-// One block scans them; a thread has a few adjacent runs at a time.
+// From these counts: ordinals[run] = the number of the touched row that the run begins in; ordinals[runs] = how many
+// touched rows there are. One block scans the counts; each thread takes a few adjacent runs at a time.
 __global__ void __launch_bounds__(kNumberThreads)
     number_segments(SortedIds sorted, int64_t runs, int64_t entries_a_piece, int64_t* ordinals) {
   EMU_SHARED_MEMORY(shared);
   int64_t* const of_warps = reinterpret_cast<int64_t*>(shared);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
-  int64_t before = 0;  // of all threads
+  int64_t before = 0;  // touched rows that begin in earlier runs, the same in all threads
   for (int64_t from = 0; from < runs; from += kNumberThreads * kRunsAThread) {
     const int64_t first = from + thread * kRunsAThread;
     int begun[kRunsAThread];
-    bool goes_on[kRunsAThread];  // whether the run begins inside of a segment
+    bool goes_on[kRunsAThread];  // whether the run begins inside a segment
     int64_t own = 0;
 #pragma unroll
     for (int i = 0; i < kRunsAThread; ++i) {

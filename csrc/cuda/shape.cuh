@@ -1,4 +1,4 @@
-// How rows are cut into the components of threads.
+// How the components of rows are divided among threads.
 #pragma once
 
 #include "cuda/elements.cuh"
@@ -7,8 +7,8 @@
 
 namespace emu::cuda {
 
-// A thread has V components of each half, and R rows of candidates at a time: 16 bytes of a row where registers allow,
-// and eight loads in flight.
+// A thread has V components of each half, and R rows of candidates at a time: 16 bytes of a row and eight loads in
+// flight, if there are enough registers.
 template <class Sim, class T, Mode kMode>
 struct Shape {
   static constexpr int H = Sim::kHalves;
@@ -23,8 +23,8 @@ constexpr int kMostTeamThreads = 256;
 
 struct Plan {
   int half;          // components of a half
-  int team_threads;  // whole warps
-  int teams;         // a block
+  int team_threads;  // a whole number of warps
+  int teams;         // per block
   int tile;          // components of each half that a team has at a time
   int splits;        // blocks that share a row's negatives
   Width width;       // of the table's rows
@@ -40,7 +40,7 @@ template <class Sim, class T, int V>
 struct Columns {
   using Real = typename Sum<T>::Real;
   static constexpr int H = Sim::kHalves;
-  Real query[H][V];   // of phases times κ/2
+  Real query[H][V];   // phases are multiplied by κ/2
   Real factor[H][V];  // what multiplies the candidate: a, 1 or κ/2
   int j, end;         // the first component in its half, and the half's end
 
@@ -77,8 +77,8 @@ struct Columns {
   }
 };
 
-// What moments need of a row's components: 1 − ρ, ρ (1 − ρ), and the terms p of the positive. Coupled halves share
-// theirs.
+// What moments need for a row's components: 1 − ρ, ρ (1 − ρ), and the terms p of the positive. Coupled halves share
+// them.
 template <class Sim, class T, int V>
 struct Rates {
   using Real = typename Sum<T>::Real;
@@ -92,7 +92,7 @@ struct Rates {
     for (int s = 0; s < kSums; ++s) {
       Real rate[V];
       if (p.draws.rate_units == 1) {
-        for (int i = 0; i < V; ++i) rate[i] = *from;  // of all components
+        for (int i = 0; i < V; ++i) rate[i] = *from;  // the same for all components
       } else {
         load_reals<V>(from + s * plan.half, j, plan.half, whole, rate);
       }

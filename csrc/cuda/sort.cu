@@ -55,7 +55,7 @@ void list(const Problem& p, int64_t entries, uint32_t* keys, uint32_t* values) {
 
 #if defined(__CUDACC__)
 
-// With no memory given, only says how much it needs.
+// If memory is null, only returns how much it needs.
 size_t sort_pairs(void* memory, size_t bytes, const Buffers& b, int64_t entries, int bits, void* stream) {
   check(cub::DeviceRadixSort::SortPairs(memory, bytes, b.unsorted_key, b.key, b.unsorted_entry, b.entry, entries, 0,
                                         bits, static_cast<cudaStream_t>(stream)),

@@ -1,9 +1,9 @@
-// Entity-major: the gradient of the table. A piece is a number of consecutive sorted entries. A team adds up their
-// contributions in registers, segment by segment, and writes each touched row once. A segment that lies in several
-// pieces leaves partial sums, which are joined in order: no atomics, the same bits every time.
+// Entity-major: the gradient of the table. A piece is a number of consecutive sorted entries. A team sums their
+// contributions in registers, segment by segment, and writes each touched row once. A segment that spans several pieces
+// leaves partial sums, which are joined in order: no atomics, the same bits every time.
 //
-// Another way to a dense fp32 gradient (kAtomic): entries are not sorted, and each contribution is added to its row
-// with atomics.
+// Another way to compute a dense fp32 gradient (kAtomic): entries are not sorted, and each contribution is added to its
+// row with atomics.
 #pragma once
 
 #include "cuda/rows.cuh"
@@ -13,9 +13,9 @@ namespace emu::cuda {
 
 constexpr int kBatch = 32;  // contributions whose weights are looked up together
 constexpr int kFewestPairs = 32;
-constexpr int64_t kMostPieces = 8192;  // so partial sums take memory in proportion to D alone
+constexpr int64_t kMostPieces = 8192;  // so that the memory of partial sums depends on D only
 
-// How sorted entries are cut into pieces. Where many rows share a set of negatives, an entry is cut too, into chunks of
+// How sorted entries are cut into pieces. If many rows share a set of negatives, each entry is also cut, into chunks of
 // rows.
 struct Pieces {
   int64_t entries, entries_a_piece, rows_a_piece, chunks;
@@ -41,15 +41,15 @@ struct TableGradientKernelArgs {
   Pieces pieces;
   SortedIds sorted;
   const void *row_scale, *weight, *mutated_weight, *variance_weight, *grad_positive;
-  const int64_t* ordinals;  // (pieces without chunks,), in the sparse form: which touched row each begins in
+  const int64_t* ordinals;  // (pieces / chunks,), in the sparse form: the number of the touched row each begins in
   int64_t* ids;             // the sparse form, or null
   void* out;
   void* partials;  // (pieces, 2, D) real: of the first and of the last segment
 };
 
-// One piece: where it begins and ends, and whether its first and its last segment lie in other pieces too.
+// One piece: where it begins and ends, and whether its first and its last segment are also in other pieces.
 struct Piece {
-  int64_t index, first, last, row, rows;  // entries first .. last − 1, rows row .. row + rows − 1 of each
+  int64_t index, first, last, row, rows;  // entries first, ..., last − 1, rows row, ..., row + rows − 1 of each
   bool continues, goes_on, one_segment, empty;
   bool opens;  // has the positives among its entries
 
@@ -81,12 +81,12 @@ struct TableGradient {
   static constexpr bool kNeedsPositive = (kMixed && !Sim::kBilinear) || kMoments;
   static constexpr int R = S::R > 4 ? 4 : S::R;  // rows of queries loaded at a time
 
-  // Contributions to rows of the table: of negative k of row b; of row b's positive; or nothing.
+  // Contributions to rows of the table: from negative k of row b; from row b's positive; or none.
   static constexpr uint32_t kPositive = 0xFFFFFFFFu, kNothing = 0xFFFFFFFEu;
   struct Pairs {
     Real plain[kSums][kBatch];                 // g_b w_bk
     Real mutated[kSums][kBatch];               // g_b ŵ_bk; for kSelect g_b (w_bk + ŵ_bk)
-    Real share[kMoments ? kSums : 1][kBatch];  // of kShare; for kMoments g_b v_bk
+    Real share[kMoments ? kSums : 1][kBatch];  // for kShare; for kMoments g_b v_bk
     uint32_t key[kBatch], row[kBatch], k[kBatch];
   };
 
@@ -104,7 +104,7 @@ struct TableGradient {
   int j;
   Real sum[H][V];
   Chunk<T, V> candidate[H];
-  Rates<Sim, T, V> rates;  // of moments, except for the positive's terms
+  Rates<Sim, T, V> rates;  // for moments, without the positive's terms
 
   EMU_DEVICE TableGradient(const TableGradientKernelArgs& args, unsigned char* shared)
       : a(args),
@@ -134,7 +134,7 @@ struct TableGradient {
 
   EMU_DEVICE void run() {
     const int64_t index = static_cast<int64_t>(blockIdx.x) * plan.teams + team.index;
-    if (index >= a.pieces.count()) return;  // a team as a whole
+    if (index >= a.pieces.count()) return;  // for all threads of a team
     const Piece piece(a, index);
     if (piece.empty && !kAtomic) return;
     if (masked(kMode)) tile.move_to(team, static_cast<int>(blockIdx.y) * plan.tile);
@@ -163,7 +163,7 @@ struct TableGradient {
           team.sync();
         }
         Real query[R][H][V];
-        Chunk<T, V> positive[R][H];  // of moments; else they are loaded where they are used
+        Chunk<T, V> positive[R][H];  // loaded here for moments, otherwise where it is used
 #pragma unroll
         for (int r = 0; r < R; ++r) {
           load_query(r0 + r, query[r]);
@@ -227,7 +227,7 @@ struct TableGradient {
     pairs.key[at] = a.sorted.key[entry];
     if (pairs.key[at] >= p.N) return;
     if (e >= negatives) {
-      if (i > 0) return;  // a positive is the first of its entry's pairs, and the others are nothing
+      if (i > 0) return;  // a positive is the first of its entry's pairs; the others are none
       pairs.row[at] = static_cast<uint32_t>(e - negatives), pairs.k[at] = kPositive;
       pairs.plain[0][at] = scale[e - negatives];
       return;
@@ -254,7 +254,7 @@ struct TableGradient {
     }
   }
 
-  // Row b's query; for a positive, its gradient.
+  // The query of a contribution's row; for a positive, the gradient by it.
   EMU_DEVICE void load_query(int at, Real (&to)[H][V]) {
     const bool positive = pairs.k[at] == kPositive;
     const Real* from =
@@ -344,7 +344,7 @@ struct TableGradient {
     }
   }
 
-  // What takes the place of the plain weight with moments, from t − p.
+  // With moments, what replaces the plain weight, from t − p.
   EMU_DEVICE Real spread_weight(int s, int at, int i, Real gap) const {
     return pairs.plain[s][at] + rates.keep[s][i] * pairs.mutated[s][at] +
            rates.spread[s][i] * (pairs.share[kMoments ? s : 0][at] * gap);
@@ -439,7 +439,7 @@ __global__ void __launch_bounds__(kMostTeamThreads, 1)
 
 constexpr int kJoinThreads = 128;
 
-// One block for each piece. If a segment begins in it that goes on in other pieces, adds up the segment's partial sums
+// One block for each piece. If a segment begins in the piece and goes on in others, sums up the segment's partial sums
 // and writes its row.
 template <class T>
 __global__ void __launch_bounds__(kJoinThreads) join_pieces(const __grid_constant__ TableGradientKernelArgs a) {
@@ -454,7 +454,7 @@ __global__ void __launch_bounds__(kJoinThreads) join_pieces(const __grid_constan
     const Piece next(a, end);
     if (!(next.one_segment && next.goes_on)) break;
   }
-  // Which touched row it is: the next piece begins with this segment, but this piece may begin with another.
+  // The number of the touched row: the next piece begins with this segment, but this piece may begin with another.
   const int64_t next_of_entry = (piece.index + 1) / a.pieces.chunks;
   const int64_t ordinal = a.ids == nullptr      ? static_cast<int64_t>(key)
                           : a.pieces.chunks > 1 ? a.ordinals[piece.index / a.pieces.chunks]

@@ -1,4 +1,4 @@
-// A team of threads works on a row together: one warp of several in a block, or all warps of a block.
+// A team of threads works on a row together. It is one of a block's warps, or all warps of a block.
 #pragma once
 
 #include "cuda/platform.h"
@@ -10,7 +10,7 @@ constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
 struct Team {
   int threads, index, count;  // count > 1 only for teams of one warp
-  int at, lane;               // this thread's place in its team and in its warp
+  int at, lane;               // this thread's index in its team and in its warp
 
   EMU_DEVICE explicit Team(int size)
       : threads(size),
@@ -38,8 +38,8 @@ EMU_DEVICE Real from_partner(Real x, int distance) {
   return __shfl_xor_sync(kAllLanes, x, distance);
 }
 
-// Sums over a warp of N values at once, in 2N shuffles instead of 5N: lane l gets that of value l / (32 / N). At each
-// step a lane sends half of its values to a partner, which sends the other half.
+// Sums N values at once over a warp, in 2N shuffles instead of 5N: lane l gets the sum of value l / (32 / N). At each
+// step a lane sends half of its values to a partner, which sends it the other half.
 template <int kDistance, int N, class Real>
 EMU_DEVICE Real warp_sums_from(Real (&v)[N], int lane) {
   if constexpr (kDistance == 0) {

@@ -23,13 +23,13 @@ from emu_kernels.backends.triton import TritonBackend
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Fastest first. That cuda comes before triton is an expectation while neither is `measured`.
+# Fastest first. That cuda is faster than triton is only expected until both are `measured`.
 _BACKENDS: tuple[Backend, ...] = (CudaBackend(), TritonBackend(), CpuBackend(), ReferenceBackend())
 _BY_NAME: dict[str, Backend] = {}
 
 
 def register(backend: Backend) -> None:
-    """Have calls find a backend by its name, in the place of one of that name."""
+    """Let calls find a backend by its name; it replaces another of the same name."""
     _BY_NAME[backend.name] = backend
     if isinstance(backend, Kernels):
         ops.register(backend)
@@ -47,19 +47,19 @@ def get(name: str) -> Backend:
 
 
 def default_backend(device: torch.device | str, having: Sequence[str] = NAMES) -> str:
-    """The name that ``backend=None`` stands for on tensors of ``device``, in a function that the
-    backends ``having`` have.
+    """The backend that ``backend=None`` stands for on tensors of ``device``, among ``having``, the
+    backends that implement the function.
 
-    Warns once where it is not :attr:`~emu_kernels.backends.base.Kernels.measured`. A GPU's kernels
-    that are emulated on the CPU, for tests, are never it.
+    Warns once if it is not :attr:`~emu_kernels.backends.base.Kernels.measured`. GPU kernels that
+    are emulated on the CPU, for tests, are never the default.
     """
     return _default(torch.device(device).type, tuple(having))
 
 
 def _constant(function: Callable[P, R]) -> Callable[P, R]:
-    """Has torch.compile call it when it traces a call, rather than trace what asks the driver.
+    """Let torch.compile call the function when tracing, rather than trace it: it asks the driver.
 
-    As ``torch.compiler.assume_constant_result``, which imports the whole compiler first.
+    Like ``torch.compiler.assume_constant_result``, but without importing the whole compiler.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
@@ -91,7 +91,7 @@ def _takes(backend: Backend, device_type: str) -> bool:
 
 @functools.cache
 def _warn_of_reference(reason: str) -> None:
-    """Once: the answers are right, and take far longer than they need."""
+    """Warn once: the results are right, but take far longer than they need to."""
     warnings.warn(
         f"emu_kernels runs its plain PyTorch specification, which is slow: {reason}",
         RuntimeWarning,
@@ -101,7 +101,7 @@ def _warn_of_reference(reason: str) -> None:
 
 @functools.cache
 def _warn_of_unmeasured(name: str, others: tuple[str, ...]) -> None:
-    """Once: nobody has seen these kernels run on the hardware that they are for."""
+    """Warn once: these kernels have not been run on the hardware that they are for."""
     choices = " or ".join(f"backend={other!r}" for other in others)
     warnings.warn(
         f"emu_kernels uses its backend {name!r}, which is tested on emulated hardware only: its "
@@ -114,11 +114,11 @@ def _warn_of_unmeasured(name: str, others: tuple[str, ...]) -> None:
 
 
 def resolve(name: str | None, device: torch.device, having: Sequence[str] = NAMES) -> Backend:
-    """The backend that the ``backend`` argument of a call means, if it is of a function that the
-    backends ``having`` have.
+    """The backend that the ``backend`` argument of a call means, among ``having``, the backends
+    that implement the function.
 
     Raises:
-        ValueError: unknown name, or a backend that has no kernels for this or for ``device``.
+        ValueError: unknown name, or a backend without this function or not for ``device``.
         RuntimeError: a backend that cannot run here; the message says why.
     """
     if name is None:
@@ -140,5 +140,5 @@ def resolve(name: str | None, device: torch.device, having: Sequence[str] = NAME
 
 
 def describe() -> list[tuple[str, str | None]]:
-    """Every backend's name, with the reason why it cannot run here or None where it can."""
+    """Every backend's name, with the reason why it cannot run here, or None if it can."""
     return [(name, get(name).unavailable()) for name in NAMES]

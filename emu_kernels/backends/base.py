@@ -21,9 +21,9 @@ class Loss(NamedTuple):
 
 class Scores(NamedTuple):
     positive: Tensor  # (B,)
-    negative: Tensor  # (B, K), −inf where padding
-    mutated: Tensor  # (B, K), −inf where padding; (0,) without mutation
-    cumulant: Tensor  # (B, K), −inf where padding; (0,) except for a rule of moments
+    negative: Tensor  # (B, K), −inf at padding
+    mutated: Tensor  # (B, K), −inf at padding; (0,) without mutation
+    cumulant: Tensor  # (B, K), −inf at padding; (0,) except for a rule of moments
 
 
 class Backend(Protocol):
@@ -41,7 +41,7 @@ class Backend(Protocol):
         """Whether it has run on the hardware that it is for. See :attr:`Kernels.measured`."""
 
     def unavailable(self) -> str | None:
-        """Why this backend cannot run here, or None where it can."""
+        """Why this backend cannot run here, or None if it can."""
 
     def loss(self, request: LossRequest) -> Loss: ...
 
@@ -61,11 +61,11 @@ class ScoreWeights(NamedTuple):
 
 
 class ScoresGradient(NamedTuple):
-    """Gradients of a weighted sum of scores by the query's side, and the weights of its sums.
+    """Gradients of a weighted sum of scores by all but the table, and the weights of its sums.
 
     A similarity is a function of S sums over components (:mod:`emu_kernels.similarity`). A sum's
-    weight is the derivative by the sum or, of a sum of squares under a root, by half the squares,
-    negated. With a rule of moments ẑ's sums are the means M, and each has a variance V too.
+    weight is the derivative by that sum; for a sum of squares under a root, minus the derivative by
+    half of it. With a rule of moments the sums of ẑ are means M, and each also has a variance V.
     """
 
     grad_query: Tensor  # (B, D)
@@ -74,13 +74,13 @@ class ScoresGradient(NamedTuple):
     grad_weights: Tensor  # (B, W), (0,) without weights
     weight: Tensor  # (S, B, K), of the sums of z⁻
     mutated_weight: Tensor  # (S, B, K), of the sums of ẑ; (0,) without mutation
-    variance_weight: Tensor  # (S, B, K), of V; (0,) except for a rule of moments
+    variance_weight: Tensor  # (S, B, K), of V/2; (0,) except for a rule of moments
     grad_rate: Tensor  # (B, U), by each row's rates; (0,) unless they are learned
 
 
 class LossState(NamedTuple):
-    """A forward pass of the loss with what its backward pass needs: of each row's loss, before
-    ``row_scale``, the fields of :class:`ScoresGradient` ((0,) where no gradient was asked for)."""
+    """The loss and what its backward pass needs: the fields of :class:`ScoresGradient` for each
+    row's loss, without the factor ``row_scale`` (of shape (0,) if no gradient is needed)."""
 
     loss: Tensor  # () or, for reduction "none", (B,)
     terms: Tensor  # (2,)
@@ -96,9 +96,9 @@ class LossState(NamedTuple):
 
 
 class SumWeights(NamedTuple):
-    """What the gradient of the table is made from."""
+    """What the gradient of the table is computed from."""
 
-    row_scale: Tensor  # (B,), a factor of all that row b contributes
+    row_scale: Tensor  # (B,), multiplies all that row b contributes
     weight: Tensor  # (S, B, K), as in ScoresGradient
     mutated_weight: Tensor  # (S, B, K) or (0,)
     variance_weight: Tensor  # (S, B, K) or (0,)
@@ -111,14 +111,14 @@ class SparseRows(NamedTuple):
 
 
 class TableStep(NamedTuple):
-    """An optimizer's step of a table's touched rows, some of which have more gradient."""
+    """An optimizer's step of a table's touched rows, with gradients to add to some of them."""
 
     optimizer: str  # "sgd", "adagrad" or "rowwise_adagrad"
     lr: float
     eps: float
     sums: Tensor | None  # Adagrad's state: (N, D), or (N, 1) row-wise
     ids: Tensor  # (M,) int64, repeats allowed
-    rows: Tensor  # (M, D), more gradient
+    rows: Tensor  # (M, D), gradients to add to those of rows ``ids``
 
 
 class MutateGradient(NamedTuple):
@@ -127,8 +127,8 @@ class MutateGradient(NamedTuple):
 
 
 class Kernels(ABC):
-    """What a backend with kernels implements; :class:`emu_kernels.ops.KernelBackend` makes a
-    :class:`Backend` of it."""
+    """What a backend with kernels implements. :class:`emu_kernels.ops.KernelBackend` makes it a
+    :class:`Backend`."""
 
     @property
     @abstractmethod
@@ -140,17 +140,17 @@ class Kernels(ABC):
 
     measured: bool = False
     """Whether its tests have passed on the hardware that it is for, and its times are in
-    bench/results (of a GPU's backend: by ``make gpu-check``). Until then calls that choose no
-    backend warn when they get it."""
+    bench/results (``make gpu-check`` does both for a GPU backend). Until then, calls with
+    ``backend=None`` warn when they get it."""
 
     @abstractmethod
     def unavailable(self) -> str | None:
-        """Why this backend cannot run here, or None where it can."""
+        """Why this backend cannot run here, or None if it can."""
 
     @abstractmethod
     def check_ids(self, name: str, ids: Tensor, *, rows: int, lowest: int) -> None:
-        """Raise IndexError unless ``lowest <= id < rows`` for every id. A GPU's backend, which
-        would have to wait for the device, may leave that to its kernels (backends/ids.py)."""
+        """Raise IndexError unless ``lowest <= id < rows`` for every id. A GPU backend, which would
+        have to wait for the device, may leave that to its kernels (backends/ids.py)."""
 
     @abstractmethod
     def loss_forward(self, request: LossRequest, *, need_grad: bool) -> LossState: ...
@@ -171,8 +171,8 @@ class Kernels(ABC):
         """The touched rows only."""
 
     def step_table(self, request: Request, sums: SumWeights, step: TableStep) -> bool:
-        """Step the table in place in the pass that makes its gradient; False where there is no such
-        pass, and nothing was done."""
+        """Step the table in place, in the pass that computes its gradient. False if the backend
+        cannot do so; it then has done nothing."""
         return False
 
     @abstractmethod

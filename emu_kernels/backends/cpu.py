@@ -18,7 +18,8 @@ from emu_kernels.validate import coefficient
 
 _PROCESS = os.getpid()
 
-# As in a checkout from which the package was installed elsewhere: Python prefers where it runs.
+# For example in a checkout of a package that is installed elsewhere: Python first looks for it in
+# the current folder.
 _NOT_BUILT = (
     f"emu_kernels is imported from {Path(__file__).parents[1]}, where the CPU kernels are not "
     "built: run Python in another folder, or build them there (pip install --editable .)"
@@ -26,7 +27,7 @@ _NOT_BUILT = (
 
 
 def _alone_after_fork() -> None:
-    """In the child of a fork torch's own operations would wait for threads that do not exist."""
+    """Use one thread in a forked child, where torch would wait for threads that do not exist."""
     if os.getpid() != _PROCESS and torch.get_num_threads() > 1:
         torch.set_num_threads(1)
 
@@ -78,7 +79,8 @@ class CpuBackend(NativeBackend):
     def _add(
         self, request: Request, sums: SumWeights, ids: Tensor | None = None, **sorted_ids: Any
     ) -> Tensor:
-        """The rows of ``ids``, which the kernel fills in, or all of the table's."""
+        """The gradient of the touched rows, whose ids the kernel writes to ``ids``; of all rows if
+        that is None."""
         rows = request.table.shape[0] if ids is None else ids.shape[0]
         out = self._large(request.table.new_empty((rows, request.table.shape[1])))
         if ids is None or rows:

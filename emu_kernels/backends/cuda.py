@@ -1,8 +1,8 @@
 """The CUDA backend: csrc/cuda.
 
-Every call only launches kernels on torch's current stream; their workspace is torch's memory, so
-that streams and graph captures are torch's business. Ids out of range are reported as
-:mod:`emu_kernels.backends.ids` says.
+Every call only launches kernels on torch's current stream. torch allocates their workspace, and so
+takes care of streams and graph captures. Ids out of range are reported as described in
+:mod:`emu_kernels.backends.ids`.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def _load() -> tuple[Any, str | None]:
 class CudaBackend(NativeBackend):
     """Hand-written kernels for NVIDIA GPUs.
 
-    ``atomic_gradient`` has a dense fp32 table gradient added up by atomics, in no fixed order,
-    where torch does not ask for determinism; by default it is added up in sorted segments, in the
-    same order every time.
+    By default the table's gradient is summed in sorted segments, always in the same order. With
+    ``atomic_gradient`` a dense fp32 gradient is summed by atomics, in no fixed order, unless torch
+    is asked for determinism or the mutation is a Mixup.
     """
 
     name = "cuda"
@@ -94,7 +94,7 @@ class CudaBackend(NativeBackend):
             problem=problem, sorted=pointer(ordered), partials=pointer(partials)
         )
         assert partials is not None
-        touched = int(partials[at : at + 8].view(torch.int64))  # waits: sizes are the host's
+        touched = int(partials[at : at + 8].view(torch.int64))  # waits: the host needs the size
         ids = request.positive.new_empty((touched,))
         values = request.table.new_empty((touched, request.table.shape[1]))
         if touched:
@@ -123,7 +123,7 @@ def _processors(device: int) -> int:
 
 @functools.cache
 def _device_problem(native: ModuleType) -> str | None:
-    """Why the machine cannot run what was built, or None."""
+    """Why this machine cannot run the kernels that were built, or None."""
     if not torch.backends.cuda.is_built():
         return "this torch was built without CUDA"
     problem: str = native.driver_problem()

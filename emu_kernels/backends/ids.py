@@ -1,8 +1,8 @@
 """Ids out of range on a GPU, where a check before the launch would wait for the device.
 
-There the kernels check the bounds of every id themselves: they never read or write outside, make
-the row's loss NaN, and store the id in a pinned word on the host, which the next call reads without
-waiting for anything. With EMU_KERNELS_CHECK=1 in the environment every call checks at once.
+There the kernels check every id themselves. For one out of range they access no memory outside the
+table, make the row's loss NaN, and store the id in a pinned word on the host, which the next call
+reads without waiting. With EMU_KERNELS_CHECK=1 in the environment every call checks at once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from emu_kernels.values import check_ids
 
 POSITIVE, NEGATIVE = 0, 1
-_ARGUMENTS = ("positive", "negative")  # by the place of their words
+_ARGUMENTS = ("positive", "negative")  # in the order of their words
 
 
 @functools.cache
@@ -30,7 +30,7 @@ def report(device: torch.device) -> Tensor:
 
 @functools.cache
 def _words(device: torch.device) -> Any:
-    """The same memory, for reading at no cost."""
+    """The same memory as a NumPy array, which is cheap to read."""
     return report(device).numpy()
 
 
@@ -49,7 +49,7 @@ def raise_reported(device: torch.device) -> None:
 
 
 def check(name: str, ids: Tensor, *, rows: int, lowest: int) -> None:
-    """:meth:`Backend.check_ids` of a GPU's backend.
+    """:meth:`Kernels.check_ids` of a GPU backend.
 
     Raises:
         IndexError: an id of an earlier call was out of range, or with EMU_KERNELS_CHECK=1 one of

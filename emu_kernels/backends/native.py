@@ -29,8 +29,8 @@ from emu_kernels.request import Draws, LossRequest, Request
 
 
 def load(name: str, absent: str | None = None) -> tuple[Any, str | None]:
-    """The extension module ``emu_kernels.<name>``, or why it cannot be used: ``absent`` where it
-    was never built."""
+    """The extension module ``emu_kernels.<name>``, or why it cannot be used: ``absent`` if it was
+    never built."""
     try:
         module = importlib.import_module(f"emu_kernels.{name}")
     except ImportError as error:  # also of another platform's binary
@@ -46,12 +46,12 @@ def load(name: str, absent: str | None = None) -> tuple[Any, str | None]:
 
 
 def pointer(tensor: Tensor | None) -> int:
-    """0 of an empty tensor too."""
+    """The address of a tensor's memory, 0 for None and for an empty tensor."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
 def pointers(tensors: NamedTuple, *names: str) -> dict[str, int]:
-    """The addresses of a tuple's tensors (of those named), by name."""
+    """The addresses of a tuple's tensors, or of those that are named, by name."""
     return {name: getattr(tensors, name).data_ptr() for name in names or tensors._fields}
 
 
@@ -60,12 +60,12 @@ def _dtype(tensor: Tensor) -> str:
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """The tensor itself where components of a row are adjacent, else a copy that is so."""
+    """The tensor itself if the components of a row are adjacent, else a contiguous copy."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
 def _draws(draws: Draws) -> dict[str, Any]:
-    """The rule's own parameters among them, by their names."""
+    """A request's draws, with the rule's own parameters by their names."""
     rule = draws.mutation
     out = {"mutation": rule.name, "seed": draws.seed.data_ptr(), "row_offset": draws.row_offset}
     for name, value in vars(rule).items():
@@ -77,10 +77,10 @@ def _draws(draws: Draws) -> dict[str, Any]:
 
 
 class NativeBackend(KernelBackend):
-    """The operators that both modules have; the gradient of the table is the subclass's."""
+    """The operators that both modules have; subclasses add the gradient of the table."""
 
     def __init__(self, native: Any, missing: str | None) -> None:
-        """What :func:`load` returns."""
+        """Takes what :func:`load` returns."""
         self._native, self._missing = native, missing
 
     @abstractmethod
@@ -88,7 +88,7 @@ class NativeBackend(KernelBackend):
         """Where a call runs: what csrc/common/problem.h calls a Place."""
 
     def _report(self, device: torch.device) -> int:
-        """Address of the words for ids out of range, where the kernels check ids themselves."""
+        """Address of the words for ids out of range; 0 unless the kernels check ids themselves."""
         return 0
 
     def _large(self, result: Tensor) -> Tensor:
@@ -191,5 +191,5 @@ class NativeBackend(KernelBackend):
 
 
 def memory(like: Tensor, size: int) -> Tensor | None:
-    """Memory of the kernels' own, on a tensor's device."""
+    """Workspace for the kernels, on a tensor's device; None for size 0."""
     return like.new_empty((size,), dtype=torch.uint8) if size else None

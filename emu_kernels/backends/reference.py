@@ -16,7 +16,7 @@ from emu_kernels.values import usable_coefficients, usable_ids
 
 
 class ReferenceBackend:
-    """Slow, of (B, K, D) tensors, and differentiable any number of times."""
+    """Slow, as it makes (B, K, D) tensors; differentiable any number of times."""
 
     name = "reference"
     device_types: tuple[str, ...] = ()
@@ -48,7 +48,7 @@ class ReferenceBackend:
 
 
 def reduced(request: LossRequest, terms: Tensor, rows: Tensor, poison: Tensor | None) -> Loss:
-    """The loss from the terms (2, B) and the totals (B,) of rows; ``poison`` is of
+    """The loss from the terms (2, B) and the totals (B,) of rows; ``poison`` is the factor of
     :func:`emu_kernels.values.usable_ids`."""
     if poison is not None:
         rows = rows * poison

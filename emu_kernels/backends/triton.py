@@ -1,8 +1,8 @@
 """The Triton backend: triton/kernels, installed as emu_kernels.triton, on NVIDIA's and AMD's GPUs.
 
-With TRITON_INTERPRET=1 in the environment, from before Triton was first imported, the same kernels
-run on the CPU's tensors, some thousand times slower, so that they can be tested without a GPU.
-Nothing here imports Triton before it is used.
+With TRITON_INTERPRET=1 in the environment, set before Triton is first imported, the same kernels
+run on CPU tensors, about a thousand times slower, so that they can be tested without a GPU. Triton
+is imported at the first call.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ OLDEST = (3, 6)
 
 table_gradients = "sorted"
 """How dense gradients of the table are summed: "sorted" (entity by entity, deterministic, the
-default) or "atomic" (query by query, with fp32 atomic additions into an N·D buffer; not where torch
-was asked to be deterministic). For measurements: set it between calls."""
+default) or "atomic" (query by query, with fp32 atomic additions into an N·D buffer; ignored if
+torch is asked to be deterministic). For measurements: set it between calls."""
 
 
 def interpreted() -> bool:
@@ -46,8 +46,8 @@ def interpreted() -> bool:
 
 
 def _hide_own_folder() -> None:
-    """In this repository's root, without Triton, the folder of that name passes for it as an empty
-    namespace, and torch trips over it: say that there is none."""
+    """If Triton is not installed, this repository's folder of that name is found in its place, as
+    an empty namespace package, which makes torch fail: say that there is no Triton."""
     spec = importlib.util.find_spec("triton")
     own = Path(__file__).resolve().parents[2] / "triton"
     if (
@@ -63,8 +63,8 @@ _hide_own_folder()
 
 @functools.cache
 def _missing() -> str | None:
-    """Why there is no usable Triton. A folder of that name, such as this repository's own, is none:
-    only a package with code of its own has an origin."""
+    """Why Triton cannot be used, or None. A mere folder of that name, such as this repository's, is
+    not Triton: only a package with code has an origin."""
     spec = importlib.util.find_spec("triton")
     if spec is None or spec.origin is None:
         return "Triton is not installed (pip install triton)"
@@ -93,7 +93,7 @@ def _no_gpu() -> str | None:
 
 
 def _kernels() -> Any:
-    """emu_kernels.triton.launch, whose import imports Triton: at the first call."""
+    """emu_kernels.triton.launch, imported at the first call, as it imports Triton."""
     from emu_kernels.triton import launch
 
     return launch
@@ -117,7 +117,7 @@ class TritonBackend(KernelBackend):
     def loss_forward(self, request: LossRequest, *, need_grad: bool) -> LossState:
         coefficients = request.coefficients
         if coefficients is not None and coefficients.device.type == "cpu":
-            # Reading them waits for nothing; elsewhere the kernels make NaN of a bad one.
+            # Reading them here does not wait. On a GPU the kernels turn a bad one into NaN.
             for name, value in zip(("beta", "alpha"), coefficients.tolist(), strict=True):
                 coefficient(name, value)
         return _kernels().loss_forward(request, need_grad=need_grad)
@@ -142,7 +142,7 @@ class TritonBackend(KernelBackend):
         return _kernels().mutate_backward(grad, draws)
 
     def relational(self, given: Values, task: str, out: Tensor, **more: Any) -> None:
-        """A part of :func:`emu_kernels.relational_spmm`, as its module names the parts."""
+        """One task of :func:`emu_kernels.relational_spmm`, by the name that its module uses."""
         from emu_kernels.triton import messages
 
         messages.run(given, task, out, **more)

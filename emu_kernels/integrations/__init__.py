@@ -1,4 +1,4 @@
-"""EMU in other libraries' trainers. Import the one that you need:
+"""EMU in other libraries' trainers. Import the module that you need:
 
 - :mod:`emu_kernels.integrations.pykeen`: a training loop for PyKEEN's pipeline (docs/pykeen.md)
 - :mod:`emu_kernels.integrations.libkge`: training jobs for LibKGE's configurations (docs/libkge.md)

@@ -24,7 +24,7 @@ class EMURankingLoss(MultipleNegativesRankingLoss):
 
     The candidates of an anchor are those of ``MultipleNegativesRankingLoss``: its positive, the
     other positives of the batch, and all hard negatives. Each negative is mutated toward the
-    positive in the space where they are compared: of unit vectors with cosine similarity. With
+    positive in the space where they are compared: with cosine similarity, after normalisation. With
     ``mutation_rate=0`` and ``beta=0`` the loss is theirs, times 1/K + ``alpha`` for K negatives.
 
     Args:
@@ -34,7 +34,7 @@ class EMURankingLoss(MultipleNegativesRankingLoss):
         similarity_fct: ``sentence_transformers.util``'s ``cos_sim`` or ``dot_score``.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit; at a call, a batch without positives.
+        TypeError, ValueError: an invalid argument; at a call, a batch without positives.
     """
 
     def __init__(
@@ -84,14 +84,14 @@ class EMURankingLoss(MultipleNegativesRankingLoss):
         )
 
     def get_config_dict(self) -> dict[str, Any]:
-        """What the card of a trained model says of its loss."""
+        """What the card of a trained model says about its loss."""
         own = {name: getattr(self, name) for name in ("mutation_rate", "beta", "alpha")}
         theirs = super().get_config_dict()
         return own | {name: theirs[name] for name in ("scale", "similarity_fct")}
 
     @property
     def citation(self) -> str:
-        """Of EMU's paper, for the card."""
+        """The citation of EMU's paper, for the card."""
         return """
 @article{takamoto2025optimal,
     title={Optimal Embedding Guided Negative Sample Generation for Knowledge Graph Link Prediction},

@@ -1,9 +1,9 @@
-"""An entity table larger than one machine: TorchRec holds its rows, our kernels take the loss.
+"""An entity table larger than one machine: TorchRec holds its rows, our kernels compute the loss.
 
 :class:`ShardedEntities` spreads the rows over the processes of a ``torch.distributed`` group. A
-step fetches the rows of its batch, takes any loss of this package on them, and sends the gradients
-home, where TorchRec's fused optimizer steps the rows. Relations are small: each process has them
-all. See docs/distributed.md.
+step fetches the rows of its batch, computes any loss of this package with them, and sends the
+gradients back to the rows' owners, where TorchRec's fused optimizer steps the rows. Relations are
+few: each process has all of them. See docs/distributed.md.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from emu_kernels.integrations._require import require
 from emu_kernels.negatives import generator
 from emu_kernels.validate import one_of
 
-MINIMUM = (1, 6)  # of torch 2.11
+MINIMUM = (1, 6)  # for torch 2.11
 
 
 def _require_pair() -> None:
-    """Raise an error that names TorchRec's and FBGEMM's releases, unless torch's are installed.
+    """Raise an error that names the right TorchRec and FBGEMM, unless these are installed.
 
-    TorchRec 1.n and FBGEMM 1.n are built for torch 2.(n + 5). Of another release FBGEMM's
-    operators are missing or crash.
+    TorchRec 1.n and FBGEMM 1.n are built for torch 2.(n + 5). FBGEMM's operators are missing or
+    crash with another torch.
     """
     require("torchrec", MINIMUM, extra="torchrec")
     minor = re.match(r"2\.(\d+)", torch.__version__)
@@ -79,12 +79,12 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "RowwiseAdagrad": RowWiseAdagrad,
     "SGD": torch.optim.SGD,
 }
-"""Optimizers by the trainer's names: a sum of squares a component, one a row, and none."""
+"""Optimizers by the trainer's names: a sum of squares for each component, for each row, or none."""
 
 _NAME = "entity"
 _BLOCK = 1 << 14  # rows whose initial values are drawn at once
 _CANDIDATES = 256  # scored at once: a tile of so many rows stays in a CPU's cache
-_SCORES = 1 << 26  # of all processes' queries with one's rows, held at once: 256 MiB
+_SCORES = 1 << 26  # of all processes' queries with one process's rows, held at once: 256 MiB
 
 
 class Rows(NamedTuple):
@@ -93,13 +93,13 @@ class Rows(NamedTuple):
     table: Tensor
     """(U, D) the rows, with gradient: the ``table`` of a loss."""
     entity: Tensor
-    """(U,) int64: the entity of each, ascending. ``log_q[entity]`` is their log q."""
+    """(U,) int64: the entity of each row, ascending. ``log_q[entity]`` is the rows' log q."""
     ids: tuple[Tensor, ...]
-    """For each tensor of entities given, one of its shape with their places in ``table``."""
+    """For each given tensor of entities, one of the same shape with their rows in ``table``."""
 
 
 class ShardedEntities:
-    """An embedding table (N, D) whose rows lie on all processes of a group, and its optimizer.
+    """An embedding table (N, D) whose rows are spread over a group's processes, and its optimizer.
 
     All processes make one, with the same arguments, and call its methods together. A step::
 
@@ -112,16 +112,16 @@ class ShardedEntities:
         entities.backward(loss, [relation], weight=len(positive))
         optimizer.step()  # of the relations; the rows have been stepped by their owners
 
-    The numbers are those of one process with the joint batch, in the order of the ranks: ``seed``
-    is the same everywhere, and ``row_offset`` the number of rows on lower ranks.
+    The numbers are those of one process with the joint batch, in the order of the ranks, if
+    ``seed`` is the same everywhere and ``row_offset`` is the number of rows on lower ranks.
 
     Args:
         num_entities: N, at least the number of processes.
-        dim: D, a multiple of 4, which FBGEMM asks for.
-        optimizer: a name of :data:`OPTIMIZERS`, or a class that FBGEMM has a fused kernel of, which
-            torch's ``_apply_optimizer_in_backward`` is given.
+        dim: D, a multiple of 4, as FBGEMM requires.
+        optimizer: a name of :data:`OPTIMIZERS`, or a class for which FBGEMM has a fused kernel; it
+            is given to torch's ``_apply_optimizer_in_backward``.
         lr: its learning rate; the attribute :attr:`lr` changes it.
-        eps: added to Adagrad's root; torch's own default.
+        eps: added to Adagrad's root; the default is torch's.
         bound: initial values are uniform in ±``bound``, the same for any number of processes.
         seed: of the initial values.
         device: where the process has its rows; None is "cpu".
@@ -132,7 +132,7 @@ class ShardedEntities:
         group: the processes; None is all of them.
 
     Attributes:
-        rank, processes: of this process in the group, and their number.
+        rank, processes: this process's rank in the group, and the number of processes.
 
     Raises:
         ValueError: an argument that does not fit.
@@ -198,7 +198,7 @@ class ShardedEntities:
         self._draw(bound, seed)
 
     def _draw(self, bound: float, seed: int) -> None:
-        """Fill the rows, a block with a generator of its own at a time."""
+        """Fill the rows, block by block; each block has a generator of its own."""
 
         def rows(first: int, last: int) -> Tensor:
             blocks = []
@@ -213,7 +213,7 @@ class ShardedEntities:
 
     @property
     def local(self) -> Tensor:
-        """(n, D) this process's rows themselves, in memory that the optimizer changes."""
+        """(n, D) this process's rows, not a copy: the optimizer changes them."""
         return self._shard().tensor.detach()
 
     @property
@@ -232,7 +232,7 @@ class ShardedEntities:
         """Set the values of the process's rows.
 
         Args:
-            rows: is given the first entity and the one after the last, and returns (n, D) of them.
+            rows: given the first entity and the one after the last, returns their (n, D) values.
         """
         local, first = self.local, self.first
         for start in range(0, len(local), _BLOCK):
@@ -240,13 +240,13 @@ class ShardedEntities:
             part.copy_(rows(first + start, first + start + len(part)))
 
     def part(self, count: int) -> slice:
-        """This process's of so many rows of a joint batch: parts are as even as can be."""
+        """This process's part of ``count`` rows of a joint batch, which are split evenly."""
         first, last = (at * count // self.processes for at in (self.rank, self.rank + 1))
         return slice(first, last)
 
     @property
     def lr(self) -> float:
-        """The learning rate of rows from the next :meth:`fetch` on; may be set."""
+        """The rows' learning rate; a new value holds from the next :meth:`fetch` on."""
         return float(self._optimizer.param_groups[0]["lr"])
 
     @lr.setter
@@ -256,7 +256,7 @@ class ShardedEntities:
         self._optimizer.step()  # hands the rate to the kernels, and moves nothing
 
     def fetch(self, *entities: Tensor) -> Rows:
-        """The rows of some entities, each once: those of a step.
+        """The rows of a step's entities, each once.
 
         Args:
             entities: int64 tensors of any shape, the same number of them on each process; −1 is
@@ -294,11 +294,11 @@ class ShardedEntities:
         """Differentiate the mean of all processes' losses; step the rows that were fetched.
 
         Args:
-            loss: () this process's, of one :meth:`fetch` or more, each differentiated once.
-            replicated: parameters that all processes have alike, as the relations: their gradients
-                become those of the mean. Step them afterwards.
+            loss: () this process's loss, from one or more :meth:`fetch`, each differentiated once.
+            replicated: parameters that all processes have the same, such as relations: their
+                gradients become those of the mean. Step them afterwards.
             weight: of this process's loss in the mean: the number of rows it is the mean of, or the
-                sum of their ``sample_weight``. The same everywhere is the plain mean.
+                sum of their ``sample_weight``. With equal weights it is the plain mean.
 
         Returns:
             () the mean, detached, the same on all processes.
@@ -312,7 +312,7 @@ class ShardedEntities:
         loss.backward()
         replicated = list(replicated)
         for parameter in replicated:
-            if parameter.grad is None:  # not used here, but perhaps elsewhere
+            if parameter.grad is None:  # not used here, but perhaps in other processes
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [p.grad.flatten() for p in replicated if p.grad is not None]
         sums = torch.cat([*gradients, loss.detach().flatten()])
@@ -336,9 +336,9 @@ class ShardedEntities:
         similarity_weights: Tensor | None = None,
         phase_scale: float = 1.0,
     ) -> Tensor:
-        """The rank of each query's positive among all entities, without a gathered table.
+        """The rank of each query's positive among all entities, without gathering the table.
 
-        Each process scores its own rows for the queries of all, and counts those that beat the
+        Each process scores its own rows for all processes' queries, and counts those that beat the
         positive. Ties count as the mean of the best and the worst rank.
 
         Args:
@@ -410,7 +410,7 @@ class ShardedEntities:
             shifted = pairs + pairs.new_tensor([before, 0])
             row, entity = self.gather(shifted)[0].T
             mine = (entity >= self.first) & (entity < self.first + scores.shape[1])
-            mine &= entity != target[row]  # is counted below, whether it is given or not
+            mine &= entity != target[row]  # the positive is counted below, listed as known or not
             row, entity = row[mine], entity[mine] - self.first
             found = scores[row, entity]
             better_known.index_add_(0, row, (found > exact[row, 0]).double())
@@ -420,7 +420,7 @@ class ShardedEntities:
         if sums[-1]:
             raise ValueError("query: a score is not finite, so its rank would mean nothing")
         better, as_good = sums[:-1].view(2, -1)[:, before : before + len(query)]
-        # Optimistic rank 1 + better; pessimistic rank as_good, in which the positive is.
+        # Optimistic rank 1 + better; pessimistic rank as_good, which counts the positive.
         return (1.0 + better + as_good) / 2.0
 
     def gather(self, part: Tensor) -> tuple[Tensor, list[int]]:
@@ -445,10 +445,10 @@ class ShardedEntities:
         return {"rows": self.collection.state_dict(), "optimizer": self._optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a :meth:`state_dict` of the same number of processes."""
+        """Load a :meth:`state_dict` of the same number of processes."""
         self.collection.load_state_dict(state["rows"])
         self._optimizer.load_state_dict(state["optimizer"])
-        self._optimizer.step()  # as in lr
+        self._optimizer.step()  # hands the learning rate to the kernels, as in lr
 
 
 def _scores(query: Tensor, table: Tensor, scale: Tensor | None, **phi: Any) -> Tensor:

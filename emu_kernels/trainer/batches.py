@@ -20,13 +20,13 @@ from .data import DIRECTIONS, Direction
 
 
 class Batch(NamedTuple):
-    """The triples of a step, all to be predicted in one direction."""
+    """The triples of a step, all predicted in one direction."""
 
     head: Tensor  # (B,)
     relation: Tensor  # (B,)
     tail: Tensor  # (B,)
     direction: Direction  # which entity is predicted, and so corrupted
-    place: Tensor | None = None  # (B,) among the training triples, where these have weights
+    place: Tensor | None = None  # (B,) indices among the training triples, if these have weights
 
     @property
     def given(self) -> Tensor:
@@ -50,7 +50,7 @@ class AlternatingBatches:
     batch is full and every triple is seen once an epoch.
 
     Args:
-        triples: (M, 3) on the device to train on, M > 0, or (M, 4) with their places.
+        triples: (M, 3) on the device to train on, M > 0, or (M, 4) with ``place`` as a column.
         batch_size: B.
     """
 
@@ -58,7 +58,7 @@ class AlternatingBatches:
         self._columns = triples.T.contiguous()  # (3, M), or (4, M)
         self._batch_size = batch_size
         self._seed = seed
-        # A batch touches two epochs at a border, or more if it is larger than the graph.
+        # A batch has triples of two epochs at a border, or of more if it is larger than the graph.
         self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
 
     def __call__(self, step: int) -> Batch:
@@ -80,11 +80,11 @@ class AlternatingBatches:
 class InverseBatches:
     """Training triples; a batch's first half predicts tails, its second half heads.
 
-    Heads are predicted as tails of the inverse relation, whose id is R more, so that all rows have
-    one direction: how NBFNet's authors make their batches.
+    Heads are predicted as tails of the inverse relation, whose id is higher by R, so that all rows
+    have one direction, as in the batches of NBFNet's authors.
 
     Args:
-        triples: (M, 3) on the device to train on, M > 0, or (M, 4) with their places.
+        triples: (M, 3) on the device to train on, M > 0, or (M, 4) with ``place`` as a column.
         batch_size: B.
     """
 
@@ -105,7 +105,10 @@ class InverseBatches:
 
 
 def stream_columns(epoch: Callable[[int], Tensor], size: int, start: int, count: int) -> Tensor:
-    """(C, count): columns of the endless row epoch(0), epoch(1), ..., each (C, size), size > 0."""
+    """(C, count) columns, from column ``start`` on, of epoch(0), epoch(1), ... concatenated.
+
+    Each epoch is (C, size), size > 0.
+    """
     end = start + count
     pieces = [
         epoch(i)[:, max(0, start - i * size) : end - i * size]

@@ -14,7 +14,7 @@ from .evaluation import Metrics, Ranks
 class Line(NamedTuple):
     """The metrics of some of the ranked triples."""
 
-    name: str  # of a relation, or of a kind
+    name: str  # of a relation, or of a kind of relations
     kind: str
     triples: int  # how many
     metrics: dict[Direction, Metrics]  # of predicting tails, and heads

@@ -1,8 +1,8 @@
-"""Files that a kill at any moment leaves readable, and that run no code when they are read.
+"""Files that stay readable if the program is killed at any moment, and that run no code when read.
 
-Each is written beside its final name, flushed to the disk, and renamed over the previous one: a
-reader finds the old file or the new one, whole. Tensors are stored as safetensors, all else as
-JSON in the file's metadata.
+Each is written under a temporary name in the same folder, flushed to the disk, and renamed over the
+previous one: a reader finds the complete old or new file. Tensors are stored as safetensors,
+everything else as JSON in the file's metadata.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _flush_to_disk(path: Path) -> None:
 
 
 def save(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-    """Write tensors and a JSON-serialisable state as one file, from where they are in memory."""
+    """Write tensors, on any device, and a JSON-serialisable state as one file."""
     contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
     def write(file: Path) -> None:
@@ -64,8 +64,8 @@ def load(path: Path, *, mapped: bool = False) -> tuple[dict[str, Tensor], dict[s
     """Read what :func:`save` wrote.
 
     Args:
-        mapped: map the file into memory, where its tensors are read as they are used; what is
-            written to them does not reach the file.
+        mapped: map the file into memory, so that tensors are read when they are used; changes to
+            them are not written to the file.
 
     Raises:
         RunError: there is no such file, or it is not a checkpoint.

@@ -80,7 +80,10 @@ def _train(options: dict[str, Any]) -> tuple[int, Metrics | None]:
 def _open(
     config: Config, make: Callable[[], tuple[RunFolder, Graph]], stack: contextlib.ExitStack
 ) -> tuple[type[Trainer], RunFolder, Graph]:
-    """What trains these settings, where to write, and the graph; `make` makes the last two."""
+    """The class that trains with these settings, the run folder and the graph.
+
+    `make` makes the last two; with several processes, in the first one only.
+    """
     if not config.sharded:
         if processes() > 1:
             raise ConfigError("this run is not sharded: it goes on in one process only")
@@ -94,7 +97,7 @@ def _open(
 
 
 def _train_seeds(options: dict[str, Any], count: int) -> int:
-    """Runs that differ by their seed alone, in folders of one, and the mean of their metrics."""
+    """Train runs that differ only by their seed, in folders of one, and print mean metrics."""
     if processes() > 1:
         raise ConfigError("--seeds needs one process; give several --seed, one run after another")
     if count < 1 or "resume" in options or "run_dir" not in options:
@@ -196,7 +199,7 @@ def _start(options: dict[str, Any], stack: contextlib.ExitStack) -> Trainer:
 
 
 def _new_folder(path: Path) -> Path:
-    """Make the folder, or one with a number after its name where another run has taken it."""
+    """Make the folder, or if it exists one with a number after its name."""
     for suffix in itertools.chain([""], (f"-{number}" for number in itertools.count(2))):
         folder = path.with_name(path.name + suffix)
         try:
@@ -218,7 +221,7 @@ def _resume(settings: dict[str, Any], stack: contextlib.ExitStack) -> Trainer:
         )
     folder = RunFolder.open(path)
     if "device" in settings:
-        settings.setdefault("backend", None)  # the one that suits the new device
+        settings.setdefault("backend", None)  # choose one for the new device
     before = folder.read_config()
     config = settle(dataclasses.replace(before, **settings))
 
@@ -268,7 +271,7 @@ def _parser() -> argparse.ArgumentParser:
         type=str.lower,
         choices=PRESETS,
         metavar="NAME",
-        help="settings by name, of those below; options given beside it override it",
+        help="use one of the presets listed below; options given with it override it",
     )
     parser.add_argument(
         "--run-dir", metavar="FOLDER", help="where to write; default runs/NAME-MODEL-LOSS-TIME"
@@ -277,7 +280,7 @@ def _parser() -> argparse.ArgumentParser:
         "--seeds",
         type=int,
         metavar="N",
-        help="N runs, of --seed and those after it, in folders of --run-dir; prints their mean",
+        help="N runs, with --seed and the seeds after it, in folders of --run-dir; prints the mean",
     )
     source, *groups = Config.__bases__
     exclusive = parser.add_mutually_exclusive_group()

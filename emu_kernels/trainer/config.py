@@ -28,7 +28,7 @@ class SourceOptions:
 
     dataset: str | None = setting(
         None,
-        f"downloaded, verified and cached; read from the folder {FOLDER_VARIABLE} if set",
+        f"a dataset to download, verify and cache; read from the folder {FOLDER_VARIABLE} if set",
         choices=DATASETS.keys(),
     )
     data: str | None = setting(
@@ -44,22 +44,22 @@ class ReadingOptions:
 
     columns: str | None = setting(
         None,
-        "of head, relation and tail, with commas between: numbers from 1, or names, which the "
-        "first line has (default the only three)",
+        "the columns of head, relation and tail, separated by commas: numbers from 1, or names in "
+        "the first line (default the only three columns)",
     )
     weight_column: str | None = setting(
         None,
-        "of a training triple's weight in the loss, at least 0: a number from 1, or a name where "
-        "columns are names (default all weigh alike)",
+        "the column of training triples' weights in the loss, at least 0: a number from 1, or a "
+        "name if columns are names (default equal weights)",
     )
-    numbered: bool = setting(False, "the files hold ids from 0: keep them, a row of the table each")
+    numbered: bool = setting(False, "the files hold ids from 0: use them as rows of the table")
     hold_out: float = setting(
         0.05,
-        "of one file, this share for validation and as much for test; every entity and relation "
-        "keeps a triple to be trained on",
+        "if data is one file, the share of triples for validation, and as many for test; every "
+        "entity and relation keeps a triple to be trained on",
         limit=Limit("above 0 and below 0.5", lambda x: 0 < x < 0.5),
     )
-    split_seed: int = setting(0, "of what is held out")
+    split_seed: int = setting(0, "the seed by which triples are held out")
 
 
 OPTIMIZERS = {
@@ -77,16 +77,16 @@ class OptimisationOptions:
 
     optimizer: str = setting("Adagrad", "the optimizer", choices=OPTIMIZERS)
     lr: float = setting(0.1, f"learning rate; with {_RATES}", limit=ABOVE_0)
-    schedule: str = setting("constant", "the rate over the steps", choices=SCHEDULES)
+    schedule: str = setting("constant", "the learning rate over the steps", choices=SCHEDULES)
     decay_steps: int | None = setting(
-        None, "of the schedule (default all steps, a third of them for step)", limit=AT_LEAST_1
+        None, "steps of the schedule (default all; a third of them for step)", limit=AT_LEAST_1
     )
     warmup: int = setting(0, "steps in which the rate rises to its value", limit=AT_LEAST_0)
     switch_to: str | None = setting(
-        None, "go on with this optimizer, at a tenth of the rate", choices=OPTIMIZERS
+        None, "switch to this optimizer, at a tenth of the rate", choices=OPTIMIZERS
     )
     switch_at: int | None = setting(
-        None, "the step that does so (default after half of all steps)", limit=AT_LEAST_1
+        None, "the step at which to switch (default after half of all steps)", limit=AT_LEAST_1
     )
     sparse: bool = setting(
         False,
@@ -95,8 +95,8 @@ class OptimisationOptions:
     )
     sharded: bool = setting(
         False,
-        "spread the entities over the processes of torchrun, by TorchRec, as emu-train does where "
-        "these are several; then triples share sets of negatives, if not told otherwise",
+        "spread the entities over the processes of torchrun, by TorchRec (default if there are "
+        "several); triples then share sets of negatives, unless rows_per_set is given",
     )
     regularization: float | None = setting(
         None,
@@ -107,7 +107,7 @@ class OptimisationOptions:
         + "; otherwise 0)",
         limit=AT_LEAST_0,
     )
-    seed: int = setting(0, "repeats a run exactly, on the same device and versions")
+    seed: int = setting(0, "the same seed repeats a run exactly, on the same device and versions")
 
 
 @dataclass(frozen=True)
@@ -121,15 +121,15 @@ class RunningOptions:
         "stop after this many validations in a row without a better one (default never)",
         limit=AT_LEAST_1,
     )
-    tracker: str | None = setting(None, "log the metrics there, too", choices=TRACKERS)
-    tsv: bool = setting(False, "write the embeddings as text, too, for other programs")
+    tracker: str | None = setting(None, "where to log the metrics as well", choices=TRACKERS)
+    tsv: bool = setting(False, "also write the embeddings as text, for other programs")
     log_every: int = setting(100, "steps between lines in metrics.jsonl", limit=AT_LEAST_1)
     device: str = setting("cpu", "cpu, cuda, cuda:1, ...; emu-train looks for cuda first")
     backend: str | None = setting(None, "kernels to use (default the fastest that can run)")
 
 
-# Settings that --resume may change. None changes a step's numbers, but each device's generator
-# draws its own, and the rate is for a run that went wrong.
+# Settings that --resume may change. They do not change what a step computes, except device, whose
+# generator draws other numbers, and lr, which is meant for a run that went wrong.
 ADJUSTABLE = (*(f.name for f in fields(RunningOptions)), "lr")
 
 
@@ -188,7 +188,7 @@ class Config(
 
     @property
     def layout(self) -> Layout:
-        """Of the data's files."""
+        """The layout of the data's files."""
         columns, weight = tuple(self.columns.split(",")) if self.columns else (), self.weight_column
         if weight is not None:
             columns = columns or (("1", "2", "3") if weight.isdecimal() else PARTS)
@@ -212,7 +212,7 @@ class Config(
             )
         if self.dataset is not None and (columns or self.numbered):
             raise ConfigError(
-                "columns, weight_column and numbered are of data, not of a dataset by name"
+                "columns, weight_column and numbered are for data, not for a dataset by name"
             )
 
     @property
@@ -222,25 +222,25 @@ class Config(
 
     @property
     def draws_masks(self) -> bool:
-        """Whether the mutation rate is one of drawn masks, and not of the closed form."""
+        """Whether the mutation rate is that of drawn masks, not of the closed form."""
         return LOSSES[self.loss].masks and not self.over_all
 
     def _check_options(self) -> None:
-        """Whether the models' own settings are those of this model."""
+        """Check that no settings of other models are given."""
         for other, model in SCORERS.items():
             for name in set(model.options) - set(SCORERS[self.model].options):
                 if getattr(self, name) is not None:
                     raise ConfigError(f"{name} must be left out: it is a setting of {other}")
 
     def _check_inverse(self) -> None:
-        """Whether batches of inverse relations can be trained on."""
+        """Check that this run can train on batches with inverse relations."""
         if not self.inverse_relations:
             raise ConfigError(f"corruption {self.corruption!r} needs inverse_relations")
         if self.subsampling:
             raise ConfigError(f"subsampling: corruption {self.corruption!r} has no weights")
 
     def _settle_schedule(self) -> None:
-        """Store what the schedule takes from the steps, which --resume may change later."""
+        """Store what the schedule derives from the steps, as --resume may change these later."""
         if self.decay_steps is None and self.schedule != "constant":
             steps = self.steps if self.schedule == "cosine" else math.ceil(self.steps / 3)
             object.__setattr__(self, "decay_steps", steps)
@@ -252,15 +252,15 @@ class Config(
             raise ConfigError("switch_at needs switch_to, the optimizer to go on with")
 
     def _check_all(self) -> None:
-        """Whether the negatives of this run's loss can be all entities."""
+        """Check that the negatives of this run can be all entities."""
         takers = [name for name, loss in LOSSES.items() if loss.takes_all]
         if self.loss not in takers:
             raise ConfigError(f"negatives: all needs a loss among {', '.join(takers)}")
         if self.rows_per_set > 1 or self.sampler != "uniform":
-            raise ConfigError("negatives: all leaves nothing to sampler and rows_per_set")
+            raise ConfigError("negatives: all does not go with sampler and rows_per_set")
 
     def _check_sharded(self) -> None:
-        """Whether the entities can be in parts on several processes."""
+        """Check that the entities can be spread over several processes."""
         if self.model not in MODELS:
             raise ConfigError(f"sharded: {self.model} has no table of entities to spread")
         for name in ("init_entities", "switch_to"):
@@ -275,7 +275,7 @@ class Config(
         self._check_sparse("sharded")
 
     def _check_sparse(self, what: str) -> None:
-        """Whether a step of this run touches few entities, and in a way that can be sparse."""
+        """Check that a step of this run touches only some entities and can be sparse."""
         for name in (self.optimizer, self.switch_to):
             if name not in ("Adagrad", "RowwiseAdagrad", None):
                 raise ConfigError(f"{what} needs Adagrad: {name} moves every entity each step")
@@ -294,7 +294,7 @@ class Config(
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Config:
-        """Read :meth:`to_json`'s result; a setting that it lacks has its default.
+        """Read :meth:`to_json`'s result; a setting that is missing gets its default.
 
         Raises:
             ConfigError: a setting is unknown or cannot work.

@@ -1,7 +1,7 @@
 """Triples and their vocabularies.
 
-Names are numbered in the order of their characters, integers too: 0, 1, 10, 2. Ids that a file
-has already are kept.
+Names are numbered in the order of their characters, also if they are integers: 0, 1, 10, 2. If a
+file already holds ids, they are kept.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ DIRECTIONS: tuple[Direction, Direction] = ("tail", "head")
 PARTS = ("head", "relation", "tail")
 
 KINDS = ("1-1", "1-n", "n-1", "n-n")  # of relations (Bordes et al., 2013): heads - tails
-MANY = 1.5  # tails a head, or heads a tail, from which on it is "n"
+MANY = 1.5  # the mean number of tails per head, or heads per tail, from which on it is "n"
 
 NamedTriple = tuple[str, str, str]
 Columns = Sequence[pyarrow.ChunkedArray]  # head, relation, tail, perhaps their weight
@@ -49,12 +49,12 @@ class Graph:
     entities: Sequence[str]
     relations: Sequence[str]
     triples: dict[str, Tensor]  # split -> (M, 3) int64: head, relation, tail
-    notes: tuple[str, ...] = ()  # what was not read as it stands in the files
+    notes: tuple[str, ...] = ()  # what was left out of the files
     weights: Tensor | None = None
-    """(M,) fp32, of the training triples in the loss; None is all alike."""
+    """(M,) fp32, of the training triples in the loss; None: all are equal."""
 
     inductive: Graph | None = None
-    """The graph to test on, of entities of its own and the same relations: its test triples are to
+    """The graph to test on, with its own entities and the same relations: its test triples are to
     be predicted from its train triples."""
 
     def __post_init__(self) -> None:
@@ -66,7 +66,7 @@ class Graph:
 
     @classmethod
     def from_names(cls, splits: dict[str, list[NamedTriple]]) -> Graph:
-        """:meth:`from_columns` of Python's own strings."""
+        """:meth:`from_columns` for Python strings."""
         return cls.from_columns(
             {
                 split: [
@@ -90,13 +90,13 @@ class Graph:
         stay as initialised, and their triples are ranked like all others. See :meth:`unseen`.
 
         Args:
-            splits: strings, or integers that are ids from 0 and are kept; their names are their
+            splits: strings, or integers, which are kept as ids from 0 and whose names are their
                 digits. Training triples may have weights, finite and at least 0.
-            relations: another graph's, which have all that are there.
+            relations: those of another graph, which include all relations of this one.
 
         Raises:
-            DataError: a name has a tab, a line's end or a NUL in it, which the files of a run
-                could not hold; an id is negative; all weights are 0.
+            DataError: a name contains a tab, a line end or a NUL, which the files of a run could
+                not hold; an id is negative; all weights are 0.
         """
         chosen = [splits[split] for split in SPLITS]
         number = _keep if pyarrow.types.is_integer(chosen[0][0].type) else _number
@@ -120,8 +120,8 @@ class Graph:
     def hold_out(self, share: float, seed: int) -> Graph:
         """A graph with `share` of the training triples as validation, and as many as test.
 
-        They are drawn by `seed` among those that leave an entity and a relation each a triple to
-        be trained on, and that no other repeats. Where these are fewer, half of them each.
+        They are drawn by `seed` among the triples that occur once and can be left out so that every
+        entity and relation keeps a training triple. If these are too few, each split gets half.
 
         Raises:
             DataError: there are none.
@@ -138,7 +138,7 @@ class Graph:
             (train[order, ::2], self.num_entities),
             (train[order, 1:2], self.num_relations),
         ):
-            first = torch.full((size,), len(train))  # where each is met first stays in training
+            first = torch.full((size,), len(train))  # each one's first triple stays in training
             at = torch.arange(len(train)).unsqueeze(1).expand_as(columns)
             first.scatter_reduce_(0, columns.flatten(), at.flatten(), "amin")
             free[first[first < len(train)]] = False
@@ -147,8 +147,8 @@ class Graph:
         if not count:
             raise DataError(
                 f"no triples can be held out: share {share:g} of {len(train):,}, of which "
-                f"{len(drawn):,} leave their entities and relations others; give files of their "
-                "own for validation and test"
+                f"{len(drawn):,} leave other triples to their entities and relations; give "
+                "separate files for validation and test"
             )
         kept = torch.ones(len(train), dtype=torch.bool)
         kept[drawn[: 2 * count]] = False
@@ -161,7 +161,7 @@ class Graph:
         return replace(self, triples=triples, weights=weights)
 
     def of_split(self, split: str) -> Graph:
-        """The graph whose entities the triples of a split are about."""
+        """The graph that the triples of a split belong to."""
         return self.inductive if split == "test" and self.inductive is not None else self
 
     @property
@@ -174,10 +174,10 @@ class Graph:
 
     @cached_property
     def relation_kinds(self) -> Tensor:
-        """(R,) int64: the place of each relation's kind in :data:`KINDS`; "1-1" without triples.
+        """(R,) int64: the index of each relation's kind in :data:`KINDS`; "1-1" without triples.
 
-        A relation has many tails where a pair of a head and the relation has :data:`MANY` or more
-        on average, over the triples of all splits, and many heads likewise.
+        A relation has many tails if its heads have :data:`MANY` or more of them on average, over
+        the triples of all splits, and many heads likewise.
         """
         size, count = self.num_entities, self.num_relations
         head, relation, tail = torch.cat([self.triples[split] for split in SPLITS]).T
@@ -202,7 +202,7 @@ class Graph:
         return int((~seen).sum())
 
     def summary(self) -> str:
-        """Lines for a person: sizes, and how many triples are unseen in training."""
+        """Sizes, and how many triples hold something unseen in training, as text."""
         sizes = ", ".join(f"{len(self.triples[split]):,} {split}" for split in SPLITS)
         unseen = [
             f"\n{count:,} of the {split} triples hold an entity or relation unseen in training: "
@@ -220,10 +220,10 @@ class Graph:
         )
 
     def doubts(self) -> list[str]:
-        """What is probably not meant in this graph: a line for each kind, with its count.
+        """What is probably a mistake in this graph: a line for each kind, with its count.
 
         Names that differ only by blanks or in Unicode's composition are different entities;
-        headers are triples; evaluation triples that are trained on are ranked nearly for free.
+        headers are read as triples; evaluation triples that are also trained on rank too well.
         """
         lines = [*self.notes]
         for kind, names in (("entities", self.entities), ("relations", self.relations)):
@@ -241,7 +241,7 @@ class Graph:
             if later.any():
                 lines.append(
                     f"{_some(int(later.sum()), kind)} with a name that looks like another's, "
-                    f"composed otherwise in Unicode: {composed[int(later.argmax())].as_py()!r}"
+                    f"composed differently in Unicode: {composed[int(later.argmax())].as_py()!r}"
                 )
         if header := self._header():
             lines.append(
@@ -270,8 +270,8 @@ class Graph:
         return (head * self.num_relations + relation) * self.num_entities + tail
 
     def _header(self) -> list[str]:
-        """The splits whose first line has a relation that only first lines have, and that is
-        either the same in several files or a word for a relation.
+        """The splits whose first line seems to be a header: its relation occurs in first lines
+        only, and either in those of several files or it is a usual word for a relation.
         """
         first = {split: int(x[0, 1]) for split, x in self.triples.items() if len(x)}
         uses = torch.cat([x[:, 1] for x in self.triples.values()]).bincount()
@@ -286,7 +286,7 @@ class Graph:
     def _columns_differ(self) -> str:
         """Why the second column seems to hold entities; empty if it does not."""
         relations = _array(self.relations)
-        if pc.all(pc.utf8_is_decimal(relations)).as_py():  # which may number both from 0
+        if pc.all(pc.utf8_is_decimal(relations)).as_py():  # entities may have the same numbers
             tails = len(torch.cat([x[:, 2] for x in self.triples.values()]).unique())
             many = self.num_relations > 2 * tails
             return f"{self.num_relations:,} relations, but only {tails:,} tails" if many else ""
@@ -308,7 +308,7 @@ def _number(columns: Columns) -> tuple[Names, list[Tensor]]:
     """The names of all columns in sorted order, and each column as ids."""
     whole = pyarrow.chunked_array([x for column in columns for x in column.chunks], _STRING)
     encoded = whole.dictionary_encode()
-    names = encoded.chunk(0).dictionary  # of all chunks
+    names = encoded.chunk(0).dictionary  # all chunks share it
     odd = names.filter(pc.match_substring_regex(names, "[\\t\\n\\x00]"))
     if len(odd):
         raise DataError(f"names may hold no tab, line end or NUL: {odd[0].as_py()!r}")
@@ -320,13 +320,13 @@ def _number(columns: Columns) -> tuple[Names, list[Tensor]]:
 
 
 def _places(column: pyarrow.ChunkedArray, names: Sequence[str]) -> Tensor:
-    """Of each value of a column the place in the names, which have it."""
+    """The index of each value of a column in the names, which include all of them."""
     places = pc.index_in(column.cast(pyarrow.large_string()), value_set=_array(names))
     return torch.from_numpy(places.to_numpy().astype(numpy.int64))
 
 
 def _keep(columns: Columns) -> tuple[Names, list[Tensor]]:
-    """Ids as they are, and digits as names of all up to the largest."""
+    """The names 0, 1, ... up to the largest id, as digits, and each column's ids as they are."""
     ids = [torch.from_numpy(column.to_numpy().astype(numpy.int64)) for column in columns]
     whole = torch.cat(ids)
     low, high = whole.aminmax()
@@ -349,6 +349,6 @@ def split_triples(triples: Tensor, direction: Direction) -> tuple[Tensor, Tensor
 
 
 def with_inverses(triples: Tensor, num_relations: int) -> Tensor:
-    """(2M, 3): the triples (M, 3), then each of them the other way, its relation R higher."""
+    """(2M, 3): the triples (M, 3), then each of them reversed, with the relation's id plus R."""
     head, relation, tail = triples.T
     return torch.cat([triples, torch.stack([tail, relation + num_relations, head], dim=1)])

@@ -1,7 +1,7 @@
-"""Training with the entities in parts on the processes of ``torchrun``, by TorchRec.
+"""Training with the entities spread over the processes of ``torchrun``, by TorchRec.
 
-Each process draws the joint batch, which costs little, and trains on its part of it; relations are
-on all, and the first process alone writes and prints. The numbers are those of one process, up to
+Each process draws the joint batch, which costs little, and trains on its part of it. Every process
+has all relations; only the first one writes and prints. The numbers are those of one process, up to
 rounding. See docs/distributed.md.
 """
 
@@ -43,10 +43,10 @@ _BLOCK = 1 << 14  # rows whose initial values are drawn at once
 
 @contextmanager
 def group(config: Config) -> Iterator[None]:
-    """The processes of torchrun as a group, unless there is one; a group of one without torchrun.
+    """Make the processes of torchrun a group, if there is none; without torchrun, a group of one.
 
     Raises:
-        ConfigError: the settings do not fit their number.
+        ConfigError: the settings do not fit the number of processes.
     """
     processes, sets = int(os.environ.get("WORLD_SIZE", 1)), config.batch_size // config.rows_per_set
     if sets < processes:
@@ -80,7 +80,7 @@ def group(config: Config) -> Iterator[None]:
 
 
 class Onlooker(RunFolder):
-    """The run folder in the processes that leave writing to the first one."""
+    """The run folder in all processes except the first: it writes nothing."""
 
     def _nothing(self, *_: Any, **__: Any) -> None:
         pass
@@ -93,7 +93,7 @@ def first_makes(make: Callable[[], tuple[RunFolder, Graph]]) -> tuple[RunFolder,
     """A run folder and its graph, which the first process makes and the others read.
 
     Raises:
-        TrainerError: that of the first process, in all of them.
+        TrainerError: the first process's error, in all of them.
     """
     made = None
     told: list[Any] = [None]
@@ -113,21 +113,21 @@ def first_makes(make: Callable[[], tuple[RunFolder, Graph]]) -> tuple[RunFolder,
 
 
 def anywhere(flag: bool) -> bool:
-    """Whether a flag, which all processes give, is true in one."""
+    """Whether the flag is true in any process; all processes must call it."""
     one = torch.tensor(float(flag))
     dist.all_reduce(one, op=dist.ReduceOp.MAX)
     return bool(one)
 
 
 class _SharedEvent(threading.Event):
-    """Is set where it is in any process; all ask together."""
+    """An event that is set if it is set in any process; all must ask together."""
 
     def is_set(self) -> bool:
         return anywhere(super().is_set())
 
 
 class ShardedEvaluator(Evaluator):
-    """Each process asks for its part of the triples, and all score."""
+    """Each process makes the queries of its part of the triples; all processes score them."""
 
     def __init__(self, entities: ShardedEntities, model: Model, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -165,7 +165,7 @@ class ShardedTrainer(Trainer):
     """A run of all processes of the group, which call its methods together.
 
     Attributes:
-        entities: the table, of which the model has none.
+        entities: the table of entities, which the model does not have.
     """
 
     entities: ShardedEntities
@@ -178,7 +178,7 @@ class ShardedTrainer(Trainer):
         super().__init__(replace(config, sparse=False, tracker=tracker), graph, run)
 
     def _new_model(self) -> Model:
-        """With the values of one process: all are drawn, and those of other parts left."""
+        """With the initial values of a run in one process: draws all, and skips other parts."""
         config, size = self.config, self.graph.num_entities
         with torch.device("meta"):
             shape = new_model(config, self.graph)
@@ -216,7 +216,7 @@ class ShardedTrainer(Trainer):
         (rate,) = {group["lr"] for group in self.optimizer.param_groups}
         if entities.lr != rate:
             entities.lr = rate
-        sets = entities.part(len(negative))  # with their rows
+        sets = entities.part(len(negative))  # this process's sets of negatives, with their rows
         own = slice(sets.start * config.rows_per_set, sets.stop * config.rows_per_set)
         rows = entities.fetch(batch.given[own], batch.positive[own], negative[sets])
         given, positive, negative = rows.ids
@@ -244,7 +244,7 @@ class ShardedTrainer(Trainer):
         if self.run is None:
             return
         shards.save(self.run.shards(self.step), self.entities)
-        super().save()  # of this step now
+        super().save()  # the checkpoint that refers to these shards
         if self._is_first:
             kept = {self.run.shards(step) for step in (self.step, self.best_step)}
             for folder in {*self.run.path.glob("shards-*")} - kept:
@@ -256,8 +256,8 @@ class ShardedTrainer(Trainer):
         shards.load(self.run.shards(self.step), self.entities)
 
     def best_model(self) -> Model:
-        """This trainer's, with the values of the best validation."""
-        dist.barrier()  # until the first process has written
+        """This trainer's model, with the values of the best validation."""
+        dist.barrier()  # until the first process has written them
         if self.run is not None and self.run.best_file.exists():
             tensors, state = checkpoint.load(self.run.best_file)
             restore_model(self.model, tensors, self.run.best_file)
@@ -265,7 +265,7 @@ class ShardedTrainer(Trainer):
         return self.model
 
     def whole_model(self) -> Scorer | None:
-        """In the first process. Its table is mapped from a file, and never in memory as a whole."""
+        """The model, in the first process; its table is mapped from a file, never loaded whole."""
         assert self.run is not None
         return self.run.load_model(self.graph)[0] if self._is_first else None
 

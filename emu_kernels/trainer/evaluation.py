@@ -2,10 +2,10 @@
 
 For each triple the true tail is ranked among all entities by φ of (h, r, ?), then the true head by
 φ of (?, r, t). Other entities that are known to be true, in any split, are left out. Ties count as
-the mean of the optimistic and the pessimistic rank, so a model that scores all alike gains nothing.
+the mean of the optimistic and the pessimistic rank, so that equal scores for all gain nothing.
 
-For large graphs a sample of the triples is ranked, or each triple among candidates drawn for it, as
-in ogbl-wikikg2 (Hu et al., 2020). Ranks among candidates compare only with others among as many.
+For large graphs a sample of the triples can be ranked, or each triple among candidates drawn for
+it, as in ogbl-wikikg2 (Hu et al., 2020). Such ranks compare only with ranks among as many.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from .models import Model, Score, Scorer, is_finite
 from .settings import AT_LEAST_1, setting
 
 _CHUNK_BYTES = 8 << 20  # scores of one chunk: small enough to stay in a CPU's cache
-_QUERIES = 32  # at least, in spite of that: a matrix product is at its speed from about here on
-_MOST_BYTES = 512 << 20  # of scores, whatever the number of entities
-_DRAWN = 1 << 20  # candidates of one chunk, where they are drawn
+_QUERIES = 32  # of one chunk, at least, even so: with fewer, matrix products are slower
+_MOST_BYTES = 512 << 20  # of scores of one chunk, whatever the number of entities
+_DRAWN = 1 << 20  # candidates of one chunk, if they are drawn
 
 
 Ranks = dict[Direction, Tensor]
@@ -58,7 +58,7 @@ class Metrics:
 
     @classmethod
     def of(cls, ranks: Ranks) -> Metrics:
-        """Of both directions together."""
+        """The metrics of both directions together."""
         return cls.from_ranks(torch.cat(list(ranks.values())))
 
 
@@ -71,24 +71,24 @@ class EvaluationOptions:
 
     metric: str = setting(
         "mrr",
-        "of the validation, decides which model is best",
+        "the validation metric that decides which model is best",
         choices=METRICS,
     )
     eval_triples: int | None = setting(
         None,
-        "rank a sample of so many triples of validation and of test (default all)",
+        "rank a sample of so many triples in validation, and in the test (default all)",
         limit=AT_LEAST_1,
     )
     eval_candidates: int | None = setting(
         None,
-        "rank each triple among so many entities drawn for each side, those known to be true left "
-        "out, as OGB does (default among all)",
+        "rank each triple among so many entities, drawn for each side without those known to be "
+        "true, as OGB does (default among all)",
         limit=AT_LEAST_1,
     )
 
     @property
     def ranked(self) -> str:
-        """In words, with commas before."""
+        """What is ranked, in words that begin with a comma; empty for all."""
         triples = f", a sample of {self.eval_triples:,} triples" if self.eval_triples else ""
         among = f", among {self.eval_candidates:,} drawn entities" if self.eval_candidates else ""
         return triples + among
@@ -104,7 +104,7 @@ class Stopped(Exception):
 
 
 class Evaluator:
-    """Ranks triples of a graph; keeps the filter, so make one and use it often.
+    """Ranks triples of a graph. It keeps the filter of known triples, so use one for all calls.
 
     Args:
         options: what is ranked, and among what.
@@ -130,13 +130,14 @@ class Evaluator:
     def evaluate(
         self, model: Scorer, split: str, stop: Callable[[], bool] = lambda: False
     ) -> Metrics:
-        """Both directions over a split; the test split of the graph to test on, if there is one.
+        """The metrics of a split, in both directions; "test" is that of the graph to test on, if
+        there is one.
 
         Args:
-            stop: asked between chunks whether to give up.
+            stop: asked between chunks whether to stop.
 
         Raises:
-            Stopped: it said so.
+            Stopped: ``stop`` said so.
             TrainingError: the model holds a value that is not finite; its ranks would mean nothing.
         """
         return Metrics.of(self.split_ranks(model, split, stop))
@@ -245,8 +246,9 @@ class Evaluator:
         row = torch.repeat_interleave(offsets.diff())
         known = scores[row, answer]  # (P,)
 
-        # Count all entities that score at least as well, then subtract the known ones. Comparing
-        # into the scores' own type keeps this vectorised; blocks stay in the cache, and are exact.
+        # Count all entities that score at least as well, then subtract the known ones. Comparisons
+        # are written as the scores' dtype, which keeps this vectorised; blocks stay in the cache,
+        # and their sums are exact.
         zero = torch.zeros(len(scores), dtype=torch.float64, device=scores.device)
         better, as_good = zero.clone(), zero.clone()
         for block in scores.split(max(1, _CHUNK_BYTES // (4 * len(scores))), dim=1):

@@ -39,7 +39,7 @@ def head_probability(triples: Tensor, num_relations: int) -> Tensor:
 
 
 class BernoulliBatches:
-    """Training triples, head or tail predicted with the relation's Bernoulli probability.
+    """Training triples; the head is predicted with the relation's Bernoulli probability.
 
     The published method chooses a side for each triple. Here all rows of a batch have one
     direction, so each epoch is split: a triple joins the epoch's head part with probability p of
@@ -58,7 +58,7 @@ class BernoulliBatches:
     - the order within each part is uniformly random, and epochs are independent.
 
     Args:
-        triples: (M, 3) on the device to train on, M > 0, or (M, 4) with their places.
+        triples: (M, 3) on the device to train on, M > 0, or (M, 4) with ``Batch.place``.
         batch_size: B.
     """
 
@@ -107,11 +107,11 @@ class BernoulliBatches:
 
 
 class SubsamplingWeights:
-    """Weights that count frequent triples less, as word2vec's subsampling does in expectation.
+    """Weights that count frequent triples less, like word2vec's subsampling in expectation.
 
     A triple's weight is 1 / √(c(h, r) + c(r, t)), with c the number of training triples that share
-    the pair, plus 3: the counts of the reference trainer of RotatE (Sun et al., ICLR 2019). Pass
-    them to a fused loss as `sample_weight`: like that trainer, it divides by the weights' sum.
+    the pair, plus 3: the counts of RotatE's reference trainer (Sun et al., ICLR 2019). Pass them to
+    a fused loss as `sample_weight`: like that trainer, it divides by the weights' sum.
 
     Args:
         triples: (M, 3), the training triples, on the device to train on.

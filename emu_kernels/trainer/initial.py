@@ -1,4 +1,4 @@
-"""Entities that begin with given vectors, of their descriptions by a language model say."""
+"""Given initial vectors of entities, for example a language model's for their descriptions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def set_entities(model: Model, graph: Graph, file: Path, *, all_needed: bool) ->
         all_needed: refuse a file that lacks an entity, which would keep its random values.
 
     Returns:
-        How many entities have vectors now, how many have none, how many names are of no entity.
+        A text: how many entities got vectors, how many did not, how many names are unknown.
 
     Raises:
         DataError: the file or its vectors do not fit; says what was expected.

@@ -55,7 +55,7 @@ class Trainer:
         run: where to write; None keeps everything in memory.
 
     Attributes:
-        tracker: is given each line of metrics, too (:mod:`emu_kernels.trainer.trackers`).
+        tracker: also given each line of metrics (:mod:`emu_kernels.trainer.trackers`).
     """
 
     tracker: Log | None = None
@@ -125,9 +125,9 @@ class Trainer:
         """Train until step `until` (default: the config's steps), evaluating and saving on the way.
 
         Ctrl-C or SIGTERM stops it after the current step and a checkpoint, a second one at once.
-        Each validation comes after a checkpoint. One that was stopped is made up for by the resumed
-        run.
-        Validations that bring nothing better end it early if the config has a patience.
+        A checkpoint is written before each validation; if the validation is stopped, the resumed
+        run does it first. With a patience in the config, training ends early after so many
+        validations without a better one.
 
         Returns:
             Whether it reached `until` or lost patience; False after Ctrl-C.
@@ -138,7 +138,7 @@ class Trainer:
         """
         config = self.config
         until = config.steps if until is None else until
-        whole = True  # whether the last validation was
+        whole = True  # whether the last validation was not stopped
         bar = tqdm(
             total=until * config.batch_size,
             initial=self.step * config.batch_size,
@@ -176,12 +176,12 @@ class Trainer:
         return (self.step >= until and whole) or self.out_of_patience
 
     def _due(self, until: int) -> bool:
-        """Whether there is a validation after this step."""
+        """Whether a validation follows the current step."""
         return self.step % self.config.eval_every == 0 or self.step == until
 
     @property
     def out_of_patience(self) -> bool:
-        """Whether as many validations as the config's patience brought nothing better."""
+        """Whether as many validations as the config's patience brought no better model."""
         return self.config.patience is not None and self.waited >= self.config.patience
 
     def _train_step(self) -> None:
@@ -220,7 +220,7 @@ class Trainer:
     ) -> Tensor:
         """The loss of a model with embeddings, after its backward pass."""
         config, known = self.config, self._known
-        # The query's rows are detached: their (B, D) gradient is added to the table's below, while
+        # The query's rows are detached, and their (B, D) gradient is added to the table's below:
         # autograd would allocate a second (N, D) buffer for it.
         trained = model.entity.requires_grad
         rows = model.entity.detach()[batch.given].requires_grad_(trained)
@@ -271,7 +271,7 @@ class Trainer:
         return f": emu-train --resume {self.run.path} --lr {lr} (the last checkpoint: {saved})"
 
     def _tell_time(self, seconds: float, until: int) -> None:
-        """Say how long the rest takes, by the steps so far."""
+        """Say how long the rest will take, from the time of the steps so far."""
         left = duration(seconds / STEPS_BEFORE_ESTIMATE * (until - self.step))
         tqdm.write(
             f"{STEPS_BEFORE_ESTIMATE} steps took {seconds:.3g} s: about {left} for the other "
@@ -293,7 +293,7 @@ class Trainer:
             self.tracker(record)
 
     def _validate(self, loss: float, stop: threading.Event) -> bool:
-        """Whether it came to its end; False if it was asked to stop."""
+        """Validate, and write what it finds. Returns whether it was not stopped."""
         if len(self.graph.triples["valid"]) == 0:
             return True
         try:
@@ -302,13 +302,13 @@ class Trainer:
             return False
         record = {"step": self.step, "split": "valid", **vars(metrics)}
         is_best = self._count(record)
-        if self.run and is_best:  # before the line that says so
+        if self.run and is_best:  # before the log line, from which a resumed run takes the best
             self.run.save(self.run.best_file, self._model_tensors(), record)
         self._log(record)
         if self.run:
             self._plot()
         marker = " (best)" if is_best else ""
-        shown = "" if math.isnan(loss) else f"loss {loss:.4f}, "  # not where a run is resumed
+        shown = "" if math.isnan(loss) else f"loss {loss:.4f}, "  # NaN: the run was resumed here
         tqdm.write(
             f"step {self.step}: {shown}validation MRR {metrics.mrr:.4f}{marker}, "
             f"Hits@10 {metrics.hits_at_10:.4f}, {self.seconds:.0f} s",
@@ -317,7 +317,7 @@ class Trainer:
         return True
 
     def _count(self, record: dict[str, Any]) -> bool:
-        """Take note of a validation; whether it is the best."""
+        """Update the best validation and the patience. Returns whether this one is the best."""
         metric = self.config.metric
         is_best = self.best is None or is_better(metric, record[metric], self.best[metric])
         self.waited = 0 if is_best else self.waited + 1
@@ -326,7 +326,7 @@ class Trainer:
         return is_best
 
     def save(self) -> None:
-        """Write the last checkpoint, unless the model is spoilt."""
+        """Write the last checkpoint, unless the model holds values that are not finite."""
         if self.run is None:
             return
         if not self._is_finite():
@@ -382,13 +382,13 @@ class Trainer:
         return self.best["step"] if self.best else self.step
 
     def best_model(self) -> Scorer:
-        """The model of the best validation, or the current one if nothing was written."""
+        """The model of the best validation, or the current one if no best model was written."""
         if self.run is None or not self.run.best_file.exists():
             return self.model
         return self.run.load_model(self.graph)[0].to(self.device)
 
     def finish(self) -> Ranks | None:
-        """The best model's ranks of the test split, if there is one; notes their metrics."""
+        """The best model's ranks of the test split, None without one; logs their metrics."""
         if len(self.graph.of_split("test").triples["test"]) == 0:
             return None
         ranks = self.evaluator.split_ranks(self.best_model(), "test")
@@ -402,11 +402,11 @@ class Trainer:
         return ranks
 
     def whole_model(self) -> Scorer | None:
-        """The best model with all its parameters; None in a process that leaves it to another."""
+        """The best model with all its parameters; None except in the first process."""
         return self.best_model()
 
     def export(self) -> Scorer | None:
-        """Write the best model's embeddings, if it has any; the model, as :meth:`whole_model`."""
+        """Write the best model's embeddings, if it has any. Returns :meth:`whole_model`."""
         assert self.run is not None
         model = self.whole_model()
         if isinstance(model, Model):
@@ -418,14 +418,14 @@ class Trainer:
 
 
 def duration(seconds: float) -> str:
-    """In the unit that suits it."""
+    """Seconds as text, in a suitable unit."""
     if seconds < 100:
         return f"{seconds:.2g} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def settle(config: Config) -> Config:
-    """The config with its backend's name, after a check that device and backend can run here.
+    """The config with the name of its backend, after a check that device and backend can run here.
 
     Raises:
         ConfigError: they cannot, or the tracker is not installed; says why.
@@ -441,7 +441,7 @@ def settle(config: Config) -> Config:
 
 
 def check_graph(config: Config, graph: Graph) -> None:
-    """Raises: ConfigError: the model cannot be tested on the graph's second one."""
+    """Raises: ConfigError: the model cannot be tested on the graph's second graph."""
     if graph.inductive is not None and config.model in MODELS:
         raise ConfigError(
             f"{config.model} has no embeddings for the entities of a second graph, to test on; "
@@ -471,7 +471,7 @@ def stop_signals(stop: threading.Event) -> Iterator[threading.Event]:
         # Not through sys.stderr: the signal may have come in the middle of a write to it.
         os.write(2, b"\nstopping after this step; once more to stop at once\n")
 
-    if threading.current_thread() is threading.main_thread():  # no other may set handlers
+    if threading.current_thread() is threading.main_thread():  # other threads may set no handlers
         previous |= {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop

@@ -48,11 +48,11 @@ class Compared(Protocol):
         """L_van."""
 
     def scores(self) -> EmuScores:
-        """Of positives and negatives as they are, with the margin of a distance."""
+        """Scores of positives and unmutated negatives; those of a distance plus the margin."""
 
 
 class Step(NamedTuple):
-    """The inputs of a loss, of a model that has embeddings of entities."""
+    """The inputs of a loss, for a model that has embeddings of entities."""
 
     config: Config
     model: Model
@@ -62,8 +62,8 @@ class Step(NamedTuple):
     negative: Tensor  # (G, K), G dividing B; −1 is padding; K = 0 where all entities are negatives
     sample_weight: Tensor | None  # (B,); the loss is their weighted mean
     seed: int  # of the masks
-    known: tuple[Tensor, Tensor] | None = None  # of all entities those that are no negatives
-    row_offset: int = 0  # of the first row in the batch that is drawn masks for
+    known: tuple[Tensor, Tensor] | None = None  # entities that are not negatives, if all others are
+    row_offset: int = 0  # of the first row, in the joint batch of all processes
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -73,7 +73,7 @@ class Step(NamedTuple):
 
     @property
     def of_all_entities(self) -> dict[str, Any]:
-        """Those of them that one_vs_all_loss takes too."""
+        """Those of :attr:`arguments` that one_vs_all_loss takes too."""
         return {
             "query": self.query.vector,
             "table": self.table,
@@ -84,7 +84,7 @@ class Step(NamedTuple):
 
     def emu(self, mutation_rate: float | Mixup | Expected) -> Tensor:
         unit = self.config.mask_unit
-        if isinstance(mutation_rate, Expected):  # where the model says what a unit is
+        if isinstance(mutation_rate, Expected):  # which takes the unit from the similarity
             unit = mask_unit(pairs=SIMILARITIES[self.model.similarity].coupled)
         options: dict[str, Any] = {
             "mutation_rate": mutation_rate,
@@ -114,9 +114,9 @@ class Loss(Choice):
 
     function: Callable[[Any], Tensor]
     regularized: bool  # by default, like the models' baselines in EMU's paper
-    all_entities: bool  # its negatives are all entities, whatever the setting
+    all_entities: bool  # its negatives are always all entities, whatever the setting
     takes_all: bool  # its negatives can be all entities
-    masks: bool  # it draws masks by the mutation rate, where it samples negatives
+    masks: bool  # it draws masks by the mutation rate if negatives are sampled
 
     def __call__(self, step: Compared) -> Tensor:
         return self.function(step)
@@ -149,7 +149,7 @@ class LossOptions:
     loss: str = setting("emu", "what a step minimises", choices=LOSSES)
     mutation_rate: float = setting(
         0.61,
-        "share of components taken from the positive; of masks in steps of 1/256",
+        "share of components taken from the positive; masks have it in steps of 1/256",
         limit=SHARE,
         show=lambda rate, config: (
             f"{effective_rate(rate):.4f}" if config.draws_masks else f"{rate:g}"
@@ -168,7 +168,7 @@ class LossOptions:
     beta: float = setting(0.53, "label of a mutated negative", limit=AT_LEAST_0)
     alpha: float = setting(0.11, "weight of the vanilla term beside EMU", limit=AT_LEAST_0)
     adversarial_temperature: float = setting(
-        1.0, "of selfadv; 0 weights all negatives alike", limit=AT_LEAST_0
+        1.0, "of selfadv; 0 gives all negatives equal weights", limit=AT_LEAST_0
     )
 
 
@@ -176,7 +176,7 @@ class LossOptions:
 def emu(step: Compared) -> Tensor:
     """Embedding mutation under unbounded label smoothing (Takamoto et al., 2025).
 
-    No masks can be drawn for all entities: there it is the closed form.
+    If the negatives are all entities, it is in closed form, as no masks can be drawn for these.
     """
     rate = step.config.mutation_rate
     return step.emu(Expected(rate) if step.config.over_all else rate)
@@ -209,8 +209,8 @@ def softmax(step: Compared) -> Tensor:
 def selfadv(step: Compared) -> Tensor:
     """−log σ(γ + s⁺) − Σ_k p_k log σ(−γ − s⁻_k), p = softmax(temperature · s⁻) without gradient.
 
-    RotatE's equation 6 (arXiv 1902.10197), with distances −s. As in the authors' program, the dot
-    product has no γ, which belongs to a distance. A row without negatives keeps its first term.
+    RotatE's equation 6 (arXiv 1902.10197), with distances −s. As in the authors' program, there is
+    no margin γ with the dot product. A row without negatives has the first term only.
     """
     scores = step.scores()
     real = scores.negative != float("-inf")

@@ -1,7 +1,7 @@
 """Models: a query from an entity and a relation, and the similarity that compares it.
 
-A model scores φ(query, candidate), where the query is all of the model except the entity that is
-predicted. Only φ over many candidates takes long, and the kernels compute it. A model here is a
+A model's score is φ(query, candidate), where the query is all of the score except the entity that
+is predicted. Only φ over many candidates takes long, and the kernels compute it. A model here is a
 table of entities, a table of relations, and a small piece of ordinary PyTorch between them.
 """
 
@@ -37,25 +37,25 @@ class Query(NamedTuple):
 
 
 Score = Callable[[Tensor, Tensor, Direction], Tensor]
-"""Scores (Q, N) of all entities for entities and relations (Q,) that are given."""
+"""Scores (Q, N) of all entities, for given entities and relations (Q,)."""
 
 SCORERS: dict[str, type[Scorer]] = {}
 MODELS: dict[str, type[Model]] = {}
-"""Those of the scorers that have embeddings of entities."""
+"""The scorers that have embeddings of entities."""
 
 
 class Scorer(nn.Module):
-    """What checks, evaluation and predictions know of a model.
+    """A model, as checks, evaluation and predictions use it.
 
     ``class Name(Scorer, name="Name")`` enters the subclass into :data:`SCORERS`.
     """
 
     norms: ClassVar[tuple[int, ...]] = ()
     regularization: ClassVar[float] = 0.0  # L3, of the model's baseline in EMU's paper
-    keywords: ClassVar[tuple[str, ...]] = ()  # settings that __init__ takes
-    options: ClassVar[tuple[str, ...]] = ()  # settings of its own, which __init__ takes besides
+    keywords: ClassVar[tuple[str, ...]] = ()  # common settings that __init__ takes
+    options: ClassVar[tuple[str, ...]] = ()  # settings of this model only, which __init__ takes too
     without: ClassVar[tuple[str, ...]] = ()  # settings that make no sense with it
-    defaults: ClassVar[dict[str, Any]] = {}  # of emu-train, in the place of the settings' own
+    defaults: ClassVar[dict[str, Any]] = {}  # of emu-train, instead of the settings' own
 
     def __init_subclass__(cls, name: str | None = None) -> None:
         if name is not None:
@@ -71,13 +71,13 @@ class Scorer(nn.Module):
         return {}
 
     def scorer(self, graph: Graph) -> Score:
-        """What scores all entities of a graph; made once for many queries."""
+        """A function that scores all entities of a graph; make it once for many queries."""
         raise NotImplementedError
 
     def comparer(
         self, config: Config, graph: Graph
     ) -> Callable[[Batch, Tensor, Tensor | None, int], Compared]:
-        """What makes a loss's inputs of a batch, its negatives (G, K), weights (B,) and a seed.
+        """A function from a batch, negatives (G, K), weights (B,) and a seed to a loss's inputs.
 
         For models without embeddings: :class:`Model` is trained by :class:`.losses.Step`.
         """
@@ -98,17 +98,17 @@ class Model(Scorer):
         num_relations: R.
         dim: d, the model's dimension; a row may be wider (ComplEx stores 2d reals).
         generator: draws the initial values, U(−(γ+2)/d, (γ+2)/d), on the CPU.
-        margin: γ. A softmax loss depends on it only through these values.
-        norm: p of the distance's p-norm, in models that leave the choice (``norms``).
-        inverse_relations: give each relation a second row, R rows further, for (?, r, t), which is
-            then asked as (t, r⁻¹, ?), as in Lacroix et al. (2018) and Kazemi and Poole (2018).
+        margin: γ. A softmax loss depends on it only through the initial values.
+        norm: p of the distance's p-norm, in models that have the choice (``norms``).
+        inverse_relations: give each relation a second row, R rows further, for (?, r, t), which
+            then becomes (t, r⁻¹, ?), as in Lacroix et al. (2018) and Kazemi and Poole (2018).
     """
 
     entity_width: ClassVar[int] = 1  # reals an entity row holds for each dimension
     relation_width: ClassVar[int] = 1
     keywords = ("margin", "norm", "inverse_relations")
 
-    similarity: str  # φ, by the name the kernels know it by
+    similarity: str  # the kernels' name of φ
     phase_scale: float = 1.0  # κ of φ
     similarity_weights: nn.Parameter | None  # w of φ
 
@@ -150,19 +150,19 @@ class Model(Scorer):
         """The query for (entity, relation, ?) where `direction` is "tail", else for (?, r, e).
 
         Args:
-            entity: (B, D) rows of the entity that is given, as they are in the table.
-            relation: (B, D_r) rows of the relation.
+            entity: (B, D) rows of the given entities, as they are in the table.
+            relation: (B, D_r) rows of the relations.
         """
         raise NotImplementedError
 
     def ask(self, entity: Tensor, relation: Tensor, direction: Direction) -> Query:
-        """:meth:`query` by the relations' ids (B,), where relations may have inverses."""
+        """:meth:`query` by relations' ids (B,), with inverse relations if the model has them."""
         if self.inverse_relations and direction == "head":
             relation, direction = relation + self.num_relations, "tail"
         return self.query(entity, embedding(relation, self.relation), direction)
 
     def candidates(self) -> Tensor:
-        """(N, D): the entities as φ reads them."""
+        """(N, D): the entities as φ takes them."""
         return self.entity
 
     def phi(self, query: Query) -> dict[str, Any]:
@@ -177,8 +177,8 @@ class Model(Scorer):
     def score(self, query: Query, candidates: Tensor) -> Tensor:
         """φ of each query with each candidate (C, D), as (B, C).
 
-        By the operator that trains: it is faster than torch.cdist. Memory is bounded by the result,
-        or with the reference backend by B · ``_CANDIDATES`` · D.
+        Uses the operator of training, which is faster than torch.cdist. Memory is bounded by the
+        result, or with the reference backend by B · ``_CANDIDATES`` · D.
         """
         first = torch.zeros(len(query.vector), dtype=torch.int64, device=candidates.device)
         ids = torch.arange(len(candidates), device=candidates.device).split(_CANDIDATES)
@@ -197,7 +197,7 @@ class Model(Scorer):
 
 
 def is_finite(values: Tensor) -> bool:
-    """Whether all values are finite, without an array of answers."""
+    """Whether all values are finite, without a temporary tensor of their number."""
     if not values.numel():
         return True
     low, high = values.detach().aminmax()
@@ -215,7 +215,7 @@ class ModelOptions:
     )
     dim: int = setting(100, "dimension d", limit=AT_LEAST_1)
     norm: int = setting(
-        1, "p of the distance's p-norm, in models that leave the choice", choices=(1, 2)
+        1, "p of the distance's p-norm, in models that have the choice", choices=(1, 2)
     )
     margin: float = setting(
         24.0,
@@ -223,12 +223,12 @@ class ModelOptions:
         limit=AT_LEAST_0,
     )
     inverse_relations: bool = setting(
-        False, "a second vector for each relation: heads are predicted as its inverse's tails"
+        False, "give each relation an inverse, whose tails are predicted in place of heads"
     )
     init_entities: str | None = setting(
-        None, "a file of vectors by name that entities begin with: .npz or a run's .safetensors"
+        None, "a file of entities' initial vectors, by name: .npz or a run's .safetensors"
     )
-    freeze_entities: bool = setting(False, "leave the entities at these vectors")
+    freeze_entities: bool = setting(False, "do not train the vectors of init_entities")
 
 
 class DotProduct(Model):
@@ -261,7 +261,7 @@ class ComplEx(DotProduct, name="ComplEx"):
 class TransE(Model, name="TransE"):
     """−‖h + r − t‖, the 1-norm or the 2-norm (Bordes et al., 2013).
 
-    With the initial values, and without the constraint ‖entity‖ = 1, of RotatE's reference trainer.
+    As in RotatE's reference trainer: with its initial values, without the constraint ‖entity‖ = 1.
     """
 
     norms = (1, 2)
@@ -288,11 +288,11 @@ class RotatE(Model, name="RotatE"):
 
 
 class PRotatE(Model, name="pRotatE"):
-    """−w Σ_j |sin((h_j + r_j − t_j)/2)|, RotatE with moduli that are all alike (Sun et al., 2019).
+    """−w Σ_j |sin((h_j + r_j − t_j)/2)|, RotatE with equal moduli (Sun et al., 2019).
 
     All rows hold phases, in RotatE's units. w is learned and begins at (γ+2)/(2d), as in the
-    authors' program; there the sine is of the whole difference, here of half, as in the paper:
-    w/2 is then the modulus that all entities share.
+    authors' program. That takes the sine of the whole difference; here, as in the paper, it is of
+    half, so that w/2 is the modulus that all entities share.
     """
 
     similarity = "protate"
@@ -311,8 +311,8 @@ class HAKE(Model, name="HAKE"):
     (Zhang et al., 2020).
 
     An entity's row holds d phases, then d moduli; a relation's d phases, d moduli r_m and d biases
-    r_b, which are cut to [−|r_m|, 1]. As in the authors' program: phases in RotatE's units, r_m
-    begins at 1, r_b at 0, and the weights, which are learned, at w_p = (γ+2)/(2d), w_m = 1.
+    r_b, which are clamped to [−|r_m|, 1]. As in the authors' program, phases are in RotatE's units,
+    r_m begins at 1, r_b at 0, and the weights, which are learned, at w_p = (γ+2)/(2d), w_m = 1.
     """
 
     similarity = "hake"
@@ -336,10 +336,10 @@ class HAKE(Model, name="HAKE"):
 class PairRE(Model, name="PairRE"):
     """−‖h ⊙ r_h − t ⊙ r_t‖ of normalised h and t, the 1-norm or the 2-norm (Chao et al., 2021).
 
-    A relation holds r_h, then r_t. Entities are normalised to ‖·‖₂ = 1 before they are mutated (a
-    mutant's own norm is not 1). The kernels read rows of a table, so each step normalises the whole
-    table, which takes N·D more memory for it and N·D for its gradient. If B·K is many times N, as
-    on FB15k-237, a step needs nearly every row anyway.
+    A relation holds r_h, then r_t. Entities are normalised to ‖·‖₂ = 1 before they are mutated (the
+    norm of a mutated one is not 1). The kernels read rows of a table, so each step normalises the
+    whole table, which takes N·D more memory, and N·D more for its gradient. If B·K is many times N,
+    as on FB15k-237, a step needs nearly every row anyway.
     """
 
     relation_width = 2

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from .errors import TrainerError
 
-_NEAR = 20_000  # names to look for similar ones among: comparing with one takes microseconds
-_DECODED = 1 << 16  # at a time, by an iterator
+_NEAR = 20_000  # names among which similar ones are sought: each comparison takes microseconds
+_DECODED = 1 << 16  # names that an iterator decodes at a time
 
 
 class UnknownNameError(TrainerError):
@@ -24,7 +24,7 @@ class UnknownNameError(TrainerError):
 
 
 def encode(names: Iterable[str]) -> Tensor:
-    """UTF-8 bytes, a line each: safetensors holds tensors only.
+    """The names as UTF-8 bytes, one name a line, as safetensors holds tensors only.
 
     Names contain no line ends: :mod:`.data` refuses them.
     """
@@ -34,9 +34,9 @@ def encode(names: Iterable[str]) -> Tensor:
 
 
 class Names(Sequence[str]):
-    """What :func:`encode` returned, each name decoded when it is asked for.
+    """Names as :func:`encode` returns them; each is decoded when it is asked for.
 
-    So a mapped file of millions of names takes 8 bytes of memory a name.
+    So a mapped file of millions of names takes only 8 bytes of memory per name.
     """
 
     def __init__(self, content: Tensor) -> None:
@@ -55,7 +55,7 @@ class Names(Sequence[str]):
         return cls(torch.from_numpy(numpy.frombuffer(lines.buffers()[2], "u1", size).copy()))
 
     def array(self) -> pyarrow.Array:
-        """A copy as Arrow's strings, to compute with all names at once."""
+        """A copy as an Arrow array of strings, to compute with all names at once."""
         offsets = self._starts - numpy.arange(len(self._starts))
         joined = self._bytes[self._bytes != ord("\n")]
         buffers = (pyarrow.py_buffer(offsets), pyarrow.py_buffer(joined))
@@ -89,10 +89,10 @@ class Names(Sequence[str]):
 
 
 def find(kind: str, name: str, names: Sequence[str]) -> int:
-    """The place of a name: at once where they are in order, as :mod:`.data` has them.
+    """The index of a name; fast if the names are sorted, as in :mod:`.data`.
 
     Raises:
-        UnknownNameError: there is none; says which are similar.
+        UnknownNameError: there is no such name; says which are similar.
     """
     at = bisect.bisect_left(names, name)
     if at < len(names) and names[at] == name:

@@ -1,9 +1,9 @@
 """NBFNet (Zhu et al., NeurIPS 2021, arXiv 2106.06935): entities are scored by the paths to them.
 
 Entities have no embeddings. For a query (h, r, ?) a generalised Bellman-Ford iteration over the
-graph's edges gives each node features, and a small network reads a score from them. So the entities
-of another graph can be ranked too. What EMU mutates are the features of positive and negatives,
-the half of the network's inputs that differs between them.
+graph's edges gives each node features, and a small network turns them into a score. So the entities
+of another graph can be ranked too. EMU mutates the features of the negatives toward those of the
+positive; the network's other input, the query, is the same for both.
 
 The arithmetic is that of the authors' programs, github.com/DeepGraphLearning/NBFNet and
 github.com/KiddoZhu/NBFNet-PyG.
@@ -34,36 +34,40 @@ from .settings import AT_LEAST_1, setting
 if TYPE_CHECKING:
     from .config import Config
 
-_FLOATS = 1 << 23  # node features computed at once in evaluation and prediction
+_FLOATS = 1 << 23  # numbers of node features computed at once in evaluation and prediction
 _LEAST_SCALE = 1e-2  # of PNA's attenuation, as in the authors' programs
 
 
 @dataclass(frozen=True)
 class NBFNetOptions:
-    """NBFNet (brings its authors' defaults for the options below, too)"""
+    """NBFNet (also sets its authors' defaults for the options below)"""
 
     layers: int | None = setting(
         None, "Bellman-Ford iterations, a layer each (default 6)", limit=AT_LEAST_1
     )
-    message: str | None = setting(None, "of an edge (default distmult)", choices=tuple(MESSAGES))
+    message: str | None = setting(
+        None, "the message along an edge (default distmult)", choices=tuple(MESSAGES)
+    )
     aggregate: str | None = setting(
-        None, "of the messages to a node (default pna, with degree scalers)", choices=AGGREGATES
+        None,
+        "how a node combines its messages (default pna, with degree scalers)",
+        choices=AGGREGATES,
     )
     relation_features: str | None = setting(
         None,
-        "where a layer has them from: a linear layer of the query, or a table (default query)",
+        "where a layer gets them: from a linear layer of the query, or a table (default query)",
         choices=("query", "table"),
     )
     removed_edges: str | None = setting(
         None,
-        "which a training step leaves out: those of its triples, or all between the entity that is "
-        "given and its candidates (default own)",
+        "edges that a training step leaves out: own, those of its triples; or one-hop, all between "
+        "the given entity and its candidates (default own)",
         choices=("own", "one-hop"),
     )
 
 
 class Edges(NamedTuple):
-    """What messages pass along, and the degree scalers of PNA (Corso et al., 2020)."""
+    """The edges that messages pass along, and the degree scalers of PNA (Corso et al., 2020)."""
 
     graph: RelationalGraph
     keep: Tensor | None  # (E,) bool
@@ -85,18 +89,18 @@ class Facts:
         self._graph = RelationalGraph(index, relation, num_entities, 2 * num_relations)
 
     def edges(self, keep: Tensor | None = None) -> Edges:
-        """All edges, or those of the triples that are kept, (M,) bool."""
+        """All edges, or those of the triples to keep, (M,) bool."""
         target = self._graph.edge_index[1]
         keep = None if keep is None else keep.repeat(2)
         target = target if keep is None else target[keep]
         degree = 1 + target.bincount(minlength=self._num_entities)  # a node's own message counts
         scale = degree.double().log()
-        scale = scale / scale.mean().clamp(min=1e-30)  # without edges all are 0
+        scale = scale / scale.mean().clamp(min=1e-30)  # all are 0 if there are no edges
         inverse = 1 / scale.clamp(min=_LEAST_SCALE)
         return Edges(self._graph, keep, torch.stack([torch.ones_like(scale), scale, inverse], 1))
 
     def kept(self, given: Tensor, relation: Tensor, positive: Tensor) -> Tensor:
-        """(M,) bool: all triples but those of the batch, whose relations may be inverses."""
+        """(M,) bool: False for the triples of the batch, whose relations may be inverses."""
         inverse = relation >= self._num_relations
         head, tail = torch.where(inverse, positive, given), torch.where(inverse, given, positive)
         ours = torch.stack([head, relation % self._num_relations, tail])
@@ -108,7 +112,7 @@ class Facts:
         return torch.isin(keys(self._triples.T), keys(ours), invert=True)
 
     def far(self, given: Tensor, candidates: Tensor) -> Tensor:
-        """(M,) bool: all triples but those between (B,) entities and their candidates (B, C)."""
+        """(M,) bool: False for triples between (B,) entities and their candidates (B, C)."""
 
         def keys(a: Tensor, b: Tensor) -> Tensor:
             return torch.minimum(a, b) * self._num_entities + torch.maximum(a, b)
@@ -123,7 +127,7 @@ class Layer(nn.Module):
     def __init__(self, dim: int, relations: int, aggregate: str, message: str, table: bool) -> None:
         super().__init__()
         self.aggregate, self.message = aggregate, message
-        parts = 13 if aggregate == "pna" else 2  # the node itself; four aggregates, three scalers
+        parts = 13 if aggregate == "pna" else 2  # the node itself; 4 aggregates times 3 scalers
         self.linear = nn.Linear(parts * dim, dim)
         self.norm = nn.LayerNorm(dim)
         self.relation: nn.Module = (
@@ -133,7 +137,7 @@ class Layer(nn.Module):
     def forward(
         self, nodes: Tensor, query: Tensor, boundary: Tensor, edges: Edges, backend: str | None
     ) -> Tensor:
-        """(N, B, d) of nodes and boundary (N, B, d) and query (B, d)."""
+        """(N, B, d) from nodes and boundary (N, B, d) and query (B, d)."""
         dim = nodes.shape[-1]
         if isinstance(self.relation, nn.Embedding):
             relations = self.relation.weight
@@ -159,10 +163,11 @@ class Layer(nn.Module):
 
 
 def _add_scaled(new: Tensor, received: Tensor, weight: Tensor, scalers: Tensor) -> Tensor:
-    """``new`` (N, B, d) and a linear layer (d, 12d) of (N, B, 4d), by each of (N, 3) scalers.
+    """``new`` (N, B, d) plus a linear layer, (d, 12d), of ``received`` (N, B, 4d) times each of
+    the scalers (N, 3).
 
-    A scaler is one number a node. So it multiplies the weight, or what the weight makes, whichever
-    is smaller, and no array is 12d wide.
+    A scaler is one number for each node, so it can multiply the weight or the layer's output,
+    whichever is smaller, and no array is 12d wide.
     """
     by_scaler = weight.unflatten(1, (3, -1)).permute(1, 2, 0)  # (3, 4d, d)
     if received.shape[1] <= len(weight):
@@ -175,7 +180,7 @@ def _add_scaled(new: Tensor, received: Tensor, weight: Tensor, scalers: Tensor) 
 
 
 class Readout(nn.Module):
-    """A score of a node's features and of the query, d each: two linear layers, ReLU between."""
+    """A score from a node's features and the query's, d each: two linear layers, ReLU between."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -183,14 +188,14 @@ class Readout(nn.Module):
         self.score = nn.Linear(2 * dim, 1)
 
     def forward(self, features: Tensor, query: Tensor) -> Tensor:
-        """(...) of features and query (..., d), which broadcast."""
+        """(...) from features and query (..., d), which broadcast."""
         score: Tensor = self.score(self._hidden(features, query).relu()).squeeze(-1)
         return score
 
     def moments(self, features: Tensor, variance: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance (...) of the score where features (..., d) have independent variances.
 
-        By the delta method: the score is linear between the points where a ReLU opens.
+        By the delta method: the score is piecewise linear, as the ReLU is.
         """
         hidden = self._hidden(features, query)
         of_features = self.hidden.weight[:, : features.shape[-1]]
@@ -212,7 +217,7 @@ class Candidates:
     query: Tensor  # (B, d)
     positive: Tensor  # (B, d)
     negative: Tensor  # (B, K, d)
-    real: Tensor  # (B, K) bool: no padding
+    real: Tensor  # (B, K) bool, False at padding
     sample_weight: Tensor | None
     seed: int  # of the masks
 
@@ -268,17 +273,17 @@ class Candidates:
 
 
 class NBFNet(Scorer, name="NBFNet"):
-    """A score of the paths from h to t that represent r.
+    """A score of the paths from h to t, given r.
 
-    Nodes begin with the boundary condition: h has the features of r, all others 0. Heads are
+    Nodes begin with the boundary condition: h has the features of r, all others have 0. Heads are
     predicted as tails of inverse relations.
 
     Args:
-        num_entities: taken for the sake of all models; nothing depends on it.
+        num_entities: not used; all models take it.
         num_relations: R; with their inverses 2R.
-        dim: d, of the features.
+        dim: d, the width of features.
         generator: seeds the initial values, which are those of ``torch.nn``'s layers.
-        backend: of the kernels; one that has no message passing leaves it to the default.
+        backend: "reference" also computes messages; any other leaves them to the default.
         layers, message, aggregate, relation_features, removed_edges: see :class:`NBFNetOptions`.
     """
 
@@ -304,7 +309,7 @@ class NBFNet(Scorer, name="NBFNet"):
         "regularization",
         "tsv",
     )
-    """Settings of embeddings."""
+    """Settings for embeddings."""
 
     def __init__(
         self,
@@ -338,10 +343,10 @@ class NBFNet(Scorer, name="NBFNet"):
         for field in fields(config):
             if field.name in cls.without and getattr(config, field.name) not in (field.default, 0):
                 raise ConfigError(
-                    f"{field.name} must be left out: NBFNet has no embeddings that it is of"
+                    f"{field.name} must be left out: NBFNet has no embeddings to set it for"
                 )
         if config.over_all or config.loss == "mixup":
-            raise ConfigError("loss: NBFNet takes one of sampled negatives, and not mixup")
+            raise ConfigError("loss: NBFNet needs one with sampled negatives, other than mixup")
         default = inspect.signature(cls).parameters
         settled = {k: default[k].default for k in cls.options if getattr(config, k) is None}
         if config.message == "rotate" and config.dim % 2:
@@ -352,7 +357,7 @@ class NBFNet(Scorer, name="NBFNet"):
         """(N, B, d) of all nodes for (given, relation, ?), both (B,), and (B, d) of the queries.
 
         Args:
-            relation: R and more are inverses.
+            relation: ids from R on are inverses.
         """
         query = embedding(relation, self.query.weight)
         rows = torch.arange(len(given), device=given.device)

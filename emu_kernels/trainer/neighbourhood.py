@@ -10,7 +10,7 @@ A^k + A^(k−1), for adjacency matrix A: all entities within k hops, the entity 
 approximation consists of the entities where walks of k hops *end*, so a nearer entity is found only
 if a walk turned back. This module does the same, with three differences:
 
-- an entity is not its own neighbour, and triples that link an entity to itself are no edges;
+- an entity is not its own neighbour, and triples that link an entity to itself are not edges;
 - all walks of an entity start from it: in the program, each starts where the previous one ended;
 - an entity without neighbours has an empty neighbourhood, and the sampler draws its negatives
   uniformly at every step, not from one fixed sample.
@@ -40,7 +40,7 @@ from . import checkpoint
 from .batches import Batch
 from .errors import RunError
 
-FORMAT_VERSION = 1  # of the cache, and of how walks are drawn: another one finds no old file
+FORMAT_VERSION = 1  # of the cache and of how walks are drawn; another version ignores old files
 
 _CHUNK_IDS = 1 << 19  # walkers that move at once: few enough to stay in a cache
 _CHUNK_REACH = 1 << 23  # entries of the dense matrix of an exact chunk: 32 MiB
@@ -66,7 +66,7 @@ class Neighbourhoods:
 class StructureAwareNegatives:
     """Negatives drawn uniformly, with replacement, from the neighbourhood of the given entity.
 
-    (B, K) int64 ids for each step; uniform over all entities where the neighbourhood is empty.
+    (B, K) int64 ids for each step; uniform over all entities if the neighbourhood is empty.
 
     Args:
         negatives: K.
@@ -77,7 +77,7 @@ class StructureAwareNegatives:
         self, neighbourhoods: Neighbourhoods, negatives: int, seed: int, device: torch.device
     ) -> None:
         sizes, count = neighbourhoods.sizes, len(neighbourhoods.sizes)
-        # An empty neighbourhood is sent to a list of all entities behind the others.
+        # An empty neighbourhood points to a list of all entities, after the neighbourhoods.
         empty = sizes == 0
         everyone = torch.arange(count, dtype=torch.int32)
         start = torch.where(empty, len(neighbourhoods.indices), neighbourhoods.indptr[:-1])
@@ -186,8 +186,8 @@ def cached_neighbourhoods(
 def _draw_below(limit: Tensor, shape: tuple[int, ...], draws: torch.Generator) -> Tensor:
     """int64 of `shape`, uniform in [0, limit); limit < 2³¹ broadcasts to it.
 
-    By multiplication and shift, several times as fast as a remainder; the probabilities are off
-    by a factor of at most limit / 2³¹.
+    By multiplication and shift, several times as fast as a remainder; the relative error of the
+    probabilities is at most limit / 2³¹.
     """
     bits = torch.empty(shape, dtype=torch.int64, device=limit.device)
     bits.random_(0, 1 << _RANDOM_BITS, generator=draws)
@@ -200,7 +200,7 @@ def _collect(
     chunk_size: int,
     description: str,
 ) -> Neighbourhoods:
-    """Compute the neighbourhoods chunk by chunk, of entities that have neighbours."""
+    """Compute the neighbourhoods of the entities that have neighbours, chunk by chunk."""
     sources = graph.sizes.nonzero().flatten()
     sizes = torch.zeros_like(graph.sizes)
     indices = [graph.indices.new_empty(0)]
@@ -222,7 +222,7 @@ def _read(path: Path, num_entities: int) -> Neighbourhoods | None:
         indptr, indices = tensors["indptr"], tensors["indices"]
     except (RunError, KeyError):
         return None
-    # Training would be the first to notice an id out of range.
+    # Otherwise an id out of range would go unnoticed until training.
     sound = (
         indptr.shape == (num_entities + 1,)
         and int(indptr[0]) == 0
@@ -234,7 +234,7 @@ def _read(path: Path, num_entities: int) -> Neighbourhoods | None:
 
 
 def _write(path: Path, found: Neighbourhoods) -> None:
-    # First to a name of this process: two runs may compute the same neighbourhoods at once.
+    # First under this process's own name: two runs may compute the same neighbourhoods at once.
     own = path.with_name(f"{path.stem}.{os.getpid()}.safetensors")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -30,12 +30,12 @@ from .report import lines_table, metrics_table, progress
 from .settings import flag
 
 _ENDS = 10  # relations shown at each end of the list
-_FEW = 10  # test triples, below which a relation's MRR says little
+_FEW = 10  # a relation's MRR over fewer test triples says little
 _POINTS = 3000  # entities drawn
-_COLOURS = tuple(to_hex(f"C{i}") for i in (0, 1, 2, 3, 4, 5, 6, 9))  # of the commonest roles
+_COLOURS = tuple(to_hex(f"C{i}") for i in (0, 1, 2, 3, 4, 5, 6, 9))  # of the most common roles
 _OTHERS = "#cccccc"
 
-# Names are from files: they are escaped, and a browser is told to run and to fetch nothing.
+# Names come from files, so they are escaped, and the browser is told to run and fetch nothing.
 _PAGE = Template("""\
 <!doctype html>
 <html lang="en">
@@ -72,8 +72,8 @@ def write_page(trainer: Trainer, model: Scorer, ranks: Ranks | None) -> Path:
     """Write the run's ``report.html``.
 
     Args:
-        model: the best one, whole.
-        ranks: of the test split, as :meth:`Trainer.finish` returns them.
+        model: the best one, with all its parameters.
+        ranks: those of the test split, as :meth:`Trainer.finish` returns them.
     """
     assert trainer.run is not None
     config = trainer.config
@@ -142,7 +142,7 @@ def _relations(lines: list[Line]) -> list[str]:
 
 
 def relation_ends(lines: list[Line]) -> list[tuple[str, list[Line]]]:
-    """The best and the worst relations by MRR, or all if there are few, each part with a title."""
+    """The best and the worst relations by MRR, two lists with titles; one list if there are few."""
 
     def mrr(line: Line) -> float:
         return sum(line.metrics[d].mrr for d in DIRECTIONS)
@@ -159,7 +159,7 @@ def relation_ends(lines: list[Line]) -> list[tuple[str, list[Line]]]:
 
 
 def _entities(table: Tensor, graph: Graph, seed: int) -> list[str]:
-    """Two principal components of entities, coloured by the commonest of their roles."""
+    """Two principal components of entities, coloured by each entity's most common role."""
     draws = generator(torch.device("cpu"), seed, "report")
     drawn = torch.randperm(len(table), generator=draws)[:_POINTS]
     rows = table[drawn.to(table.device)].cpu().double()
@@ -195,8 +195,8 @@ def _entities(table: Tensor, graph: Graph, seed: int) -> list[str]:
 
 
 def roles(graph: Graph, entities: Tensor) -> Tensor:
-    """(P,) the commonest role of each of the entities in training: r as a head of relation r,
-    R + r as a tail; -1 of one without triples."""
+    """(P,) each entity's most common role in training: r for a head of relation r, R + r for a
+    tail; -1 if it has no triples."""
     width = 2 * graph.num_relations
     place = torch.full((graph.num_entities,), -1)
     place[entities] = torch.arange(len(entities))
@@ -237,7 +237,7 @@ def _table(html: str) -> str:
 
 def _image(figure: Figure, alt: str) -> str:
     file = io.BytesIO()
-    # Letters, not their outlines; ids that are the same each time.
+    # Text instead of outlines of letters, and ids that are the same each time.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "emu"}):
         figure.savefig(file, format="svg", metadata={"Date": None})
     data = base64.b64encode(file.getvalue()).decode()

@@ -1,4 +1,4 @@
-"""``emu-predict``, and predictions from Python: what completes a triple, by a trained model."""
+"""``emu-predict``, and predictions from Python: a trained model completes triples."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ FORMATS = ("table", "csv", "jsonl")
 PartialTriple = Sequence["str | None"]
 """Head, relation and tail by name; None for the one to predict."""
 
-_FLOATS = 1 << 25  # computed at once: 128 MiB
+_FLOATS = 1 << 25  # numbers computed at once: 128 MiB
 
 
 class Prediction(NamedTuple):
-    """A triple, as one of the best completions of a query, or as it was given."""
+    """A triple: one of the best completions of a query, or a whole triple that was given."""
 
-    rank: int | None  # among the query's predictions, from 1; None of a triple that was given
+    rank: int | None  # among the query's predictions, from 1; None for a triple that was given
     head: str
     relation: str
     tail: str
@@ -57,8 +57,8 @@ class Neighbour(NamedTuple):
 class Predictor:
     """The best model of a run, with names. Its tables are the run's files, mapped into memory.
 
-    Where relations have inverses, heads are predicted by the inverse relation; scores of whole
-    triples, and of relations, are those of the tail. A run with a second graph to test on predicts
+    If relations have inverses, heads are predicted by the inverse relation. Scores of whole triples
+    and of relations are those of predicting the tail. A run with a second graph to test on predicts
     that graph's triples.
 
     Args:
@@ -66,12 +66,12 @@ class Predictor:
         device: where to compute.
 
     Attributes:
-        graph: names and triples; an entity's place in ``graph.entities`` is its row in the model.
+        graph: names and triples; an entity's index in ``graph.entities`` is its row in the model.
         model: the two tables, or other parameters, without gradients.
-        step: of training, that the model is of.
+        step: the training step that the model is from.
 
     Raises:
-        RunError: the folder holds no run, or none that was evaluated or stopped yet.
+        RunError: the folder holds no run, or one without a checkpoint so far.
     """
 
     def __init__(self, run: str | os.PathLike[str], device: str = "cpu") -> None:
@@ -93,8 +93,8 @@ class Predictor:
     ) -> list[Prediction]:
         """The k best completions of (head, relation, ?), (?, relation, tail) or (head, ?, tail).
 
-        Give two of the three; each is a name, or a name for each query. ``pandas.DataFrame`` makes
-        a table of the result.
+        Give two of the three; each is a name, or a list with a name for each query.
+        ``pandas.DataFrame`` makes a table of the result.
 
         Args:
             filter_known: leave out what any split of the graph holds, which may leave fewer than k.
@@ -104,7 +104,7 @@ class Predictor:
 
         Raises:
             UnknownNameError: the graph holds no such entity or relation; says which are similar.
-            ValueError: not two are given, or in different numbers, or k is below 1.
+            ValueError: not exactly two are given, lists differ in length, or k is below 1.
         """
         parts = (head, relation, tail)
         if sum(part is None for part in parts) != 1:
@@ -129,8 +129,8 @@ class Predictor:
         """The k best completions of each triple, in the order of the triples.
 
         Args:
-            triples: each (head, relation, tail) with None for one of them, or whole: that one is
-                scored, and returned even if it is known.
+            triples: each is (head, relation, tail) with None for one of them, or a whole triple,
+                which is scored, and returned even if it is known.
             filter_known, k: see :meth:`predict`.
 
         Raises:
@@ -163,7 +163,7 @@ class Predictor:
 
     @torch.no_grad()
     def score(self, triples: Sequence[Sequence[str]]) -> Tensor:
-        """(M,) fp32: the score of each (head, relation, tail), as its tail is ranked by.
+        """(M,) fp32: the score of each (head, relation, tail), as used to rank its tail.
 
         Raises:
             UnknownNameError: the graph holds no such entity or relation; says which are similar.
@@ -174,8 +174,7 @@ class Predictor:
     def neighbours(self, entity: str | Sequence[str], k: int = 10) -> list[Neighbour]:
         """The k entities nearest to an entity, or to each of several.
 
-        Near by the model's own distance, whose negative is the score; by the cosine, where the
-        model has a dot product.
+        The score is minus the model's own distance, or the cosine if the model has a dot product.
 
         Raises:
             UnknownNameError: the graph holds no such entity; says which are similar.
@@ -186,7 +185,7 @@ class Predictor:
         model = self.model
         if not isinstance(model, Model):
             raise TrainerError(
-                f"{type(model).__name__} has no embeddings, so that no entity is near another"
+                f"{type(model).__name__} has no embeddings by which to find neighbours"
             )
         names = [entity] if isinstance(entity, str) else list(entity)
         ids = torch.tensor([find("entity", name, self.graph.entities) for name in names]).long()
@@ -207,7 +206,7 @@ class Predictor:
 
     @property
     def _width(self) -> int:
-        """Floats that a query takes, besides its scores."""
+        """How many floats a query takes, besides its scores."""
         return self.model.entity.shape[1] if isinstance(self.model, Model) else 1
 
     @cached_property
@@ -248,7 +247,7 @@ class Predictor:
         return ids
 
     def _known(self, ids: Tensor, part: int) -> list[dict[int, str]]:
-        """For each of the (Q, 3) queries the known answers, each with the first split it is in."""
+        """For each of the (Q, 3) queries its known answers, each with the first split it is in."""
         a, b = (other for other in range(3) if other != part)
         size = max(len(self.graph.entities), len(self.graph.relations))
         pairs, place = (ids[:, a] * size + ids[:, b]).unique(return_inverse=True)
@@ -278,7 +277,7 @@ class Predictor:
         return _top(scores, k, known)
 
     def _score(self, ids: Tensor) -> Tensor:
-        """(M,): of each of the (M, 3) triples."""
+        """(M,): the score of each of the (M, 3) triples."""
         scores = [torch.empty(0)]
         model = self.model
         if not isinstance(model, Model):
@@ -305,7 +304,7 @@ def _check_k(k: int) -> None:
 
 
 def _chunks(rows: Tensor, width: int) -> Iterator[tuple[int, Tensor]]:
-    """Parts of the rows, and where each begins, whose results of so many floats each are small."""
+    """Parts of the rows, and where each begins; results of ``width`` floats a row stay small."""
     size = max(1, _FLOATS // width)
     for start in range(0, len(rows), size):
         yield start, rows[start : start + size]
@@ -314,7 +313,7 @@ def _chunks(rows: Tensor, width: int) -> Iterator[tuple[int, Tensor]]:
 def _top(
     scores: Tensor, k: int, left_out: Sequence[Iterable[int]] | None
 ) -> Iterator[tuple[list[float], list[int]]]:
-    """For each row of the scores (Q, C) the k best and their places, but those left out."""
+    """For each row of the scores (Q, C) the k best and their columns, without those left out."""
     if left_out is not None:
         places = [(row, column) for row, columns in enumerate(left_out) for column in columns]
         row, column = torch.tensor(places, device=scores.device).long().reshape(-1, 2).T
@@ -326,14 +325,14 @@ def _top(
 
 
 def read_triples(stream: TextIO, *, comma: bool) -> list[PartialTriple]:
-    """Triples, a line each, with None where a line has nothing or a question mark.
+    """Triples, one a line, with None for a field that is empty or a question mark.
 
     Args:
-        comma: CSV, of which a first line "head,relation,tail" is left out; else fields are
-            separated by tabs, as in the files that a graph is read from.
+        comma: read CSV, whose first line is skipped if it is "head,relation,tail"; otherwise fields
+            are separated by tabs, as in the files that a graph is read from.
 
     Raises:
-        DataError: a line has not three fields, or not two that are known; says which.
+        DataError: a line does not have three fields, at least two of them given; says which line.
     """
     lines = csv.reader(stream) if comma else (line.rstrip("\r\n").split("\t") for line in stream)
     triples: list[PartialTriple] = []
@@ -373,7 +372,7 @@ def _write(rows: Sequence[Prediction | Neighbour], form: str, title: str, shown:
         print(title)
         print(tabulate(body, shown, disable_numparse=True, missingval=""))
         return
-    # Nine digits tell all fp32 numbers apart.
+    # Nine digits distinguish all fp32 numbers.
     records = [row._asdict() | {"score": float(f"{row.score:.9g}")} for row in rows]
     if form == "jsonl":
         for record in records:
@@ -447,8 +446,8 @@ def _parser() -> argparse.ArgumentParser:
         "--input",
         type=Path,
         metavar="FILE",
-        help="triples to complete or score, a line each: head, relation and tail, one of them "
-        "empty or ?; separated by tabs, or by commas in a .csv; - for standard input",
+        help="triples to complete or score, one a line: head, relation and tail, at most one of "
+        "them empty or ?; separated by tabs, or by commas in a .csv; - for standard input",
     )
     parser.add_argument("--neighbours", metavar="NAME", help="the entities nearest to this one")
     parser.add_argument(

@@ -11,8 +11,8 @@ from typing import Any
 from .models import MODELS
 from .nbfnet import NBFNet
 
-# A model on a dataset, as EMU's paper trains it (arXiv 2504.03327). The settings of EMU are those
-# that the authors publish for all their runs on FB15k-237 (there called 0.39, the share that a
+# A model on a dataset, as EMU's paper trains it (arXiv 2504.03327). EMU's settings are those that
+# the authors publish for all their runs on FB15k-237 (they give the rate as 0.39, the share that a
 # negative keeps). With --loss softmax it is the paper's baseline, with the model's regularisation.
 _EMU_PAPER: dict[str, Any] = {
     "dim": 100,
@@ -40,9 +40,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     for dataset in ("FB15k-237", "WN18RR")
 }
 
-# As NBFNet's authors train it on one device: 20 epochs, validated at every second one. Their
-# temperature divides scores, ours multiplies them. fb237_v1 is set as in A*Net's repository, whose
-# paper has the figures to compare with; NBFNet's own file removes one-hop edges there.
+# As NBFNet's authors train it on one device: 20 epochs, validated after every second one. Their
+# temperature divides scores, ours multiplies them. fb237_v1 has the settings of A*Net's repository,
+# as that paper has the figures to compare with; NBFNet's own file removes one-hop edges there.
 for name, triples, settings in (
     ("FB15k-237", 272_115, {"adversarial_temperature": 2.0, "removed_edges": "one-hop"}),
     ("WN18RR", 86_835, {"relation_features": "table", "batch_size": 16}),

@@ -5,13 +5,13 @@
 ``.csv``         separated by commas, with quotes; a first line ``head,relation,tail``
                  is the header
 ``.parquet``     columns head, relation and tail, or three columns
-``.nt``          N-Triples; those with a literal are left out
+``.nt``          N-Triples; triples with a literal are left out
 ===============  ====================================================================
 
-Text is UTF-8, with or without a byte-order mark; lines may end as on Windows; each format but
+Text is UTF-8, with or without a byte-order mark; lines may end as on Windows; each format except
 Parquet may be compressed by gzip (``.gz``). A graph is three such files, train, valid and test, in
-a folder or an archive (tar or zip), which is read in memory; or one file, of which some triples are
-held out. A folder for inductive models holds a second graph in its subfolder ``ind``.
+a folder or an archive (tar or zip), which is read in memory; or one file, from which some triples
+are held out. A folder for inductive models holds a second graph in its subfolder ``ind``.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ from .data import INDUCTIVE, PARTS, SPLITS, Columns, Graph
 from .errors import DataError
 
 FORMATS = {".txt": "\t", ".tsv": "\t", ".csv": ",", ".parquet": None, ".nt": None}
-"""By suffix what separates fields, if they are text."""
+"""For each suffix what separates fields; None if nothing does."""
 
 _BLOCK = 1 << 24  # bytes parsed at once, and so the longest line
-# As in https://www.w3.org/TR/n-triples; a literal is the group that is missing.
+# As in https://www.w3.org/TR/n-triples; with a literal, the group "tail" is missing.
 _N_TRIPLE = (
     r"^\s*(?P<head><[^>]+>|_:[^\s<>]+)\s*(?P<relation><[^>]+>)\s*"
     r'(?:(?P<tail><[^>]+>|_:[^\s<>]+)|".*)\s*\.\s*(?:#.*)?$'
@@ -59,12 +59,12 @@ class File(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """What is where in each file.
+    """Where each file has what.
 
     Args:
-        columns: of head, relation, tail and perhaps a weight, which is read of training triples:
-            names, which the first line has, or numbers from 1. Without them a file has three.
-        numbered: the file holds ids, from 0, which are kept; names else, integers too.
+        columns: those of head, relation, tail and perhaps a weight, which is read for training
+            triples only: names in the first line, or numbers from 1. If empty, there are three.
+        numbered: the file holds ids from 0, which are kept; otherwise names, which may be integers.
     """
 
     columns: tuple[str, ...] = ()
@@ -72,7 +72,7 @@ class Layout(NamedTuple):
 
     @property
     def types(self) -> list[pyarrow.DataType]:
-        """Of the columns; the fourth is the weight."""
+        """The types of the columns; the fourth is the weight."""
         name = pyarrow.int64() if self.numbered else pyarrow.string()
         return [name, name, name, pyarrow.float32()][: len(self.columns) or 3]
 
@@ -95,7 +95,7 @@ def load_graph(
     """Read a graph from a folder, from an archive, tar or zip, or from a single file.
 
     Args:
-        hold_out, split_seed: of a single file, for :meth:`Graph.hold_out`.
+        hold_out, split_seed: for a single file, the arguments of :meth:`Graph.hold_out`.
 
     Raises:
         DataError: something is missing, malformed, corrupted or unsafe; says where.
@@ -123,7 +123,7 @@ def with_inductive(graph: Graph, path: Path, layout: Layout = PLAIN) -> Graph:
     """The graph with a second one to test on: train.txt and test.txt of a folder or an archive.
 
     Raises:
-        DataError: as :func:`load_graph`, and where the second graph has a relation that the first
+        DataError: as :func:`load_graph`, and if the second graph has a relation that the first
             graph's train triples lack.
     """
     files = _files(path)
@@ -148,7 +148,7 @@ def with_inductive(graph: Graph, path: Path, layout: Layout = PLAIN) -> Graph:
 
 
 def _files(path: Path) -> dict[str, File]:
-    """By split the file of a folder or an archive."""
+    """Each split's file in a folder or an archive."""
     if path.is_dir():
         return _collect(path, ((file.name, partial(_open, file)) for file in path.iterdir()))
     if path.is_file():
@@ -160,7 +160,7 @@ def _files(path: Path) -> dict[str, File]:
 
 
 def _columns(files: dict[str, File], layout: Layout, notes: list[str]) -> dict[str, Columns]:
-    """By split the columns of its file, empty where it has none."""
+    """Each split's columns, empty if it has no file."""
     layouts = {split: layout if split == "train" else layout.unweighted for split in SPLITS}
     splits = {
         split: _read(files[split], of, notes) if split in files else of.none
@@ -172,14 +172,14 @@ def _columns(files: dict[str, File], layout: Layout, notes: list[str]) -> dict[s
 
 
 def _kind(name: str) -> tuple[str, str]:
-    """Stem and suffix of a file's name, without that of gzip."""
+    """Stem and suffix of a file's name, without ``.gz``."""
     path = PurePosixPath(name.removesuffix(".gz"))
     return path.stem, path.suffix
 
 
 def _open(file: Path) -> pyarrow.Buffer:
     try:
-        size = file.stat().st_size  # what is empty cannot be mapped
+        size = file.stat().st_size  # an empty file cannot be mapped
         return pyarrow.memory_map(str(file)).read_buffer() if size else pyarrow.py_buffer(b"")
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error}") from error
@@ -188,7 +188,7 @@ def _open(file: Path) -> pyarrow.Buffer:
 def _collect(
     path: Path, members: Iterator[tuple[str, Callable[[], bytes | pyarrow.Buffer]]], sign: str = "/"
 ) -> dict[str, File]:
-    """By split the one file of each."""
+    """Each split's only file, by the names of a folder's or an archive's members."""
     files: dict[str, File] = {}
     for member, read in members:
         name = PurePosixPath(member).name
@@ -202,10 +202,10 @@ def _collect(
 
 
 def _read_archive(path: Path) -> dict[str, File]:
-    """By split the file.
+    """Each split's file in an archive.
 
-    Nothing is extracted, so a member outside the folder could do no harm here, but an honest
-    dataset has none, and a person may extract the archive.
+    Archives with members outside their folder are refused: nothing is extracted here, so they would
+    do no harm, but no honest dataset has any, and the user may extract the archive later.
     """
     members = _zip_members if zipfile.is_zipfile(path) else _tar_members
     try:
@@ -217,7 +217,7 @@ def _read_archive(path: Path) -> dict[str, File]:
         ) from e
 
 
-# Name, whether it is a plain file or folder, and what reads it where it is a file.
+# Name, whether it is a plain file or folder, and for a file the function that reads it.
 _Member = tuple[str, bool, Callable[[], bytes] | None]
 
 
@@ -253,7 +253,7 @@ def _zip_members(path: Path) -> Iterator[_Member]:
 
 
 def _read(file: File, layout: Layout, notes: list[str]) -> Columns:
-    """Columns of a file, of the layout's type; `notes` gets what was left out."""
+    """Columns of a file, of the layout's types; what is left out is added to `notes`."""
     suffix = _kind(file.name)[1]
     if file.name.endswith(".gz"):
         try:
@@ -270,7 +270,7 @@ def _read(file: File, layout: Layout, notes: list[str]) -> Columns:
 
 
 def _parse(file: File, delimiter: str, *, header: bool = False, **convert: Any) -> pyarrow.Table:
-    """Raises: KeyError, ArrowInvalid: without the line where."""
+    """Raises: KeyError, ArrowInvalid: they do not say in which line."""
     return arrow_csv.read_csv(
         pyarrow.BufferReader(file.content),
         read_options=arrow_csv.ReadOptions(autogenerate_column_names=not header, block_size=_BLOCK),
@@ -312,13 +312,13 @@ def _read_text(file: File, layout: Layout, delimiter: str) -> Columns:
     if table.num_columns != len(named) or any(map(_has_empty, found)) or _wrong(found[3:]):
         _check_lines(file, layout, delimiter, header)
     if not layout.numbered and pc.any(pc.starts_with(found[0], "\ufeff")).as_py():
-        # Files joined into one have a byte-order mark at the start of each.
+        # A file joined from several has a byte-order mark at the start of each part.
         found[0] = pc.utf8_ltrim(found[0], "\ufeff")
     return found
 
 
 def _wrong(weights: Columns) -> list[float]:
-    """One of the weights, of one column or none, that is not finite or below 0, if there is one."""
+    """At most one weight, of one column or none, that is negative or not finite."""
     wrong = [x.filter(pc.invert(pc.and_(pc.is_finite(x), pc.greater_equal(x, 0)))) for x in weights]
     return [x[0].as_py() for x in wrong if len(x)]
 
@@ -337,17 +337,17 @@ def _has_empty(column: pyarrow.ChunkedArray) -> bool:
 
 
 def _check_lines(file: File, layout: Layout, delimiter: str, header: bool) -> int:
-    """What is wrong with a file that Arrow has refused, as it does not say on which line.
+    """Find what is wrong with a file that Arrow refuses: Arrow does not say in which line.
 
     Returns:
         How many lines are triples.
 
     Raises:
-        DataError: the first line that is not as expected.
+        DataError: a line is not as expected; the first one is named.
     """
     count = 0
     wanted = ("1", "2", "3") if header or not layout.columns else layout.columns
-    width = 0 if layout.columns else 3  # 0: that of the first line
+    width = 0 if layout.columns else 3  # 0: as many as in the first line
     separated = f"separated by {'commas' if delimiter == ',' else 'tabs'}"
     for where, line in _lines(file):
         fields = next(csv.reader([line])) if delimiter == "," else line.split(delimiter)
@@ -371,10 +371,10 @@ def _check_lines(file: File, layout: Layout, delimiter: str, header: bool) -> in
 
 
 def _lines(file: File) -> Iterator[tuple[str, str]]:
-    """Where each line is that holds something, and what; without marks and line ends.
+    """Place and text of each line that is not empty, without byte-order marks and line ends.
 
     Raises:
-        DataError: one is not UTF-8.
+        DataError: a line is not UTF-8.
     """
     content = bytes(memoryview(file.content))
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content:
@@ -452,7 +452,7 @@ def _read_parquet(file: File, layout: Layout) -> Columns:
 
 
 def _choose(names: Sequence[str], columns: tuple[str, ...]) -> list[str] | None:
-    """Names of the columns; None where they are not there."""
+    """The names of the columns to read; None if the file lacks any."""
     if not columns:
         return [*PARTS] if {*PARTS} <= {*names} else [*names] if len(names) == 3 else None
     found = [

@@ -1,4 +1,4 @@
-"""Results for a person: a table for the terminal, and the picture of a run."""
+"""Results for people: tables, and the plot of a run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .evaluation import METRICS, Metrics
 
 
 def metrics_table(rows: dict[str, Metrics], form: str = "simple", **columns: Sequence[str]) -> str:
-    """A row for each named result, further columns at the end; in one of tabulate's forms."""
+    """A row for each named result, further columns at the end, in one of tabulate's formats."""
     header = ["", "MRR", "Hits@1", "Hits@3", "Hits@10", "MR", *columns]
     body = [
         [
@@ -34,7 +34,7 @@ def metrics_table(rows: dict[str, Metrics], form: str = "simple", **columns: Seq
 
 
 def seeds_table(tested: Sequence[Metrics]) -> str:
-    """The mean of each metric over runs, and its deviation."""
+    """The mean of each metric over runs, and its standard deviation."""
     header = ["runs", "MRR", "Hits@1", "Hits@3", "Hits@10", "MR"]
     cells = [str(len(tested))]
     for metric in METRICS:

@@ -1,4 +1,4 @@
-"""The run folder: the results of a run, and what is needed to continue it.
+"""The run folder: a run's results, and what it takes to continue the run.
 
 ==========================  ===========================================================
 ``config.json``             settings, versions, the graph's sizes
@@ -7,13 +7,14 @@
 ``plot.png``                loss and MRR over steps
 ``report.html``             the finished run as a page
 ``last.safetensors``        model and optimizer, to continue from
-``best.safetensors``        the model with the best validation MRR
-``shards-500/``             with --sharded the entities of step 500, a part of each process,
-                            which the checkpoints of that step lack
+``best.safetensors``        the model of the best validation, by the metric in the settings
+``relations.csv``           the test metrics of each relation
+``shards-500/``             with --sharded: the entities at step 500, a part for each process;
+                            the checkpoints of that step do not hold them
 ``embeddings.safetensors``  the best model's embeddings, with names
-``entities.tsv``            with --tsv: the same as text: name, then values; a line an entity
+``entities.tsv``            with --tsv: those of entities as text: a line of name and values each
 ``relations.tsv``           the same for relations
-``lock``                    held by the program that trains; its process is named in it
+``lock``                    locked by the program that trains; names its process
 ==========================  ===========================================================
 """
 
@@ -97,7 +98,7 @@ class RunFolder:
     def write_config(
         self, config: Config, graph: Graph, history: Sequence[dict[str, Any]] = ()
     ) -> None:
-        """Args: history: what --resume changed, and at which step."""
+        """Args: history: what --resume has changed, and at which step."""
         record = {
             "config": config.to_json(),
             "history": list(history),
@@ -130,10 +131,10 @@ class RunFolder:
             raise RunError(f"{self.config_file} cannot be read: {error}") from error
 
     def read_history(self) -> list[dict[str, Any]]:
-        """What --resume changed so far."""
+        """What --resume has changed so far."""
         try:
             return list(self._read("history"))
-        except RunError:  # of a version before
+        except RunError:  # written by an older version
             return []
 
     def check_mask_contract(self) -> None:
@@ -170,18 +171,18 @@ class RunFolder:
         checkpoint.save(file, tensors, state)
 
     def shards(self, step: int) -> Path:
-        """The folder for the entities of a step, where each process has a part of them."""
+        """The folder for the entities of a step that are spread over processes."""
         return self.path / f"shards-{step}"
 
     def read_metrics(self) -> list[Metric]:
         if not self.metrics_file.exists():
             return []
-        # A kill can cut the last line short; the steps after the last checkpoint are run again.
+        # The last line may be incomplete if the program was killed; its step is run again.
         lines = self.metrics_file.read_text().splitlines(keepends=True)
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def write_relations(self, lines: Sequence[Line]) -> None:
-        """The test metrics of each relation, with those of either direction."""
+        """Write the test metrics of each relation, for both directions."""
 
         def write(path: Path) -> None:
             with path.open("w", encoding="utf-8", newline="") as file:
@@ -202,15 +203,15 @@ class RunFolder:
         checkpoint.write_atomically(self.metrics_file, lambda file: file.write_text("".join(kept)))
 
     def load_model(self, graph: Graph) -> tuple[Scorer, dict[str, Any]]:
-        """The best model, or the last one if there was no evaluation; its checkpoint's state.
+        """The best model, or the last one if there was no evaluation; and its checkpoint's state.
 
-        Its tables are the file, mapped into memory: what is not read is not loaded.
+        Its tables are mapped from the file: only what is used is loaded.
         """
         file = self.best_file if self.best_file.exists() else self.last_file
         tensors, state = checkpoint.load(file, mapped=True)
         parts = self.shards(state["step"])
         if parts.exists():
-            from .shards import whole_table  # what it imports takes more than a second
+            from .shards import whole_table  # here, as its imports take more than a second
 
             tensors["model.entity"] = whole_table(parts)
         with torch.device("meta"):
@@ -219,7 +220,7 @@ class RunFolder:
         return model, state
 
     def lock(self) -> None:
-        """Keep others from training here, until the process ends in whatever way.
+        """Keep other processes from training here until this one ends, however it ends.
 
         Raises:
             RunError: another process holds the folder.
@@ -240,12 +241,12 @@ class RunFolder:
         self._lock.flush()
 
     def unlock(self) -> None:
-        """Let others train here."""
+        """Let other processes train here."""
         if self._lock is not None:
             self._lock.close()
 
     def export_embeddings(self, model: Model, graph: Graph, *, tsv: bool = False) -> None:
-        """Write the embeddings with names, as safetensors and, if asked to, as TSV."""
+        """Write the embeddings with names, as safetensors and, if ``tsv``, as text."""
         if model.inverse_relations:
             inverse = [f"{name}_inverse" for name in graph.relations]
             graph = replace(graph, relations=[*graph.relations, *inverse])
@@ -271,10 +272,10 @@ def new_model(config: Config, graph: Graph, draws: torch.Generator | None = None
 def restore_model(
     model: Scorer, tensors: dict[str, Tensor], file: Path, *, assign: bool = False
 ) -> None:
-    """Fill a model from a checkpoint's tensors, which may hold more (an optimizer's).
+    """Fill a model from a checkpoint's tensors, which may include others (an optimizer's).
 
     Args:
-        assign: let the tensors be its parameters, instead of copying them.
+        assign: make the tensors the model's parameters, instead of copying them.
     """
     prefix = "model."
     values = {k.removeprefix(prefix): x for k, x in tensors.items() if k.startswith(prefix)}
@@ -284,12 +285,12 @@ def restore_model(
         raise RunError(f"{file} is a checkpoint of another model: {error}") from error
 
 
-_INDUCTIVE = "inductive."  # begins the names of the second graph's tensors
+_INDUCTIVE = "inductive."  # the names of the second graph's tensors begin with this
 
 
 def _tensors(graph: Graph) -> dict[str, Tensor]:
     second = {} if graph.inductive is None else _tensors(graph.inductive)
-    second.pop("relation_names", None)  # the first graph's
+    second.pop("relation_names", None)  # they are the first graph's
     weights = {} if graph.weights is None else {"weights": graph.weights}
     return graph.triples | weights | _names(graph) | {_INDUCTIVE + k: x for k, x in second.items()}
 
@@ -315,7 +316,7 @@ def _write_tsv(path: Path, names: Sequence[str], table: Tensor) -> None:
     def write(file: Path) -> None:
         with file.open("w", encoding="utf-8") as stream:
             named = iter(names)
-            for part in table.detach().split(4096):  # never all of it as Python's numbers
+            for part in table.detach().split(4096):  # never the whole table as Python numbers
                 for row in part.tolist():
                     stream.write(next(named) + "".join(f"\t{value:.9g}" for value in row) + "\n")
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 ALL = -1
-"""The number of negatives that stands for every entity."""
+"""The number of negatives that means all entities."""
 
 NegativeSampler = Callable[[int, Batch], Tensor]
 """Draws negatives for a step and its batch: a pure function of both (and of a seed held inside).
@@ -36,7 +36,7 @@ Returns (G, K) int64 ids on the batch's device, G dividing B: a set for each blo
 
 
 class FilteredNegatives:
-    """Another sampler's negatives, with those that make a known triple turned into padding (−1).
+    """Another sampler's negatives; those that make a known triple become padding (−1).
 
     See :meth:`KnownTriples.remove`.
     """
@@ -51,9 +51,9 @@ class FilteredNegatives:
 
 
 class StrictNegatives:
-    """Uniform among the entities that make no known triple: K of them, none is padding.
+    """K negatives, uniform among the entities that make no known triple, without padding.
 
-    As NBFNet's authors draw them. A row for which every entity is known gets −1.
+    As NBFNet's authors draw them. If all entities are known answers of a row, it gets −1.
 
     Args:
         num_entities: N.
@@ -76,8 +76,8 @@ class StrictNegatives:
         draws = generator(device, self._seed, "strict negatives", step)
         size = (rows, self._negatives)
         share = torch.rand(size, dtype=torch.float64, generator=draws, device=device)
-        drawn = (share * others).long()  # among a row's others, in their order
-        # An answer with a others before it, a = id − place, comes before those numbered a and more.
+        drawn = (share * others).long()  # n: take the n-th, from 0, of the row's other entities
+        # id − place of the others precede a known answer: it precedes the n-th if they are ≤ n.
         stride = self._num_entities + 1
         first = torch.arange(rows, device=device)[:, None] * stride
         before = torch.searchsorted(row * stride + ids - place, first + drawn, right=True)
@@ -86,7 +86,7 @@ class StrictNegatives:
 
 
 def _known(config: Config, graph: Graph, train: Tensor) -> KnownTriples:
-    """The training triples, with their inverses where batches have those."""
+    """The training triples, with their inverses if batches have inverse relations."""
     relations = graph.num_relations
     if CORRUPTIONS[config.corruption].inverse:
         train, relations = with_inverses(train, relations), 2 * relations
@@ -114,7 +114,7 @@ def _structure_aware(config: Config, graph: Graph, train: Tensor) -> NegativeSam
 class Sampler(Choice, Generic[T]):
     """Makes a :class:`BatchSampler` or a :class:`NegativeSampler`."""
 
-    # Of the training triples (M, 3), on the device; batches also of (M, 4), see Batch.place.
+    # Given the training triples (M, 3), on the device; for batches also (M, 4), see Batch.place.
     make: Callable[[Config, Graph, Tensor], T]
     shares_sets: bool = False  # supports rows_per_set
     inverse: bool = False  # its batches have inverse relations
@@ -167,12 +167,12 @@ SAMPLERS: dict[str, Sampler[NegativeSampler]] = {
 class SamplingOptions:
     """negatives and batches"""
 
-    batch_size: int = setting(1000, "triples a step", limit=AT_LEAST_1)
+    batch_size: int = setting(1000, "triples per step", limit=AT_LEAST_1)
     corruption: str = setting("alternate", "which entity to predict", choices=CORRUPTIONS)
     subsampling: bool = setting(False, "weight triples by 1/√frequency, as RotatE's trainer does")
     negatives: int = setting(
         256,
-        "negatives a triple, or all: every entity but the answer (1-vs-all)",
+        "negatives per triple, or all: every entity except the answer (1-vs-all)",
         limit=Limit("at least 1, or all", lambda number: number >= 1 or number == ALL),
         words={"all": ALL},
         show=lambda number, _: "all" if number == ALL else f"{number}",
@@ -181,21 +181,22 @@ class SamplingOptions:
     hops: int = setting(3, "of the neighbourhood", limit=AT_LEAST_1)
     walks: int = setting(
         1000,
-        "random walks an entity that find its neighbourhood; 0 for all of it",
+        "random walks from each entity to find its neighbourhood; 0 for all of it",
         limit=AT_LEAST_0,
     )
     rows_per_set: int = setting(
         1, "consecutive triples that share one set of negatives", limit=AT_LEAST_1
     )
     filter_negatives: bool = setting(
-        False, "leave out negatives true in training; advised with structure-aware"
+        False, "leave out negatives that are training triples; advised with structure-aware"
     )
 
 
 def rows_per_set(settings: dict[str, Any], processes: int) -> int:
-    """How many triples share a set of negatives on several processes, where that is not said.
+    """The default number of triples that share a set of negatives on several processes.
 
-    At most 125, as negatives are fetched over the network, and so that each process has a set.
+    As many as possible, as negatives are fetched over the network, but at most 125, and so few that
+    each process has a set.
     """
     batch_size = settings.get("batch_size", SamplingOptions.batch_size)
     if not SAMPLERS[settings.get("sampler", SamplingOptions.sampler)].shares_sets:
@@ -205,7 +206,7 @@ def rows_per_set(settings: dict[str, Any], processes: int) -> int:
 
 
 def new_negatives(config: Config, graph: Graph, train: Tensor) -> NegativeSampler:
-    """The sampler that the config names, filtered if it says so."""
+    """The sampler that the config names, filtered if the config says so."""
     if config.over_all:
         return lambda step, batch: batch.positive.new_empty((1, 0))
     negatives = SAMPLERS[config.sampler].make(config, graph, train)
@@ -215,7 +216,7 @@ def new_negatives(config: Config, graph: Graph, train: Tensor) -> NegativeSample
 
 
 def known_answers(config: Config, graph: Graph, train: Tensor) -> KnownTriples | None:
-    """What makes the lists of a batch's known answers, where they are no negatives of all."""
+    """Lists a batch's known answers, if negatives are all entities except these; else None."""
     if not (config.filter_negatives and config.over_all):
         return None
     return _known(config, graph, train)

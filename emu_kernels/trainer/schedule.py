@@ -1,8 +1,8 @@
 """Learning rates over the steps of a run, and a change of optimizer on the way.
 
-All is a function of the settings and the step, so a resumed run goes on exactly. Nothing depends
-on the number of steps, which --resume may change: what a schedule needs of it is settled when the
-run is made. A new schedule is an entry of :data:`SCHEDULES`.
+Everything is a function of the settings and the step, so a resumed run goes on exactly. Nothing
+depends on the number of steps, which --resume may change: what a schedule derives from it is stored
+when the run is made. A new schedule is an entry of :data:`SCHEDULES`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Schedule(Choice):
     """An entry of :data:`SCHEDULES`.
 
     Attributes:
-        factor: multiplies the learning rate, given the share of decay_steps that is past.
+        factor: maps the share of decay_steps that is past to a factor of the learning rate.
     """
 
     factor: Callable[[float], float]
@@ -48,15 +48,15 @@ SCHEDULES: dict[str, Schedule] = {
 
 
 def has_switched(config: Config, step: int) -> bool:
-    """Whether training step `step`, counted from 0, is one of the second optimizer."""
+    """Whether training step `step`, counted from 0, uses the second optimizer."""
     return config.switch_at is not None and step >= config.switch_at
 
 
 def learning_rate(config: Config, step: int) -> float:
     """The rate of training step `step`, counted from 0.
 
-    The warm-up and the schedule count from the first step of the run; after the change of
-    optimizer the rate that they are of is a tenth.
+    The warm-up and the schedule count from the first step of the run. After the change of optimizer
+    they apply to a tenth of the rate.
     """
     base = config.lr / 10 if has_switched(config, step) else config.lr
     warm = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
@@ -65,7 +65,7 @@ def learning_rate(config: Config, step: int) -> float:
 
 
 def new_optimizer(config: Config, model: nn.Module, step: int) -> torch.optim.Optimizer:
-    """The optimizer of training step `step`, as new."""
+    """A new optimizer for training step `step`, without state."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     name = str(config.switch_to if has_switched(config, step) else config.optimizer)
     lr = learning_rate(config, step)

@@ -1,8 +1,7 @@
 """Settings: dataclass fields that carry their help text, choices and limits.
 
-Each field is the only place that declares its setting: :func:`check` validates it,
-:func:`add_options` adds it to a command line. A registry of :class:`Choice` as choices brings the
-help text of each.
+A setting is declared by its field only: :func:`check` validates it, :func:`add_options` adds it to
+a command line. If its choices are a registry of :class:`Choice`, their help texts are shown too.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ def setting(
         help: for the command line, which appends the default.
         choices: read at each use, so a registry may still grow.
         words: names of values, for the command line.
-        show: formats the value, of the settings given beside it, for a summary.
+        show: formats the value for a summary; it is also given all settings.
     """
     metadata = {"help": help, "limit": limit, "choices": choices, "words": words, "show": show}
     return field(default=default, metadata=metadata)
@@ -67,7 +66,7 @@ class Choice:
     options: tuple[str, ...]  # names of the settings that it reads
 
     def summary(self, settings: DataclassInstance, without: Collection[str] = ()) -> str:
-        """The help text and the values of the options, some left out."""
+        """The help text and the values of the options, except those in ``without``."""
         show = {f.name: f.metadata["show"] for f in fields(settings)}
         shown = [
             f"{x.replace('_', ' ')} {show[x](getattr(settings, x), settings)}"
@@ -92,7 +91,7 @@ def check(settings: DataclassInstance) -> None:
 
 
 def unread(given: Collection[str], settings: DataclassInstance) -> dict[str, str]:
-    """Of the settings given, those of choices that were not made: "loss softmax" by name."""
+    """The given settings that the choices made do not read, with a choice ("loss softmax")."""
     read, unread = set[str](), dict[str, str]()
     for f in fields(settings):
         registry, chosen = f.metadata["choices"], getattr(settings, f.name)
@@ -112,7 +111,7 @@ def flag(name: str) -> str:
 
 
 def add_options(parser: argparse._ActionsContainer, settings: type[DataclassInstance]) -> None:
-    """Add an option for each setting. One that is not given is absent from the parsed options."""
+    """Add an option for each setting. Options that are not given are absent from the result."""
     types = get_type_hints(settings)
     for f in fields(settings):
         help, choices = f.metadata["help"], f.metadata["choices"]
@@ -133,13 +132,13 @@ def add_options(parser: argparse._ActionsContainer, settings: type[DataclassInst
         if f.default is not None:
             help += f" (default {f.default})"
         words = f.metadata["words"] or {}
-        if kind is str and choices is not None:  # whatever their case
+        if kind is str and choices is not None:  # accept any case
             words = {**words, **{name.lower(): name for name in choices}}
         parser.add_argument(flag(f.name), type=_reader(kind, words), help=help, **keywords)
 
 
 def _reader(kind: type[T], words: Mapping[str, T]) -> Callable[[str], T]:
-    """Reads a word's value, or else a text as ``kind``, which argparse names in its errors."""
+    """A parser of words, and of other text as ``kind``, which argparse names in its errors."""
 
     def read(text: str) -> T:
         return words[text.lower()] if text.lower() in words else kind(text)  # type: ignore[call-arg]

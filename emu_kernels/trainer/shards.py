@@ -1,4 +1,4 @@
-"""Checkpoints of entities that lie in parts on several processes, by torch.distributed."""
+"""Checkpoints of entities that are spread over several processes, by torch.distributed."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from .errors import RunError
 if TYPE_CHECKING:
     from emu_kernels.integrations.torchrec import ShardedEntities
 
-_ROWS = "entities.rows."  # begins the name of the rows, which has TorchRec's own behind it
+_ROWS = "entities.rows."  # the rows' name begins with this; the rest is TorchRec's
 
 
 @contextmanager
 def _said(what: str) -> Iterator[None]:
-    """Turn the errors of all processes into one, and leave out what torch says of TorchRec."""
+    """Turn the errors of all processes into one, and hide torch's warnings about TorchRec."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -38,10 +38,10 @@ def _said(what: str) -> Iterator[None]:
 
 
 def save(folder: Path, entities: ShardedEntities) -> None:
-    """Write each process's rows, with the optimizer's state; what all have written can be read.
+    """Write each process's rows and optimizer state. They can be read once all have written.
 
     Raises:
-        RunError: a process could not.
+        RunError: a process could not write.
     """
     with _said(f"{folder} could not be written"):
         save_shards({"entities": entities}, checkpoint_id=folder)
@@ -51,16 +51,16 @@ def load(folder: Path, entities: ShardedEntities) -> None:
     """Read what any number of processes saved.
 
     Raises:
-        RunError: it is not there, or damaged.
+        RunError: the folder is missing or damaged.
     """
     with _said(f"{folder} cannot be read as shards"):
         load_shards({"entities": entities}, checkpoint_id=folder)
 
 
 def whole_table(folder: Path) -> Tensor:
-    """(N, D): the rows that were saved, mapped from a file that is made where it is missing.
+    """(N, D): the rows that were saved, mapped from a file, which is made if it is missing.
 
-    One process makes it, with the rows of one in memory at a time.
+    Call it in one process; it has the rows of one process in memory at a time.
     """
     file = folder / "entity.safetensors"
     if not file.exists():

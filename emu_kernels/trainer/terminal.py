@@ -1,4 +1,4 @@
-"""What a command line does where its output cannot go, or would be there several times."""
+"""What the commands do if their output cannot be written, or would be written several times."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from pathlib import Path
 
 
 def degrade_output() -> None:
-    """Print "?" for what the terminal's encoding lacks, instead of ending in a traceback."""
+    """Print "?" for characters that the terminal's encoding lacks, instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
 
 
 def processes() -> int:
-    """How many ``torchrun`` has started."""
+    """How many processes ``torchrun`` has started."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 @contextlib.contextmanager
 def only_first_prints() -> Iterator[None]:
-    """Print nothing in the processes of ``torchrun`` but the first one, other than tracebacks."""
+    """Print nothing except tracebacks in all processes of ``torchrun`` but the first."""
     if int(os.environ.get("RANK", 0)) == 0:
         yield
         return
@@ -37,7 +37,7 @@ def only_first_prints() -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    """Print at once. A reader that has closed the pipe, as `head` does, ends only the printing."""
+    """Print at once. If the reader has closed the pipe, as `head` does, only printing ends."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
@@ -45,5 +45,5 @@ def say(text: str) -> None:
 
 
 def discard_output() -> None:
-    """After a closed pipe: nothing more is written to it, not even at exit."""
+    """Write nothing more to a closed pipe, not even at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

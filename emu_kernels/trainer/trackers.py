@@ -1,6 +1,6 @@
-"""Experiment trackers: where a run's metrics go beside its folder.
+"""Experiment trackers: where a run's metrics are logged besides its folder.
 
-A tracker is an entry of :data:`TRACKERS`: a context that gives a function for lines of metrics.
+A tracker is an entry of :data:`TRACKERS`: a context that yields a function to log metrics.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .errors import ConfigError
 from .settings import Choice
 
 Log = Callable[[dict[str, Any]], None]
-"""Takes a line of metrics.jsonl."""
+"""Logs a line of metrics.jsonl."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,9 @@ class Tracker(Choice):
     """An entry of :data:`TRACKERS`.
 
     Attributes:
-        package: to import, which the extra of the same name installs.
-        open: given the run folder, the settings, and the step that the run goes on from.
+        package: the package to import, which the extra of the same name installs.
+        open: makes the context from the run folder, the settings, and the step that the run
+            continues from.
     """
 
     package: str
@@ -63,7 +64,7 @@ def _tensorboard(folder: Path, config: dict[str, Any], step: int) -> Iterator[Lo
 def _wandb(folder: Path, config: dict[str, Any], step: int) -> Iterator[Log]:
     import wandb
 
-    id_file = folder / "wandb-id"  # so that a resumed run goes on there too
+    id_file = folder / "wandb-id"  # so that a resumed run continues the same W&B run
     if not id_file.exists():
         id_file.write_text(secrets.token_hex(8))
     with wandb.init(
@@ -74,7 +75,7 @@ def _wandb(folder: Path, config: dict[str, Any], step: int) -> Iterator[Log]:
         dir=folder,
         config=config,
     ) as run:
-        run.define_metric("*", step_metric="step")  # lines after the last checkpoint come again
+        run.define_metric("*", step_metric="step")  # as a resumed run logs some steps again
         yield lambda record: run.log(_numbers(record) | {"step": record["step"]})
 
 
@@ -85,6 +86,6 @@ TRACKERS = {
 
 
 def _numbers(record: dict[str, Any]) -> dict[str, float]:
-    """What is measured, by names as in "valid/mrr"."""
+    """The measured values, by names such as "valid/mrr"."""
     split = record.get("split", "train")
     return {f"{split}/{k}": v for k, v in record.items() if k not in ("step", "split", "of_step")}

@@ -17,7 +17,7 @@ from bench.__main__ import _parser
 from bench.gpu_check import FAILED, OK, ROOT, SKIPPED, TIMEOUT, Stage
 
 ABSENT = ("hypothesis", "pooch", "pykeen", "setuptools", "torch_geometric", "torchkge", "tqdm")
-"""What a GPU's machine may lack, or have in a version that is too old."""
+"""What a machine with a GPU may lack, or have in a version that is too old."""
 STAND_IN = '#!/bin/sh\nwhile [ ! -x "$1" ]; do shift; done\nexec "$@"\n'  # runs what it is given
 FAMILIES = {"a": "captured kernels steps", "b": "", "c": "captured closed scale-D steps"}
 
@@ -91,7 +91,7 @@ def test_a_part_ends_with_its_facts_saved(part: str, tmp_path: Path) -> None:
     failures = [line for line in log.splitlines() if line.strip().startswith("failed: ")]
     assert all("compiled-emu" in x for x in failures), log
     assert not failures or "setuptools halted" in log
-    # NBFNet's step needs the trainer's pooch, which is hidden here as it is on a GPU's machine.
+    # NBFNet's step needs the trainer's pooch, which is hidden here, as a GPU machine may lack it.
     assert {stage["stage"] for stage in stages if stage["status"] == SKIPPED} <= {"nbfnet"}, log
     assert sum(stage["seconds"] for stage in stages) < 9.5 * 60
     assert done.returncode == (2 if late or lost else 0)  # make's

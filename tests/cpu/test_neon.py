@@ -1,6 +1,7 @@
-"""The NEON build gives what the x86-64 baseline gives, which is tested against the specification.
+"""The NEON build gives the results of the x86-64 baseline, which other tests compare with the
+specification.
 
-A program that calls every CPU kernel is compiled for both. That for ARM runs in an emulator.
+A program that calls every CPU kernel is compiled for both. The one for ARM runs in an emulator.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ SOURCES = [
 ]
 FLAGS = ("-std=c++17", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-psabi", f"-I{ROOT / 'csrc'}")
 EXACT = ("mutate", "shares", "relational")
-"""What no kernel may round in another way: components and masks, random bits, sums in order."""
+"""Results that no kernel may round differently: components, masks, random bits, ordered sums."""
 
 pytestmark = [
     pytest.mark.slow,
@@ -52,7 +53,7 @@ def results(*command: str | Path) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def neon(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As CMakeLists.txt has it, without a warning; static, so that it needs no library of ARM's."""
+    """Compiled as in CMakeLists.txt; static, so that it needs no ARM libraries."""
     return build(CROSS, tmp_path_factory.mktemp("neon"), "-O3", "-Werror", "-static")
 
 
@@ -62,7 +63,7 @@ def test_no_compiler_warning(neon: Path) -> None:
 
 @pytest.mark.skipif(not shutil.which(EMULATOR), reason=f"{EMULATOR} is not installed")
 def test_same_results(neon: Path, tmp_path: Path) -> None:
-    """Sums may differ, by where a product and a sum are rounded once: to the tests' tolerance."""
+    """Sums may differ within the tests' tolerance, by fused multiply-adds."""
     expected = results(build(os.environ.get("CXX", "g++"), tmp_path, "-O1"))
     actual = results(EMULATOR, neon)
     assert actual.keys() == expected.keys()

@@ -68,7 +68,7 @@ def test_it_is_no_default(cuda: emulation.EmulatedCudaBackend) -> None:
 
 
 class Asking(emulation.EmulatedCudaBackend):
-    """Asks torch and the driver (a pybind function) whether it can run, as on a GPU's machine."""
+    """Asks torch and the driver (a pybind function) whether it can run, as on a GPU machine."""
 
     def unavailable(self) -> str | None:
         return CudaBackend.unavailable(self)
@@ -78,7 +78,7 @@ class Asking(emulation.EmulatedCudaBackend):
 def test_torch_compile_does_not_trace_questions_to_the_driver(
     device: str, cuda: emulation.EmulatedCudaBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By name, on the CPU's tensors; as the default of a GPU's tensors."""
+    """Neither if the backend is named, on CPU tensors, nor if it is the default, on GPU tensors."""
     asking = Asking(cuda._native)
     asking.device_types = (device,)
     gpu = SimpleNamespace(
@@ -86,7 +86,7 @@ def test_torch_compile_does_not_trace_questions_to_the_driver(
         get_device_capability=lambda: (9, 0),
         is_built=lambda: True,
     )
-    # Not torch's own: torch.compile too would take them for a GPU.
+    # Not by patching torch's own functions: torch.compile would believe in a GPU as well.
     patched = SimpleNamespace(**vars(torch) | {"cuda": gpu, "backends": SimpleNamespace(cuda=gpu)})
     monkeypatch.setattr(cuda_module, "torch", patched)
     monkeypatch.setitem(backends._BY_NAME, "cuda", asking)
@@ -156,7 +156,7 @@ def test_same_bits_in_any_order(
 
 
 def expected_options(similarity: str, batch: int, dim: int) -> tuple[Options, Tensor]:
-    """Options but for the rule, and rates for each row."""
+    """The options except the rule, and rates for each row."""
     coupled = SIMILARITIES[similarity].coupled
     generator = torch.Generator().manual_seed(4)
     rates = torch.rand(batch, dim // 2 if coupled else dim, generator=generator)
@@ -169,7 +169,7 @@ def expected_options(similarity: str, batch: int, dim: int) -> tuple[Options, Te
 def test_moments_in_any_order(
     similarity: str, dim: int, cuda: emulation.EmulatedCudaBackend
 ) -> None:
-    """Also of learned rates, which take passes of their own."""
+    """Also with learned rates, which take passes of their own."""
     inputs = make(4, 18, dim, rows=3, groups=2, padding=True)
     options, rates = expected_options(similarity, 4, dim)
     learned = options | LOSS | {"mutation_rate": Expected(rates), "backend": "cuda"}
@@ -200,7 +200,7 @@ def test_moments_in_one_pass(similarity: str, cuda: emulation.EmulatedCudaBacken
 def test_a_rate_out_of_range_gives_nan(
     cuda: emulation.EmulatedCudaBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As which it arrives where values cannot be looked at without waiting."""
+    """Such a rate arrives as NaN if values cannot be read without waiting for the device."""
     monkeypatch.setattr(prepare, "usable_rates", lambda _name, rate: rate)
     rates = torch.full((6, 20), 0.5)
     rates[2, 7] = math.nan

@@ -26,8 +26,8 @@ MOST_REGISTERS = {
     "query_majorI.*PassE0E": 208,  # scores
     "query_majorI.*PassE1E": 248,  # sums, and gradients on the fly
     "query_majorI(NS_3Dot|NS_7PRotate)Ef.*ModeE[14]E.*PassE1E": 128,  # two blocks of 256 threads
-    "query_majorI.*ModeE[0-3]E.*PassE2E": 224,  # gradients under given weights
-    "query_majorI.*ModeE4E.*PassE2E": 255,  # the same with moments, and of rates
+    "query_majorI.*ModeE[0-3]E.*PassE2E": 224,  # gradients by given weights
+    "query_majorI.*ModeE4E.*PassE2E": 255,  # the same with moments, and the rates' gradients
     "add_segmentsI": 168,
     "row_gradientI.*ModeE[0-3]E": 112,
     "row_gradientI.*ModeE4E": 168,
@@ -35,7 +35,7 @@ MOST_REGISTERS = {
     "row_weightsI": 64,
 }
 """A thread may have 255 registers, a multiprocessor has 65,536. At 255 it still runs eight warps,
-each with at least four 16-byte loads a lane in flight; at 128 it runs sixteen."""
+each with at least four 16-byte loads per lane in flight; at 128 it runs sixteen."""
 
 
 class Kernel(NamedTuple):

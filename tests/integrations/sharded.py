@@ -34,7 +34,7 @@ class Case(NamedTuple):
 
     @property
     def width(self) -> int:
-        """Of a relation."""
+        """The width of a relation."""
         return DIM // 2 if self.model == "rotate" else DIM
 
 
@@ -55,7 +55,7 @@ def initial(rows: int, width: int) -> Tensor:
 
 
 def batch(case: Case, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The joint one: given, relation, positive (B,), and negatives (G, K) with padding."""
+    """The joint batch: given, relation, positive (B,), and negatives (G, K) with padding."""
     draws = torch.Generator().manual_seed(step)
     size = (BATCH,)
     given = torch.randint(ENTITIES, size, generator=draws)
@@ -66,7 +66,7 @@ def batch(case: Case, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def part(case: Case, rank: int, processes: int) -> slice:
-    """Of the batch's rows: those of a rank. Unevenly the first has twice as many as others."""
+    """The batch's rows of a rank. In an uneven case the first has twice as many as the others."""
     parts = processes + case.uneven
     first = 0 if rank == 0 else rank + case.uneven
     return slice(first * BATCH // parts, (rank + 1 + case.uneven) * BATCH // parts)

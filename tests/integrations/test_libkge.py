@@ -260,7 +260,7 @@ def test_projected_embeddings(new_job, train_type):
         **SOFTMAX,
         "emu_1vsAll.softmax": True,
         "distmult.entity_embedder.type": "projection_embedder",
-        "projection_embedder.regularize_args.weighted": False,  # LibKGE reads it of all entities
+        "projection_embedder.regularize_args.weighted": False,  # LibKGE reads it for all entities
         "eval.type": "training_loss",
         "valid.metric": "avg_loss",
         "valid.metric_max": False,

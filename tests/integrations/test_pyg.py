@@ -383,7 +383,7 @@ def test_node2vec_with_mutation():
     torch.manual_seed(0)
     model = Walks()
     pos_rw, neg_rw = model.sample(torch.tensor([3, 5, 7]))
-    whole = node2vec_loss(model, pos_rw, neg_rw, mutation_rate=1.0, seed=1)  # to positives all
+    whole = node2vec_loss(model, pos_rw, neg_rw, mutation_rate=1.0, seed=1)  # all become positives
     start, rest = model.embedding(pos_rw[:, :1]), model.embedding(pos_rw[:, 1:])
     scores = (start * rest).sum(-1)
     expected = -torch.nn.functional.logsigmoid(scores).mean()

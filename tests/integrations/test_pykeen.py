@@ -278,7 +278,7 @@ NEEDS: dict[str, dict[str, Any]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(model_resolver.lookup_dict))
 def test_every_model_of_pykeens(name):
-    """Its loss is that of its own scores, where nothing is mutated, or it is refused."""
+    """Without mutation its loss is that of its own scores; or it is refused."""
     graph = NationsLiteral if "literal" in name else Nations
     inverse = name in ("compgcn", "nodepiece", "inductivenodepiece", "inductivenodepiecegnn")
     triples = graph(create_inverse_triples=inverse).training

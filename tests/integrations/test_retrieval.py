@@ -54,7 +54,7 @@ def test_the_last_by_time_are_held_out(example, ratings):
 
 
 def test_ranks(example):
-    """Seen items take no part; ties count half."""
+    """Seen items are left out; ties count half."""
     score = torch.tensor([[9.0, 5, 7, 3], [1, 1, 1, 0]])
     seen = torch.tensor([[True, False, False, False], [False] * 4])
     held = example.Events(torch.arange(2), torch.tensor([1, 0]), torch.zeros(2, 1))
@@ -74,7 +74,7 @@ def test_probabilities_are_those_of_the_draws(example, ratings, kind):
 
 
 def test_corrected_softmax(example):
-    """Of scores less log q; padding takes no part, and a constant log q changes nothing."""
+    """Of scores minus log q; padding is ignored, and a constant log q changes nothing."""
     torch.manual_seed(0)
     query, table, log_q = torch.randn(3, 4), torch.randn(6, 4), torch.randn(6)
     positive, negative = torch.tensor([0, 1, 2]), torch.tensor([[3, 4], [5, -1], [1, 1]])
@@ -91,7 +91,7 @@ def test_corrected_softmax(example):
 
 
 def test_bpr(example):
-    """Of one set for the batch; a row's own item takes no part in it."""
+    """With one set for the batch, in which a row's own item is ignored."""
     query, table = torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0], [1.0]])
     loss = example.bpr(query, table, torch.tensor([0, 1]), torch.tensor([[1, -1], [-1, 0]]))
     assert float(loss) == pytest.approx((np.log1p(np.exp(-2)) + np.log1p(np.exp(4))) / 2)
@@ -103,7 +103,7 @@ def test_equal_budgets(example):
 
 @pytest.mark.parametrize("contender", ["softmax, uniform", "softmax, mixed, logQ", "EMU"])
 def test_it_learns(example, ratings, monkeypatch, contender):
-    """Ten of 30 items by chance; the last watched tells the next."""
+    """By chance ten of 30 items are right; the last item watched determines the next."""
     monkeypatch.setattr(example, "read", lambda: example.load(ratings))
     monkeypatch.setattr(example, "BATCH", 60)
     settings = example.CONTENDERS[contender][2][0]
@@ -132,7 +132,7 @@ def test_missing_data_is_said(example, tmp_path, monkeypatch, capsys):
 
 
 def test_the_page_s_loop_over_sentences_runs():
-    """Its lines as they stand, with a table of embeddings as the encoder."""
+    """Its lines as they are, with a table of embeddings as the encoder."""
     page = (ROOT / "docs" / "retrieval.md").read_text()
     (block,) = (x for x in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "loader" in x)
     words = torch.nn.Embedding(12, 4)

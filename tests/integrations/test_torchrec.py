@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def torchrun(processes: int, *arguments: object, script: str = sharded.__file__) -> Any:
-    """The finished processes; a hang fails."""
+    """The finished processes; fails if they hang."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
     return subprocess.run(
@@ -75,7 +75,7 @@ def compare(found: dict[str, Any], wanted: dict[str, Any]) -> None:
 
 
 def plain_ranks(case: sharded.Case, table: Tensor, relation: Tensor) -> Tensor:
-    """Filtered ranks of the first batch, each score on its own."""
+    """Filtered ranks of the first batch, from each score by itself."""
     given, kind, positive, _ = sharded.batch(case, 0)
     query = getattr(queries, case.model)(table[given], relation[kind], "tail").double()
     values = table.double()
@@ -99,7 +99,7 @@ CHANGED = [*CONSTANT, sharded.LR / 2, sharded.LR / 2]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With the results of two processes, then of three and of one, which load the first's."""
+    """A folder with the results of two processes, then of three and of one, which load theirs."""
     folder = tmp_path_factory.mktemp("sharded")
     for task, processes in (("all", 2), ("all", 3), ("resume", 1)):
         ended = torchrun(processes, task, folder)
@@ -123,7 +123,7 @@ def test_the_numbers_are_those_of_one_process(folder, processes, case):
 @pytest.mark.parametrize("case", sharded.CASES[:2], ids=str)
 @pytest.mark.parametrize(("task", "processes"), [("all", 3), ("resume", 1)])
 def test_another_number_of_processes_goes_on(folder, task, processes, case):
-    """Trained and saved by two, then with half the rate: Adagrad's sums are read, too."""
+    """Trained and saved by two, then with half the rate: Adagrad's sums are read as well."""
     results = torch.load(folder / f"{task}-{processes}.pt", weights_only=False)
     found = results["resumed", tuple(case)]
     assert len(found["shards"]) == processes

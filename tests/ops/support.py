@@ -53,7 +53,7 @@ def device_of(backend: str) -> torch.device:
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """A tensor, or what a rule keeps in one, there; anything else as it is."""
+    """A tensor, or the tensors in a rule, on the device; anything else unchanged."""
     if isinstance(value, Expected):
         return Expected(to_device(value.rate, device))
     return value.to(device) if isinstance(value, Tensor) else value

@@ -48,7 +48,7 @@ class Recorder(TorchDispatchMode):
 
 @cache
 def recorded(backend: str, device: torch.device) -> dict[str, list[tuple[Any, Any]]]:
-    """What the public functions give the private operators: every dtype, one, several and all sets
+    """The private operators' calls by the public functions: every dtype, one, several and all sets
     of negatives, padding, and each optional argument present and absent."""
 
     def leaf(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -279,7 +279,7 @@ def test_autocast_changes_nothing(
 
 
 def test_autocast_query(backend: str, device: torch.device) -> None:
-    """A query that autocast made low-precision is converted to fp32 and used so."""
+    """A query to which autocast gave low precision is converted to fp32."""
     inputs = make(dim=20, device=device)
     matrix = torch.eye(20, device=device)
     with torch.autocast(device.type, dtype=torch.bfloat16):

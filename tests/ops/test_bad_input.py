@@ -101,7 +101,7 @@ def rate(name: str, *, optional: bool = False) -> list[Case]:
         (name, always("0.5"), TypeError, "str"),
         (name, always(True), TypeError, "bool"),
         *([] if optional else [(name, always(None), TypeError, "NoneType")]),
-        # Users pass rates, not the rules that are made of them.
+        # Users pass rates, not the rules that are made from them.
         (name, always(Component(thresholds=torch.zeros(3))), TypeError, "Component"),
         (name, lambda a: torch.tensor(1), ValueError, r"got shape \(\), dtype torch.int64"),
         (name, lambda a: numpy.float32(1.5), ValueError, "1.5"),

@@ -46,7 +46,7 @@ def rates(batch: int, dim: int, similarity: str = "dot", seed: int = 1) -> Tenso
 
 class Moments(NamedTuple):
     scored: EmuScores  # in closed form
-    mean: Tensor  # over all masks, as the next
+    mean: Tensor  # over all masks, as the next two
     variance: Tensor
     cumulant: Tensor  # log E e^ŝ
     gaps: Tensor  # (B, K, U), of the first sum's terms
@@ -86,7 +86,7 @@ def test_sums_have_their_exact_moments(similarity: str) -> None:
     assert_near(of.scored.mutated, of.mean)
     assert_near(of.scored.cumulant - of.scored.mutated, of.variance / 2, floor=1.0)
     # The third cumulant of a Bernoulli variable is at most 1 / (6 √3), so Taylor's remainder is at
-    # most |u|³ / (36 √3) a component.
+    # most |u|³ / (36 √3) per component.
     rest = of.gaps.abs().pow(3).sum(dim=-1) / (36 * 3**0.5)
     assert ((of.scored.cumulant - of.cumulant).abs() <= rest + 1e-12).all()
 
@@ -101,7 +101,7 @@ def test_roots_are_near_their_moments(similarity: str) -> None:
 
 
 def test_bounds_the_mean_of_drawn_losses() -> None:
-    """From above, by Jensen, and closely for many negatives."""
+    """From above, by Jensen's inequality, and closely for many negatives."""
     inputs = make(20, 256, 100, rows=400)
     drawn = torch.stack(
         [fused_emu_loss(*inputs, mutation_rate=0.61, seed=s, **LOSS) for s in range(60)]
@@ -193,7 +193,7 @@ def test_there_is_nothing_to_mutate_in_closed_form() -> None:
 
 @pytest.fixture
 def always() -> Iterator[None]:
-    """Products, however few the scores."""
+    """Matrix products are used, however few the scores."""
     with mock.patch.dict(products.MIN_SCORES, cpu=1):
         yield
 
@@ -206,7 +206,7 @@ def always() -> Iterator[None]:
 def test_products_are_the_kernels(
     dtype: torch.dtype, kind: str, groups: int, count: int, sparse: bool
 ) -> None:
-    """Of sets of negatives with many rows each, with padding, of one tile and of several."""
+    """For sets of negatives with many rows each, with padding, in one tile and in several."""
     batch, dim = 64, 10
     inputs = make(batch, count, dim, rows=40, groups=groups, dtype=dtype, padding=True)
     rate: Any = {
@@ -333,7 +333,7 @@ def test_autocast_changes_no_product(over_all: bool) -> None:
 @pytest.mark.parametrize("similarity", SIMILARITIES)
 @pytest.mark.parametrize("kind", ["softmax", "uls", "number", "rows"])
 def test_one_vs_all(similarity: str, kind: str) -> None:
-    """The loss of one set of all entities a row, whose known answers are padding."""
+    """The loss with all entities as each row's set of negatives, known answers being padding."""
     batch, dim, entities = 5, 6, 2100
     inputs = make(batch, 1, dim, rows=entities, dtype=torch.float64)
     query, table, positive, _ = inputs
@@ -389,7 +389,7 @@ def test_one_vs_all_is_cross_entropy() -> None:
 
 
 def test_one_vs_all_can_be_deterministic() -> None:
-    """By the kernels, then."""
+    """Then it uses the kernels."""
     query, table, positive, _ = make(6, 1, 20, rows=1500)
     expected = one_vs_all_loss(query, table, positive, mutation_rate=Expected(0.5), **LOSS)
     torch.use_deterministic_algorithms(True)

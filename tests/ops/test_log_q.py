@@ -1,4 +1,4 @@
-"""``log_q``: every score less its candidate's log q, in the logsumexp and in the labels' terms."""
+"""``log_q``: every score minus its candidate's log q, in the logsumexp and in the labels' terms."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ROWS = 9
 
 
 def log_q(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
-    """Of very different entities: between 1/2 and e⁻⁶."""
+    """log q of very different entities: q is between e⁻⁶ and 1/2."""
     return torch.linspace(-6, -0.7, ROWS, dtype=dtype, device=device).roll(4)
 
 
@@ -52,7 +52,7 @@ def by_hand(
     log_q: Tensor,
     **options: Any,
 ) -> Tensor:
-    """The losses (B,) of emu_scores less log q, by PyTorch's cross-entropy where there is one."""
+    """The losses (B,) of emu_scores minus log q, by PyTorch's cross-entropy where possible."""
     scored = emu_scores(
         query, table, positive, negative, mutation_rate=mutation, backend="reference", **options
     )
@@ -147,7 +147,7 @@ def test_a_constant_cancels(backend: str, device: torch.device) -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("-inf"), float("inf")])
 @pytest.mark.parametrize("place", ["positive", "negative"])
 def test_not_finite(place: str, bad: float, backend: str, device: torch.device) -> None:
-    """The rows of that candidate are NaN, and no other; padding reads nothing."""
+    """Only the rows with that candidate are NaN; padding reads nothing."""
     inputs = make(3, 2, rows=ROWS)._replace(
         positive=torch.tensor([1, 2, 3]), negative=torch.tensor([[4, -1], [5, 6], [-1, 7]])
     )

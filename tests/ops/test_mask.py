@@ -111,7 +111,7 @@ def ones_against_zeros(draw: Draw, device: torch.device) -> tuple[Tensor, Tensor
 
 
 def by_scores(draw: Draw, backend: str, device: torch.device) -> Tensor:
-    """Twenty components a call: with powers of two as the query, the score's bits are the mask."""
+    """Twenty components per call: with a query of powers of two, the score's bits are the mask."""
     table, positive, negative = ones_against_zeros(draw, device)
     out = torch.zeros(draw.batch, draw.count, draw.dim, dtype=torch.bool)
     for start in range(0, draw.dim, 20):

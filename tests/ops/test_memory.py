@@ -18,7 +18,7 @@ from tests.ops.support import LOSS, Inputs, Options, emulated, make, run_python
 
 LIMIT = dict.fromkeys(CASES, CUBE // 8)
 """A (B, K) tensor takes 1 MB, like the table, and a (B, K, D) tensor 134 MB. The limit allows a
-dozen of the former, but not one of the latter, even with two bytes or one byte a component."""
+dozen of the former, but not one of the latter, even with one or two bytes per component."""
 
 LIMIT["sparse"] = 128 * 2**20
 """Allows a word for each of the ten million rows, but not a tenth of the dense gradient."""

@@ -1,4 +1,4 @@
-"""Negatives by the public sampler: false, of fitting types, as often as their weights say."""
+"""Negatives of the public sampler: they are false, have fitting types, and follow the weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ N, R, B, K = 20, 4, 12, 50
 
 
 def triples(count: int = 300) -> Tensor:
-    """Of relations 0 to 2: relation 3 has none."""
+    """Triples of relations 0 to 2: relation 3 has none."""
     draws = torch.Generator().manual_seed(7)
     return torch.stack([torch.randint(n, (count,), generator=draws) for n in (N, 3, N)], dim=1)
 
@@ -51,7 +51,7 @@ def test_negatives_are_false() -> None:
 
 
 def test_types() -> None:
-    """Each entity that a relation has on a side is drawn as often, and no other."""
+    """All entities that a relation has on a side are drawn equally often, and no others."""
     data = torch.tensor([[0, 0, 5], [1, 0, 5], [1, 0, 6], [2, 1, 7], [2, 1, 9]])
     draw = Negatives(
         data, N, R, batch_size=3, count=20_000, candidates="typed", filtered=False, seed=2

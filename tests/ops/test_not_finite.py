@@ -140,7 +140,7 @@ def test_scores(place: str, value: float, kernel: str, device: torch.device) -> 
 
 @pytest.mark.parametrize("value", BAD)
 def test_mutate(value: float, backend: str, device: torch.device) -> None:
-    """A component that the mask drops has no effect, where a product with 0 would give NaN."""
+    """A component that the mask drops has no effect, whereas a product with 0 would give NaN."""
     shape = (3, 5, DIM)
     good = torch.ones(shape, device=device)
     for positive, negative in (

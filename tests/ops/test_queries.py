@@ -1,4 +1,4 @@
-"""Queries by name: each, with its similarity, is its model's defining score in both directions."""
+"""Queries by name: each gives, with its similarity, its model's defining score both ways."""
 
 from __future__ import annotations
 

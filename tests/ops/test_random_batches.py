@@ -1,4 +1,4 @@
-"""Batches of any shape, where hypothesis is installed to draw them."""
+"""Batches of any shape, drawn by hypothesis if it is installed."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def slow_to_run(backend: str) -> bool:
 def graph(
     backend: str = "cpu", nodes: int = 9, relations: int = 4, edges: int = 40, seed: int = 0
 ) -> RelationalGraph:
-    """The last node has no edge; the last relation none either; some edges are there twice."""
+    """The last node and the last relation have no edge; some edges occur twice."""
     draws = torch.Generator().manual_seed(seed)
     index = torch.randint(nodes - 1, (2, edges), generator=draws)
     kind = torch.randint(relations - 1, (edges,), generator=draws)
@@ -72,7 +72,7 @@ def results(leaves: tuple[Tensor | None, ...], g: RelationalGraph, **options: An
     return [out, *(x.grad for x in leaves if x is not None and x.grad is not None)]
 
 
-# float32: sums of some 40 numbers of either order; the deviation's root takes half the digits.
+# float32: sums of about 40 numbers in different orders; a deviation's root halves the digits.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5}
 
 
@@ -96,7 +96,7 @@ def test_agrees_with_the_reference(size, message, aggregate, dtype, backend):
     draws = torch.rand(2, g.num_edges, generator=torch.Generator().manual_seed(2)).to(on(backend))
     weights = (None, draws[0] > 0.3, draws[1])
     cases = list(product((False, True), (False, True), weights))
-    # Of those left, each value of an argument is in one.
+    # Among those left, each value of an argument occurs in one.
     for per_query, alone, weight in cases[:: 4 if slow_to_run(backend) else 1]:
         nodes, relations, own = inputs(g, batch, dim, dtype, per_query=per_query)
         leaves = (nodes, relations, None if alone else own)
@@ -126,7 +126,7 @@ def test_by_hand():
 
 @pytest.mark.parametrize("backend", EVERY)
 def test_edges_left_out_are_as_if_they_were_not_there(backend):
-    """Not even if what they would send is not a number."""
+    """Even if their messages would be NaN."""
     g = graph(backend)
     keep = torch.rand(g.num_edges, device=on(backend)) > 0.5
     keep &= g.edge_index[0] != 3
@@ -144,7 +144,7 @@ def test_edges_left_out_are_as_if_they_were_not_there(backend):
 @pytest.mark.parametrize("aggregate", AGGREGATES)
 @pytest.mark.parametrize("backend", EVERY)
 def test_gradcheck(backend, aggregate):
-    """Equal edges would be a kink: an extreme that two messages share."""
+    """Without equal edges: an extreme that two messages share has no derivative."""
     index = torch.tensor([[0, 1, 2, 0, 1, 1, 2], [1, 2, 0, 2, 0, 1, 1]], device=on(backend))
     kind = torch.tensor([0, 1, 2, 2, 0, 1, 0], device=on(backend))
     g = RelationalGraph(index, kind, 4, 4)
@@ -153,7 +153,7 @@ def test_gradcheck(backend, aggregate):
     def call(nodes: Tensor, relations: Tensor, own: Tensor) -> Tensor:
         return relational_spmm(nodes, relations, g, own=own, aggregate=aggregate, backend=backend)
 
-    # Fast: two random directions, where the interpreter would run for minutes.
+    # Fast mode, in two random directions, if the interpreter would take minutes.
     assert torch.autograd.gradcheck(call, leaves, fast_mode=slow_to_run(backend))
 
 
@@ -197,7 +197,7 @@ def test_bits_do_not_depend_on_threads():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("backend", EVERY)
 def test_low_precision_is_that_of_float32_rounded(backend, dtype):
-    """Gradients too, which begin with one that is rounded already."""
+    """Also gradients, which are computed from an upstream gradient that is already rounded."""
     g = graph(backend)
     leaves = tuple(x.detach() for x in inputs(g, 2, 4, dtype))
     options = {"aggregate": "pna", "backend": backend}
@@ -239,7 +239,7 @@ def test_no_second_derivative(backend):
 
 
 def test_triton_is_the_default_on_a_gpu(monkeypatch):
-    """The fastest backend that has the function; here as if all could run."""
+    """It is the fastest backend that has the function; here all appear to be able to run."""
     for name in ("cuda", "triton"):
         monkeypatch.setattr(type(backends.get(name)), "unavailable", lambda self: None)
         monkeypatch.setattr(type(backends.get(name)), "device_types", ("cuda",))
@@ -261,7 +261,7 @@ def test_triton_is_the_default_on_a_gpu(monkeypatch):
         ({"own": torch.zeros(9, 4)}, ValueError, r"own: expected shape \(9, 2, 4\)"),
         ({"edge_weight": torch.ones(39)}, ValueError, r"edge_weight: expected shape \(40,\)"),
         ({"edge_weight": torch.ones(40).long()}, TypeError, "edge_weight: expected float32"),
-        ({"edge_weight": torch.ones(40).requires_grad_()}, ValueError, "no gradient"),
+        ({"edge_weight": torch.ones(40).requires_grad_()}, ValueError, "is not differentiated"),
         ({"message": "hake"}, ValueError, "message: expected one of 'distmult', 'transe'"),
         ({"aggregate": "median"}, ValueError, "aggregate: expected one of 'sum', 'mean'"),
         ({"graph": torch.zeros(2, 40)}, TypeError, "graph: expected a RelationalGraph"),

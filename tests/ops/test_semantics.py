@@ -147,7 +147,7 @@ def test_sample_weight_of_zeros(backend: str, device: torch.device) -> None:
 def test_upstream_gradient(
     reduction: str, sparse: bool, backend: str, device: torch.device
 ) -> None:
-    """Both signs, zero, and as a (stride-0) expanded scalar."""
+    """Of both signs, zero, and as an expanded scalar (stride 0)."""
     inputs = make(6, 7, 21, padding=True)
     options = LOSS | {"reduction": reduction}
     if reduction == "none":

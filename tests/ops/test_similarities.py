@@ -125,8 +125,8 @@ def run(
     upstream: list[Tensor] | None = None,
     **options: Any,
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """Outputs and gradients by name, and the upstream gradients that were used. All is on the
-    device of the backend among the options."""
+    """Outputs and gradients by name, and the upstream gradients that were used, all on the device
+    of the backend in the options."""
     device = device_of(options["backend"])
     made = made.to(device)
     options = {name: to_device(value, device) for name, value in options.items()}
@@ -200,7 +200,7 @@ def test_scores(
 
 
 def of_rates(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function of rates, a leaf like the others."""
+    """The function with rates as an additional leaf."""
     return lambda *a, rate, **options: function(*a, mutation_rate=Expected(rate), **options)
 
 

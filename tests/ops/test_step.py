@@ -1,4 +1,4 @@
-"""``backward_and_step``: the numbers of ``backward()`` and the optimizer's step by the gradient."""
+"""``backward_and_step``: the same numbers as ``backward()`` and then the optimizer's step."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from emu_kernels.similarity import SIMILARITIES
 from tests.ops.support import LOSS, Inputs, make
 
 New = Callable[..., torch.optim.Optimizer]
-EPS = 1e-3  # a gradient of nearly 0 is not stretched to a step of the whole rate
+EPS = 1e-3  # so that a gradient of nearly 0 does not cause a step of the whole rate
 
 
 def batches(*sizes: int, device: torch.device | str = "cpu", **options: Any) -> list[Inputs]:
-    """Three, whose queries' rows are drawn with repeats; ids are −1 where padding."""
+    """Three batches, whose queries' rows are drawn with repeats; ids are −1 at padding."""
     return [make(*sizes, padding=True, seed=seed, device=device, **options) for seed in range(3)]
 
 
@@ -94,8 +94,8 @@ def test_on_every_backend(new: New, backend: str, device: torch.device) -> None:
 @pytest.mark.parametrize("dim", [1, 7, 16, 33, 100])
 @pytest.mark.parametrize("rows", [3, 40, 2000])
 def test_sizes(new: New, dim: int, rows: int) -> None:
-    """Rows shorter than a vector, and odd; segments through several pieces, and rows that only the
-    query has."""
+    """Rows shorter than a vector, and of odd length; segments that span several pieces; rows that
+    only the query has."""
     same(new, batches(24, 130, dim, rows=rows))
 
 
@@ -149,14 +149,14 @@ def test_other_gradients_of_the_table_count(function: Callable[..., Tensor]) -> 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_dtypes(dtype: torch.dtype) -> None:
-    """Tables of 16 bits get their gradient, as ever."""
+    """16-bit tables get their gradient as usual."""
     for new in NEW[:2]:
         same(new, batches(12, 30, 21, rows=25, dtype=dtype), tolerance=1e-12)
 
 
 @pytest.mark.parametrize("new", [torch.optim.SGD, torch.optim.Adagrad])
 def test_bits(new: New) -> None:
-    """Those of torch's own step by the dense gradient, where torch uses the same instructions."""
+    """The bits of torch's own step by the dense gradient, if torch uses the same instructions."""
     if not {_C.instruction_set().upper(), torch.backends.cpu.get_cpu_capability()} <= {
         "AVX2",
         "AVX512",
@@ -229,7 +229,7 @@ def test_strided_rows_are_stepped_in_place() -> None:
 
 
 def test_a_step_is_not_part_of_a_failed_backward_pass() -> None:
-    """The next backward pass makes gradients again."""
+    """The next backward pass computes gradients again."""
     inputs = make()
     table = inputs.table.requires_grad_()
     optimizer = torch.optim.SGD([table], lr=0.1)

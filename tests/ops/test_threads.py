@@ -66,7 +66,7 @@ def compute(inputs: Inputs, backend: str) -> list[Result]:
 
 @pytest.fixture
 def deterministic() -> Iterator[None]:
-    """Losses of shared negatives then leave torch's matrix products alone."""
+    """Then losses with shared negatives do not use torch's matrix products."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)

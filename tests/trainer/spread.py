@@ -1,6 +1,6 @@
-"""What the processes of test_distributed.py run: `torchrun spread.py COMMAND...`, each emu-train's.
+"""What test_distributed.py's processes run: `torchrun spread.py COMMAND...`, emu-train's arguments.
 
-A first argument `die` lets the second process end in the middle of a run.
+If the first argument is `die`, the second process ends in the middle of a run.
 """
 
 from __future__ import annotations

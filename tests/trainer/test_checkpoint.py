@@ -77,7 +77,7 @@ def test_tables_are_written_from_where_they_are(tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")
 def test_text_is_written_by_rows(tmp_path):
-    """The table's 1.5 million numbers would be 46 MiB of Python's."""
+    """As Python objects, the table's 1.5 million numbers would take 46 MiB."""
     graph = Graph(
         [f"entity {i}" for i in range(15_000)],
         ["r"],

@@ -270,7 +270,7 @@ def test_names_in_any_case(graph_folder, tmp_path):
 
 
 def test_an_estimate_after_a_hundred_steps(graph_folder, tmp_path, monkeypatch, capsys):
-    """Of steps of 3 s, which are logged and validated on the way."""
+    """For steps of 3 s, with log lines and validations in between."""
     seconds, step = [0.0], Trainer._train_step
 
     def slow(trainer: Trainer) -> None:

@@ -159,7 +159,7 @@ MARK = "\ufeff".encode()
 
 @pytest.mark.parametrize("kind", ["folder", "tar", "zip"])
 def test_marks_and_line_ends_make_no_twins(tmp_path, kind):
-    """A byte-order mark at the start, one where two files were joined, Windows' line ends."""
+    """A byte-order mark at the start, another where two files were joined, Windows line ends."""
     good = GOOD.replace(b"\n", b"\r\n")
     contents = {f"{split}.txt": MARK + good + MARK + good for split in SPLITS}
     if kind == "folder":
@@ -254,8 +254,8 @@ HEADER: list[NamedTriple] = [("source", "kind", "target")]
         (
             {"train": [*CHAIN, ("caf\u00e9", "r0", "e1"), ("cafe\u0301", "r1", "e1")]},
             [
-                "one of the entities with a name that looks like another's, composed otherwise in "
-                "Unicode: 'caf\u00e9'"
+                "one of the entities with a name that looks like another's, composed differently "
+                "in Unicode: 'caf\u00e9'"
             ],
         ),
     ],

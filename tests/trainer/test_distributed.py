@@ -1,4 +1,4 @@
-"""emu-train with the entities in parts, against emu-train in one process."""
+"""emu-train with the entities spread over processes, against emu-train in one process."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def torchrun(processes: int, *arguments: str) -> subprocess.Popen[str]:
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    """Status, output and errors; a hang fails."""
+    """Status, output and errors; fails if the process hangs."""
     try:
         out, err = process.communicate(timeout=500)
     finally:
@@ -119,7 +119,7 @@ def test_the_numbers_are_those_of_one_process(runs, data, tmp_path, case):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["resumed", "alone"])
 def test_another_number_of_processes_goes_on(runs, name):
-    """Until step 20 two, then three, or one."""
+    """Two until step 20, then three, or one."""
     if name == "alone":
         assert train("--resume", runs / name, "--steps", 40) == 0
     compare(runs / name, runs / "distmult", of_steps_after=20)
@@ -127,7 +127,7 @@ def test_another_number_of_processes_goes_on(runs, name):
 
 @pytest.mark.slow
 def test_a_run_that_was_not_finished_predicts(runs, tmp_path):
-    """Of the shards of its best step the table is made when it is asked for."""
+    """The table is made from the shards of its best step when it is asked for."""
     run = runs / "stopped"
     (exported,) = run.glob("shards-*/entity.safetensors")
     wanted = load_tensors(run / "embeddings.safetensors")[0]["entity"]
@@ -186,7 +186,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(data, tmp_path):
 
 
 def test_a_group_of_one(data, tmp_path, capsys):
-    """Without torchrun, with one thing more to do than without --sharded: nothing differs."""
+    """Without torchrun: nothing differs from a run without --sharded."""
     options = f"{CASES['complex']} --tsv"
     assert train(*command(data, tmp_path / "sharded", f"{options} --sharded").split()) == 0
     assert "48 entities in 1 processes" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Entities that begin with vectors from a file, and stay there if they are frozen."""
+"""Entities whose initial vectors come from a file, and which keep them if they are frozen."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def vectors_of(count: int, width: int = 16) -> Any:
 
 
 def test_vectors_go_to_their_names(graph, tmp_path, capsys):
-    """In another order than the graph's, for some of its entities and for one that it lacks."""
+    """In another order than the graph's, for some of its entities and for an unknown one."""
     names = [*reversed(graph.entities[3:]), "stranger"]
     vectors = vectors_of(len(names))
     config = dataclasses.replace(SMALL, init_entities=write(tmp_path, names, vectors))
@@ -116,7 +116,7 @@ def test_a_resumed_run_is_exact_without_the_file(graph, tmp_path, freeze_entitie
 
 
 def test_from_an_earlier_run(graph, tmp_path):
-    """Its embeddings.safetensors is such a file, for a graph of other entities too."""
+    """Its embeddings.safetensors is such a file, also for a graph with other entities."""
     run = RunFolder.create(tmp_path / "run", SMALL, graph)
     earlier = Trainer(SMALL, graph, run)
     earlier.train()

@@ -96,8 +96,8 @@ def test_it_learns(graph, name, loss, filter_negatives):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_gradient_is_that_of_plain_autograd(graph, name):
-    """The loop detaches the query's rows and adds their gradient itself; here autograd does. Adam
-    needs the table's gradient, which Adagrad's step is made without."""
+    """The loop detaches the query's rows and adds their gradient itself; here autograd does so.
+    With Adam, which needs the table's gradient; Adagrad steps without it."""
     config = small(model=name, steps=2, optimizer="Adam")
     trainer, plain = Trainer(config, graph), embeddings(Trainer(config, graph).model)
     for step in range(2):  # one step for each direction
@@ -136,7 +136,7 @@ def test_each_direction_trains_its_own_relations(graph, sparse):
 
 @pytest.mark.parametrize(("name", "at_least"), [("DistMult", 0.7), ("RotatE", 0.58)])
 def test_inverse_relations_learn(nations, name, at_least):
-    """0.79 and 0.66 where the bounds were set; without inverses 0.75 and 0.62."""
+    """The MRRs were 0.79 and 0.66 when the bounds were set; without inverses 0.75 and 0.62."""
     config = small(model=name, inverse_relations=True, dim=32, batch_size=256, steps=300)
     trainer = Trainer(dataclasses.replace(config, eval_every=100), nations)
     before = trainer.evaluator.evaluate(trainer.model, "test").mrr
@@ -452,7 +452,7 @@ def test_best_checkpoint_is_the_best_validation(graph, tmp_path, monkeypatch):
     [("mrr", (0.2, 0.5, 0.5, 0.3, 0.6), 20, 40), ("mr", (9.0, 8.0, 8.5, 7.0, 7.5, 7.5), 40, 60)],
 )
 def test_patience(graph, tmp_path, monkeypatch, metric, values, best, end):
-    """Equal is no better. A run that lost patience is over until it is given more."""
+    """An equal metric is not better. A run that lost patience is over until it is given more."""
     config = small(eval_every=10, patience=2, metric=metric, steps=100)
     trainer = start(tmp_path / "run", config, graph)
     script = iter(values)
@@ -809,8 +809,8 @@ def test_every_sampler_trains_with_every_loss(graph, tmp_path, monkeypatch, samp
         ({"rows_per_set": 2, "sampler": "structure-aware"}, "structure-aware negatives cannot"),
         ({"negatives": -2}, "negatives must be at least 1, or all"),
         ({"negatives": ALL, "loss": "selfadv"}, "all needs a loss among emu"),
-        ({"negatives": ALL, "rows_per_set": 2}, "all leaves nothing to sampler and rows_per_set"),
-        ({"negatives": ALL, "sampler": "structure-aware"}, "all leaves nothing to sampler"),
+        ({"negatives": ALL, "rows_per_set": 2}, "all does not go with sampler and rows_per_set"),
+        ({"negatives": ALL, "sampler": "structure-aware"}, "all does not go with sampler"),
         ({"negatives": ALL, "sparse": True}, "touches every entity"),
     ],
 )

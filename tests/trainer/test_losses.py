@@ -130,7 +130,7 @@ def test_temperature_0_weights_negatives_alike():
 @pytest.mark.parametrize("model", ["DistMult", "TransE"])
 @pytest.mark.parametrize("filtered", [False, True])
 def test_all_entities(name, model, filtered):
-    """As with one set a row that has each entity but the answer and the known ones."""
+    """As with a set for each row that has all entities except the answer and the known ones."""
     drawn = {"emu": "expected", "onevsall": "softmax"}.get(name, name)
     step = step_of(model, loss=name, negatives=ALL)
     offsets, ids = torch.tensor([0, 2, 3, 3, 3, 4, 7]), torch.tensor([1, 4, 0, 9, 2, 3, 10])

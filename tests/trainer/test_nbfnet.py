@@ -32,7 +32,7 @@ from emu_kernels.trainer.sampling import StrictNegatives
 N, R, DIM = 7, 2, 4
 TAKEN = ("emu", "expected", "selfadv", "softmax", "uls")
 
-# (1, 0, 2) is there twice, (4, 1, 4) is a loop, 6 has no edge.
+# (1, 0, 2) occurs twice, (4, 1, 4) is a loop, 6 has no edge.
 TRIPLES = torch.tensor(
     [[0, 0, 1], [1, 0, 2], [1, 0, 2], [2, 1, 0], [3, 1, 2], [4, 1, 4], [4, 0, 5], [0, 1, 5]]
 )
@@ -62,7 +62,8 @@ def message(kind: str, x: Tensor, r: Tensor) -> Tensor:
 
 
 def extreme(messages: Tensor, name: str) -> Tensor:
-    """(d,) of (M, d): each message that is it gets its gradient whole, as in the authors' code."""
+    """(d,) of (M, d): each message that is the extreme gets the whole gradient, as in the authors'
+    code."""
     value: Tensor = getattr(messages.detach(), name)(0)
     return value + ((messages - messages.detach()) * (messages == value)).sum(0)
 
@@ -257,7 +258,7 @@ def candidates(**settings: Any) -> Candidates:
 
 
 def score(step: Candidates, features: Tensor) -> Tensor:
-    """(B, K) by the layers as torch has them, of (B, K, d)."""
+    """(B, K) from (B, K, d), by torch's own layers."""
     query = step.query[:, None].expand_as(features)
     layers = step.readout
     scores: Tensor = layers.score(layers.hidden(torch.cat([features, query], -1)).relu())
@@ -300,7 +301,7 @@ def test_losses_follow_their_formulas(name):
 
 
 def test_closed_form_has_the_moments_of_all_masks():
-    """Exactly, where no ReLU opens or closes on the way: a large bias keeps half of them open."""
+    """Exactly, if no ReLU opens or closes in between: a large bias keeps half of them open."""
     step = candidates(loss="expected", mutation_rate=0.3)
     with torch.no_grad():
         step.readout.hidden.bias.copy_(torch.tensor([100.0, -100.0]).repeat(DIM))
@@ -391,7 +392,7 @@ def test_initial_values_are_the_seeds(graph):
 
 
 def test_it_learns(graph):
-    """A graph of 48 entities and rules of one hop: chance has an MRR of about .1."""
+    """A graph of 48 entities and rules of one hop: by chance the MRR is about 0.1."""
     trainer = Trainer(small(steps=60, eval_every=60, batch_size=64, lr=0.02), graph)
     before = trainer.evaluator.evaluate(trainer.model, "test").mrr
     trainer.train()
@@ -432,7 +433,7 @@ def write(folder: Path, **splits: list[tuple[str, str, str]]) -> None:
 
 @pytest.fixture
 def two_graphs(graph_folder: Path) -> Path:
-    """Beside the graph of conftest.py one of the same rules, whose entities are others."""
+    """Besides the graph of conftest.py, one with the same rules and other entities."""
     clusters, members = 6, 4
     triples = [
         (f"x{head}", f"r{r}", f"x{(head // members + r) % clusters * members + i}")
@@ -556,9 +557,9 @@ def test_a_relation_of_the_first_graph_that_is_not_trained_on_is_unknown(graph_f
         ({"freeze_entities": True}, "freeze_entities must be left out: NBFNet"),
         ({"tsv": True}, "tsv must be left out: NBFNet"),
         ({"mask_unit": "pair"}, "mask_unit must be left out: NBFNet"),
-        ({"loss": "onevsall"}, "NBFNet takes one of sampled negatives"),
-        ({"loss": "softmax", "negatives": -1}, "NBFNet takes one of sampled negatives"),
-        ({"loss": "mixup"}, "NBFNet takes one of sampled negatives, and not mixup"),
+        ({"loss": "onevsall"}, "NBFNet needs one with sampled negatives"),
+        ({"loss": "softmax", "negatives": -1}, "NBFNet needs one with sampled negatives"),
+        ({"loss": "mixup"}, "NBFNet needs one with sampled negatives, other than mixup"),
         ({"layers": 0}, "layers must be at least 1"),
         ({"aggregate": "median"}, "unknown aggregate 'median'"),
         ({"message": "rotate", "dim": 7}, "message 'rotate' needs an even dim, got 7"),

@@ -91,7 +91,7 @@ def test_walks_end_where_walks_can_end(hops, monkeypatch):
 
 
 def test_walks_choose_each_neighbour_with_equal_probability():
-    """Where 4,000 independent walks of three hops from the hub of a star with a tail end."""
+    """The ends of 4,000 independent walks of three hops, from the hub of a star with a tail."""
     #       1 – 4 – 5         from 0: 1, 2, 3 with 1/3 each; from 1: 0 or 4; from 4: 1 or 5;
     #   2 – 0 – 3             3 hops: via 1 and 4 to 1 or 5: 1/3 · 1/2 · 1/2 each
     graph = adjacency(torch.tensor([(0, 0, 1), (0, 0, 2), (0, 0, 3), (1, 0, 4), (4, 0, 5)]), 6)

@@ -24,7 +24,7 @@ def printed(notebook: nbformat.NotebookNode) -> str:
 
 @pytest.mark.slow
 def test_it_prints_what_it_shows(data_folder, tmp_path, monkeypatch):
-    """The same words; MRRs that are close. Times and roundings are of the machine."""
+    """The same words, and MRRs that are close. Times and roundings depend on the machine."""
     shutil.unpack_archive(data_folder / "codex-s.tar.gz", tmp_path / "CoDEx-S")
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
     notebook = nbformat.read(FILE, nbformat.NO_CONVERT)

@@ -52,7 +52,7 @@ class Page(HTMLParser):
             self.headings.append(data)
 
     def pictures(self) -> list[str]:
-        """The words of each, which is a whole document."""
+        """The words of each picture, which is a complete document."""
         start = "data:image/svg+xml;base64,"
         assert all(link.startswith(start) for link in self.linked)
         trees = [ElementTree.fromstring(base64.b64decode(x[len(start) :])) for x in self.linked]

@@ -29,7 +29,7 @@ VARIANTS = [(name, inverse) for name in MODELS for inverse in (False, True)]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, graph: Graph) -> Path:
-    """A folder with an untrained run of each variant: a checkpoint is all that it takes."""
+    """A folder with an untrained run of each variant: predictions need only a checkpoint."""
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("emu_kernels.trainer.loop.plot_metrics", lambda *_: None)

@@ -290,7 +290,7 @@ def test_too_many_names_are_refused():
 def test_columns_are_checked(columns):
     with pytest.raises(ConfigError, match="columns must be three"):
         Config(data="-", columns=columns)
-    with pytest.raises(ConfigError, match="are of data, not of a dataset"):
+    with pytest.raises(ConfigError, match="are for data, not for a dataset"):
         Config(dataset="nations", columns="1,2,3")
 
 
@@ -301,5 +301,5 @@ def test_columns_are_checked(columns):
 def test_the_weight_column_is_checked(columns, weight):
     with pytest.raises(ConfigError, match="weight_column must be one beside"):
         Config(data="-", columns=columns, weight_column=weight)
-    with pytest.raises(ConfigError, match="are of data, not of a dataset"):
+    with pytest.raises(ConfigError, match="are for data, not for a dataset"):
         Config(dataset="nations", weight_column="w")

@@ -1,4 +1,4 @@
-"""Trackers hold what the run folder's metrics do, also where a run goes on."""
+"""Trackers hold the same as the run folder's metrics, also after a run is resumed."""
 
 from __future__ import annotations
 

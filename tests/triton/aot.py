@@ -40,7 +40,7 @@ MUTATIONS: dict[str, Mutation] = {
     "component": Component(threshold=156),
     "pair": Pair(threshold=156),
     "mixup": Mixup(),
-    "rates": Component(),  # with thresholds of the row's length
+    "rates": Component(),  # with a threshold for each component
     "expected": Expected(0.6),
     "learned": Expected(0.6, learned=True),  # with rates of each row
 }
@@ -172,8 +172,8 @@ def messages(
     shared: bool = False,
     weighted: bool = False,
 ) -> list[Launch]:
-    """The launches of relational messages and their backward pass, as of NBFNet: with own messages,
-    and edges left out or, where weighted, none. The graph's values are never read."""
+    """The launches of relational messages and their backward pass, as for NBFNet: with own messages
+    and with edges left out, or none if they are weighted. The graph's values are never read."""
     graph = RelationalGraph(torch.zeros(2, 1).long(), torch.zeros(1).long(), 1, 1)
     real = torch.float64 if dtype == torch.float64 else torch.float32
     given = {

@@ -49,7 +49,7 @@ PER_COMPONENT = {
     ("table_gradient", "hake", "component"): 46,
     ("table_gradient", "protate", "component"): 52,
     ("scatter", "dot", "component"): 30,
-    # In closed form: with one rate of all components, and with learned rates of each row.
+    # In closed form: with one rate for all components, and with learned rates for each row.
     ("moments", "dot", "expected"): 11,
     ("query_gradient", "dot", "expected"): 10,
     ("table_gradient", "dot", "expected"): 15,

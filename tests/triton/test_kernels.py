@@ -58,7 +58,7 @@ def test_any_tile(dim: int, mutation: str) -> None:
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("units", [1, 37])
 def test_expected_rates_in_any_tile(units: int) -> None:
-    """A rate of all, and those of each row, with their gradients."""
+    """One rate for all, and rates for each row, with their gradients."""
     inputs = make(3, 11, 37, rows=4, padding=True)
     given = torch.rand(3, units, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     given = given[0, 0] if units == 1 else given

@@ -18,8 +18,8 @@ if backend._missing() is not None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 REGISTERS = {
-    # Of a thread, by message and aggregate, float32, for sm_80 and sm_90: 5 to 25 % above what
-    # Triton 3.9 takes. With 128 of them a multiprocessor holds 16 warps.
+    # Per thread, by message and aggregate, float32, for sm_80 and sm_90: 5 to 25 % above what
+    # Triton 3.9 uses. With 128 of them a multiprocessor holds 16 warps.
     ("aggregate", "distmult", "sum"): 66,
     ("aggregate", "distmult", "pna"): 140,
     ("aggregate", "rotate", "pna"): 132,
@@ -46,8 +46,8 @@ def compiled(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
 
 
 def test_compiled_kernels_spill_nothing(compiled: list[dict[str, Any]]) -> None:
-    """But 8 bytes, of rows of 16 or 64 bits on sm_80, where ptxas prefers that to more registers
-    than 64 or 80."""
+    """Except 8 bytes with rows of 16 or 64 bits on sm_80, where ptxas prefers that to using more
+    than 64 or 80 registers."""
     found = [row for row in compiled if row["spilled"]]
     assert [row for row in found if row["spilled"] > 8 or row["more"] == "[]"] == []
     assert {(row["target"], row["name"]) for row in found} <= {("sm_80", "message_gradient")}
@@ -58,7 +58,7 @@ def test_compiled_sizes_do_not_compile_anew(compiled: list[dict[str, Any]]) -> N
 
 
 def test_compiled_kernels_leave_room_for_others(compiled: list[dict[str, Any]]) -> None:
-    """Nor do they exchange anything but, of rows shorter than a warp and of 16 bits, their sums."""
+    """They use few registers, and no shared memory except for sums of short rows and 16 bits."""
     plain = [row for row in compiled if row["more"] == "[]"]
     found = [(row, (row["name"], row["message"], row["aggregate"])) for row in plain]
     assert {key for _, key in found} >= set(REGISTERS)
@@ -78,8 +78,8 @@ def test_compiled_kernels_leave_room_for_others(compiled: list[dict[str, Any]]) 
 def test_tiles_as_on_a_gpu(
     rows: int, message: str, aggregate: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The interpreter's tiles would hold a whole row here: partial ones in each direction, several
-    blocks of a row; for 5 queries of 6 components."""
+    """The interpreter's tiles would hold a whole row here. These give partial tiles in each
+    direction, and several blocks of a row; for 5 queries of 6 components."""
     from emu_kernels.triton import launch, messages
 
     monkeypatch.setattr(messages, "tile", lambda *given: launch.Tile(rows, 16, 1))

@@ -1,5 +1,5 @@
-"""Entity-major: the gradient of the table from sorted ids, each touched row written once; and its
-rival, query-major with atomic additions."""
+"""Entity-major: the gradient of the table from sorted ids, each touched row written once; and an
+alternative, query-major with atomic additions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from emu_kernels.triton.tiles import (
 )
 
 VARYING = [name for name in SIZES if name != "R"]
-"""R is specialised: where it is 1, a set of negatives a row, nothing is divided by it."""
+"""Not R, which is specialised: if it is 1 (a set of negatives for each row), divisions vanish."""
 
 
 @triton.jit
@@ -83,7 +83,7 @@ def contributions(
     else:
         drawn = draw(seed, bounds, k, sizes.row_offset + rows, first, kind, REAL)
         if (kind.COUPLED or kind.SHARED) and (not kind.BILINEAR):
-            # The terms' derivatives at ẑ are others than at the candidate and the positive.
+            # The terms' derivatives at ẑ are neither the candidate's nor the positive's.
             z = _load_positive(inputs, rows, sizes.N, j, valid, kind, REAL)
             _, d = terms(q, a, c, kind)
             _, e = terms(q, a, mix_parts(z, c, drawn, kind), kind)
@@ -137,16 +137,16 @@ def table_gradient(
     mutated_weight,
     variance_weight,
     grad_positive,
-    keys,  # (entries,) sorted ids, N where padding or bad
-    order,  # (entries,) which id each was: of negatives first, then of positives
+    keys,  # (entries,) sorted ids, N for padding and bad ids
+    order,  # (entries,) the index of each before sorting: negatives first, then positives
     slots,  # (entries,) row of `out` for each entry
     out,
-    partial,  # (pieces, 2, D): sums of segments that began before and that end after a piece
+    partial,  # (pieces, 2, D): sums of segments that begin before a piece, or end after it
     entries,
     negatives,
     PIECE: tl.constexpr,
 ):  # fmt: skip
-    """One program: a chunk of components, PIECE entries, segment by segment, in order."""
+    """One program: PIECE entries, segment by segment in order, for a chunk of components."""
     REAL: tl.constexpr = inputs.query.dtype.element_ty
     first = (tl.program_id(0) % kind.CHUNKS) * kind.WIDTH
     piece = (tl.program_id(0) // kind.CHUNKS).to(tl.int64)
@@ -172,7 +172,7 @@ def table_gradient(
         for start in range(0, of_negatives * R, kind.ROWS):
             pair = start + tl.arange(0, kind.ROWS)
             valid = pair < of_negatives * R
-            # In 32 bits: a division in 64 is a function call.
+            # In 32 bits, as a division in 64 bits is a function call.
             origin = tl.load(order + entry + pair // R, mask=valid, other=0).to(tl.int32)
             rows = (origin // K * R + pair % R).to(tl.int64)
             g = contributions(
@@ -213,8 +213,8 @@ def join_segments(
     PIECE: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """One program: a chunk of components of the segment, if any, that begins in a piece and goes on
-    in the next."""
+    """One program: a chunk of components of the segment, if there is one, that begins in a piece
+    and goes on in the next."""
     CHUNKS: tl.constexpr = (D + WIDTH - 1) // WIDTH
     piece = (tl.program_id(0) // CHUNKS).to(tl.int64)
     j = (tl.program_id(0) % CHUNKS) * WIDTH + tl.arange(0, WIDTH)
@@ -252,8 +252,8 @@ def scatter(
     grad_positive,
     out,  # (N, D) real, zeros
 ):  # fmt: skip
-    """One program: ROWS negatives of a row, a chunk of components; the row's positive with the
-    first."""
+    """One program: ROWS negatives of a row, and with the first ones its positive, for a chunk of
+    components."""
     REAL: tl.constexpr = inputs.query.dtype.element_ty
     pid = tl.program_id(0)
     first = (pid % kind.CHUNKS) * kind.WIDTH

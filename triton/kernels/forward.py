@@ -1,5 +1,6 @@
-"""Query-major kernels in two passes, for rows of any length: sums of terms, then the weights of
-sums, then gradients of the query from these weights, for a chunk of components at a time."""
+"""Query-major kernels in two passes, for rows of any length: the first makes sums of terms; from
+these follow the weights of sums (losses.py), and from these the second makes the gradients of the
+query, for a chunk of components at a time."""
 
 from __future__ import annotations
 
@@ -46,7 +47,7 @@ from emu_kernels.triton.tiles import (
 def store_scores(
     out, at, each, valid, sums, good, padding, weights, VALUES: tl.constexpr, kind: tl.constexpr
 ):
-    """The values of sums, or the scores: −inf of padding. NaN where not good."""
+    """Stores the values of sums, or the scores, −inf at padding. NaN where not good."""
     v = values(sums, good, kind)
     if VALUES:
         store_sums(out, at, each, valid, v, kind)
@@ -59,7 +60,7 @@ def store_moments(
     mean_out, out, at, each, valid, means, variances, good, padding, weights,
     VALUES: tl.constexpr, kind: tl.constexpr,
 ):  # fmt: skip
-    """Means and variances of the sums, or the scores' means and cumulants, likewise."""
+    """Likewise the means and variances of sums, or the scores' means and cumulants."""
     nan = float("nan")
     means = [tl.where(good, x, nan) for x in means]
     if VALUES:
@@ -78,8 +79,8 @@ def scores(
     inputs, kind: tl.constexpr, B, K, R, N, row_offset, threshold,
     positive_out,  # (B,) score, or with VALUES (S, B) values v_s
     plain_out,  # (B, K), or (S, B, K)
-    mutated_out,  # of a rule of moments the means, M with VALUES
-    variance_out,  # of such a rule: (B, K) cumulants, or (S, B, K) V
+    mutated_out,  # with a rule of moments the means, or M with VALUES
+    variance_out,  # with such a rule (B, K) cumulants, or (S, B, K) V with VALUES
     VALUES: tl.constexpr,
 ):  # fmt: skip
     """One program: ROWS negatives of a row."""
@@ -106,7 +107,7 @@ def scores(
         plain = add_row_sums(plain, tile.t, kind)
         positive = add_row_sums(positive, query.t, kind)
         if kind.MOMENTS:
-            # A whole tile: one row's layout Triton would give to the candidates' terms too.
+            # A whole tile, as Triton would give one row's layout to the candidates' terms too.
             row = b + spread(zeros(kind, tl.int64))
             rates = load_rates(inputs.rate, row, j, inside, kind, REAL)
             mean = add_kept(mean, query.t, rates, kind)
@@ -141,7 +142,7 @@ def scores(
 @triton.jit(do_not_specialize=SIZES)
 def query_gradient(
     inputs, kind: tl.constexpr, B, K, R, N, row_offset, threshold,
-    positive_weight,  # (S, B) of sums, as the next two
+    positive_weight,  # (S, B) of sums, as the next three
     weight,  # (S, B, K)
     mutated_weight,
     variance_weight,
@@ -160,11 +161,11 @@ def query_gradient(
     j = components(first, kind.WIDTH)
     inside = j < kind.W
     own = tl.load(inputs.positive + b)
-    own = tl.where((own >= 0) & (own < N), own, 0)  # a row to read: its weights are NaN
+    own = tl.where((own >= 0) & (own < N), own, 0)  # any row, if out of range: its weights are NaN
     query = load_query(inputs, b, own, j, inside, kind, REAL)
     gq = no_tile(inputs.table, kind.STRIDE, j, K, kind, REAL)
     gz, ga = gq, gq
-    # With a rule of moments, of each sum: Σ_k h, Σ_k v (t − p) (tiles.pull), and by the rates.
+    # With a rule of moments, for each sum: Σ_k h, Σ_k v (t − p) (tiles.pull), the rates' gradient.
     given = spread_sums([zeros(kind, REAL) for s in (0, 1)[: kind.SUMS]])
     bent = [gq[s] for s in (0, 1)[: kind.SUMS]]
     by_rate, rates = bent, bent
@@ -214,13 +215,13 @@ def query_gradient(
 
 @triton.jit
 def _of_positive(given, bent, rates, kind: tl.constexpr):
-    """Weights of the positive's terms, from all negatives' moments."""
+    """The weights of the positive's terms that come from all negatives' moments."""
     return [rates[s] * (given[s] - (1.0 - rates[s]) * bent[s]) for s in (0, 1)[: kind.SUMS]]
 
 
 @triton.jit
 def _add_by_rate(total, h, v, u, rates, kind: tl.constexpr):
-    """Adds (t − p) (h + (ρ − 1/2) v (t − p)), minus the gradient by ρ where weights are by sums."""
+    """Adds (t − p) (h + (ρ − 1/2) v (t − p)): minus the gradient by ρ, for a sum without a root."""
     g = pull(h, v, u, rates, kind)
     half = [tl.fma(0.5, v[s] * u[s], g[s]) for s in (0, 1)[: kind.SUMS]]
     return [tl.fma(u[s], half[s], total[s]) for s in (0, 1)[: kind.SUMS]]
@@ -228,7 +229,7 @@ def _add_by_rate(total, h, v, u, rates, kind: tl.constexpr):
 
 @triton.jit
 def _store_by_rate(grad_rate, row, j, inside, total, kind: tl.constexpr):
-    # Of squares weights are by minus half of them.
+    # For a sum of squares the weights are derivatives by half of it, negated.
     by = [total[s] * (0.5 if kind.ROOTS[s] else -1.0) for s in (0, 1)[: kind.SUMS]]
     SUMS: tl.constexpr = kind.SUMS
     for s in tl.static_range(SUMS):
@@ -237,7 +238,7 @@ def _store_by_rate(grad_rate, row, j, inside, total, kind: tl.constexpr):
 
 @triton.jit
 def _add_given(total, w, drawn, d, kind: tl.constexpr):
-    """The positive's part of a tile's gradient, except for the factor that all share."""
+    """Adds the positive's part of a tile's gradient, without the factor common to all."""
     if kind.BILINEAR:
         return [total[i] + give(drawn[i], w[i % kind.SUMS], kind) for i in (0, 1)[: kind.PARTS]]
     else:
@@ -249,8 +250,8 @@ def _add_given(total, w, drawn, d, kind: tl.constexpr):
 @triton.jit
 def finish_gradient(
     query,
-    gq,  # (1, WIDTH) of each part, of all negatives, as the next
-    gz,  # by the positive, except for a factor that all share; of moments the weights of its terms
+    gq,  # (1, WIDTH) of each part, the sum over all negatives, as the next two
+    gz,  # by the positive, without a factor common to all; with moments the weights of its terms
     ga,
     positive_weight,
     own,  # whether to add the positive's own part
@@ -285,5 +286,5 @@ def finish_gradient(
 
 @triton.jit
 def scale_parts(a, x, kind: tl.constexpr):
-    """a x of the parts that have a scale, x of the others."""
+    """a x for the parts that have a scale, x for the others."""
     return [a[i] * x[i] if kind.SCALED[i] else x[i] for i in (0, 1)[: kind.PARTS]]

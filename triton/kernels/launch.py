@@ -36,17 +36,17 @@ from emu_kernels.triton.masks import SHARES
 from emu_kernels.triton.similarities import TERMS
 
 INTERPRETED = interpreted()
-"""Whether the kernels run on the CPU, one NumPy call an operation (TRITON_INTERPRET=1)."""
+"""Whether the kernels run on the CPU, with a NumPy call for each operation (TRITON_INTERPRET=1)."""
 
 
 def _power_of_2(number: int) -> int:
-    """The next one, or the number itself."""
+    """The least power of 2 that is not below the number."""
     return 1 << (number - 1).bit_length()
 
 
 def _result(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Zeros for a result of the kernels in ``like``'s dtype, to be cast to it. The interpreter cuts
-    bf16 off where a GPU rounds to nearest: there torch rounds."""
+    """Zeros for a result of the kernels, to be cast to ``like``'s dtype. They have that dtype,
+    except for bf16 in the interpreter, which truncates where a GPU rounds: there torch rounds."""
     cut = INTERPRETED and like.dtype == torch.bfloat16
     return like.new_zeros(shape, dtype=torch.float32 if cut else like.dtype)
 
@@ -58,15 +58,15 @@ class Tile(NamedTuple):
 
 
 def tile(width: int, count: int) -> Tile:
-    """The tile of a kernel that walks over ``count`` candidates, ``width`` components a part.
+    """The tile of a kernel that goes over ``count`` candidates with ``width`` components per part.
 
-    A Philox call's sixteen components are a thread's, so a tile has 2048 components of a part for
-    four warps, and as many rows as that leaves; a second part is a thread's as well. With wider
-    rows a warp's sum would become the warps'. So there is nothing to search for at run time: no
-    slow first call, the same sums in every run.
+    A thread has the sixteen components of a Philox call in each part, so a tile has 2048 components
+    of a part for four warps, and as many rows as these allow. Wider rows would need sums across
+    warps. So there is nothing to search for at run time: no slow first call, and the same sums in
+    every run.
     """
     if INTERPRETED:
-        # An operation costs the same on one element or thousands.
+        # An operation costs the same for one element as for thousands.
         rows, wide = _power_of_2(min(max(count, 1), 64)), min(width, 512)
         return Tile(rows, max(16, _power_of_2(wide)), 1)
     wide = max(16, min(_power_of_2(width), 512))
@@ -75,24 +75,24 @@ def tile(width: int, count: int) -> Tile:
 
 
 def block(count: int) -> int:
-    """Lanes that walk over ``count`` numbers."""
+    """The number of lanes that go over ``count`` numbers."""
     return max(16, min(1024, _power_of_2(max(count, 1))))
 
 
 def _on(tensor: Tensor) -> AbstractContextManager[None]:
-    """Launches go to the tensor's device, whichever is current."""
+    """Lets launches go to the tensor's device, whichever device is current."""
     return nullcontext() if tensor.device.type == "cpu" else torch.cuda.device(tensor.device)
 
 
 def run(kernel: Any, programs: int, warps: int, **arguments: Any) -> None:
-    """Launch in a one-dimensional grid, without contraction of products and sums."""
+    """Launch in a one-dimensional grid; products and sums are not contracted to fused ones."""
     if programs:
         kernel[(programs,)](**arguments, num_warps=warps, enable_fp_fusion=False)
 
 
 @functools.cache
 def _source(*functions: Any) -> str:
-    """Kind.SOURCE. Interpreted functions are not cached, and have no key."""
+    """:attr:`Kind.SOURCE`. Interpreted functions are not cached, and have no key."""
     keys = "".join(getattr(function, "cache_key", "") for function in functions if function)
     return hashlib.sha256(keys.encode()).hexdigest()[:16]
 
@@ -107,7 +107,7 @@ def _kind(
     phase_scale: float = 1.0,
     rate: Tensor | None = None,
 ) -> Kind:
-    """All but the tile."""
+    """The Kind except for the tile."""
     parts = 2 if similarity.halves == 2 or rule.pairs else 1
     each = parts // similarity.halves  # parts of a half
     terms = TERMS[similarity.name]
@@ -146,7 +146,7 @@ def _with_tile(kind: Kind, at: Tile) -> Kind:
 
 
 def _thresholds(rule: Mutation) -> tuple[Tensor | None, int]:
-    """Of each of the mask's units, or the one of all."""
+    """The thresholds of the mask's units, or else the one for all."""
     return (rule.thresholds, rule.threshold) if isinstance(rule, Component) else (None, 0)
 
 
@@ -197,7 +197,7 @@ class Problem:
 
     @property
     def blocks(self) -> int:
-        """Tiles that cover a row's candidates, at least one for the positive."""
+        """The number of tiles that cover a row's candidates; at least one, for the positive."""
         return max(1, -(-self.count // self.tile.rows))
 
     def new(self, *shape: int) -> Tensor:
@@ -231,7 +231,7 @@ def _scores(
     if not p.kind.MOMENTS:
         p.run(forward.scores, p.rows * p.blocks, **out, VALUES=values)
         return
-    # A thread has 32 components, of two candidates, for which what is the query's is made once.
+    # A thread has 32 components, of two candidates, so that it computes the query's part once.
     warps = max(1, p.tile.warps * p.kind.PARTS // 2)
     if p.kind.CHUNKS > 1:
         p.run(forward.scores, p.rows * p.blocks, warps, **out, VALUES=values)
@@ -248,7 +248,7 @@ def scores_forward(request: Request) -> Scores:
 
 
 def _splits(p: Problem, programs: int) -> int:
-    """Over how many programs to split a row's negatives where rows alone are too few."""
+    """Over how many programs to split each row's negatives, if there are too few rows."""
     wanted = 1 if INTERPRETED else max(1, 1024 // max(programs, 1))
     return min(_power_of_2(wanted), max(1, p.count // (4 * p.tile.rows)))
 
@@ -261,7 +261,7 @@ def _query_gradient(p: Problem, positive_weight: Tensor, state: LossState | Scor
     p.run(
         forward.query_gradient,
         p.rows * p.kind.CHUNKS * splits,
-        # A second part's moments would be spilled.
+        # With fewer warps a second part's moments would be spilled.
         p.tile.warps * p.kind.PARTS if p.kind.MOMENTS else None,
         positive_weight=positive_weight,
         weight=state.weight,
@@ -279,14 +279,14 @@ def _query_gradient(p: Problem, positive_weight: Tensor, state: LossState | Scor
 
 
 passes: int | None = None
-"""In how many passes over the candidates the loss and its gradients by the query's side are made:
+"""In how many passes over the candidates to compute the loss and its gradients by the query's side:
 1, 2, or None to choose. For measurements: set it between calls."""
 
 
 def _one_pass(p: Problem) -> bool:
-    """Whether a row and its sums fit in registers: five sums of sixteen components a thread do,
-    with the tile itself; more, a scale's or a second part's, would be spilled (see the
-    ahead-of-time tests). Where they do not fit, candidates are read twice."""
+    """Whether a row and its sums fit in registers: five sums of sixteen components per thread do,
+    besides the tile itself; more, for a scale or a second part, would be spilled (see the
+    ahead-of-time tests). If they do not fit, candidates are read twice."""
     if p.kind.CHUNKS > 1 or p.kind.MOMENTS:
         return False
     fits = not p.kind.MUTATED or (p.kind.PARTS == 1 and p.request.scale is None)
@@ -294,13 +294,13 @@ def _one_pass(p: Problem) -> bool:
 
 
 Spans = dict[str, Any]
-"""What :func:`_accumulate` has of the spans of each row's negatives, as rows.merge takes it."""
+"""What :func:`_accumulate` computes for the spans of each row's negatives, for rows.merge."""
 
 
 def _accumulate(p: Problem, positive: Tensor, state: LossState) -> Spans:
     splits = _splits(p, p.rows)
     mutated, scaled = p.kind.MUTATED, p.request.scale is not None
-    # As many as the last one's number in rows.accumulate.
+    # One more than the index of the last vector that rows.accumulate stores.
     vectors = 8 if mutated and scaled else 6 if scaled else 5 if mutated else 1
     spans: Spans = {
         "maxima": p.new(2, p.rows, splits),
@@ -343,7 +343,7 @@ def loss_forward(request: LossRequest, *, need_grad: bool) -> LossState:
         state = new_loss_state(request, need_grad=need_grad)
         coefficients = request.coefficients
         if coefficients is None and request.query.dtype == torch.float64:
-            # A number would be passed in fp32.
+            # Triton would pass a number in fp32.
             new = request.query.new_full  # not new_tensor, which would wait for the device
             coefficients = torch.stack([new((), request.beta), new((), request.alpha)])
         uls, vanilla = p.new(p.rows), p.new(p.rows)
@@ -408,8 +408,8 @@ NO_ROWS = _kind(0, NoMutation())._replace(TERMS=(), SOURCE="")
 
 
 def _of_sums(p: Problem, *, scored: bool = False) -> dict[str, Any]:
-    """Common arguments of the kernels from sums to weights: with nothing of rows and of how they
-    are mutated, so that one compilation serves them all. ``scored``: each score is its one sum."""
+    """Common arguments of the kernels that compute weights from sums. They say nothing about rows
+    and how these are mutated, so that one compilation serves all. ``scored``: sums are scores."""
     kind = NO_ROWS._replace(MUTATED=p.kind.MUTATED, MOMENTS=p.kind.MOMENTS)
     inputs = Inputs(
         positive=p.inputs.positive,
@@ -456,7 +456,7 @@ def query_gradient(request: Request, upstream: ScoreWeights) -> ScoresGradient:
 
 
 class Segments:
-    """The ids of a batch, sorted, and each one's place before; padding and bad ids last, as N."""
+    """The ids of a batch, sorted, and each one's index before; padding and bad ids last, as N."""
 
     def __init__(self, request: Request) -> None:
         rows = request.table.shape[0]
@@ -469,7 +469,7 @@ class Segments:
         self.keys, self.order = torch.sort(found, stable=True)
 
     def touched(self, rows: int) -> tuple[Tensor, Tensor]:
-        """(M,) ids ascending and (entries,) the place of each entry's in them. Synchronises."""
+        """(M,) ascending ids and (entries,) the index of each entry's id in them. Synchronises."""
         first = torch.ones_like(self.keys, dtype=torch.bool)
         torch.ne(self.keys[1:], self.keys[:-1], out=first[1:])
         return self.keys[first & (self.keys < rows)], first.cumsum(0) - 1
@@ -516,15 +516,15 @@ def _table_gradient(
 
 
 def backward_tile(p: Problem) -> tuple[int, Tile]:
-    """Sorted entries a program, and its tile.
+    """The number of sorted entries per program, and its tile.
 
-    One warp: a program works on one entity at a time, and several would wait for each other.
+    It has one warp: a program works on one entity at a time, for which several would wait.
     """
     if INTERPRETED:
         return 256, p.tile
     wide = max(16, min(_power_of_2(p.kind.W), 256 // p.kind.PARTS))
     entities = min(p.sizes.N, p.request.negative.numel())
-    pairs = p.rows * p.count / max(entities, 1)  # of an entity, if all are drawn alike
+    pairs = p.rows * p.count / max(entities, 1)  # per entity, if all are drawn equally often
     piece = max(1, min(32, 2048 // p.sizes.R))
     return _power_of_2(piece), Tile(4 if pairs >= 3 else 1, wide, 1)
 

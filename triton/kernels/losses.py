@@ -1,6 +1,6 @@
 """From scores to the loss, and to the weights of the sums that scores are functions of.
 
-All of it is B·K numbers, a D-th of what the scores were made from.
+All this works on B·K numbers, a D-th of what the scores were computed from.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from emu_kernels.triton.tiles import load_sums, logit, store_sums
 
 @triton.jit
 def _coefficient(x):
-    """NaN where it is out of range: raising would need a synchronisation."""
+    """The coefficient, NaN if it is out of range: raising an error would need a synchronisation."""
     return tl.where((x >= 0) & (x < float("inf")), x, float("nan"))
 
 
@@ -35,7 +35,7 @@ def _store_weights(pointer, at, each, valid, w, v, weights, kind: tl.constexpr):
 
 @triton.jit
 def _mutated_logits(mutated, variance, at, id_at, each, valid, inputs, kind: tl.constexpr):
-    """A mutated score less log q, twice; with a rule of moments its mean's and its cumulant's."""
+    """A mutated score minus log q, twice; with a rule of moments its mean and its cumulant."""
     weights = inputs.weights
     log_q = inputs.negative_log_q
     x = load_sums(mutated, at, each, valid, kind)
@@ -53,7 +53,8 @@ def _mutated_logits(mutated, variance, at, id_at, each, valid, inputs, kind: tl.
 def _store_moment_weights(
     mutated, variance, at, each, valid, a, b, m, v, weights, kind: tl.constexpr
 ):
-    """Weights of the sums' means and variances from a and b, those of the score's."""
+    """Weights of the sums' means and variances from a and b, those of the score's mean and of half
+    its variance."""
     by_mean, by_variance = moment_slopes(a, b, m, v, weights, kind)
     store_sums(mutated, at, each, valid, by_mean, kind)
     store_sums(variance, at, each, valid, by_variance, kind)
@@ -68,13 +69,13 @@ def _add_moments_by_weights(by, real, a, b, means, variances, weights, kind: tl.
 
 @triton.jit
 def _add_by_weights(by, real, x, v, kind: tl.constexpr):
-    """The gradients by the similarity's weights, of one score for each lane."""
+    """Adds to the gradients by the similarity's weights, for one score in each lane."""
     return [by[s] + tl.where(real, x * v[s], 0) for s in (0, 1)[: kind.SUMS]]
 
 
 @triton.jit
 def _store_by_weights(grad_weights, b, by, w, v, kind: tl.constexpr):
-    """With the positive's own part, of weight w."""
+    """Adds the positive's own part, of weight w, and stores."""
     SUMS: tl.constexpr = kind.SUMS
     for s in tl.static_range(SUMS):
         tl.store(grad_weights + kind.SUMS * b + s, tl.sum(by[s], 0) + w * v[s])
@@ -83,10 +84,10 @@ def _store_by_weights(grad_weights, b, by, w, v, kind: tl.constexpr):
 @triton.jit(do_not_specialize=[*SIZES, "beta", "alpha"])
 def loss_rows(
     inputs, kind: tl.constexpr, B, K, R, N, row_offset, threshold,
-    coefficients,  # (2,) β and α, or None: the arguments
+    coefficients,  # (2,) β and α, or None for the arguments beta and alpha
     positive_value,  # (S, B) values v_s of z⁺
     plain,  # (S, B, K), of the negatives; replaced by weights
-    mutated,  # with a rule of moments M, and V next
+    mutated,  # likewise; with a rule of moments it is M, and the next one V
     variance,
     uls_out,  # (B,)
     vanilla_out,
@@ -282,7 +283,7 @@ def reduce_rows(
 
 @triton.jit
 def _load_values(pointer, at, each, valid, w, kind: tl.constexpr):
-    """The values of sums, which nothing depends on where they are the scores."""
+    """The values of sums. If they are the scores, nothing depends on them, and any will do."""
     if kind.DIRECT:
         return (w,)
     else:
@@ -292,10 +293,10 @@ def _load_values(pointer, at, each, valid, w, kind: tl.constexpr):
 @triton.jit(do_not_specialize=SIZES)
 def sum_weights(
     inputs, kind: tl.constexpr, B, K, R, N, row_offset, threshold,
-    positive_value,  # (S, B) values, as the next two; not read where DIRECT
+    positive_value,  # (S, B) values, as the next two; not read if DIRECT
     plain,  # (S, B, K); replaced by weights of sums
     mutated,
-    variance,  # (S, B, K), of a rule of moments
+    variance,  # (S, B, K), with a rule of moments
     positive_score_weight,  # (B,)
     plain_score_weight,  # (B, K)
     mutated_score_weight,
@@ -323,7 +324,7 @@ def sum_weights(
         ids = tl.load(inputs.negative + (b // R) * K + k, mask=valid, other=-1)
         real = ids != -1
         good = own_good & (ids < N) & (ids >= -1)
-        # Nothing flows into padding, whatever its upstream weight (its score is −inf).
+        # Padding has no gradient, whatever its upstream weight (its score is −inf).
         x = tl.load(plain_score_weight + at, mask=valid, other=0.0)
         x = tl.where(good, tl.where(real, x, 0.0), float("nan"))
         p = _load_values(plain, at, each, valid, x, kind)

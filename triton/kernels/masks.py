@@ -1,4 +1,4 @@
-"""The mask contract (emu_kernels/mask.py) in Triton: sixteen components a Philox call."""
+"""The mask contract (emu_kernels/mask.py) in Triton: sixteen components per Philox call."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def draws(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """(4, ROWS, WIDTH / 16, 4) uint32 of components first + 0..WIDTH − 1, laid out as in tiles.py:
-    each one's byte is the highest, the bytes before it in its word come after it.
+    """(4, ROWS, WIDTH / 16, 4) uint32 for components first + 0..WIDTH − 1, laid out as in tiles.py:
+    a component's own byte is the highest, followed by those before it in its Philox word.
 
-    Components that begin inside a block of sixteen take bytes of two calls; SHIFT is how far.
+    Components that begin SHIFT inside a block of sixteen take bytes of two calls.
     """
     GROUPS: tl.constexpr = WIDTH // 16
     block = (first // 16 + tl.arange(0, GROUPS)).to(tl.uint32)[None, :]
@@ -63,8 +63,8 @@ def draws(
 
 @triton.jit
 def below(drawn, threshold):
-    """Whether the highest byte is below the threshold, 0..256: two instructions less than to
-    extract it."""
+    """Whether the highest byte is below the threshold, 0..256; takes two instructions less than
+    extracting the byte."""
     last = ((threshold.to(tl.int32) << 24) - 1).to(tl.uint32)  # 2^32 − 1 for 256, and for 0
     return (drawn <= last) & (threshold > 0)
 

@@ -1,4 +1,4 @@
-"""From a call of relational_spmm's operators to launches of relational.py's kernels."""
+"""Launches relational.py's kernels for a call of relational_spmm's operators."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from emu_kernels.triton import launch, relational
 
 
 def tile(lanes: int, loads: int, size: int) -> launch.Tile:
-    """The tile of a kernel that reads ``loads`` numbers of each edge and lane, rows of nodes having
-    ``size`` bytes a number.
+    """The tile of a kernel that reads ``loads`` numbers for each edge and lane, where numbers of
+    nodes have ``size`` bytes.
 
-    A thread reads 16 bytes of a row at once, and has the same lanes of each row. More rows are more
-    reads in flight, as far as registers suffice (see the ahead-of-time tests).
+    A thread reads 16 bytes of a row at once, and has the same lanes of each row. More rows mean
+    more reads in flight, as far as registers suffice (see the ahead-of-time tests).
     """
     if launch.INTERPRETED:
         return launch.Tile(32, max(16, min(launch._power_of_2(lanes), 1024)), 1)
@@ -41,7 +41,7 @@ def run(
     grad: Tensor | None = None,
     result: Tensor | None = None,
 ) -> None:
-    """The result ("forward"), or its gradient by "nodes" or "relations"; into ``out``."""
+    """Write the result ("forward"), or its gradient by "nodes" or "relations", to ``out``."""
     nodes, relations, keep = given["nodes"], given["relations"], given["keep"]
     aggregate, message = given["aggregate"], given["message"]
     count, batch, dim = nodes.shape

@@ -29,7 +29,7 @@ def mutate_forward(
     negative,  # (B, K, D), as out
     out,
 ):  # fmt: skip
-    """One program: ROWS negatives of a row, a chunk of components."""
+    """One program: ROWS negatives of a row, for a chunk of components."""
     T: tl.constexpr = negative.dtype.element_ty
     pid = tl.program_id(0)
     first = (pid % kind.CHUNKS) * kind.WIDTH
@@ -53,7 +53,7 @@ def mutate_backward(
     grad_positive,  # (B, D)
     grad_negative,  # (B, K, D)
 ):  # fmt: skip
-    """One program: a row, a chunk of components."""
+    """One program: a row, for a chunk of components."""
     T: tl.constexpr = grad.dtype.element_ty
     REAL: tl.constexpr = tl.float64 if tl.float64 == T else tl.float32
     first = (tl.program_id(0) % kind.CHUNKS) * kind.WIDTH

@@ -1,11 +1,12 @@
 """Messages along a graph's edges, aggregated at nodes, and the gradients: relational_spmm.
 
-A program has one row of the result, of a node or a piece of a relation's edges, and a block of its
-lanes; it walks over the row's edges, ROWS at a time, and writes the row once. A lane is a component
-of one query or, of complex numbers, a pair of components (part 0 and 1). Tiles are (ROWS, WIDTH),
-with all rows of a lane in one thread where lanes suffice: nothing is exchanged within the loop.
+A program has a block of lanes of one row of the result, that of a node or of a piece of a
+relation's edges; it goes over the row's edges, ROWS at a time, and writes the row once. A lane is a
+component of one query or, for complex numbers, a pair of components (part 0 and 1). Tiles are
+(ROWS, WIDTH), with all rows of a lane in one thread if there are enough lanes, so that nothing is
+exchanged within the loop.
 
-Of an edge that is left out a tile has zeros: its message is 0.
+A tile has zeros for an edge that is left out: its message is 0.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from emu_kernels.triton.tiles import load_parts, store_parts
 
 
 class Graph(NamedTuple):
-    """Pointers, None where absent; as :class:`emu_kernels.relational._Sorted` has them."""
+    """Pointers, None where absent; the edges are as in :class:`emu_kernels.relational._Sorted`."""
 
     nodes: Any  # (N, B, D)
     relations: Any  # (R, D) or (R, B, D)
@@ -28,7 +29,7 @@ class Graph(NamedTuple):
     keep: Any  # (E,) bytes
     start: Any  # where the edges of a program's row begin
     other: Any  # (E,) sources, for the result; targets, for gradients
-    relation: Any  # (E,), or of each piece
+    relation: Any  # (E,), or (P,) for pieces
     edge: Any  # (E,)
     source: Any  # (E,), for the gradient of relations
 
@@ -37,11 +38,11 @@ class MessageKind(NamedTuple):
     """Compile-time constants."""
 
     D: int
-    PARTS: int  # 2 of complex numbers
+    PARTS: int  # 2 for complex numbers, else 1
     W: int  # components of a part
     ROWS: int  # of a tile: edges
     WIDTH: int  # of a tile: lanes
-    SHARED: bool  # relations are those of all queries
+    SHARED: bool  # all queries have the same relations
     MESSAGE: str
     AGGREGATE: str
     SECTIONS: int  # rows of the result for each query
@@ -52,8 +53,8 @@ class MessageKind(NamedTuple):
 def _place(B, kind: tl.constexpr):
     """The program's row; its lanes, (1, WIDTH), and whether they exist.
 
-    Blocks of lanes go by one after the other, each for all rows: what is gathered for one, WIDTH
-    numbers of each node, may fit in a GPU's cache, from which it is read once an edge.
+    Blocks of lanes are processed one after the other, each for all rows: what is gathered for one
+    block, WIDTH numbers of each node, may fit in a GPU's cache, from which each edge reads it.
     """
     W: tl.constexpr = kind.W
     WIDTH: tl.constexpr = kind.WIDTH
@@ -64,7 +65,7 @@ def _place(B, kind: tl.constexpr):
 
 @triton.jit
 def _places(lane, EACH: tl.constexpr, kind: tl.constexpr):
-    """Of lanes in a row that has EACH numbers for a query; 0: one row for all queries."""
+    """The places of lanes in a row that has EACH numbers per query; 0: one row for all queries."""
     if EACH == kind.W:
         return lane
     else:
@@ -89,7 +90,7 @@ def _edges(inputs, start, end, kind: tl.constexpr, REAL: tl.constexpr):
 
 @triton.jit
 def _messages(x, r, w, kind: tl.constexpr):
-    """Both passes compute them here: the second compares them with extremes to the bit."""
+    """Both passes compute messages here: the second needs the same bits to find the extremes."""
     if kind.MESSAGE == "rotate":
         return [w * (x[0] * r[0] - x[1] * r[1]), w * (x[0] * r[1] + x[1] * r[0])]
     elif kind.MESSAGE == "transe":
@@ -111,13 +112,13 @@ def _larger(x, y, kind: tl.constexpr):
 
 @triton.jit
 def _or_nan(found, x):
-    """(1, WIDTH) found, or NaN if some x of (ROWS, WIDTH) is."""
+    """(1, WIDTH) found, or NaN if any x (ROWS, WIDTH) of its column is."""
     return tl.where(tl.max((x != x).to(tl.int32), 0, keep_dims=True) > 0, float("nan"), found)
 
 
 @triton.jit
 def _least(parts, kind: tl.constexpr):
-    """(1, WIDTH) over rows."""
+    """(1, WIDTH) the minima over rows."""
     inf = float("inf")
     return [_or_nan(tl.min(tl.where(x == x, x, inf), 0, keep_dims=True), x) for x in parts]
 
@@ -157,7 +158,7 @@ def _squares(parts):
 
 @triton.jit
 def _deviation(square, mean, EPSILON: tl.constexpr):
-    """Where the variance is too small exactly ε^½, so that the backward pass knows it again."""
+    """Exactly ε^½ where the variance is too small, by which the backward pass recognises it."""
     variance = square - mean * mean
     least = tl.full((), EPSILON, square.dtype)
     root = tl.full((), EPSILON**0.5, square.dtype)
@@ -249,7 +250,7 @@ def _where_equal(m, extreme, g, kind: tl.constexpr):
 
 @triton.jit
 def _pull(m, grad, result, base, j, inside, valid, kind: tl.constexpr, REAL: tl.constexpr):
-    """The gradient by messages: linear + square · m + the extremes' where m is one."""
+    """The gradient by messages m: linear + square · m, plus that of an extreme if m is one."""
     g = load_parts(grad, base, j, inside, kind, REAL)
     if kind.AGGREGATE == "min" or kind.AGGREGATE == "max":
         g = _where_equal(m, load_parts(result, base, j, inside, kind, REAL), g, kind)
@@ -261,14 +262,14 @@ def _pull(m, grad, result, base, j, inside, valid, kind: tl.constexpr, REAL: tl.
             extreme = load_parts(result, base + section * D, j, inside, kind, REAL)
             h = load_parts(grad, base + section * D, j, inside, kind, REAL)
             g = _with(g, _where_equal(m, extreme, h, kind), kind)
-        g = _where(valid, g, 0.0)  # 0 · m is not 0 of every m
+        g = _where(valid, g, 0.0)  # 0 · m is not 0 for every m
     return g
 
 
 @triton.jit(do_not_specialize=["B"])
 def message_gradient(
     inputs, kind: tl.constexpr, B,
-    grad,  # (N, B, SECTIONS, D), of the result: of a message's pull the linear and square parts
+    grad,  # (N, B, SECTIONS, D), as relational._pulls returns it
     result,  # (N, B, SECTIONS, D)
     out,  # (N, B, D), or of pieces (P, B, D)
     OF_NODES: tl.constexpr,
@@ -324,7 +325,7 @@ def join_pieces(
     partial,  # (P, B, D)
     out,  # (R, B, D)
 ):  # fmt: skip
-    """One program: a block of lanes of a relation; the sum of its pieces, in order."""
+    """One program: sums a relation's pieces in order, for a block of lanes."""
     REAL: tl.constexpr = out.dtype.element_ty
     WIDTH: tl.constexpr = kind.WIDTH
     r, lane, inside = _place(B, kind)

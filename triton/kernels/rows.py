@@ -1,10 +1,10 @@
 """Query-major in one pass, for rows short enough to be held in registers while they are used.
 
-Scores and the sums that all gradients by the query's side are made of, over one reading of the
-candidates. The weights of a softmax are known at the end only, so sums are made with e^(s − m), m
-being the largest logit so far; each row of a tile has its own m, so that nothing is exchanged
-within the loop. From w_k = α p_k and ŵ_k = ((1 + βK) p̂_k − β)/K three sums follow: with e^(s − m),
-with e^(ŝ − m̂), and plain.
+Computes scores, and the sums from which all gradients by the query's side follow, while reading the
+candidates once. The weights of a softmax are known only at the end, so sums are weighted by
+e^(s − m), m being the largest logit so far; each row of a tile has its own m, so that nothing is
+exchanged within the loop. As w_k = α p_k and ŵ_k = ((1 + βK) p̂_k − β)/K, three sums are needed:
+weighted by e^(s − m), weighted by e^(ŝ − m̂), and plain.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ from emu_kernels.triton.tiles import (
 
 @triton.jit
 def _score(m, t, good, padding, inputs, id_at, out, at, each, valid, kind: tl.constexpr):
-    """Stores the values of a tile's sums. Each row's new maximum, the factor by which its sums
-    shrink, and the slopes ∂score/∂S with and without e^(s − m), 0 where padding."""
+    """Stores the values of a tile's sums. Returns each row's new maximum, the factor by which its
+    sums shrink, and the slopes ∂score/∂S with and without e^(s − m), 0 at padding."""
     v = values(row_sums(t, kind), good, kind)
     store_sums(out, at, each, valid, v, kind)
     s = logit(combine(v, inputs.weights, kind), inputs.negative_log_q, id_at, valid)
@@ -62,7 +62,7 @@ def _score(m, t, good, padding, inputs, id_at, out, at, each, valid, kind: tl.co
 
 @triton.jit
 def _add_given(total, shrink, w, drawn, d, kind: tl.constexpr):
-    """shrink · total + the positive's part of a tile's gradient, as in forward.py."""
+    """shrink · total plus the positive's part of a tile's gradient, as in forward.py."""
     if kind.BILINEAR:
         return [
             tl.fma(total[i], shrink, give(drawn[i], w[i % kind.SUMS], kind))
@@ -108,7 +108,7 @@ def accumulate(
     s = logit(combine(v, inputs.weights, kind), inputs.positive_log_q, b, b >= 0)
     m = zeros(kind, REAL) + s
     mutated_m = m
-    # Of e^(s − m), e^(ŝ − m̂) and 1; by the query, the positive, the scale.
+    # By e^(s − m), e^(ŝ − m̂) and 1 (s, e, u); for the query (q), the positive (z), the scale (a).
     qs = no_tile(inputs.table, kind.STRIDE, j, K, kind, REAL)
     qe, qu, ze, zu, as_, ae, au = qs, qs, qs, qs, qs, qs, qs
     seed = tl.load(inputs.seed)
@@ -171,8 +171,8 @@ def moments(
     VALUES: tl.constexpr,
     SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """One program: a row over one of SPLITS spans of its negatives. The scores alone, of a rule of
-    moments: what it needs of the row is made once."""
+    """One program: a row over one of SPLITS spans of its negatives. Only the scores, with a rule of
+    moments: what these need of the row is computed once."""
     REAL: tl.constexpr = inputs.query.dtype.element_ty
     split = tl.program_id(0) % SPLITS
     b = (tl.program_id(0) // SPLITS).to(tl.int64)
@@ -228,7 +228,7 @@ def _add_mutated(total, x, vectors, label, plain, kind: tl.constexpr):
 def merge(
     inputs, kind: tl.constexpr, B, K, R, N, row_offset, threshold,
     maxima,
-    sums,  # by the query with e^(s − m), e^(ŝ − m̂), 1; the positive with the last two; the scale
+    sums,  # for the query by e^(s − m), e^(ŝ − m̂), 1; the positive by the last two; the scale
     statistics,  # (5, B), of losses.loss_rows
     positive_weight,  # (S, B) of sums
     grad_query,

@@ -1,12 +1,12 @@
 """The similarities' arithmetic: the terms of each half, or of both at once.
 
-A function takes a component's q, a and c and returns its term and the term's derivative by q, of a
-square half of it; the derivative by c is −a times that, except where a similarity is bilinear. It
-is given κ/2 as HALF, and whether there is an a as SCALED. A coupled similarity has one function,
-of the components of both halves, which returns the term and two derivatives.
+A function takes a component's q, a and c and returns its term and the term's derivative by q (for a
+square minus half of it); the derivative by c is −a times that, unless the similarity is bilinear.
+HALF is κ/2, and SCALED says whether there is an a. A coupled similarity has one function, of the
+components of both halves, which returns the term and two derivatives.
 
-To add one, write its functions and name them in ``TERMS``. What else a similarity is, kernels read
-from its descriptor in emu_kernels/similarity.py (launch.py makes a kinds.Kind of it).
+To add one, write its functions and name them in ``TERMS``. Kernels read everything else about a
+similarity from its descriptor in emu_kernels/similarity.py (launch.py makes a kinds.Kind of it).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _difference(q, a, c, SCALED: tl.constexpr):
 
 @triton.jit
 def _sign(x):
-    return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, x))  # 0 and NaN are their own
+    return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, x))  # 0 stays 0, and NaN stays NaN
 
 
 @triton.jit
@@ -51,15 +51,15 @@ def _l2(q, a, c, HALF: tl.constexpr, SCALED: tl.constexpr):
 
 @triton.jit
 def _sine(q, a, c, HALF: tl.constexpr, SCALED: tl.constexpr):
-    """−|sin u| of u = (q − c) κ/2."""
+    """−|sin u|, u = (q − c) κ/2."""
     u = q * HALF - c * HALF
     if u.dtype == tl.float64:
         s = tl.sin(u)
         slope = tl.cos(u) * _sign(s)
         return -tl.abs(s), -HALF * slope
     else:
-        # u − nπ, π in three parts, the first short enough that n times it is exact. Where |u| is
-        # past 2^22 numbers are more than half a radian apart, and the rest is only kept in bounds.
+        # u − nπ, π in three parts, the first short enough that n times it is exact. For |u| above
+        # 2^22 numbers are half a radian or more apart, and the result is only kept in bounds.
         n = tl.floor(u * 0.318309886 + 0.5)
         r = tl.fma(-n, 3.140625, u)
         r = tl.fma(-n, 9.67502593994140625e-4, r)
@@ -97,7 +97,7 @@ TERMS = {
     "hake": (_sine, _l2),
     "protate": (_sine,),
 }
-"""Of each half; one function of both where a similarity is coupled."""
+"""For each half; if a similarity is coupled, one function of both."""
 
 
 @triton.jit
@@ -118,7 +118,7 @@ def values(sums, good, kind: tl.constexpr):
 
 @triton.jit
 def value_slope(v, ROOT: tl.constexpr):
-    """dv/dS from v (of squares: by half their sum)."""
+    """dv/dS from v; for a root, minus the derivative by half of S."""
     if ROOT:
         return tl.where(v == 0, 0.0, -1.0 / tl.where(v == 0, 1.0, v))
     else:
@@ -145,14 +145,14 @@ def combine(v, weights, kind: tl.constexpr):
 
 @triton.jit
 def moments(means, variances, kind: tl.constexpr):
-    """Mean and variance of v(S) of each sum from those of S; of a root by the delta method."""
+    """Mean and variance of each sum's v(S) from those of S; for a root by the delta method."""
     both = [_moments(means[s], variances[s], kind.ROOTS[s]) for s in (0, 1)[: kind.SUMS]]
     return [x[0] for x in both], [x[1] for x in both]
 
 
 @triton.jit
 def _inverse_root(x):
-    """0 of 0."""
+    """1/√x; 0 for 0."""
     return tl.where(x == 0, 0.0, 1.0 / tl.sqrt(tl.where(x == 0, 1.0, x)))
 
 
@@ -177,8 +177,8 @@ def cumulant(mean, v, weights, kind: tl.constexpr):
 
 @triton.jit
 def moment_slopes(by_mean, by_half, means, variances, weights, kind: tl.constexpr):
-    """Weights of each sum's mean and variance from those of the score's mean and half variance: by
-    the mean and half the variance of the sum (of squares: both times −2, as in value_slope)."""
+    """Weights of each sum's mean and variance from those of the score's mean and half variance:
+    derivatives by the sum's mean and half its variance (for a root both times −2)."""
     both = [
         _moment_slopes(
             weighed(by_mean, weights, s), weighed(weighed(by_half, weights, s), weights, s),
@@ -201,5 +201,5 @@ def _moment_slopes(a, b, mean, variance, ROOT: tl.constexpr):
 
 @triton.jit
 def slopes(v, weights, kind: tl.constexpr):
-    """∂score/∂S of each sum."""
+    """∂score/∂S of each sum; for a root as in value_slope."""
     return [weighed(value_slope(v[s], kind.ROOTS[s]), weights, s) for s in (0, 1)[: kind.SUMS]]

@@ -1,13 +1,12 @@
 """A tile of candidates against a query: loads, masks, terms and sums, for every similarity.
 
 A row is one part or two (kinds.Kind), and what belongs to its parts is a tuple: in
-``[... for i in (0, 1)[: kind.PARTS]]`` i is the part, and ``w[i % kind.SUMS]`` is of its sum.
+``[... for i in (0, 1)[: kind.PARTS]]`` i is the part, and ``w[i % kind.SUMS]`` is that of its sum.
 
 A tile of ROWS candidates and WIDTH components of a part is (4, ROWS, WIDTH / 16, 4): word, row,
 block of sixteen components, byte. The words and bytes are those of the blocks' Philox calls, so
-that a thread which holds a block's words holds its components too and nothing is exchanged; the
-four components of a word are a load of 16 bytes. What belongs to one query is
-(4, 1, WIDTH / 16, 4).
+that a thread which holds a block's words also holds its components and nothing is exchanged; the
+four components of a word are a load of 16 bytes. Tiles of one query are (4, 1, WIDTH / 16, 4).
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from emu_kernels.triton.masks import below, draws, shares
 
 @triton.jit
 def components(first, WIDTH: tl.constexpr):
-    """(4, 1, WIDTH / 16, 4): their places in a part."""
+    """(4, 1, WIDTH / 16, 4): the indices of a tile's components in a part."""
     word = tl.arange(0, 4)[:, None, None, None]
     block = tl.arange(0, WIDTH // 16)[None, None, :, None]
     byte = tl.arange(0, 4)[None, None, None, :]
@@ -30,7 +29,7 @@ def components(first, WIDTH: tl.constexpr):
 
 @triton.jit
 def spread(x):
-    """(ROWS,) to the rows of a tile."""
+    """(ROWS,) as (1, ROWS, 1, 1), a number for each row of a tile."""
     return x[None, :, None, None]
 
 
@@ -80,9 +79,9 @@ def store_parts(pointer, base, j, inside, parts, kind: tl.constexpr):
 
 @triton.jit
 def no_tile(pointer, stride: tl.constexpr, j, K, kind: tl.constexpr, REAL: tl.constexpr):
-    """Zeros of each part, in the layout that tiles are loaded in. Sums that start from them keep
-    it; else Triton holds those that no candidate enters, and the masks they are made from, in
-    another one too. Nothing is read: K is not negative."""
+    """Zeros for each part, in the layout in which tiles are loaded. Sums that start from them keep
+    it; otherwise Triton would use another layout for sums without candidates, and hold the masks
+    that these are computed from in both. Nothing is read, as K is not negative."""
     row = spread(tl.arange(0, kind.ROWS).to(tl.int64))
     zero = tl.load(pointer + (row * stride + j), mask=j < tl.minimum(K, 0), other=0.0).to(REAL)
     return of_parts(zero, kind)
@@ -90,13 +89,13 @@ def no_tile(pointer, stride: tl.constexpr, j, K, kind: tl.constexpr, REAL: tl.co
 
 @triton.jit
 def scale_places(row, j, i: tl.constexpr, kind: tl.constexpr):
-    """Of components j of part i in the scale, which has the last parts alone."""
+    """The places of components j of part i in the scale, which has only the last parts."""
     return row * kind.SCALE_D + (i * kind.W - (kind.D - kind.SCALE_D) + j)
 
 
 @triton.jit
 def load_scale(scale, row, j, inside, absent, kind: tl.constexpr, REAL: tl.constexpr):
-    """a of each part; ``absent`` where it has none."""
+    """a of each part; ``absent`` if it has none."""
     return [
         tl.load(scale + scale_places(row, j, i, kind), mask=inside, other=0.0).to(REAL)
         if kind.SCALED[i]
@@ -107,7 +106,7 @@ def load_scale(scale, row, j, inside, absent, kind: tl.constexpr, REAL: tl.const
 
 @triton.jit
 def load_rates(rate, row, j, inside, kind: tl.constexpr, REAL: tl.constexpr):
-    """ρ of components j of each sum, or the one of all."""
+    """ρ of components j of each sum, or the one for all."""
     if kind.ONE_RATE:
         one = tl.load(rate).to(REAL)
         return [one for s in (0, 1)[: kind.SUMS]]
@@ -141,7 +140,7 @@ def load_candidates(inputs, query, ids, real, j, inside, kind: tl.constexpr, REA
 
 @triton.jit
 def load_sums(pointer, at, each, valid, kind: tl.constexpr):
-    """A number of each sum; those of the second come ``each`` after those of the first."""
+    """Numbers of each sum; those of the second sum come ``each`` after those of the first."""
     return [tl.load(pointer + (s * each + at), mask=valid, other=0.0) for s in (0, 1)[: kind.SUMS]]
 
 
@@ -167,7 +166,7 @@ def check_ids(ids, lowest, N, report, valid):
 
 @triton.jit
 def positive_id(inputs, b, N):
-    """Row b's positive and whether it is in range; where not, a row to read: scores become NaN."""
+    """Row b's positive, and whether it is in range; if not, 0 to read a row: scores become NaN."""
     own = tl.load(inputs.positive + b)
     good = check_ids(own, 0, N, inputs.report, own == own)
     return tl.where(good, own, 0), good
@@ -183,7 +182,7 @@ def negative_ids(inputs, b, k, K, R, N):
 
 @triton.jit
 def logit(score, log_q, at, valid):
-    """A candidate's score less its log q, if there is any."""
+    """A candidate's score minus its log q, if there is any."""
     if log_q is None:
         return score
     else:
@@ -223,16 +222,16 @@ def add_row_sums(totals, t, kind: tl.constexpr):
 
 @triton.jit
 def no_moments(kind: tl.constexpr, REAL: tl.constexpr):
-    """Zeros for add_moments to begin with, of each sum."""
+    """Zeros for each sum, for add_moments to begin with."""
     zero = tl.zeros((4, kind.ROWS, kind.WIDTH // 16), REAL)
     return [zero for s in (0, 1)[: kind.SUMS]]
 
 
 @triton.jit
 def add_moments(means, variances, own, t, rates, kind: tl.constexpr):
-    """Adds Σ (1 − ρ) t to means and Σ ρ (1 − ρ) (t − p)² to variances, each word on its own: the
-    moments of a tile's sums where a term is the positive's p with probability ρ, except for Σ ρ p.
-    With one rate Σ (t − p)² is enough."""
+    """Adds Σ (1 − ρ) t to means and Σ ρ (1 − ρ) (t − p)² to variances, each word by itself. Except
+    for Σ ρ p, these are the moments of a tile's sums if each term is the positive's p with
+    probability ρ. With one rate Σ (t − p)² is enough."""
     u = minus(t, own, kind)
     if kind.ONE_RATE:
         return means, [_add_dot(variances[s], u[s], u[s]) for s in (0, 1)[: kind.SUMS]]
@@ -253,7 +252,7 @@ def add_kept(means, own, rates, kind: tl.constexpr):
 
 @triton.jit
 def finish_moments(means, variances, own, plain, rate, kind: tl.constexpr):
-    """(ROWS,) means and variances of each sum; own and plain are the sums that are mixed."""
+    """(ROWS,) means and variances of each sum; own and plain are the positive's and negatives'."""
     variances = [tl.sum(tl.sum(x, 0), 1) for x in variances]
     if kind.ONE_RATE:
         p = tl.load(rate).to(plain[0].dtype)
@@ -265,8 +264,8 @@ def finish_moments(means, variances, own, plain, rate, kind: tl.constexpr):
 
 @triton.jit
 def _add_dot(total, x, y):
-    """total + Σ x y over the bytes of words: one instruction a component, where a product and a sum
-    are two."""
+    """total + Σ x y over the bytes of words, with one instruction per component instead of two for
+    a product and a sum."""
     x = _bytes(x)
     y = _bytes(y)
     for i in tl.static_range(4):
@@ -276,7 +275,7 @@ def _add_dot(total, x, y):
 
 @triton.jit
 def _bytes(x):
-    """The components of each byte."""
+    """The components that belong to each of the four bytes."""
     even, odd = tl.split(tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2], 2, 2)))
     x0, x2 = tl.split(even)
     x1, x3 = tl.split(odd)
@@ -285,7 +284,7 @@ def _bytes(x):
 
 @triton.jit
 def minus(t, own, kind: tl.constexpr):
-    """t − p of each sum's terms."""
+    """t − p for each sum's terms."""
     return [t[s] - own[s] for s in (0, 1)[: kind.SUMS]]
 
 
@@ -312,13 +311,13 @@ def keep_terms(w, h, v, u, rates, kind: tl.constexpr):
 
 @triton.jit
 def add_products(total, shrink, w, x, kind: tl.constexpr):
-    """shrink · total + w x of each part, w being one of each sum's."""
+    """shrink · total + w x for each part; w has one entry for each sum."""
     return [tl.fma(w[i % kind.SUMS], x[i], total[i] * shrink) for i in (0, 1)[: kind.PARTS]]
 
 
 @triton.jit
 def add_by_scale(total, shrink, w, tile, kind: tl.constexpr):
-    """The same with the terms' derivative by the scale, −d c, of the parts that have one."""
+    """The same with the terms' derivative by the scale, −d c, for the parts that have one."""
     return [
         tl.fma(-w[i % kind.SUMS] * tile.d[i], tile.c[i], total[i] * shrink)
         if kind.SCALED[i]
@@ -332,7 +331,7 @@ def add_by_scale(total, shrink, w, tile, kind: tl.constexpr):
 
 @triton.jit
 def load_bounds(thresholds, threshold, first, kind: tl.constexpr):
-    """The thresholds of each part's components from ``first`` on, or the one of all."""
+    """The thresholds of each part's components from ``first`` on, or the one for all."""
     if thresholds is None:
         return of_parts(threshold, kind)
     else:
@@ -349,13 +348,13 @@ def draw(
     seed,
     bounds,
     column,  # (ROWS,) k
-    row,  # (ROWS,) or one of all, row_offset + b
+    row,  # (ROWS,) or one for all, row_offset + b
     first,  # component within a part, a multiple of 16
     kind: tl.constexpr,
     REAL: tl.constexpr,
 ):
-    """Of each part the mask, bools that are true where a component comes from the positive; or the
-    shares that negatives keep."""
+    """For each part the mask, true where a component comes from the positive; or the shares of
+    themselves that negatives keep."""
     row = (row + column * 0).to(tl.uint32)
     column = column.to(tl.uint32)
     if kind.SHARED:
@@ -409,8 +408,8 @@ def mix_parts(z, c, drawn, kind: tl.constexpr):
 
 @triton.jit
 def mutate(query, tile, drawn, kind: tl.constexpr):
-    """The candidates' mutants. A masked term of one component is the positive's or the candidate's:
-    nothing has to be computed again."""
+    """The mutated candidates. A masked term of one component is the positive's or the candidate's,
+    so that nothing has to be computed again."""
     mixed = mix_parts(query.z, tile.c, drawn, kind)
     if kind.COUPLED or kind.SHARED:
         t, d = terms(query.q, query.a, mixed, kind)

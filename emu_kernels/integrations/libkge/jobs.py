@@ -28,10 +28,10 @@ SLOTS = (S, O)
 class TrainingJobEMU(TrainingJobNegativeSampling):
     """LibKGE's negative sampling with EMU's loss instead of ``train.loss``.
 
-    All else is LibKGE's: samplers, embedders, penalties, subbatches, checkpoints, validation,
-    search. A batch's loss is the mean over its triples of :func:`emu_kernels.fused_emu_loss` for
-    the subject plus that for the object. ``emu_loss`` holds rate and coefficients, which hooks may
-    reassign.
+    Everything else is LibKGE's: samplers, embedders, penalties, subbatches, checkpoints,
+    validation, search. A batch's loss is the mean over its triples of
+    :func:`emu_kernels.fused_emu_loss` for the subject plus that for the object. The attribute
+    ``emu_loss`` holds the rate and the coefficients, which hooks may reassign.
 
     Args:
         config, dataset, parent_job, model, forward_only: as in LibKGE, which makes the job.
@@ -76,7 +76,7 @@ class TrainingJobEMU(TrainingJobNegativeSampling):
 
     def _prepare_batch(self, batch_index: int, batch: dict[str, Any], result: Any) -> None:
         super()._prepare_batch(batch_index, batch, result)
-        # One draw for the batch, so that its masks do not depend on the subbatches.
+        # One seed for the whole batch, so that its masks do not depend on the subbatches.
         batch["seeds"] = torch.randint(MAX_SEED - 1, (3,), device=batch["triples"].device)
 
     def _process_subbatch(
@@ -113,7 +113,7 @@ class TrainingJobEMU(TrainingJobNegativeSampling):
         table = plain_table(embedder)
         sparse = table is not None and embedder.sparse
         if table is None or (sparse and self._mapping.halved):
-            # Computed embeddings, or a half of the table, through which no sparse gradient passes.
+            # Embeddings are computed, or are a half of the table, which has no sparse gradient.
             ids, place = torch.cat((positive, negative.flatten())).unique(return_inverse=True)
             table, sparse = embedder.embed(ids), False
             positive = place[: len(positive)]
@@ -179,7 +179,7 @@ class TrainingJobEMU1vsAll(TrainingJob1vsAll):
         query, side = query_of(self.model, self._mapping, triples, slot)
         embedder = embedder_of(self.model, slot)
         table = plain_table(embedder)
-        if table is None or embedder.sparse:  # whose gradient has to be sparse
+        if table is None or embedder.sparse:  # then the parameter's gradient has to be sparse
             table = embedder.embed_all()
         return one_vs_all_loss(
             query,
@@ -219,7 +219,7 @@ def _backend(config: Config, key: str) -> str | None:
 
 
 def _created(job: Job, kind: type[Job]) -> None:
-    """What each of LibKGE's classes does last, unless a subclass will."""
+    """Run the hooks, as the constructor of each LibKGE job does last, unless it is a subclass's."""
     if type(job) is kind:
         for hook in Job.job_created_hooks:
             hook(job)

@@ -31,7 +31,7 @@ MakeQuery = Callable[[Tensor, Tensor, Side], Tensor]
 
 
 class Mapping(NamedTuple):
-    """The kernels' name of a similarity, the query for it, and what is read of a candidate."""
+    """The kernels' name of a similarity, the query for it, and the part of a candidate to use."""
 
     similarity: str
     query: MakeQuery
@@ -55,7 +55,7 @@ _DOT: dict[type[RelationalScorer], Mapping] = {
     ComplExScorer: Mapping("dot", queries.complex),
     CPScorer: Mapping("dot", _cp, halved=True),
     SimplEScorer: Mapping("dot", queries.simple),
-    RescalScorer: Mapping("dot", queries.rescal),  # and relational_tucker3's
+    RescalScorer: Mapping("dot", queries.rescal),  # also the scorer of relational_tucker3
 }
 _DISTANCE: dict[type[RelationalScorer], tuple[MakeQuery, dict[float, str]]] = {
     TransEScorer: (queries.transe, {1: "l1", 2: "l2"}),
@@ -67,7 +67,7 @@ _SCORES = ("score_spo", "score_sp", "score_po")
 def map_model(model: KgeModel) -> Mapping:
     """The mapping of a model.
 
-    It goes by the scorer's exact class: a subclass may score in another way.
+    It depends on the scorer's exact class: a subclass may score in another way.
 
     Raises:
         ValueError: the kernels cannot score the model.
@@ -115,7 +115,7 @@ def query_of(
     triples: Tensor,  # (B, 3)
     slot: int,
 ) -> tuple[Tensor, Side]:
-    """The queries of a batch for the entity in ``slot``, S or O, and its side in the mapping."""
+    """A batch's queries for the entity in ``slot``, S or O, and its side as the mapping has it."""
     subject, relation, object_ = triples.unbind(dim=1)
     reciprocal = isinstance(model, ReciprocalRelationsModel)
     to: Side = "tail" if slot == O or reciprocal else "head"
@@ -123,7 +123,7 @@ def query_of(
         given = model.get_s_embedder().embed(subject)
     else:
         given = model.get_o_embedder().embed(object_)
-        if reciprocal:  # (o, p⁻¹, ?) in the place of (?, p, o)
+        if reciprocal:  # (o, p⁻¹, ?) instead of (?, p, o)
             relation = relation + model.dataset.num_relations()
     return mapping.query(given, model.get_p_embedder().embed(relation), to), to
 

@@ -59,7 +59,7 @@ def emu_loss(
             ``negative``, or shapes that do not fit.
         IndexError: an id out of range.
     """
-    if type(model) not in MODELS:  # exactly: a subclass may score in another way
+    if type(model) not in MODELS:  # the exact class: a subclass may score in another way
         known = ", ".join(kind.__name__ for kind in MODELS)
         raise TypeError(
             f"model: expected one of torch_geometric.nn.kge's {known}, got "
@@ -122,9 +122,9 @@ def _similarity(model: KGEModel) -> str:
 
 
 def _entities(model: KGEModel, ids: Tensor | None) -> Tensor:
-    """(..., D): entities as the model's score reads them, re‖im if complex; all of them for None.
+    """(..., D): entities as the model's score takes them, re‖im if complex; all of them for None.
 
-    Without a copy for DistMult's whole table.
+    DistMult's whole table is not copied.
     """
 
     def rows(embedding: torch.nn.Embedding) -> Tensor:

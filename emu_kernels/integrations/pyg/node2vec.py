@@ -20,13 +20,13 @@ def node2vec_loss(
 ) -> Tensor:
     """Node2Vec's loss (Grover and Leskovec, 2016) of its loader's walks, to replace ``model.loss``.
 
-    The nodes of the random walks are negatives of the first nodes of the real ones, each mutated
-    toward a node of that walk (EMU; Takamoto et al., arXiv 2504.03327). Without mutation this is
-    ``model.loss`` of walks whose random ones begin where the real ones do.
+    The nodes of the random walks ``neg_rw`` are negatives of the first nodes of the real walks
+    ``pos_rw``; each is mutated toward a node of that real walk (EMU; Takamoto et al., arXiv
+    2504.03327). Without mutation this is ``model.loss``, if random walks begin where the real do.
 
     Args:
         model: a ``torch_geometric.nn.Node2Vec``; with ``sparse=True`` its gradient is sparse.
-        pos_rw, neg_rw: int64 node ids, n negatives for each node, as the model's loader gives them.
+        pos_rw, neg_rw: int64 node ids, n negatives for each node, as from the model's loader.
         mutation_rate, seed, backend: as in :func:`emu_kernels.emu_scores`; None mutates nothing.
 
     Returns:

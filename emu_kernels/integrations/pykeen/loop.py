@@ -31,8 +31,8 @@ class EMUTrainingLoop(SLCWATrainingLoop):
         keywords: those of ``SLCWATrainingLoop``.
 
     Raises:
-        TypeError: a model without entity representations to mutate, or one that the kernels do not
-            score with a rate that is an :class:`emu_kernels.Expected`.
+        TypeError: a model without entity representations to mutate, or an
+            :class:`emu_kernels.Expected` with a model that the kernels cannot score.
         ValueError: an invalid rate, coefficient or backend.
     """
 
@@ -102,7 +102,7 @@ class EMUTrainingLoop(SLCWATrainingLoop):
 
 
 def _weights(batch: SLCWABatch, start: int, stop: int) -> Tensor | None:
-    """(B,) weights of the positives. Their negatives must have the same: EMU weights whole rows."""
+    """(B,) weights of the positives, which their negatives must share: EMU weights whole rows."""
     positive, negative = batch.get("pos_weights"), batch.get("neg_weights")
     if positive is None:
         return None

@@ -92,7 +92,7 @@ def emu_loss(
 
 
 def checked_model(model: object) -> ERModel:
-    """The model, if its score is an interaction of representations; else raises TypeError."""
+    """The model, if its score is an interaction of representations; otherwise TypeError."""
     if not isinstance(model, ERModel):
         raise TypeError(
             "model: expected a pykeen.models.ERModel, whose entities have representations to "
@@ -121,7 +121,7 @@ class _Batch(NamedTuple):
     def fused(self, mapping: Mapping, sides: list[Side]) -> Tensor:
         """The sum of the rows' losses, by the kernels.
 
-        One call for both sides, tails first, unless heads and tails have tables of their own.
+        One call for both sides, tails first, unless heads and tails have different tables.
         """
         tail, head = map(self._candidates, sides)
         total, offset = torch.zeros((), device=self.head[0].device), 0
@@ -147,7 +147,7 @@ class _Batch(NamedTuple):
         return total
 
     def by_interaction(self, sides: list[Side]) -> Tensor:
-        """The same by PyKEEN's interaction: the positives' scores, then one side at a time."""
+        """The sum of the rows' losses by PyKEEN's interaction, one side at a time."""
         scores = self.interaction(
             h=_unpack(self.head), r=_unpack(self.relation), t=_unpack(self.tail)
         )
@@ -205,7 +205,7 @@ def _unpack(parts: Parts) -> Tensor | Parts:
 
 
 def _table(representation: Representation) -> Tensor:
-    """All rows as an interaction reads them, without dropout; regularisers do not see them."""
+    """All rows as an interaction takes them, without dropout, hidden from regularisers."""
     table = representation._plain_forward()
     return table if representation.normalizer is None else representation.normalizer(table)
 
@@ -213,8 +213,8 @@ def _table(representation: Representation) -> Tensor:
 def _look_up(representation: Representation, ids: Tensor) -> Tensor:
     """``representation(ids)``, hidden from regularisers.
 
-    Rows are looked up as a list, as in PyKEEN's loop: torch's ``normalize`` defaults to dimension
-    1.
+    Ids are flattened to a list, as in PyKEEN's loop: torch's ``normalize`` acts on dimension 1 by
+    default.
     """
     rows, inverse = ids.flatten(), None
     if representation.unique:

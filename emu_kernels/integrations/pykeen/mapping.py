@@ -49,7 +49,7 @@ MakeQuery = Callable[[SideName, Parts, Parts], Query]
 def flat(parts: Parts, batch_dims: int = 1) -> Tensor:
     """(..., D): the parts concatenated as real numbers; a complex number is re, then im."""
     reals = [torch.view_as_real(x) if x.is_complex() else x for x in parts]
-    # A representation may be one number a row (ConvE's bias), which has no dimension to flatten.
+    # A representation may be a single number (ConvE's bias), which has no dimension to flatten.
     rows = [x.reshape(*x.shape[:batch_dims], math.prod(x.shape[batch_dims:])) for x in reals]
     return rows[0] if len(rows) == 1 else torch.cat(rows, dim=-1)
 
@@ -82,7 +82,7 @@ def _average(side: SideName, given: Parts, relation: Parts) -> Query:
 def _norm(interaction: Interaction) -> str | None:
     assert isinstance(interaction, NormBasedInteraction)
     if interaction.p == 1:
-        return "l1"  # power_norm changes nothing
+        return "l1"  # with or without power_norm
     return "l2" if interaction.p == 2 and not interaction.power_norm else None
 
 
@@ -100,7 +100,7 @@ _QUERIES: dict[type[Interaction], tuple[Callable[[Interaction], str | None], Mak
     SimplEInteraction: (lambda _: "dot", _average),
     RESCALInteraction: (lambda _: "dot", _bilinear),
     TransEInteraction: (_norm, _translation),
-    # Its forward takes the plain 2-norm, whatever its p is.
+    # Its forward uses the plain 2-norm, whatever its p is.
     RotatEInteraction: (lambda _: "l2", _rotation),
     PairREInteraction: (_norm, _pair),
 }
@@ -109,7 +109,7 @@ _QUERIES: dict[type[Interaction], tuple[Callable[[Interaction], str | None], Mak
 def map_model(model: ERModel) -> tuple[Mapping | None, str]:
     """The mapping of a model, or None and the reason.
 
-    It goes by the interaction's exact class: a subclass may score in another way.
+    It depends on the interaction's exact class: a subclass may score in another way.
     """
     interaction = model.interaction
     if type(interaction) is ClampedInteraction and interaction.clamp_score is None:

@@ -34,8 +34,8 @@ def split_sides(
 ) -> list[Side]:
     """Sort a batch's negatives by the entity that was replaced.
 
-    Negatives that the sampler's filter masks, or that equal the positive, become padding. The two
-    rows of a positive share its weight in proportion to their numbers of negatives.
+    Negatives that the sampler's filter masks, or that equal the positive, become padding. A
+    positive's weight is divided among its two rows in proportion to their numbers of negatives.
 
     Args:
         positives: (B, 3) triples.
