@@ -47,6 +47,10 @@ QUICK = [
         "every option that makes a term or the mask vanish, and one of each other kind",
     ),
     Quick(
+        "ops/test_agreement.py::test_table_dtypes", "triton", r"(?!one past).*",
+        "every dtype, in the smaller size; test_loss has the other sizes",
+    ),
+    Quick(
         "ops/test_autograd.py::test_opcheck", "triton", NONE,
         "the operators are those of the other backends; to record the calls takes half a minute",
     ),
@@ -58,6 +62,21 @@ QUICK = [
     Quick(
         "ops/test_bad_input.py::test_module", "triton", NONE,
         "the module calls the function, whose cases stay",
+    ),
+    Quick(
+        "ops/test_compile.py::test_equals_eager", "triton", r".*-torch\.float32",
+        "every function once; the graph is the same for all dtypes",
+    ),
+    *(
+        Quick(
+            f"ops/test_compile.py::{name}", "triton", NONE,
+            "the graph is the same for all kernels; test_equals_eager and test_inductor stay",
+        )
+        for name in (
+            "test_any_batch_size", "test_no_seed_draws_anew_at_each_call",
+            "test_seed_int_does_not_recompile", "test_seed_tensor_does_not_recompile",
+            "test_tensor_coefficients_do_not_recompile",
+        )
     ),
     Quick(
         "ops/test_log_q.py::test_is_cross_entropy_of_corrected_logits", "triton",
@@ -78,8 +97,8 @@ QUICK = [
     ),
     Quick(
         "ops/test_not_finite.py::test_loss", "triton",
-        r"(query-nan|positive-inf|negative--inf)-.*",
-        "each place and each value once, with every set of options",
+        r"query-nan-.*-options[04]|positive-inf-.*-options[12]|negative--inf-.*-options3",
+        "each place with a value of its own, and every set of options once",
     ),
     Quick(
         "ops/test_not_finite.py::test_scores", "triton", r"query-nan|positive-inf|negative--inf",
@@ -134,8 +153,8 @@ QUICK = [
         "the simplest and the hardest; test_scores compares all with the specification",
     ),
     Quick(
-        "ops/test_similarities.py::test_sparse_gradient_is_the_dense_one", "triton", "dot|rotate",
-        "one half and two; the sum over an entity's contributions knows no similarity",
+        "ops/test_similarities.py::test_sparse_gradient_is_the_dense_one", "triton", "rotate",
+        "two halves; test_sparse_gradient.py has dot, the case of one half",
     ),
     Quick(
         "ops/test_similarities.py::test_compiles_in_one_graph", "triton", "hake",
@@ -143,8 +162,9 @@ QUICK = [
     ),
     Quick(
         "ops/test_sparse_gradient.py::test_equals_dense", "triton",
-        r"fused_emu_loss-.*-torch\.(float32|bfloat16)|.*-torch\.float16",
-        "every function, and every dtype of 32 bits or less",
+        r"fused_emu_loss-.*-torch\.float32|fused_softmax_loss-.*-torch\.bfloat16"
+        r"|<lambda>-.*-torch\.float16",
+        "every function once, every dtype of 32 bits or less",
     ),
     Quick(
         "ops/test_sparse_gradient.py::test_optimisers", "triton", NONE,
@@ -160,7 +180,23 @@ QUICK = [
         "one row after another-13-none|few of few-.*-mask",
         "both tiles, rows of one chunk and of several, with and without masks",
     ),
+    Quick(
+        "triton/test_presence.py::test_the_package_works_without_triton", "", "import triton",
+        "one way to look for Triton of three",
+    ),
+    Quick(
+        "bench/test_bench.py::test_eager_losses_are_the_fused_ones", "triton", "dot|hake",
+        "it tests the eager losses, with each similarity on the other backends",
+    ),
     # --- CUDA, compiled for the CPU ---
+    Quick(
+        "ops/test_compile.py::test_equals_eager", "cuda", r".*-torch\.float32",
+        "every function once; the graph is the same for all dtypes",
+    ),
+    Quick(
+        "ops/test_similarities.py::test_compiles_in_one_graph", "cuda", "hake",
+        "all optional arguments; the graph is the same for all kernels",
+    ),
     Quick(
         "ops/test_similarities.py::test_gradcheck", "cuda", "(dot|hake)-rate",
         "the simplest and the hardest; test_table_dtypes compares all gradients in fp64",
@@ -174,6 +210,19 @@ QUICK = [
     Quick(
         "ops/test_similarities.py::test_compiles_in_one_graph", "reference", "dot",
         "it is traced into some hundred operators, and compiled in no training",
+    ),
+    Quick(
+        "ops/test_compile.py::test_equals_eager", "reference", r".*-torch\.float32",
+        "every function once; the graph is the same for all dtypes",
+    ),
+    # --- the trainer, about a second a run ---
+    Quick(
+        "trainer/test_loop.py::test_it_learns", "", "False-emu-.*|True-softmax-(DistMult|TransE)",
+        "every model once; both losses and filtered negatives, with a product and a distance",
+    ),
+    Quick(
+        "trainer/test_loop.py::test_every_sampler_trains_with_every_loss", "", "uniform-.*|.*-emu",
+        "every sampler once, and every loss once",
     ),
 ]  # fmt: skip
 

@@ -83,6 +83,7 @@ def test_the_compiled_rival_runs(tmp_path: Path) -> None:
     assert list(bench("steps --rivals compiled-emu", tmp_path)["what"]) == [TIME]
 
 
+@pytest.mark.slow
 def test_several_sizes_and_scales(tmp_path: Path, capsys) -> None:
     sizes = "--batch 3 --negatives 4 5 --dim 5 --entities 6 7"
     rows = bench(f"steps --rivals fused-emu {sizes}", tmp_path / "sizes")
@@ -130,6 +131,7 @@ def test_without_pandas_rows_are_saved(tmp_path: Path, capsys, monkeypatch) -> N
     assert re.search("appended 2 rows.*no tables of 2 rows", capsys.readouterr().out, re.DOTALL)
 
 
+@pytest.mark.slow
 def test_micro_benchmarks_run() -> None:
     done = run_python("-m", "pytest", "-q", "bench", "--benchmark-disable", "-pno:cacheprovider")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -161,6 +163,7 @@ def test_rows_of_trainers(tmp_path: Path) -> None:
     assert (speeds["q80"] * times["q80"] > 7999).all()  # of a batch of 8
 
 
+@pytest.mark.slow
 def test_memory_of_fresh_processes() -> None:
     shape = TINY.replace(batch=100, negatives=400, dim=100, entities=5000)
     rows = 4 * shape.batch * shape.negatives * shape.dim / measure.MIB  # and their gradient
