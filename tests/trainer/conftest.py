@@ -26,7 +26,7 @@ def one_thread() -> Iterator[None]:
 def data_folder() -> Path:
     """The public datasets' archives: $EMU_KERNELS_DATA, or shared/data beside the checkout."""
     beside = Path(__file__).parents[3] / "shared" / "data"
-    folder = Path(os.environ.get(FOLDER_VARIABLE, beside))
+    folder = Path(os.environ.get(FOLDER_VARIABLE) or beside)
     if not folder.is_dir():
         pytest.skip(f"no public datasets: set {FOLDER_VARIABLE} to a folder that holds them")
     return folder
