@@ -2,7 +2,7 @@
 
 A step is the loss of one batch and its gradients with respect to the query and the table. Phase
 "forward" is the loss as training computes it (keeping what backward needs), "backward" the
-gradients of a computed loss. Sparse gradients are coalesced, as every optimiser does first.
+gradients of a computed loss. Sparse gradients are coalesced, as every optimizer does first.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Training from end to end, trainer against trainer, each with the fastest settings known to us.
 
 All train the same model with the same dimension, batch, number of negatives (uniform, half of them
-heads) and optimiser, on the same triples, with cross-entropy of the positive among its negatives or
-with EMU: no regulariser, no constraint on embeddings, no evaluation. A step includes everything:
-drawing triples and negatives, loss, gradients, optimiser. Building loaders and shuffling is not
+heads) and optimizer, on the same triples, with cross-entropy of the positive among its negatives or
+with EMU: no regularizer, no constraint on embeddings, no evaluation. A step includes everything:
+drawing triples and negatives, loss, gradients, optimizer. Building loaders and shuffling is not
 timed. Other libraries, and our trainer, are imported only when they are used.
 """
 
@@ -181,7 +181,7 @@ DENSE = ("pykeen", "torchkge")  # those without sparse gradients
 
 
 def pykeen(task: Task, graph: Graph, *, ours: bool) -> Run:
-    """PyKEEN's SLCWATrainingLoop, its basic sampler (vectorised), CrossEntropyLoss.
+    """PyKEEN's SLCWATrainingLoop, its basic sampler (vectorized), CrossEntropyLoss.
 
     Without worker processes, which would take cores from the computation. Each call trains an epoch
     of steps + 1 batches, and the clock is read when the first and the last one begin.
@@ -265,7 +265,7 @@ def pyg(task: Task, graph: Graph, *, ours: bool) -> Run:
 def torchkge(task: Task, graph: Graph) -> Run:
     """TorchKGE's model, DataLoader and UniformNegativeSampler; its scores in cross-entropy.
 
-    Its models normalise entities at each look-up; ``normalize_parameters``, which is due once per
+    Its models normalize entities at each look-up; ``normalize_parameters``, which is due once per
     epoch, is left out.
     """
     from torchkge import models
@@ -333,7 +333,7 @@ class Trainer:
             return f"{self.library} is not installed (pip install {self.library})"
         if task.model not in LIBRARIES.get(self.library, MODELS):
             return f"has no {task.model}"
-        # Parameters, gradients, the optimiser's state and temporaries; tensors of B·K·D.
+        # Parameters, gradients, the optimizer's state and temporaries; tensors of B·K·D.
         tables = 3 if self.adapt(task).sparse else 6
         entities = task.entities if task.graph == ZIPF else 200_000  # more than any dataset has
         rows = entities * tables + task.batch * task.negatives * 12

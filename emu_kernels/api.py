@@ -354,7 +354,7 @@ def uls_cross_entropy(
 ) -> Tensor:
     """Cross-entropy under unbounded label smoothing: L_emu of given scores (arXiv 2504.03327).
 
-    The positive has label 1, each negative the label β, not normalised to sum to one::
+    The positive has label 1, each negative the label β, not normalized to sum to one::
 
         L = (1/K) · [(l̂ − s⁺) + β Σ_k (l̂ − ŝ_k)]     l̂ = logsumexp(s⁺, ŝ_1..ŝ_K)
 

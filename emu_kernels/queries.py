@@ -8,7 +8,7 @@ to a row of the entity table is the model's score, in both directions::
     loss = fused_emu_loss(query, entity, tail, negative, similarity="rotate", ...)
 
 Rows have shape (B, D), or any shape (..., D). A complex vector is stored as its d real parts, then
-its d imaginary parts. Everything is differentiable, and nothing is normalised. Another ``to``, and
+its d imaginary parts. Everything is differentiable, and nothing is normalized. Another ``to``, and
 widths that do not fit, raise a ValueError.
 
 CP (Hitchcock, 1927; Lacroix et al., 2018) has two embeddings of each entity, as head and as tail:
@@ -114,8 +114,8 @@ def protate(entity: Tensor, relation: Tensor, to: Side = "tail") -> Tensor:
 
 def pairre(entity: Tensor, relation: Tensor, to: Side = "tail") -> tuple[Tensor, Tensor]:
     """PairRE, −‖h ⊙ r_h − t ⊙ r_t‖ (Chao et al., "PairRE: Knowledge Graph Embeddings via Paired
-    Relation Vectors", ACL 2021). The paper normalises h and t: pass normalised rows here, and a
-    normalised table to the loss.
+    Relation Vectors", ACL 2021). The paper normalizes h and t: pass normalized rows here, and a
+    normalized table to the loss.
 
     Args:
         entity: (B, D).

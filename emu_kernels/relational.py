@@ -1,6 +1,6 @@
 """Relational message passing (NBFNet; Zhu et al., 2021) without an array of edges × batch × d.
 
-``relational_spmm`` is a generalised sparse product: each node gets an aggregate of the messages of
+``relational_spmm`` is a generalized sparse product: each node gets an aggregate of the messages of
 its incoming edges, each made of the source's and the relation's features. ``reference`` is plain
 PyTorch and the specification; ``cpu`` and ``triton`` have kernels, which compute each message where
 it is needed.
@@ -131,7 +131,7 @@ def relational_spmm(
     """Aggregate messages along a graph's edges at their targets, for B queries at once.
 
     An edge from u to v of relation r sends ``message(nodes[u], relations[r])``; a node's result is
-    the aggregate of what it receives (the generalised Bellman-Ford iteration of NBFNet,
+    the aggregate of what it receives (the generalized Bellman-Ford iteration of NBFNet,
     arXiv 2106.06935, equation 6 and table 1).
 
     Args:
@@ -347,7 +347,7 @@ def _number(given: Values) -> Tensor:
 
 
 def _result(given: Values) -> Tensor:
-    """(N, B, S, D), uninitialised, with S sections: 4 for "pna", else 1."""
+    """(N, B, S, D), uninitialized, with S sections: 4 for "pna", else 1."""
     nodes = given["nodes"]
     count, batch, dim = nodes.shape
     sections = 4 if given["aggregate"] == "pna" else 1

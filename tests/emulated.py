@@ -167,8 +167,8 @@ QUICK = [
         "every function once, every dtype of 32 bits or less",
     ),
     Quick(
-        "ops/test_sparse_gradient.py::test_optimisers", "triton", NONE,
-        "an optimiser gets the same kind of tensor from every backend",
+        "ops/test_sparse_gradient.py::test_optimizers", "triton", NONE,
+        "an optimizer gets the same kind of tensor from every backend",
     ),
     Quick(
         "triton/test_kernels.py::test_a_bad_id_makes_its_row_nan_and_is_raised_later", "",

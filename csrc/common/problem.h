@@ -84,7 +84,7 @@ struct QueryGradientArgs {
   void* workspace;  // CUDA: of query_gradient_workspace bytes
 };
 
-// Optimisers that do not move rows without a gradient.
+// Optimizers that do not move rows without a gradient.
 enum class Optimizer { kNone, kSgd, kAdagrad, kRowwiseAdagrad };
 
 // CPU: a step of the touched rows, which is made instead of writing their gradient.

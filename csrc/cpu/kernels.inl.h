@@ -23,7 +23,7 @@
 
 // Calls body(similarity, mode) with the call's similarity and mode as types.
 template <class Body>
-static void specialise(const Problem& p, Body&& body) {
+static void specialize(const Problem& p, Body&& body) {
   with_entry(Similarities{}, p.similarity,
              [&](auto sim) { with_mode<decltype(sim)>(p.draws.kind, [&](auto mode) { body(sim, mode); }); });
 }
@@ -31,7 +31,7 @@ static void specialise(const Problem& p, Body&& body) {
 // Doubles are for checking gradients, so their kernels are compiled for one instruction set only.
 #if defined(EMU_DOUBLES)
 #define EMU_DOUBLE_KERNEL(function, p, a) \
-  specialise(p, [&](auto sim, auto mode) { function<F64, decltype(sim), decltype(mode)::value>(p, a); })
+  specialize(p, [&](auto sim, auto mode) { function<F64, decltype(sim), decltype(mode)::value>(p, a); })
 #else
 #define EMU_DOUBLE_KERNEL(function, p, a) kBaselineKernels.function(p, a)
 #endif
@@ -39,7 +39,7 @@ static void specialise(const Problem& p, Body&& body) {
 #define EMU_KERNEL(function, Args)                                                                          \
   static void function##_any(const Problem& p, const Args& a) {                                             \
     if (p.dtype == DType::kDouble) return EMU_DOUBLE_KERNEL(function, p, a);                                \
-    specialise(p, [&](auto sim, auto mode) { function<F32, decltype(sim), decltype(mode)::value>(p, a); }); \
+    specialize(p, [&](auto sim, auto mode) { function<F32, decltype(sim), decltype(mode)::value>(p, a); }); \
   }
 
 EMU_KERNEL(loss_forward, LossArgs)

@@ -1,4 +1,4 @@
-// An optimiser's step of one row of the table, with torch's arithmetic: the same operations in the same order.
+// An optimizer's step of one row of the table, with torch's arithmetic: the same operations in the same order.
 
 template <class F>
 class RowStep {

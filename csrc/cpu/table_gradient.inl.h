@@ -1,4 +1,4 @@
-// Entity-major: the gradient of the table; each touched row is written once, or stepped by an optimiser instead.
+// Entity-major: the gradient of the table; each touched row is written once, or stepped by an optimizer instead.
 
 constexpr int64_t kPiecePairs = 2048;  // contributions that one task sums
 constexpr int kBuffer = 64;            // contributions whose masks and weights are kept at a time
@@ -279,7 +279,7 @@ struct TableGradient {
   bool goes_on(int64_t piece) const { return end(piece) < size && key_at(end(piece)) == key_at(end(piece) - 1); }
   bool one_segment(int64_t piece) const { return key_at(begin(piece)) == key_at(end(piece) - 1); }
 
-  // Zeroes the rows between two touched ones; with an optimiser, steps those that have further gradients instead.
+  // Zeroes the rows between two touched ones; with an optimizer, steps those that have further gradients instead.
   void fill_gap(int64_t from, int64_t to, More& more) {
     if (step.is_on()) return step.run_until(at, to, more);
     const int64_t bytes_a_row = p.D * element_size(p.dtype);

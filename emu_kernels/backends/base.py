@@ -189,7 +189,7 @@ def units(request: Request) -> int:
 
 
 def new_scores(request: Request) -> Scores:
-    """Uninitialised."""
+    """Uninitialized."""
     rows, count = request.query.shape[0], request.negative.shape[1]
     new = request.query.new_empty
     return Scores(
@@ -201,7 +201,7 @@ def new_scores(request: Request) -> Scores:
 
 
 def new_scores_gradient(request: Request) -> ScoresGradient:
-    """Uninitialised."""
+    """Uninitialized."""
     rows, dim = request.query.shape
     new = request.query.new_empty
     weights = (SIMILARITIES[request.similarity].sums, rows, request.negative.shape[1])
@@ -220,7 +220,7 @@ def new_scores_gradient(request: Request) -> ScoresGradient:
 
 
 def new_loss_state(request: LossRequest, *, need_grad: bool) -> LossState:
-    """Uninitialised."""
+    """Uninitialized."""
     rows = request.query.shape[0]
     new = request.query.new_empty
     if need_grad:

@@ -24,7 +24,7 @@ class EMURankingLoss(MultipleNegativesRankingLoss):
 
     The candidates of an anchor are those of ``MultipleNegativesRankingLoss``: its positive, the
     other positives of the batch, and all hard negatives. Each negative is mutated toward the
-    positive in the space where they are compared: with cosine similarity, after normalisation. With
+    positive in the space where they are compared: with cosine similarity, after normalization. With
     ``mutation_rate=0`` and ``beta=0`` the loss is theirs, times 1/K + ``alpha`` for K negatives.
 
     Args:

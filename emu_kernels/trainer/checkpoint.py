@@ -48,7 +48,7 @@ def _flush_to_disk(path: Path) -> None:
 
 
 def save(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-    """Write tensors, on any device, and a JSON-serialisable state as one file."""
+    """Write tensors, on any device, and a JSON-serializable state as one file."""
     contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
     def write(file: Path) -> None:

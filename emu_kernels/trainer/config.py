@@ -72,8 +72,8 @@ _RATES = ", ".join(f"{x} {y.defaults['lr']:g}" for x, y in SCORERS.items() if "l
 
 
 @dataclass(frozen=True)
-class OptimisationOptions:
-    """optimisation"""
+class OptimizationOptions:
+    """optimization"""
 
     optimizer: str = setting("Adagrad", "the optimizer", choices=OPTIMIZERS)
     lr: float = setting(0.1, f"learning rate; with {_RATES}", limit=ABOVE_0)
@@ -100,7 +100,7 @@ class OptimisationOptions:
     )
     regularization: float | None = setting(
         None,
-        "L3 (cubic) regularisation of both tables (default with "
+        "L3 (cubic) regularization of both tables (default with "
         + ", ".join(name for name, loss in LOSSES.items() if loss.regularized)
         + ": "
         + ", ".join(f"{m.regularization:g} for {n}" for n, m in MODELS.items() if m.regularization)
@@ -141,7 +141,7 @@ class Config(
     NBFNetOptions,
     LossOptions,
     SamplingOptions,
-    OptimisationOptions,
+    OptimizationOptions,
     EvaluationOptions,
     RunningOptions,
 ):

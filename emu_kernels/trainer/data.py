@@ -87,7 +87,7 @@ class Graph:
         """Number the names in sorted order, whichever split they appear in.
 
         Names that appear only in validation or test are kept, as LibKGE does: their embeddings
-        stay as initialised, and their triples are ranked like all others. See :meth:`unseen`.
+        stay as initialized, and their triples are ranked like all others. See :meth:`unseen`.
 
         Args:
             splits: strings, or integers, which are kept as ids from 0 and whose names are their

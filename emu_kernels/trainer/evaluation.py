@@ -247,7 +247,7 @@ class Evaluator:
         known = scores[row, answer]  # (P,)
 
         # Count all entities that score at least as well, then subtract the known ones. Comparisons
-        # are written as the scores' dtype, which keeps this vectorised; blocks stay in the cache,
+        # are written as the scores' dtype, which keeps this vectorized; blocks stay in the cache,
         # and their sums are exact.
         zero = torch.zeros(len(scores), dtype=torch.float64, device=scores.device)
         better, as_good = zero.clone(), zero.clone()

@@ -1,4 +1,4 @@
-"""Losses: what a step minimises, given the model's query and the ids to compare it with."""
+"""Losses: what a step minimizes, given the model's query and the ids to compare it with."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def loss(
 class LossOptions:
     """loss"""
 
-    loss: str = setting("emu", "what a step minimises", choices=LOSSES)
+    loss: str = setting("emu", "what a step minimizes", choices=LOSSES)
     mutation_rate: float = setting(
         0.61,
         "share of components taken from the positive; masks have it in steps of 1/256",

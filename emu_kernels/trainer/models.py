@@ -334,10 +334,10 @@ class HAKE(Model, name="HAKE"):
 
 
 class PairRE(Model, name="PairRE"):
-    """−‖h ⊙ r_h − t ⊙ r_t‖ of normalised h and t, the 1-norm or the 2-norm (Chao et al., 2021).
+    """−‖h ⊙ r_h − t ⊙ r_t‖ of normalized h and t, the 1-norm or the 2-norm (Chao et al., 2021).
 
-    A relation holds r_h, then r_t. Entities are normalised to ‖·‖₂ = 1 before they are mutated (the
-    norm of a mutated one is not 1). The kernels read rows of a table, so each step normalises the
+    A relation holds r_h, then r_t. Entities are normalized to ‖·‖₂ = 1 before they are mutated (the
+    norm of a mutated one is not 1). The kernels read rows of a table, so each step normalizes the
     whole table, which takes N·D more memory, and N·D more for its gradient. If B·K is many times N,
     as on FB15k-237, a step needs nearly every row anyway.
     """

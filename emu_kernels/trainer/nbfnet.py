@@ -1,6 +1,6 @@
 """NBFNet (Zhu et al., NeurIPS 2021, arXiv 2106.06935): entities are scored by the paths to them.
 
-Entities have no embeddings. For a query (h, r, ?) a generalised Bellman-Ford iteration over the
+Entities have no embeddings. For a query (h, r, ?) a generalized Bellman-Ford iteration over the
 graph's edges gives each node features, and a small network turns them into a score. So the entities
 of another graph can be ranked too. EMU mutates the features of the negatives toward those of the
 positive; the network's other input, the query, is the same for both.

@@ -13,7 +13,7 @@ from .nbfnet import NBFNet
 
 # A model on a dataset, as EMU's paper trains it (arXiv 2504.03327). EMU's settings are those that
 # the authors publish for all their runs on FB15k-237 (they give the rate as 0.39, the share that a
-# negative keeps). With --loss softmax it is the paper's baseline, with the model's regularisation.
+# negative keeps). With --loss softmax it is the paper's baseline, with the model's regularization.
 _EMU_PAPER: dict[str, Any] = {
     "dim": 100,
     "margin": 24.0,

@@ -116,7 +116,7 @@ def test_mutants_are_scored_as_the_model_scores(name, batch, negative):
 
 
 @pytest.mark.parametrize("p_norm", [1, 2])
-def test_what_is_mutated_in_transe_are_normalised_rows(p_norm, batch, negative):
+def test_what_is_mutated_in_transe_are_normalized_rows(p_norm, batch, negative):
     model = new_model(f"TransE {p_norm}")
     loss = emu_loss(model, *batch, negative=negative, corrupt="tail", seed=5, **SETTINGS)
     head, relation, tail = batch

@@ -57,7 +57,7 @@ DIM = 6
 
 FUSED: dict[str, tuple[str, type[ERModel], dict[str, Any]]] = {
     "DistMult": ("dot", DistMult, {}),
-    "DistMult normalised": (
+    "DistMult normalized": (
         "dot",
         DistMult,
         {
@@ -520,7 +520,7 @@ def test_a_line_says_which_way_a_model_takes(nations, caplog):
     assert "TransDInteraction is not a similarity that the kernels know" in line
 
 
-# --- sides, sub-batches, weights, regularisers ----------------------------------------------------
+# --- sides, sub-batches, weights, regularizers ----------------------------------------------------
 
 
 def test_sides_of_a_mixed_batch():
@@ -588,7 +588,7 @@ def test_loss_weights(nations):
         loop._process_batch(batch, 0, 8)
 
 
-def test_regularisers_see_the_positives(nations):
+def test_regularizers_see_the_positives(nations):
     """Each representation of heads, relations and tails once."""
     model = new_model(nations, ComplEx)
     regularizer = model.entity_representations[0].regularizer

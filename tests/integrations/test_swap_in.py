@@ -30,7 +30,7 @@ def make(name: str) -> tuple[Any, Tensor, Tensor, Any, str]:
     if name == "ComplEx":
         table = both(model.re_ent_emb, model.im_ent_emb)
         return model, table, both(model.re_rel_emb, model.im_rel_emb), queries.complex, "dot"
-    torch.nn.init.normal_(model.ent_emb.weight)  # not normalised, as after a step
+    torch.nn.init.normal_(model.ent_emb.weight)  # not normalized, as after a step
     table = normalize(model.ent_emb.weight, dim=1)
     if name == "TransE":
         return model, table, model.rel_emb.weight, queries.transe, "l1"

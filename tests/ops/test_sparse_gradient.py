@@ -69,13 +69,13 @@ def test_has_the_touched_rows_alone(kernel: str, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("sparse", [False, True])
-def test_optimisers(sparse: bool, backend: str, device: torch.device) -> None:
+def test_optimizers(sparse: bool, backend: str, device: torch.device) -> None:
     """A few training steps in which a sparse embedding looks up the query's rows."""
     batches = [make(6, 7, 20, rows=30, seed=s, device=device) for s in range(3)]
 
-    def train(sparse: bool, optimiser: type[torch.optim.Optimizer], **options: Any) -> Tensor:
+    def train(sparse: bool, optimizer: type[torch.optim.Optimizer], **options: Any) -> Tensor:
         table = batches[0].table.clone().requires_grad_()
-        step = optimiser([table], **options)
+        step = optimizer([table], **options)
         for inputs in batches:
             step.zero_grad()
             query = embedding(inputs.positive, table, sparse=sparse).tanh()
@@ -88,11 +88,11 @@ def test_optimisers(sparse: bool, backend: str, device: torch.device) -> None:
             step.step()
         return table.detach()
 
-    # The optimisers make sparse tensors from our gradients: let torch check them.
+    # The optimizers make sparse tensors from our gradients: let torch check them.
     with torch.sparse.check_sparse_tensor_invariants():
-        for optimiser in (torch.optim.SGD, torch.optim.Adagrad):
-            actual = train(sparse, optimiser, lr=0.1)
-            torch.testing.assert_close(actual, train(False, optimiser, lr=0.1))
+        for optimizer in (torch.optim.SGD, torch.optim.Adagrad):
+            actual = train(sparse, optimizer, lr=0.1)
+            torch.testing.assert_close(actual, train(False, optimizer, lr=0.1))
             assert not torch.equal(actual, batches[0].table)
         if sparse:
             assert train(True, torch.optim.SparseAdam, lr=0.1).isfinite().all()

@@ -288,7 +288,7 @@ def test_an_estimate_after_a_hundred_steps(graph_folder, tmp_path, monkeypatch, 
 
 
 def test_a_preset_and_what_overrides_it(graph_folder, tmp_path, capsys):
-    """Options override its dataset too; another loss brings its own default regularisation."""
+    """Options override its dataset too; another loss brings its own default regularization."""
     path = tmp_path / "run"
     options = ["--preset", "rotate-fb15k-237", "--loss", "softmax", "--data", graph_folder]
     assert train(*options, "--run-dir", path, *QUICK) == 0

@@ -282,7 +282,7 @@ def test_l3_gradient_is_that_of_the_cubic_norm():
 
 
 def test_regularization_leaves_the_similaritys_weights(graph):
-    """Only tables are regularised. The loss has gradient 0 here, so only L3 moves parameters."""
+    """Only tables are regularized. The loss has gradient 0 here, so only L3 moves parameters."""
     trainer = Trainer(small(model="HAKE", regularization=1.0), graph)
     before = weights(trainer)
     trainer._negatives = lambda step, batch: torch.full((64, 8), -1)
@@ -751,7 +751,7 @@ def test_presets_can_work(name):
     Config(**PRESETS[name])
 
 
-def test_only_the_baseline_is_regularised_by_default():
+def test_only_the_baseline_is_regularized_by_default():
     default = {
         (model, loss): Config(data="-", model=model, loss=loss).regularization
         for model in MODELS

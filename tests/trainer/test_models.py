@@ -26,7 +26,7 @@ VARIANTS = [
 
 
 def make(name: str, norm: int = 1, **keywords: Any) -> Model:
-    """A model with only random values: HAKE initialises some with constants."""
+    """A model with only random values: HAKE initializes some with constants."""
     draws = torch.Generator().manual_seed(0)
     model = MODELS[name](9, 4, DIM, draws, norm=norm, **keywords)
     with torch.no_grad():

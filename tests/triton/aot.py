@@ -1,6 +1,6 @@
 """Compiles the kernels that the backend would launch on a GPU, without one; reads the machine code.
 
-The launches are recorded from calls with tensors on the CPU, so block sizes and specialisations are
+The launches are recorded from calls with tensors on the CPU, so block sizes and specializations are
 the backend's own. Triton gets a driver that only names a target. TRITON_INTERPRET must not be set.
 """
 
@@ -222,7 +222,7 @@ VARYING = ("B", "K", "N", "row_offset", "threshold", "entries", "negatives")
 
 
 def resized(launched: Launch) -> Iterator[Launch]:
-    """The launch with sizes that Triton may specialise for: 1, and a number not divisible by 16."""
+    """The launch with sizes that Triton may specialize for: 1, and a number not divisible by 16."""
     for size in (1, 7):
         sizes = {name: size for name in VARYING if name in launched.arguments}
         yield replace(launched, arguments=launched.arguments | sizes)

@@ -29,7 +29,7 @@ from emu_kernels.triton.tiles import (
 )
 
 VARYING = [name for name in SIZES if name != "R"]
-"""Not R, which is specialised: if it is 1 (a set of negatives for each row), divisions vanish."""
+"""Not R, which is specialized: if it is 1 (a set of negatives for each row), divisions vanish."""
 
 
 @triton.jit

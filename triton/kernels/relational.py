@@ -158,7 +158,7 @@ def _squares(parts):
 
 @triton.jit
 def _deviation(square, mean, EPSILON: tl.constexpr):
-    """Exactly ε^½ where the variance is too small, by which the backward pass recognises it."""
+    """Exactly ε^½ where the variance is too small, by which the backward pass recognizes it."""
     variance = square - mean * mean
     least = tl.full((), EPSILON, square.dtype)
     root = tl.full((), EPSILON**0.5, square.dtype)

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 class EMUTrainingLoop(SLCWATrainingLoop):
     """PyKEEN's sLCWA training loop with EMU's loss instead of the model's own.
 
-    Everything else is PyKEEN's: negative samplers and filters, optimisers, schedulers, early
+    Everything else is PyKEEN's: negative samplers and filters, optimizers, schedulers, early
     stopping, checkpoints, trackers, callbacks. Of the model's ``loss`` only the reduction is used.
     Masks are drawn from torch's default generator, whose state PyKEEN's checkpoints include.
 

@@ -41,7 +41,7 @@ def emu_loss(
 
     Runs the fused kernels if :func:`fused_similarity` names a similarity, else
     :func:`emu_kernels.emu_mutate` and PyKEEN's own interaction, with tensors of size B·K·D.
-    Regularisers of representations see the positives; ``model.collect_regularization_term()``
+    Regularizers of representations see the positives; ``model.collect_regularization_term()``
     returns their term, which is not part of the loss.
 
     Args:
@@ -67,7 +67,7 @@ def emu_loss(
     device = model.device
     sides = [side.to(device) for side in split_sides(positives, negatives, masks, weights)]
     triples = positives.to(device, non_blocking=True)
-    # Looked up once for both sides, so that regularisers see each representation once.
+    # Looked up once for both sides, so that regularizers see each representation once.
     head, relation, tail = (
         _parts(x)
         for x in model._get_representations(
@@ -205,13 +205,13 @@ def _unpack(parts: Parts) -> Tensor | Parts:
 
 
 def _table(representation: Representation) -> Tensor:
-    """All rows as an interaction takes them, without dropout, hidden from regularisers."""
+    """All rows as an interaction takes them, without dropout, hidden from regularizers."""
     table = representation._plain_forward()
     return table if representation.normalizer is None else representation.normalizer(table)
 
 
 def _look_up(representation: Representation, ids: Tensor) -> Tensor:
-    """``representation(ids)``, hidden from regularisers.
+    """``representation(ids)``, hidden from regularizers.
 
     Ids are flattened to a list, as in PyKEEN's loop: torch's ``normalize`` acts on dimension 1 by
     default.
