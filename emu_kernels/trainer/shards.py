@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
@@ -24,6 +25,35 @@ if TYPE_CHECKING:
     from emu_kernels.integrations.torchrec import ShardedEntities
 
 _ROWS = "entities.rows."  # the rows' name begins with this; the rest is TorchRec's
+_DESCRIPTION = {
+    "torch": {"Size", "float64", "float32", "float16", "bfloat16"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "_MEM_FORMAT_ENCODING", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
+        "TensorProperties", "TensorStorageMetadata",
+    },
+    "pathlib": {"PosixPath", "WindowsPath"},
+    "pathlib._local": {"PosixPath", "WindowsPath"},  # of Python 3.13
+}  # fmt: skip
+"""All that may occur in .metadata, which torch reads with pickle: of tensors, nothing else."""
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> object:
+        if name not in _DESCRIPTION.get(module, ()):
+            raise pickle.UnpicklingError(f".metadata has {module}.{name}, which no tensor needs")
+        return super().find_class(module, name)
+
+
+class _Reader(FileSystemReader):
+    """Executes nothing that a file says. Torch reads the tensors themselves with weights_only."""
+
+    # Without arguments: then torch does not look for other files of this kind.
+    def read_metadata(self) -> Metadata:
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            _Unpickler(file).load()
+        return super().read_metadata()
 
 
 @contextmanager
@@ -33,7 +63,7 @@ def _said(what: str) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    except (CheckpointException, OSError, ValueError) as error:
+    except (CheckpointException, OSError, ValueError, pickle.UnpicklingError) as error:
         raise RunError(f"{what}: {error}") from error
 
 
@@ -54,7 +84,7 @@ def load(folder: Path, entities: ShardedEntities) -> None:
         RunError: the folder is missing or damaged.
     """
     with _said(f"{folder} cannot be read as shards"):
-        load_shards({"entities": entities}, checkpoint_id=folder)
+        load_shards({"entities": entities}, storage_reader=_Reader(folder))
 
 
 def whole_table(folder: Path) -> Tensor:
@@ -68,11 +98,12 @@ def whole_table(folder: Path) -> Tensor:
             _said(f"{folder} cannot be read as shards"),
             tempfile.NamedTemporaryFile(dir=folder) as raw,
         ):
-            stored = FileSystemReader(folder).read_metadata().state_dict_metadata
+            reader = _Reader(folder)
+            stored = reader.read_metadata().state_dict_metadata
             ((key, rows),) = (x for x in stored.items() if x[0].startswith(_ROWS))
             assert isinstance(rows, TensorStorageMetadata)
             size = rows.size
             table = torch.from_file(raw.name, shared=True, size=size.numel()).view(size)
-            load_shards({key: table}, checkpoint_id=folder, no_dist=True)
+            load_shards({key: table}, storage_reader=reader, no_dist=True)
             checkpoint.save(file, {"entity": table}, {})
     return checkpoint.load(file, mapped=True)[0]["entity"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -137,6 +138,11 @@ def test_a_run_that_was_not_finished_predicts(runs, tmp_path):
     assert exported.exists()
     assert [found.rank for found in predictor.predict(head="e1", relation="r1", k=3)] == [1, 2, 3]
     shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / exported.parent.name / "entity.safetensors").unlink()
+    harm = (print, "executed")
+    (tmp_path / "run" / exported.parent.name / ".metadata").write_bytes(pickle.dumps(harm))
+    with pytest.raises(RunError, match=r"cannot be read as shards: .metadata has builtins\.print"):
+        load(tmp_path / "run")
     for part in (tmp_path / "run").glob(f"{exported.parent.name}/*"):
         part.unlink()
     with pytest.raises(RunError, match="cannot be read as shards"):
