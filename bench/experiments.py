@@ -33,7 +33,11 @@ LOSSES: dict[str, Settings] = {
 
 
 SMALL_GRAPH: Settings = {"steps": 5000, "eval_every": 250}
-ALL_ENTITIES: Settings = {"steps": 4000, "eval_every": 250, "schedule": "cosine"}
+# With a quarter of the preset's batch EMU came to the same MRR in half the time, in one trial.
+ALL_ENTITIES: Settings = {
+    "batch_size": 250, "lr": 0.2, "schedule": "cosine", "steps": 5000, "eval_every": 500,
+    "negatives": ALL, "filter_negatives": True, "regularization": 0.0,
+}  # fmt: skip
 RATES = (0.2, 0.4, 0.61, 0.8, 0.95)
 BETAS = (0.0, 0.1, 0.25, 0.53, 1.0)
 ALPHAS = (0.0, 0.03, 0.3, 0.7)  # 0.11 is in the first grid
@@ -78,11 +82,24 @@ def _losses() -> Iterable[Run]:
 
 def _over_all() -> Iterable[Run]:
     """All entities as negatives, where only the quotient of alpha and beta matters."""
-    every = {"negatives": ALL, "filter_negatives": True, "regularization": 0.0}
     for model in MODELS[:2]:
-        preset = PRESETS[f"{model}-fb15k-237".lower()] | ALL_ENTITIES | every
+        preset = PRESETS[f"{model}-fb15k-237".lower()] | ALL_ENTITIES
         for name, loss in (("softmax", "onevsall"), ("ULS", "uls"), ("EMU", "expected")):
             yield preset | {"loss": loss}, {"model": model, "trained with": f"1-vs-all {name}"}
+
+
+def _over_all_varied() -> Iterable[Run]:
+    preset = PRESETS["distmult-fb15k-237"] | ALL_ENTITIES | {"loss": "expected"}
+    changes: dict[str, Settings] = {
+        "nothing": {},
+        "inverse relations": {"inverse_relations": True},
+        **{f"alpha {a:g}": {"alpha": a} for a in (0.03, 0.3)},
+        **{f"mutation rate {r:g}": {"mutation_rate": r} for r in (0.4, 0.8)},
+        "L3 1e-05": {"regularization": 1e-5},
+        "learning rate 0.1": {"lr": 0.1},
+    }
+    for name, change in changes.items():
+        yield preset | change, {"changed": name}
 
 
 def _sensitivity() -> Iterable[Run]:
@@ -159,6 +176,10 @@ EXPERIMENTS = {
     "schedules": Experiment("Which schedule lets 10,000 steps converge?", _schedules, (0,)),
     "losses": Experiment("Which loss is best, model by model? (the paper's table 8)", _losses),
     "1-vs-all": Experiment("The same over all entities, not a sample.", _over_all),
+    "1-vs-all-varied": Experiment(
+        "What decides over all entities? DistMult with EMU, one change at a time.",
+        _over_all_varied, (0,),
+    ),
     "graphs": Experiment("Beyond the two benchmarks.", _graphs),
     "sensitivity": Experiment(
         "What do rate, beta and alpha decide? (table 13; beta 0 is no label smoothing)",
