@@ -2,7 +2,7 @@
 
 EMU_INLINE void draw_row_masks(const Random& random, const MutateArgs& a, int64_t b, int64_t from, int64_t dp,
                                uint8_t* masks) {
-  U64 lane;
+  U64 lane = {};
   for (int i = 0; i < kMaskLanes; ++i) lane[i] = static_cast<uint64_t>(from + i);
   random.draw_masks(lane, U64{} + (a.draws.row_offset + static_cast<uint64_t>(b)), masks, dp);
 }

@@ -44,7 +44,7 @@ struct Tile {
     const Layout<Sim> at(p.D);
     const bool gathered = group == g && first == from, complete = holds(g, b, from);
     group = g, first = from, scored_row = b;
-    U64 lane;
+    U64 lane = {};
     for (int i = 0; i < kMaskLanes; ++i) lane[i] = static_cast<uint64_t>(from + i);
     const U64 row = U64{} + (p.draws.row_offset + static_cast<uint64_t>(b));
     for (int64_t k = 0; k < count; k += kStreamRows) {

@@ -185,7 +185,7 @@ struct F64 {
   using M = VL;
   static constexpr int kLanes = kVectorBytes / 8;
   EMU_INLINE M load_mask(const uint8_t* bytes) {
-    M m;
+    M m = {};
     for (int i = 0; i < kLanes; ++i) m[i] = -static_cast<int64_t>(bytes[i] != 0);
     return m;
   }
