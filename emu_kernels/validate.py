@@ -31,7 +31,8 @@ def one_of(name: str, value: object, valid: Sequence[str]) -> None:
 
 def tensor(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+        hint = "; pass its weight" if isinstance(value, torch.nn.Embedding) else ""
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}{hint}")
     if not torch.compiler.is_compiling() and _under_vmap(value):
         raise RuntimeError(
             f"{name}: torch.vmap is not supported; the rows of a batch are independent already, "
@@ -103,7 +104,7 @@ def batch(
     dims("query", query, (2,), "(B, D)")
     dims("table", table, (2,), "(N, D)")
     dims("positive", positive, (1,), "(B,)")
-    dims("negative", negative, (1, 2), "(K,) or (G, K)")
+    dims("negative", negative, (1, 2), "(K,) or (G, K), row ids of table")
     floating("query", query)
     floating("table", table)
     integer("positive", positive)

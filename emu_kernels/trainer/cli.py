@@ -264,6 +264,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Train knowledge-graph embeddings with the fused EMU loss.",
         epilog=f"presets:\n{presets}\n\n{EXAMPLES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # a misspelt option is an error, also if it begins like another
         argument_default=argparse.SUPPRESS,  # an option that is not given is absent, not None
     )
     parser.add_argument(

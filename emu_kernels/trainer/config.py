@@ -124,7 +124,7 @@ class RunningOptions:
     tracker: str | None = setting(None, "where to log the metrics as well", choices=TRACKERS)
     tsv: bool = setting(False, "also write the embeddings as text, for other programs")
     log_every: int = setting(100, "steps between lines in metrics.jsonl", limit=AT_LEAST_1)
-    device: str = setting("cpu", "cpu, cuda, cuda:1, ...; emu-train looks for cuda first")
+    device: str = setting("cpu", "cpu, cuda, cuda:1, ... (default cuda if it can run, else cpu)")
     backend: str | None = setting(None, "kernels to use (default the fastest that can run)")
 
 

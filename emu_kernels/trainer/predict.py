@@ -438,6 +438,7 @@ def _parser() -> argparse.ArgumentParser:
         "third, or all three to score it.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="a run folder of emu-train")
     for part in PARTS:

@@ -129,7 +129,7 @@ def add_options(parser: argparse._ActionsContainer, settings: type[DataclassInst
         elif choices is not None and len(names := ", ".join(map(str, choices))) > _SHORT:
             keywords["metavar"] = "NAME"
             help += f": {names}"
-        if f.default is not None:
+        if f.default is not None and "(default" not in help:
             help += f" (default {f.default})"
         words = f.metadata["words"] or {}
         if kind is str and choices is not None:  # accept any case
@@ -138,10 +138,10 @@ def add_options(parser: argparse._ActionsContainer, settings: type[DataclassInst
 
 
 def _reader(kind: type[T], words: Mapping[str, T]) -> Callable[[str], T]:
-    """A parser of words, and of other text as ``kind``, which argparse names in its errors."""
+    """A parser of words, and of other text as ``kind``; argparse names both in its errors."""
 
     def read(text: str) -> T:
         return words[text.lower()] if text.lower() in words else kind(text)  # type: ignore[call-arg]
 
-    read.__name__ = kind.__name__
+    read.__name__ = " or ".join([kind.__name__, *words])
     return read

@@ -199,10 +199,16 @@ def test_help_shows_the_defaults(capsys):
         assert said in out
 
 
+def test_the_beginning_of_an_option_is_no_option(capsys):
+    with pytest.raises(SystemExit):
+        train("--dataset", "umls", "--mutation-rat", "0.3")
+    assert "unrecognized arguments: --mutation-rat" in capsys.readouterr().err
+
+
 def test_a_word_in_the_place_of_a_number(graph_folder, tmp_path, capsys):
     with pytest.raises(SystemExit):
         train("--negatives", "some")
-    assert "argument --negatives: invalid int value: 'some'" in capsys.readouterr().err
+    assert "argument --negatives: invalid int or all value: 'some'" in capsys.readouterr().err
     chosen = ("--negatives", "all", "--loss", "expected")
     assert train("--data", graph_folder, "--run-dir", tmp_path / "run", *QUICK, *chosen) == 0
     assert "all entities as negatives" in capsys.readouterr().out

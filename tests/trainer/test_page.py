@@ -91,6 +91,10 @@ def test_a_run_leaves_a_page_that_needs_nothing_else(named_triples, tmp_path, ca
     assert f"head of {EVIL['r0']}" in page.text
     assert rows["--batch-size"] == ["64"]
     assert rows["--beta"] == ["0.53"]
+    given, defaults = page.text.split("The others")
+    assert "--batch-size" in given
+    for name in ("--backend", "--regularization", "--lr"):  # which nobody gave
+        assert name in defaults
 
 
 def test_a_finished_run_gets_it_again(graph_folder, tmp_path):
