@@ -15,7 +15,7 @@ from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).resolve().parents[1]
 ROLE = re.compile(r":(?:attr|class|data|func|meth|mod):(?=<code>)")  # of Sphinx, in docstrings
-HELP = re.compile(r"^<!-- help of (\S+) -->$", re.MULTILINE)
+HELP = re.compile(r"^.*<!-- help of (\S+) -->$", re.MULTILINE)
 OUTSIDE = re.compile(r"\[([^\]]*)\]\(\.\./([^)#]+)(?:#[^)]*)?\)")
 
 
@@ -51,6 +51,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
             raise FileNotFoundError(f"{path}, linked as {text!r}")
         return text if text.endswith(Path(path).name) else f"{text} (`{path}`)"
 
+    markdown = markdown.replace("(notebook.ipynb)", "(notebook.md)")
     return HELP.sub(show, OUTSIDE.sub(name, markdown))
 
 
