@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-from dataclasses import fields, replace
+from dataclasses import fields
 from html import escape
 from pathlib import Path
 from string import Template
@@ -217,10 +217,9 @@ def _name(graph: Graph, role: int) -> str:
 def _settings(config: Config, file: Path) -> list[str]:
     default = {f.name: f.default for f in fields(config)} | SCORERS[config.model].defaults
     # What follows from the graph, the model and the loss was not given, either.
-    alone = Config(dataset=config.dataset, data=config.data, model=config.model, loss=config.loss)
-    resolved = settle(replace(alone, device=config.device)).to_json()
-    sources = ("dataset", "data")
-    default |= {x: resolved[x] for x in default if default[x] is None and x not in sources}
+    chosen = {x: getattr(config, x) for x in ("dataset", "data", "model", "loss", "device")}
+    resolved = settle(Config(**chosen)).to_json()
+    default |= {x: y for x, y in resolved.items() if default[x] is None and x not in chosen}
     rows = {True: list[list[str]](), False: list[list[str]]()}
     for name, value in config.to_json().items():
         rows[value != default[name]].append([flag(name), "" if value is None else str(value)])
