@@ -122,8 +122,8 @@ def add_options(parser: argparse._ActionsContainer, settings: type[DataclassInst
         (kind,) = {*(get_args(types[f.name]) or [types[f.name]])} - {NoneType}
         if choices is not None:
             keywords["choices"] = choices
-        elif kind is not str:
-            keywords["metavar"] = "X"
+        else:
+            keywords["metavar"] = f.name.split("_")[-1].upper() if kind is str else "X"
         if isinstance(choices, Mapping):
             help += ": " + ", ".join(f"{name} ({choice.help})" for name, choice in choices.items())
         elif choices is not None and len(names := ", ".join(map(str, choices))) > _SHORT:
