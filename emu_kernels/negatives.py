@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from emu_kernels import validate
 from emu_kernels.queries import Side
 from emu_kernels.validate import one_of
+from emu_kernels.values import check_ids
 
 __all__ = ["KnownTriples", "Negatives"]
 
@@ -194,6 +196,7 @@ class Negatives:
 
     Raises:
         TypeError, ValueError: arguments that do not fit.
+        IndexError: a triple has an id out of range.
     """
 
     def __init__(
@@ -215,6 +218,9 @@ class Negatives:
             raise ValueError(f"triples: expected shape (M, 3), M > 0, got {tuple(triples.shape)}")
         if triples.dtype != torch.int64:
             raise TypeError(f"triples: expected int64, got {triples.dtype}")
+        check_ids("triples, heads and tails", triples[:, ::2], rows=num_entities, lowest=0)
+        check_ids("triples, relations", triples[:, 1], rows=num_relations, lowest=0)
+        self._sizes = num_entities, num_relations
         self._known = KnownTriples(triples, num_entities, num_relations) if filtered else None
         self._rows = batch_size
         sets = batch_size if sets is None else sets
@@ -245,15 +251,31 @@ class Negatives:
 
         Args:
             step: 0, 1, ...: the same step draws the same values.
-            given: (B,) int64 heads where ``to`` is "tail", else tails. With a set for each row, B
-                may be less than ``batch_size``, as in an epoch's last batch.
-            relation: (B,) int64.
+            given: (B,) integers, heads where ``to`` is "tail", else tails. With a set for each row,
+                B may be less than ``batch_size``, as in an epoch's last batch.
+            relation: (B,) integers.
             to: the entity that is replaced.
 
         Returns:
             (G, K) int64 ids, −1 where a known triple is left out. The next call may overwrite them.
+
+        Raises:
+            TypeError, ValueError: an argument that does not fit.
+            IndexError: an id out of range, on a CPU.
         """
         one_of("to", to, ("tail", "head"))
+        for name, each, below in zip(
+            ("given", "relation"), (given, relation), self._sizes, strict=True
+        ):
+            validate.integer(name, each)
+            if each.device.type == "cpu":  # a GPU would wait
+                check_ids(name, each, rows=below, lowest=0)
+        if given.ndim != 1 or given.shape != relation.shape:
+            raise ValueError(
+                "given and relation: expected the same shape (B,), got "
+                f"{tuple(given.shape)} and {tuple(relation.shape)}"
+            )
+        given, relation = given.long(), relation.long()
         drawn = self._draw(step)
         rows = len(given)
         if len(drawn) == self._rows and rows < self._rows:

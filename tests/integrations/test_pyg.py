@@ -232,6 +232,18 @@ def test_bad_input(model, settings, error, message):
         emu_loss(model, ids, ids, ids, **settings, **SETTINGS)
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize(("positive", "negative"), [(-1, 0), (9, 0), (0, -2), (0, 99)])
+def test_ids_out_of_range(sparse, positive, negative):
+    ids = torch.zeros(2, dtype=torch.int64)
+    negative = torch.full((2, 3), negative)
+    with pytest.raises(IndexError, match="negative: exp" if positive == 0 else "positive: exp"):
+        emu_loss(
+            DistMult(9, 2, 4, sparse=sparse), ids, ids, ids + positive,
+            negative=negative, corrupt="tail", **SETTINGS,
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize("name", ["DistMult", "ComplEx"])
 def test_loss_equals_our_trainers(nations_graph, name):
     """Three steps of SGD on a real graph, with the same initial values, batches and seeds."""

@@ -122,3 +122,36 @@ def test_bad_input() -> None:
         make(data)(0, given[:B], relation[:B], bad)
     with pytest.raises(ValueError, match="63 bits"):
         KnownTriples(data, 2**31, 4)
+    with pytest.raises(IndexError, match="given: expected ids from 0 to 19, got 20"):
+        make(data)(0, torch.full((B,), N), relation[:B])
+    with pytest.raises(IndexError, match="relation: expected ids from 0"):
+        make(data)(0, given[:B], torch.full((B,), -1))
+    with pytest.raises(TypeError, match="relation: expected an integer"):
+        make(data)(0, given[:B], relation[:B].float())
+    with pytest.raises(ValueError, match="given and relation: expected the same shape"):
+        make(data)(0, given[:B], relation[:1])
+
+
+@pytest.mark.parametrize(
+    ("column", "match"), [(0, "heads and tails"), (1, "relations"), (2, "heads and tails")]
+)
+@pytest.mark.parametrize("bad", [-1, N])
+def test_triples_outside_the_graph(column: int, match: str, bad: int) -> None:
+    data = triples()
+    data[3, column] = bad
+    for options in ({}, {"filtered": False}, {"candidates": "typed"}):
+        with pytest.raises(IndexError, match=f"triples, {match}: expected ids from 0"):
+            make(data, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+def test_narrow_ids_do_not_overflow(dtype: torch.dtype) -> None:
+    entities, relations, rows = 14_541, 237, 64
+    data = torch.randint(200, (rows, 3), generator=torch.Generator().manual_seed(0))
+    data[:, 1] += 37  # with N² R above 2³¹
+    draw = Negatives(data, entities, relations, batch_size=rows, count=3)
+    given, relation, known = data.T
+    draw._draw._ids[0] = known[:, None]  # all of them known
+    draw._draw._block = 0
+    negative = draw(0, given.to(dtype), relation.to(dtype))
+    assert (negative == -1).all()

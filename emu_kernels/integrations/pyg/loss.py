@@ -10,6 +10,7 @@ from torch.nn.functional import normalize
 from torch_geometric.nn.kge import ComplEx, DistMult, KGEModel, RotatE, TransE
 
 from emu_kernels import MutationRate, fused_emu_loss, queries, validate
+from emu_kernels.values import check_ids
 
 CORRUPT = ("both", "head", "tail")
 
@@ -87,7 +88,7 @@ def emu_loss(
     )
     used = None
     if model.node_emb.sparse:
-        used, positive, negative = _used_entities(positive, negative)
+        used, positive, negative = _used_entities(positive, negative, model.num_nodes)
     return fused_emu_loss(
         query,
         _entities(model, used),
@@ -103,8 +104,10 @@ def emu_loss(
     )
 
 
-def _used_entities(positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _used_entities(positive: Tensor, negative: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
     """The batch's distinct ids, and positive and negative as indices into them."""
+    check_ids("positive", positive, rows=rows, lowest=0)
+    check_ids("negative", negative, rows=rows, lowest=-1)
     ids, index = torch.cat([positive, negative.flatten()]).unique(return_inverse=True)
     positive, negative = index[: len(positive)], index[len(positive) :].view_as(negative)
     padding = (ids < 0).sum()  # 0 or 1: ids are sorted, and −1 comes first
