@@ -332,6 +332,11 @@ def _keep(columns: Columns) -> tuple[Names, list[Tensor]]:
     low, high = whole.aminmax()
     if low < 0:
         raise DataError(f"ids must be at least 0, got {low}")
+    if high > 10**7 and high > 100 * (distinct := len(whole.unique())):
+        raise DataError(
+            f"the largest of {distinct:,} ids is {high:,}, and the tables would have a row for "
+            "each id below it: without --numbered ids are read as names"
+        )
     return Names.of(pyarrow.array(numpy.arange(int(high) + 1)).cast(_STRING)), ids
 
 

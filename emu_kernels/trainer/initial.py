@@ -87,8 +87,10 @@ def read_vectors(file: Path) -> tuple[list[str], Tensor]:
             "vectors=...) with an array of strings and one of (names, width) numbers, or a run's "
             f"embeddings.safetensors: {error}"
         ) from error
+    if vectors.is_complex():
+        raise DataError(f"{file} holds complex vectors: expected real parts, then imaginary parts")
     vectors = vectors.to(torch.float32)
-    if vectors.ndim != 2 or len(names) != len(vectors):
+    if vectors.ndim != 2 or len(names) != len(vectors) or not names:
         shape = tuple(vectors.shape)
         raise DataError(f"{file}: expected a vector for each of {len(names)} names, got {shape}")
     if len(set(names)) < len(names):

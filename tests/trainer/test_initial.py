@@ -139,6 +139,8 @@ BAD = numpy.full((48, 16), numpy.nan)
         (48, vectors_of(48, 20), r"width 20, and with --dim 16 .* width 16 \(1 x dim\); --dim 20"),
         (47, vectors_of(47), "lacks 1 of the 48 entities, such as 'e9': frozen"),
         (48, BAD, "not finite"),
+        (48, 1j * vectors_of(48), "complex vectors: expected real parts, then imaginary parts"),
+        (0, vectors_of(48)[:0], r"a vector for each of 0 names, got \(0, 16\)"),
         (48, vectors_of(47), r"a vector for each of 48 names, got \(47, 16\)"),
         (48, vectors_of(48)[:, 0], r"a vector for each of 48 names, got \(48,\)"),
         (48, numpy.array([None] * 48), "Object arrays cannot be loaded"),

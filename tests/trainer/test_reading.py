@@ -169,6 +169,12 @@ def test_ids_are_kept(tmp_path):
         (".tsv", "h\tr\n", Layout(("h", "r", "t")), r"expected columns h, r, t, got h, r"),
         (".tsv", "0\t0\t1\n0\t0\tx\n", Layout(numbered=True), r"tsv:2: expected ids, integers"),
         (".tsv", "0\t0\t1\n0\t0\t-1\n", Layout(numbered=True), r"ids must be at least 0, got -1"),
+        (
+            ".tsv",
+            "0\t0\t1\n0\t0\t999999999\n",
+            Layout(numbered=True),
+            r"the largest of 3 ids is 999,999,999, .* without --numbered",
+        ),
         (".tsv", "a\tr\tb\t1\na\tr\tb\tx\n", WEIGHTED, r"tsv:2: expected a finite weight .*'x'"),
         (".tsv", "a\tr\tb\t1\na\tr\tb\t-1\n", WEIGHTED, r"tsv:2: expected a finite w.*'-1'"),
         (".tsv", "a\tr\tb\t1\na\tr\tb\tnan\n", WEIGHTED, r"tsv:2: expected a finite .*'nan'"),
