@@ -13,6 +13,7 @@ from typing import Any, ClassVar, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from emu_kernels.mutation import RULES, Mutation
 from emu_kernels.request import Draws, LossRequest, Request
@@ -131,3 +132,14 @@ def define(
     _LIBRARY.impl(name, named(run), "CompositeExplicitAutograd")
     torch.library.register_fake(f"emu_kernels::{name}", named(fake), lib=_LIBRARY)
     return call
+
+
+def refuse_forward_mode(*inputs: Tensor) -> None:
+    """Raise NotImplementedError if an input carries a tangent, which the operators would drop."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(forward_ad.unpack_dual(t).tangent is not None for t in inputs):
+        raise NotImplementedError(
+            "forward-mode differentiation (torch.func.jvp, forward_ad): only backend='reference' "
+            "has it; the others have backward mode"
+        )

@@ -57,7 +57,7 @@ def one_vs_all_loss(
     The table's gradient is dense, as every row is touched; for bf16 and fp16 it is a sum of several
     parts, each of which is rounded. Eager only; on a GPU it waits to learn the sizes of ``known``.
     """
-    rule: Mutation = mutation_rate or NoMutation()
+    rule: Mutation = NoMutation() if mutation_rate is None else mutation_rate
     if not isinstance(rule, (Expected, NoMutation)):
         given = type(mutation_rate).__name__
         raise TypeError(

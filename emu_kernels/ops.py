@@ -8,6 +8,7 @@ their names too, and every Function looks its arguments up by name.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -40,6 +41,7 @@ from emu_kernels.library import (
     define,
     differentiable,
     flatten,
+    refuse_forward_mode,
     tensors,
 )
 from emu_kernels.request import Draws, LossRequest, Request
@@ -181,7 +183,14 @@ def _by_name(ctx: Any, gradients: Mapping[str, Tensor | None]) -> tuple[Tensor |
     return (None, *(gradients.get(name) for name in ctx.names))
 
 
-_DEFERRED: list[tuple[Tensor, list[Values]]] = []  # tables, and the values that wait for each
+class _Deferred(threading.local):
+    """A thread's tables, and the values that wait for each: it runs its CPU backward passes."""
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[Tensor, list[Values]]] = []
+
+
+_DEFERRED = _Deferred()
 
 
 @contextmanager
@@ -192,11 +201,11 @@ def deferred(table: Tensor) -> Iterator[list[Values]]:
         The values, for :func:`step_table` or :func:`table_grad`.
     """
     waiting: list[Values] = []
-    _DEFERRED.append((table, waiting))
+    _DEFERRED.entries.append((table, waiting))
     try:
         yield waiting
     finally:
-        _DEFERRED.pop()
+        _DEFERRED.entries.pop()
 
 
 def step_table(values: Values, step: TableStep) -> bool:
@@ -208,7 +217,7 @@ def step_table(values: Values, step: TableStep) -> bool:
 def _table_grad(values: Values) -> Tensor | None:
     """:func:`table_grad`, unless the table's gradients are deferred."""
     if not torch.compiler.is_compiling():
-        for table, waiting in _DEFERRED:
+        for table, waiting in _DEFERRED.entries:
             if values["table"] is table:  # not a view of it, from a backward pass inside this one
                 waiting.append(values)
                 return None
@@ -394,5 +403,6 @@ class KernelBackend(Kernels):
 
 
 def _wants_grad(values: Values) -> bool:
-    inputs = (values[name] for name in _WITH_GRADIENT)
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    inputs = [values[name] for name in _WITH_GRADIENT if values[name] is not None]
+    refuse_forward_mode(*inputs)
+    return torch.is_grad_enabled() and any(t.requires_grad for t in inputs)

@@ -7,7 +7,7 @@ the gradient is never written to memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -27,23 +27,46 @@ class RowwiseAdagrad(torch.optim.Optimizer):
     dimension has a sum for each component, as in Adagrad.
 
     Args:
-        params: tensors of one or two dimensions.
+        params: tensors of one or two dimensions; those of two may have sparse gradients.
         lr, eps: as in ``torch.optim.Adagrad``.
+
+    Raises:
+        ValueError: a tensor of other dimensions, or ``lr`` or ``eps`` below 0.
     """
 
     def __init__(self, params: Iterable[Tensor], lr: float = 0.01, eps: float = 1e-10) -> None:
         super().__init__(params, {"lr": lr, "eps": eps})
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                rows = parameter.new_zeros(len(parameter), *[1] * (parameter.ndim - 1))
-                self.state[parameter]["sum"] = rows
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, with settings of their own."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for name in ("lr", "eps"):
+            if not group[name] >= 0:
+                raise ValueError(f"{name}: expected at least 0, got {group[name]}")
+        for parameter in group["params"]:
+            validate.dims("params", parameter, (1, 2), "(N,) or (N, D)")
+            rows = parameter.new_zeros(len(parameter), *[1] * (parameter.ndim - 1))
+            self.state[parameter]["sum"] = rows
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Step all parameters by their gradients, a block of rows at a time."""
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step all parameters by their gradients, a block of rows at a time.
+
+        Returns:
+            What ``closure`` returns, if it is given: it is called first, to compute the gradients.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
+                    continue
+                if parameter.grad.is_sparse:
+                    nothing = _given(parameter, None, None)
+                    _step_sparse(parameter, _table_step(self, parameter, *nothing))
                     continue
                 parts = (parameter, parameter.grad, self.state[parameter]["sum"])
                 size = _block(parameter)
@@ -51,6 +74,7 @@ class RowwiseAdagrad(torch.optim.Optimizer):
                     add_squares(sums, gradient)
                     divisor = sums.sqrt().add_(group["eps"])
                     rows.addcdiv_(gradient, divisor, value=-group["lr"])
+        return loss
 
 
 ROW_OPTIMIZERS: dict[type[torch.optim.Optimizer], str] = {
@@ -237,5 +261,5 @@ def add_squares(sums: Tensor, gradient: Tensor) -> Tensor:
 def _block(table: Tensor) -> int:
     """How many rows to update at a time."""
     if table.device.type != "cpu":
-        return len(table)
-    return max(1, _BLOCK * len(table) // table.numel())
+        return max(1, len(table))
+    return max(1, _BLOCK * len(table) // max(1, table.numel()))

@@ -17,7 +17,7 @@ from torch import Tensor
 from emu_kernels import backends, queries, validate, values
 from emu_kernels.backends.native import NativeBackend, pointer
 from emu_kernels.backends.triton import TritonBackend
-from emu_kernels.library import Values, define, no_second_derivative
+from emu_kernels.library import Values, define, no_second_derivative, refuse_forward_mode
 
 MESSAGES = {
     "distmult": queries.distmult,
@@ -179,6 +179,7 @@ def relational_spmm(
     else:
         sizes = {"num_relations": graph.num_relations, "graph": list(graph.sorted)}
         names = {"message": message, "aggregate": aggregate, "backend": name}
+        refuse_forward_mode(*(t for t in given.values() if t is not None and t.is_floating_point()))
         out = _forward(given | sizes | names)
         out = out if aggregate == "pna" else out.squeeze(2)
     return out.to(nodes.dtype)

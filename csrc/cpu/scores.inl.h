@@ -132,7 +132,7 @@ struct RowScratch {
       for (Real* a : zeroed) {
         if (carver.base != nullptr) __builtin_memset(a, 0, sizeof(Real) * row);
       }
-      if (carver.base != nullptr) load_rates(p, Layout<Sim>(p.D), 0, keep, spread);
+      if (carver.base != nullptr && p.draws.rate_rows == 1) load_rates(p, Layout<Sim>(p.D), 0, keep, spread);
     }
     plain = carver.take<Real>(kp);
     mutated = carver.take<Real>(kp);

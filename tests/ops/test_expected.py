@@ -437,7 +437,7 @@ def test_bad_known(known: Any, error: type[Exception], message: str) -> None:
         one_vs_all_loss(query, table, positive, known=known)
 
 
-@pytest.mark.parametrize("rule", [0.5, Mixup()])
+@pytest.mark.parametrize("rule", [0.5, 0.0, torch.tensor(0.0), torch.rand(6), Mixup()])
 def test_masks_over_all_entities(rule: Any) -> None:
     query, table, positive, _ = make()
     with pytest.raises(TypeError, match="mutation_rate: expected an Expected or None"):

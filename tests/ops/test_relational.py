@@ -229,6 +229,18 @@ def test_nan_reaches_the_result(backend, aggregate):
 
 
 @pytest.mark.parametrize("backend", KERNELS)
+def test_forward_mode_is_refused(backend):
+    g = graph(backend)
+    nodes, relations, _ = (
+        None if t is None else t.detach() for t in inputs(g, 2, 4, torch.float64)
+    )
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(
+            lambda x: relational_spmm(x, relations, g, backend=backend), (nodes,), (nodes,)
+        )
+
+
+@pytest.mark.parametrize("backend", KERNELS)
 def test_no_second_derivative(backend):
     g = graph(backend)
     nodes, relations, _ = inputs(g, 2, 4, torch.float64)

@@ -440,6 +440,63 @@ def test_empty(
     assert_near(scores.query, inputs.table[inputs.positive])
 
 
+@pytest.mark.parametrize("similarity", ["dot", "l1", "rotate"])
+@pytest.mark.parametrize("count", [0, 3])
+def test_empty_batch_with_rates_of_its_own(
+    similarity: str, count: int, backend: str, device: torch.device
+) -> None:
+    query = torch.zeros(0, 4, device=device, requires_grad=True)
+    table = torch.ones(9, 4, device=device, requires_grad=True)
+    ids = torch.zeros(0, count, dtype=torch.int64, device=device)
+    units = 2 if similarity == "rotate" else 4
+    rate = torch.full((0, units), 0.5, device=device, requires_grad=True)
+    unit = "pair" if similarity == "rotate" else "component"
+    options: Options = {"similarity": similarity, "mask_unit": unit, "backend": backend}
+    loss = fused_emu_loss(
+        query, table, ids.new_zeros(0), ids, **LOSS | options | {"mutation_rate": Expected(rate)}
+    )
+    loss.backward()
+    assert loss == 0
+    for tensor in (query, table, rate):
+        assert tensor.grad is not None
+        assert tensor.grad.shape == tensor.shape
+        assert (tensor.grad == 0).all()
+    scores = emu_scores(
+        query, table, ids.new_zeros(0), ids, mutation_rate=Expected(rate), **options
+    )
+    assert scores.mutated.shape == (0, count)
+
+
+def test_forward_mode_is_refused(backend: str, device: torch.device) -> None:
+    """Where there is none, it must not give a derivative of 0."""
+    generator = torch.Generator().manual_seed(0)
+    query, table, tangent = (torch.randn(9, 4, generator=generator).to(device) for _ in range(3))
+    positive, negative = (
+        torch.arange(9, device=device),
+        torch.ones(9, 2, dtype=torch.int64, device=device),
+    )
+
+    def loss(query: Tensor) -> Tensor:
+        return fused_emu_loss(query, table, positive, negative, backend=backend, **LOSS)
+
+    def scores(query: Tensor) -> Tensor:
+        return emu_scores(query, table, positive, negative, mutation_rate=None, backend=backend)[0]
+
+    for function in (loss, scores):
+        if backend == "reference":
+            forward: Tensor = torch.func.jvp(function, (query,), (tangent,))[1]
+            query_grad: Tensor = torch.func.grad(lambda q, f=function: f(q).sum())(query)
+            assert_near(forward.sum(), (query_grad * tangent).sum())
+            continue
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            torch.func.jvp(function, (query,), (tangent,))
+        with torch.autograd.forward_ad.dual_level():
+            function(query)  # without a tangent
+            dual = torch.autograd.forward_ad.make_dual(query, tangent)
+            with pytest.raises(NotImplementedError, match="forward-mode"):
+                function(dual)
+
+
 def test_empty_mutate(backend: str, device: torch.device) -> None:
     for batch, count, dim in ((0, 3, 4), (2, 0, 4), (2, 3, 0)):
         positive = torch.ones(batch, dim, device=device).requires_grad_()

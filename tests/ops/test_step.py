@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -237,6 +238,81 @@ def test_a_step_is_not_part_of_a_failed_backward_pass() -> None:
         backward_and_step(table.new_zeros(2, requires_grad=True) * 1, optimizer, table)
     fused_emu_loss(inputs.query, table, *inputs[2:], **LOSS).backward()
     assert table.grad is not None
+
+
+def test_a_backward_pass_in_another_thread_gives_gradients() -> None:
+    """While this thread is inside ``backward_and_step`` of the same table."""
+    inputs = make()
+    table = inputs.table.requires_grad_()
+    optimizer = torch.optim.SGD([table], lr=0.0)
+    seen: list[Tensor | None] = []
+
+    class Meanwhile(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            def other() -> None:
+                loss = fused_emu_loss(inputs.query, table, *inputs[2:], **LOSS)
+                loss.backward()
+                seen.append(table.grad)
+
+            thread = Thread(target=other)
+            thread.start()
+            thread.join()
+            return grad
+
+    query = Meanwhile.apply(inputs.query.clone().requires_grad_())
+    loss = fused_emu_loss(query, table, *inputs[2:], **LOSS)
+    backward_and_step(loss, optimizer, table)
+    assert seen[0] is not None
+    assert seen[0].any()
+
+
+def test_rowwise_adagrad_calls_a_closure() -> None:
+    weight = torch.ones(3, 2, requires_grad=True)
+    optimizer = RowwiseAdagrad([weight], lr=0.1)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = weight.square().sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure) == 6
+    torch.testing.assert_close(weight.detach(), torch.full((3, 2), 0.9))
+
+
+def test_rowwise_adagrad_takes_sparse_gradients() -> None:
+    weights = [torch.ones(5, 3, requires_grad=True) for _ in range(2)]
+    ids = torch.tensor([3, 1, 3])
+    for weight, sparse in zip(weights, (False, True), strict=True):
+        optimizer = RowwiseAdagrad([weight], lr=0.1)
+        for _ in range(2):
+            optimizer.zero_grad()
+            factor = torch.arange(9.0).view(3, 3)
+            (torch.nn.functional.embedding(ids, weight, sparse=sparse) * factor).sum().backward()
+            assert weight.grad is not None
+            assert weight.grad.is_sparse == sparse
+            optimizer.step()
+    torch.testing.assert_close(*weights)
+
+
+def test_rowwise_adagrad_checks_what_it_is_given() -> None:
+    weight = torch.ones(3, 2, requires_grad=True)
+    for bad in (torch.ones((), requires_grad=True), torch.ones(2, 2, 2, requires_grad=True)):
+        with pytest.raises(ValueError, match=r"params: expected shape \(N,\) or \(N, D\)"):
+            RowwiseAdagrad([bad])
+    for options in ({"lr": -1.0}, {"eps": -1.0}):
+        with pytest.raises(ValueError, match="expected at least 0, got -1"):
+            RowwiseAdagrad([weight], **options)
+    empty = torch.ones(0, 4, requires_grad=True)
+    optimizer = RowwiseAdagrad([weight])
+    optimizer.add_param_group({"params": [empty], "lr": 0.1})
+    empty.grad = torch.ones(0, 4)
+    optimizer.step()
 
 
 BAD: list[tuple[type[Exception], str, dict[str, Any]]] = [
