@@ -168,6 +168,7 @@ def fused_emu_loss(
         ValueError: shapes, devices or values that do not fit.
         IndexError: an id out of range.
         RuntimeError: the backend cannot run here.
+        NotImplementedError: forward-mode differentiation, which only ``reference`` has.
     """
     request = prepare.loss(
         prepare.scores(

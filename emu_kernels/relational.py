@@ -159,6 +159,7 @@ def relational_spmm(
         ValueError: a shape, a device or a name is not as described above, or edge_weight requires
             a gradient.
         RuntimeError: the backend cannot run here.
+        NotImplementedError: forward-mode differentiation, which only ``reference`` has.
     """
     _check(nodes, relations, graph, message, aggregate, own, edge_weight)
     name = backends.resolve(backend, nodes.device, BACKENDS).name
