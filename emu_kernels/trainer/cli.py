@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .breakdown import by_kind
-from .config import ADJUSTABLE, Config
+from .config import ADJUSTABLE, Config, RunningOptions
 from .data import Graph
 from .datasets import load_dataset
 from .errors import ConfigError, RunError, TrainerError
@@ -111,12 +111,12 @@ def _train_seeds(options: dict[str, Any], count: int) -> int:
         folder = parent / f"seed-{seed}"
         given = options | {"seed": seed, "run_dir": folder}
         if RunFolder(folder).config_file.exists():
-            before = RunFolder.open(folder).read_config()
-            for name in sorted(options.keys() - {*ADJUSTABLE, "preset"}):
-                if getattr(before, name) != options[name]:
+            before, now = RunFolder.open(folder).read_config(), _config(options | {"seed": seed})
+            for name in sorted(vars(now).keys() - vars(RunningOptions()).keys()):
+                if getattr(before, name) != getattr(now, name):
                     raise ConfigError(
                         f"{folder} is a run with {flag(name)} {getattr(before, name)}, not "
-                        f"{options[name]}: give another --run-dir"
+                        f"{getattr(now, name)}: give another --run-dir"
                     )
             given = {k: v for k, v in options.items() if k in ADJUSTABLE} | {"resume": folder}
         status, metrics = _train(given)
@@ -161,8 +161,9 @@ def _train_and_report(trainer: Trainer, folder: Path) -> tuple[int, Metrics | No
     return 0, metrics
 
 
-def _start(options: dict[str, Any], stack: contextlib.ExitStack) -> Trainer:
-    run_dir = options.pop("run_dir", None)
+def _config(options: dict[str, Any]) -> Config:
+    """The settings of a new run: the options, and where they are silent the preset's or model's."""
+    options = dict(options)
     preset = PRESETS.get(options.pop("preset", ""), {})
     model = options.get("model", preset.get("model"))
     settings = {**(SCORERS[model].defaults if model else {}), **preset}
@@ -173,7 +174,12 @@ def _start(options: dict[str, Any], stack: contextlib.ExitStack) -> Trainer:
     settings.setdefault("sharded", processes() > 1)
     if settings["sharded"]:
         settings.setdefault("rows_per_set", rows_per_set(settings, processes()))
-    config = settle(Config(**settings))
+    return settle(Config(**settings))
+
+
+def _start(options: dict[str, Any], stack: contextlib.ExitStack) -> Trainer:
+    run_dir = options.pop("run_dir", None)
+    config = _config(options)
     for name, chosen in unread(options, config).items():
         print(f"emu-train: warning: {chosen} does not use {flag(name)}", file=sys.stderr)
 

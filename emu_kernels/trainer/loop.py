@@ -394,11 +394,12 @@ class Trainer:
         ranks = self.evaluator.split_ranks(self.best_model(), "test")
         record = {"step": self.step, "split": "test", "of_step": self.best_step}
         record |= vars(Metrics.of(ranks))
-        if self.run and record not in self.run.read_metrics():  # a finished run may be resumed
-            self._log(record)
+        if self.run:  # first, so that a run with the record has the file
             self.run.write_relations(
                 by_relation(self.graph.of_split("test"), self.evaluator.ranked("test"), ranks)
             )
+        if self.run and record not in self.run.read_metrics():  # a finished run may be resumed
+            self._log(record)
         return ranks
 
     def whole_model(self) -> Scorer | None:

@@ -99,7 +99,10 @@ def test_a_finished_run_is_resumed(run_folder, capsys):
     assert "Hits@10" in capsys.readouterr().out
     assert (run_folder / "metrics.jsonl").read_text() == lines
     assert not (run_folder / "entities.tsv").exists()
+    by_relation = (run_folder / "relations.csv").read_bytes()
+    (run_folder / "relations.csv").unlink()
     assert train("--resume", run_folder, "--tsv") == 0
+    assert (run_folder / "relations.csv").read_bytes() == by_relation
     assert len((run_folder / "entities.tsv").read_text().splitlines()) == 48
 
 
@@ -123,6 +126,10 @@ def test_seeds(graph_folder, tmp_path, capsys):
     assert folders[0].read_metrics()[-1]["step"] == 60
     assert train(*command, "--dim", 12) == 1
     assert "seed-4 is a run with --dim 8, not 12" in capsys.readouterr().err
+    assert train(*command, "--lr", 0.7) == 1  # that --resume would take
+    assert "not 0.7: give another --run-dir" in capsys.readouterr().err
+    assert train(*command[: -len(QUICK)]) == 1  # also what is left out counts
+    assert "seed-4 is a run with --batch-size 64, not 1000" in capsys.readouterr().err
     assert train("--data", graph_folder, "--seeds", 2) == 1
     assert "--seeds needs a number of at least 1, and --run-dir" in capsys.readouterr().err
 
