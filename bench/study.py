@@ -49,12 +49,17 @@ def key(settings: Settings) -> Row:
     return named | {"settings": json.dumps(others), "seed": settings.get("seed", 0)}
 
 
+def _place(folder: Path, name: Row) -> Path:
+    """Where a run is until its rows are written."""
+    return folder / hashlib.sha256(json.dumps(name).encode()).hexdigest()[:16]
+
+
 @mask_rules.entered()
 def train(folder: Path, settings: Settings) -> list[Row] | None:
     """The rows of a run, which goes on where it was stopped; None if it was stopped again."""
     torch.set_num_threads(1)
     name = key(settings)
-    path = folder / hashlib.sha256(json.dumps(name).encode()).hexdigest()[:16]
+    path = _place(folder, name)
     config = settle(Config(**settings))
     if (path / "config.json").exists():
         run = RunFolder.open(path)
@@ -73,7 +78,6 @@ def train(folder: Path, settings: Settings) -> list[Row] | None:
     seconds = {m["step"]: m["seconds"] for m in logged if "seconds" in m}
     rows = [shared | m for m in logged if m.get("split") == "valid"]
     rows.append(shared | vars(test) | {"split": "test", "step": trainer.best_step})
-    shutil.rmtree(path)
     return [row | {"seconds": seconds.get(row["step"], trainer.seconds)} for row in rows]
 
 
@@ -128,11 +132,11 @@ def run(options: argparse.Namespace) -> int:
     try:
         if options.jobs > 1 and len(todo) > 1:
             with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
-                _collect(pool.imap_unordered(work, todo), len(todo), options.results)
+                _collect(pool.imap_unordered(work, todo), len(todo), options)
                 pool.close()
                 pool.join()
         else:
-            _collect(map(work, todo), len(todo), options.results)
+            _collect(map(work, todo), len(todo), options)
     except TrainerError as error:
         raise RuntimeError(str(error)) from error
     except KeyboardInterrupt:
@@ -144,11 +148,12 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _collect(runs: Iterator[list[Row] | None], count: int, folder: Path) -> None:
+def _collect(runs: Iterator[list[Row] | None], count: int, options: argparse.Namespace) -> None:
     for done, rows in enumerate(runs, 1):
         if rows is None:
             raise KeyboardInterrupt
-        results.append(folder, rows, COLUMNS)
+        results.append(options.results, rows, COLUMNS)
         test = rows[-1]
+        shutil.rmtree(_place(options.folder, {column: test[column] for column in RUN}))
         name = f"{test['dataset']} {test['model']} {test['loss']} seed {test['seed']}"
         print(f"{done} of {count}: {name}: test MRR {test['mrr']:.4f}", flush=True)
