@@ -397,6 +397,7 @@ class KernelBackend(Kernels):
         return Scores(*(_apply(_Scores, values) if _wants_grad(values) else scores_forward(values)))
 
     def mutate(self, positive: Tensor, negative: Tensor, draws: Draws) -> Tensor:
+        refuse_forward_mode(positive, negative)
         values = {**flatten(draws), "backend": self.name}
         out: Tensor = _apply(_Mutate, {"positive": positive, "negative": negative, **values})
         return out

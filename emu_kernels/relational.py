@@ -41,7 +41,7 @@ class _Sorted(NamedTuple):
     edge: Tensor  # (E,) its number in edge_index
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared by identity, as tensors have no single truth
 class RelationalGraph:
     """The edges of a graph, sorted once for all passes.
 

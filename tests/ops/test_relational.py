@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import product
 from typing import Any
 
@@ -226,6 +227,13 @@ def test_nan_reaches_the_result(backend, aggregate):
         assert relational_spmm(nodes, relations, g, **options)[2].isnan().all()
     own = torch.full_like(nodes, float("nan"))
     assert relational_spmm(torch.ones_like(own), relations, g, own=own, **options).isnan().all()
+
+
+def test_graphs_are_compared_by_identity():
+    g = graph("cpu")
+    assert g == g
+    assert g != copy.deepcopy(g)
+    assert len({g, copy.deepcopy(g)}) == 2
 
 
 @pytest.mark.parametrize("backend", KERNELS)

@@ -482,7 +482,10 @@ def test_forward_mode_is_refused(backend: str, device: torch.device) -> None:
     def scores(query: Tensor) -> Tensor:
         return emu_scores(query, table, positive, negative, mutation_rate=None, backend=backend)[0]
 
-    for function in (loss, scores):
+    def mutants(query: Tensor) -> Tensor:
+        return emu_mutate(query, query[:, None], mutation_rate=0.5, seed=1, backend=backend)
+
+    for function in (loss, scores, mutants):
         if backend == "reference":
             forward: Tensor = torch.func.jvp(function, (query,), (tangent,))[1]
             query_grad: Tensor = torch.func.grad(lambda q, f=function: f(q).sum())(query)
