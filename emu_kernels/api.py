@@ -326,7 +326,7 @@ def emu_mutate(
         (B, K, D) in the inputs' dtype, differentiable in both inputs any number of times.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as :func:`fused_emu_loss`.
+        TypeError, ValueError, RuntimeError, NotImplementedError: as :func:`fused_emu_loss`.
     """
     validate.embeddings(positive, negative)
     rows, dim = positive.shape

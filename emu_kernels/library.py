@@ -134,11 +134,11 @@ def define(
     return call
 
 
-def refuse_forward_mode(*inputs: Tensor) -> None:
+def refuse_forward_mode(*inputs: Tensor | None) -> None:
     """Raise NotImplementedError if an input carries a tangent, which the operators would drop."""
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return
-    if any(forward_ad.unpack_dual(t).tangent is not None for t in inputs):
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in inputs):
         raise NotImplementedError(
             "forward-mode differentiation (torch.func.jvp, forward_ad): only backend='reference' "
             "has it; the others have backward mode"

@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from emu_kernels import validate
 from emu_kernels.queries import Side
-from emu_kernels.validate import one_of
+from emu_kernels.validate import integer, one_of
 from emu_kernels.values import check_ids
 
 __all__ = ["KnownTriples", "Negatives"]
@@ -130,7 +129,7 @@ class KnownTriples:
         return offsets, keys[places] % self._num_entities
 
     def _pair(self, given: Tensor, relation: Tensor) -> Tensor:
-        return given * self._num_relations + relation
+        return given.long() * self._num_relations + relation
 
     def _stretch(self, pair: Tensor) -> Tensor:
         return pair * self._SPREAD & self._mask
@@ -264,18 +263,19 @@ class Negatives:
             IndexError: an id out of range, on a CPU.
         """
         one_of("to", to, ("tail", "head"))
-        for name, each, below in zip(
-            ("given", "relation"), (given, relation), self._sizes, strict=True
+        num_entities, num_relations = self._sizes
+        for name, of, rows in (
+            ("given", given, num_entities),
+            ("relation", relation, num_relations),
         ):
-            validate.integer(name, each)
-            if each.device.type == "cpu":  # a GPU would wait
-                check_ids(name, each, rows=below, lowest=0)
+            integer(name, of)
+            if of.device.type == "cpu":  # a GPU would wait
+                check_ids(name, of, rows=rows, lowest=0)
         if given.ndim != 1 or given.shape != relation.shape:
             raise ValueError(
                 "given and relation: expected the same shape (B,), got "
                 f"{tuple(given.shape)} and {tuple(relation.shape)}"
             )
-        given, relation = given.long(), relation.long()
         drawn = self._draw(step)
         rows = len(given)
         if len(drawn) == self._rows and rows < self._rows:
@@ -284,8 +284,8 @@ class Negatives:
             raise ValueError(f"given: expected {self._rows} rows, got {rows}")
         if self._pools:
             offsets, ids = self._pools[to]
-            start = offsets.index_select(0, relation).unsqueeze(1)
-            size = offsets.index_select(0, relation + 1).unsqueeze(1) - start
+            start = offsets.index_select(0, relation.long()).unsqueeze(1)
+            size = offsets.index_select(0, relation.long() + 1).unsqueeze(1) - start
             place = (drawn * size >> _FRACTION_BITS) + start
             drawn = ids.index_select(0, place.flatten()).view_as(place)
         elif self._alias is not None:

@@ -404,6 +404,7 @@ class KernelBackend(Kernels):
 
 
 def _wants_grad(values: Values) -> bool:
-    inputs = [values[name] for name in _WITH_GRADIENT if values[name] is not None]
+    """Whether backward mode is wanted; forward mode is refused."""
+    inputs = [values[name] for name in _WITH_GRADIENT]
     refuse_forward_mode(*inputs)
-    return torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)

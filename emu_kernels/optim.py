@@ -260,6 +260,5 @@ def add_squares(sums: Tensor, gradient: Tensor) -> Tensor:
 
 def _block(table: Tensor) -> int:
     """How many rows to update at a time."""
-    if table.device.type != "cpu":
-        return max(1, len(table))
-    return max(1, _BLOCK * len(table) // max(1, table.numel()))
+    on_cpu = table.device.type == "cpu"
+    return max(1, _BLOCK * len(table) // max(1, table.numel()) if on_cpu else len(table))

@@ -398,8 +398,8 @@ class Trainer:
             self.run.write_relations(
                 by_relation(self.graph.of_split("test"), self.evaluator.ranked("test"), ranks)
             )
-        if self.run and record not in self.run.read_metrics():  # a finished run may be resumed
-            self._log(record)
+            if record not in self.run.read_metrics():  # a finished run may be resumed
+                self._log(record)
         return ranks
 
     def whole_model(self) -> Scorer | None:

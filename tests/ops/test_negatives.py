@@ -155,3 +155,7 @@ def test_narrow_ids_do_not_overflow(dtype: torch.dtype) -> None:
     draw._draw._block = 0
     negative = draw(0, given.to(dtype), relation.to(dtype))
     assert (negative == -1).all()
+    index = KnownTriples(data, entities, relations)
+    given, relation = given.to(dtype), relation.to(dtype)
+    assert index.holds(given, relation, known[:, None], "tail").all()
+    assert (index.remove(given, relation, known[:, None]) == -1).all()
