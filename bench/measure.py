@@ -8,6 +8,7 @@ import itertools
 import math
 import multiprocessing
 import statistics
+import textwrap
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -108,7 +109,8 @@ def alternate(rivals: Mapping[str, Callable[[], Turn]], rounds: int) -> dict[str
         try:
             turns[name] = start()
         except Exception as error:  # noqa: PERF203
-            reason = str(error).strip().partition("\n")[0]
+            # The second line may say what was wrong; after an empty one comes advice.
+            reason = textwrap.shorten(str(error).strip().partition("\n\n")[0], 300)
             print(f"failed: {name}: {type(error).__name__}: {reason}", flush=True)
     times: dict[str, list[float]] = {name: [] for name in turns}
     order = deque(turns)

@@ -246,12 +246,12 @@ def test_turns(monkeypatch, capsys) -> None:
 
     def start(name: str) -> measure.Turn:
         if name == "d":
-            raise RuntimeError("no d\nhere")
+            raise RuntimeError("no d:\nhere\n\nSet a flag.")
         return lambda: float(next(place))
 
     times = measure.alternate({name: partial(start, name) for name in "abdc"}, 3)
     assert times == {"a": [0, 5, 7], "b": [1, 3, 8], "c": [2, 4, 6]}
-    assert capsys.readouterr().out == "failed: d: RuntimeError: no d\n"
+    assert capsys.readouterr().out == "failed: d: RuntimeError: no d: here\n"
 
 
 def test_committed_rows() -> None:
