@@ -14,6 +14,8 @@ VENV ?= .venv
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Python compiles what it imports, once: a small part of what pip would compile.
+INSTALL := $(PIP) install --no-compile
 # The installed package is these files' product; all other Python is used from where it lies.
 INPUTS := pyproject.toml setup.py CMakeLists.txt constraints.txt emu_kernels/_version.py \
 	$(shell find csrc -type f)
@@ -108,15 +110,15 @@ $(VENV)/.torch: FORCE
 		set -ex; \
 		rm -rf $(VENV); \
 		$(PYTHON) -m venv $(VENV); \
-		$(PIP) install $(TORCH); \
+		$(INSTALL) $(TORCH); \
 		echo "$(PYTHON) $(TORCH)" > $@; \
 	}
 
 $(VENV)/.installed-%: $(VENV)/.torch $(INPUTS)
-	$(if $(filter test,$*),$(PIP) show -q triton || $(PIP) install '$(TRITON)')
+	$(if $(filter test,$*),$(PIP) show -q triton || $(INSTALL) '$(TRITON)')
 	EMU_CUDA_REPORTS='$(CURDIR)/build/ptxas' \
-		$(PIP) install --constraint constraints.txt $(firstword $(TORCH)) --editable '.[$*]'
+		$(INSTALL) --constraint constraints.txt $(firstword $(TORCH)) --editable '.[$*]'
 	@# Without its dependencies: they are FBGEMM for GPUs, and a torchmetrics of 2023.
-	$(if $(and $(filter test,$*),$(TORCHREC)),$(PIP) install --no-deps $(TORCHREC) && $(PIP) install \
+	$(if $(and $(filter test,$*),$(TORCHREC)),$(INSTALL) --no-deps $(TORCHREC) && $(INSTALL) \
 		--constraint constraints.txt $(firstword $(TORCH)) pyre-extensions tensordict torchmetrics tqdm)
 	touch $@
