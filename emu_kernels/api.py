@@ -289,7 +289,7 @@ def emu_scores(
         row_offset=row_offset,
         sparse_grad=sparse_grad,
     )
-    margin = validate.number("margin", margin)
+    margin = validate.finite("margin", margin)
     scored = backends.resolve(backend, table.device).scores(request)
     positive_score, negative_score, mutated_score, cumulant = (
         score + margin if margin else score for score in scored
@@ -328,6 +328,7 @@ def emu_mutate(
     Raises:
         TypeError, ValueError, RuntimeError, NotImplementedError: as :func:`fused_emu_loss`.
     """
+    prepare.alone_after_fork()
     validate.embeddings(positive, negative)
     rows, dim = positive.shape
     draws = prepare.draws(
@@ -375,6 +376,7 @@ def uls_cross_entropy(
     Raises:
         TypeError, ValueError: arguments that do not fit.
     """
+    prepare.alone_after_fork()
     validate.scores(positive_score, negative_score, cumulant)
     beta = validate.coefficient("beta", beta)
     validate.one_of("reduction", reduction, validate.REDUCTIONS)

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from emu_kernels import validate
 from emu_kernels.queries import Side
-from emu_kernels.validate import integer, one_of
 from emu_kernels.values import check_ids
 
 __all__ = ["KnownTriples", "Negatives"]
@@ -106,7 +106,7 @@ class KnownTriples:
         search: the bits of a row's candidates are adjacent, so they stay in a CPU's cache."""
         if to not in self._maybe:
             pair, keys = self._keys[to] // self._num_entities, self._keys[to]
-            table = torch.zeros(self._mask + 1 + self._num_entities, dtype=torch.bool)
+            table = pair.new_zeros(self._mask + 1 + self._num_entities, dtype=torch.bool)
             table[self._stretch(pair) + keys % self._num_entities] = True
             self._maybe[to] = table
         return self._maybe[to]
@@ -212,7 +212,12 @@ class Negatives:
         filtered: bool = True,
         seed: int = 0,
     ) -> None:
-        one_of("candidates", candidates, ("all", "typed"))
+        validate.one_of("candidates", candidates, ("all", "typed"))
+        num_entities = validate.at_least_one("num_entities", num_entities)
+        num_relations = validate.at_least_one("num_relations", num_relations)
+        batch_size = validate.at_least_one("batch_size", batch_size)
+        count = validate.at_least_one("count", count)
+        validate.tensor("triples", triples)
         if triples.ndim != 2 or triples.shape[1] != 3 or not len(triples):
             raise ValueError(f"triples: expected shape (M, 3), M > 0, got {tuple(triples.shape)}")
         if triples.dtype != torch.int64:
@@ -222,8 +227,8 @@ class Negatives:
         self._sizes = num_entities, num_relations
         self._known = KnownTriples(triples, num_entities, num_relations) if filtered else None
         self._rows = batch_size
-        sets = batch_size if sets is None else sets
-        if sets < 1 or batch_size % sets:
+        sets = batch_size if sets is None else validate.at_least_one("sets", sets)
+        if batch_size % sets:
             raise ValueError(f"sets: expected a divisor of batch_size {batch_size}, got {sets}")
         if candidates == "typed" and (weight is not None or sets != batch_size):
             raise ValueError("candidates: 'typed' takes no weight, and a set for each row")
@@ -237,6 +242,7 @@ class Negatives:
                 "tail": _pools(triples[:, 1], triples[:, 2], num_entities, num_relations),
             }
         elif weight is not None:
+            validate.tensor("weight", weight)
             if weight.shape != (num_entities,):
                 raise ValueError(
                     f"weight: expected shape ({num_entities},), got {tuple(weight.shape)}"
@@ -262,13 +268,14 @@ class Negatives:
             TypeError, ValueError: an argument that does not fit.
             IndexError: an id out of range, on a CPU.
         """
-        one_of("to", to, ("tail", "head"))
+        validate.one_of("to", to, ("tail", "head"))
         num_entities, num_relations = self._sizes
         for name, of, rows in (
             ("given", given, num_entities),
             ("relation", relation, num_relations),
         ):
-            integer(name, of)
+            validate.tensor(name, of)
+            validate.integer(name, of)
             if of.device.type == "cpu":  # a GPU would wait
                 check_ids(name, of, rows=rows, lowest=0)
         if given.ndim != 1 or given.shape != relation.shape:
@@ -333,5 +340,5 @@ def _alias(weight: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     for i in small:  # left over by rounding errors
         if share[i] == 0:
             keep[i], other[i] = 0.0, int(weight.argmax())
-    scaled = torch.tensor(keep, dtype=torch.float64) * (1 << _FRACTION_BITS)
+    scaled = torch.tensor(keep, dtype=torch.float64, device="cpu") * (1 << _FRACTION_BITS)
     return scaled.round().long().to(device), torch.tensor(other, device=device)

@@ -32,6 +32,7 @@ class RowwiseAdagrad(torch.optim.Optimizer):
 
     Raises:
         ValueError: a tensor of other dimensions, or ``lr`` or ``eps`` below 0.
+        TypeError: a tensor of another dtype than fp32, bf16, fp16 and fp64, or no number.
     """
 
     def __init__(self, params: Iterable[Tensor], lr: float = 0.01, eps: float = 1e-10) -> None:
@@ -41,11 +42,19 @@ class RowwiseAdagrad(torch.optim.Optimizer):
         """Add parameters, with settings of their own."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        for name in ("lr", "eps"):
-            if not group[name] >= 0:
-                raise ValueError(f"{name}: expected at least 0, got {group[name]}")
+        try:
+            for name in ("lr", "eps"):
+                value = group[name]
+                value = validate.number(name, value.item() if isinstance(value, Tensor) else value)
+                if not value >= 0:
+                    raise ValueError(f"{name}: expected at least 0, got {value}")
+            for parameter in group["params"]:
+                validate.floating("params", parameter)
+                validate.dims("params", parameter, (1, 2), "(N,) or (N, D)")
+        except Exception:
+            self.param_groups.pop()  # a caller may go on without it
+            raise
         for parameter in group["params"]:
-            validate.dims("params", parameter, (1, 2), "(N,) or (N, D)")
             rows = parameter.new_zeros(len(parameter), *[1] * (parameter.ndim - 1))
             self.state[parameter]["sum"] = rows
 
@@ -141,7 +150,11 @@ def backward_and_step(
         return
     for each in waiting:
         gradient = ops.table_grad(each)
-        table.grad = gradient if table.grad is None else table.grad + gradient
+        # One may be sparse: torch adds that to a dense one, but not a dense one to it.
+        if table.grad is None:
+            table.grad = gradient
+        else:
+            table.grad = gradient + table.grad if table.grad.is_sparse else table.grad + gradient
     if table.grad is None:
         table.grad = torch.zeros_like(table)
     if not table.grad.is_sparse:

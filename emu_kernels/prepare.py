@@ -5,6 +5,8 @@ Errors are those that :func:`emu_kernels.fused_emu_loss` documents.
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,16 @@ from emu_kernels.mutation import RULES, Expected, Mutation, mask_unit, masked
 from emu_kernels.request import Draws, LossRequest, Request
 from emu_kernels.similarity import SIMILARITIES
 from emu_kernels.values import usable_rates, usable_thresholds
+
+_PROCESS = os.getpid()
+
+
+def alone_after_fork() -> None:
+    """Use one thread in a forked child, where torch would wait for threads that do not exist."""
+    if torch.compiler.is_compiling() or os.getpid() == _PROCESS:
+        return
+    if torch.get_num_threads() > 1:
+        torch.set_num_threads(1)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -88,6 +100,7 @@ def scores(
     row_offset: int = 0,
     sparse_grad: bool = False,
 ) -> Request:
+    alone_after_fork()
     validate.batch(
         query,
         table,
@@ -123,7 +136,7 @@ def scores(
         negative=(negative[None] if negative.ndim == 1 else negative).to(torch.int64).contiguous(),
         similarity=similarity,
         phase_scale=float(phase_scale),
-        sparse_grad=sparse_grad,
+        sparse_grad=validate.flag("sparse_grad", sparse_grad),
     )
 
 

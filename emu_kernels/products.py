@@ -192,11 +192,12 @@ def loss_rows(batch: Batch, request: LossRequest, rate: Tensor | None) -> tuple[
         bound = bound + q.detach().square().sum(dim=1) * largest * largest
     if batch.log_q is not None:
         score = score - batch.log_q
-    finite = torch.where((bound + score.detach() + batch.log_q_total).isfinite(), 1.0, float("nan"))
+    finite = (bound + score.detach() + batch.log_q_total).isfinite()
+    poison = torch.where(finite, 1.0, float("nan")).to(score.dtype)
 
     vanilla = _LogSumExp.apply(score, q, *given)[0] - score
     if rate is None:
-        return zero * finite, vanilla * finite
+        return zero * poison, vanilla * poison
     keep, product = 1 - rate, q * z
     spread = rate * keep
     taken = (rate * product).sum(dim=1)
@@ -207,7 +208,7 @@ def loss_rows(batch: Batch, request: LossRequest, rate: Tensor | None) -> tuple[
     means = batch.real * taken + (keep * q * batch.total).sum(dim=1) - batch.log_q_total
     uls = (lse - score) + beta * (batch.real * lse - means)
     uls = torch.where(batch.real > 0, uls / batch.real.clamp(min=1), 0)
-    return uls * finite, vanilla * finite
+    return uls * poison, vanilla * poison
 
 
 # --- sampled negatives in sets --------------------------------------------------------------------

@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from emu_kernels.validate import one_of
+from emu_kernels import validate
 
 __all__ = [
     "complex",
@@ -50,7 +50,7 @@ def distmult(entity: Tensor, relation: Tensor, to: Side = "tail") -> Tensor:
     Returns:
         (B, D), for similarity "dot".
     """
-    _check(entity, relation, to, entity.shape[-1])
+    _check(entity, relation, to, _width(entity))
     return entity * relation
 
 
@@ -64,7 +64,7 @@ def complex(entity: Tensor, relation: Tensor, to: Side = "tail") -> Tensor:
     Returns:
         (B, 2d), re‖im, for similarity "dot".
     """
-    _check(entity, relation, to, entity.shape[-1], even=True)
+    _check(entity, relation, to, _width(entity), even=True)
     re, im = relation.chunk(2, dim=-1)
     return _product(entity, re, -im if to == "head" else im)
 
@@ -79,7 +79,7 @@ def transe(entity: Tensor, relation: Tensor, to: Side = "tail") -> Tensor:
     Returns:
         (B, D), for similarity "l1" or "l2".
     """
-    _check(entity, relation, to, entity.shape[-1])
+    _check(entity, relation, to, _width(entity))
     return entity + relation if to == "tail" else entity - relation
 
 
@@ -95,7 +95,7 @@ def rotate(entity: Tensor, phase: Tensor, to: Side = "tail") -> Tensor:
         (B, 2d), re‖im, for similarity "rotate"; or for "l2", the norm over all components, which
         some libraries use.
     """
-    _check(entity, phase, to, entity.shape[-1] // 2, even=True)
+    _check(entity, phase, to, _width(entity) // 2, even=True)
     sine = phase.sin()
     return _product(entity, phase.cos(), -sine if to == "head" else sine)
 
@@ -124,7 +124,7 @@ def pairre(entity: Tensor, relation: Tensor, to: Side = "tail") -> tuple[Tensor,
     Returns:
         The query (B, D) and ``scale`` (B, D), for similarity "l1" or "l2".
     """
-    _check(entity, relation, to, 2 * entity.shape[-1])
+    _check(entity, relation, to, 2 * _width(entity))
     of_head, of_tail = relation.chunk(2, dim=-1)
     if to == "head":
         of_head, of_tail = of_tail, of_head
@@ -144,7 +144,7 @@ def hake(entity: Tensor, relation: Tensor, to: Side = "tail") -> tuple[Tensor, T
         The query (B, 2d) and ``scale`` (B, d), for similarity "hake" with ``phase_scale`` κ and
         ``similarity_weights`` w.
     """
-    _check(entity, relation, to, entity.shape[-1] // 2 * 3, even=True)
+    _check(entity, relation, to, _width(entity) // 2 * 3, even=True)
     phase, modulus = entity.chunk(2, dim=-1)
     r_phase, r_modulus, r_bias = relation.chunk(3, dim=-1)
     r_modulus = r_modulus.abs()
@@ -166,7 +166,7 @@ def simple(entity: Tensor, relation: Tensor, to: Side = "tail") -> Tensor:
     Returns:
         (B, 2d), for similarity "dot".
     """
-    _check(entity, relation, to, entity.shape[-1], even=True)
+    _check(entity, relation, to, _width(entity), even=True)
     as_head, as_tail = entity.chunk(2, dim=-1)
     forward, inverse = relation.chunk(2, dim=-1)
     if to == "head":
@@ -185,7 +185,7 @@ def rescal(entity: Tensor, relation: Tensor, to: Side = "tail") -> Tensor:
     Returns:
         (B, D), for similarity "dot".
     """
-    dim = entity.shape[-1]
+    dim = _width(entity)
     _check(entity, relation, to, dim * dim)
     matrix = relation.unflatten(-1, (dim, dim))
     return (entity.unsqueeze(-2) @ (matrix if to == "tail" else matrix.mT)).squeeze(-2)
@@ -203,8 +203,8 @@ def tucker(entity: Tensor, relation: Tensor, core: Tensor, to: Side = "tail") ->
     Returns:
         (B, D), for similarity "dot".
     """
-    dim = entity.shape[-1]
-    if core.ndim != 3 or core.shape[::2] != (dim, dim):
+    dim = _width(entity)
+    if validate.any_tensor("core", core).ndim != 3 or core.shape[::2] != (dim, dim):
         raise ValueError(f"core: expected shape ({dim}, D_r, {dim}), got {tuple(core.shape)}")
     _check(entity, relation, to, core.shape[1])
     matrix = torch.einsum("...r,irj->...ij", relation, core)
@@ -217,11 +217,17 @@ def _product(x: Tensor, re: Tensor, im: Tensor) -> Tensor:
     return torch.cat((x_re * re - x_im * im, x_re * im + x_im * re), dim=-1)
 
 
+def _width(entity: Tensor) -> int:
+    if validate.any_tensor("entity", entity).ndim == 0:
+        raise ValueError("entity: expected rows (..., D), got a single number")
+    return entity.shape[-1]
+
+
 def _check(entity: Tensor, relation: Tensor, to: str, width: int, *, even: bool = False) -> None:
-    one_of("to", to, ("tail", "head"))
+    validate.one_of("to", to, ("tail", "head"))
     if even and entity.shape[-1] % 2:
         raise ValueError(f"entity: expected rows of two halves, got shape {tuple(entity.shape)}")
-    if relation.shape[-1] != width:
+    if validate.any_tensor("relation", relation).ndim == 0 or relation.shape[-1] != width:
         raise ValueError(
             f"relation: expected {width} values per row with entity {tuple(entity.shape)}, "
             f"got shape {tuple(relation.shape)}"

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from emu_kernels import backends, queries, validate, values
+from emu_kernels import backends, prepare, queries, validate, values
 from emu_kernels.backends.native import NativeBackend, pointer
 from emu_kernels.backends.triton import TritonBackend
 from emu_kernels.library import Values, define, no_second_derivative, refuse_forward_mode
@@ -53,7 +53,8 @@ class RelationalGraph:
 
     Raises:
         TypeError: a tensor has no integer dtype.
-        ValueError: a shape, a device or an id is not as described above, or there are no edges.
+        ValueError: a shape, a device or a number is not as described above, or there are no edges.
+        IndexError: an id out of range.
     """
 
     edge_index: Tensor
@@ -63,6 +64,7 @@ class RelationalGraph:
     sorted: tuple[Tensor, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        prepare.alone_after_fork()
         index, kind = self.edge_index, self.edge_type
         for name, tensor, shape in (("edge_index", index, "(2, E)"), ("edge_type", kind, "(E,)")):
             validate.tensor(name, tensor)
@@ -75,8 +77,7 @@ class RelationalGraph:
             )
         validate.same_device("edge_index", index, edge_type=kind)
         for name, number in (("num_nodes", self.num_nodes), ("num_relations", self.num_relations)):
-            if number < 1:
-                raise ValueError(f"{name}: expected at least 1, got {number}")
+            validate.at_least_one(name, number)
         if not len(kind):
             raise ValueError("edge_index: expected at least one edge, got none")
         index, kind = index.long(), kind.long()
@@ -161,6 +162,7 @@ def relational_spmm(
         RuntimeError: the backend cannot run here.
         NotImplementedError: forward-mode differentiation, which only ``reference`` has.
     """
+    prepare.alone_after_fork()
     _check(nodes, relations, graph, message, aggregate, own, edge_weight)
     name = backends.resolve(backend, nodes.device, BACKENDS).name
     real = _real(nodes)

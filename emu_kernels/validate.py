@@ -29,10 +29,16 @@ def one_of(name: str, value: object, valid: Sequence[str]) -> None:
         raise ValueError(f"{name}: expected one of {listed}, got {value!r}")
 
 
-def tensor(name: str, value: object) -> Tensor:
+def any_tensor(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         hint = "; pass its weight" if isinstance(value, torch.nn.Embedding) else ""
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}{hint}")
+    return value
+
+
+def tensor(name: str, value: object) -> Tensor:
+    """A tensor that operators take: dense, and not one that torch.vmap made."""
+    value = any_tensor(name, value)
     if not torch.compiler.is_compiling() and _under_vmap(value):
         raise RuntimeError(
             f"{name}: torch.vmap is not supported; the rows of a batch are independent already, "
@@ -160,9 +166,7 @@ def _similarity_options(
                 f"{argument}: similarity {name!r} expects shape {text.format(*shape)}"
                 f"{f' with B = {rows}' if len(shape) > 1 else ''}, got {tuple(value.shape)}"
             )
-    kappa = number("phase_scale", phase_scale)
-    if not -math.inf < kappa < math.inf:
-        raise ValueError(f"phase_scale: expected a finite number, got {phase_scale}")
+    kappa = finite("phase_scale", phase_scale)
     if kappa != 1 and not takes.phases:
         raise ValueError(f"phase_scale: similarity {name!r} takes none, expected 1")
 
@@ -212,6 +216,26 @@ def whole(name: str, value: object, expected: str = "an int") -> int:
     return int(value)
 
 
+def at_least_one(name: str, value: object) -> int:
+    given = whole(name, value)
+    if given < 1:
+        raise ValueError(f"{name}: expected at least 1, got {given}")
+    return given
+
+
+def finite(name: str, value: object) -> float:
+    given = number(name, value)
+    if not -math.inf < given < math.inf:
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+    return given
+
+
+def flag(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
+    return value
+
+
 def rate(name: str, value: object) -> float:
     given = number(name, value, "a number in [0, 1]")
     if not 0 <= given <= 1:
@@ -228,6 +252,7 @@ def rate_or_rule(name: str, value: object) -> None:
 def coefficient(name: str, value: object) -> float | Tensor:
     """A loss coefficient: a finite number >= 0, or a one-element tensor, which is not read here."""
     if isinstance(value, Tensor):
+        tensor(name, value)
         if value.numel() != 1 or not value.dtype.is_floating_point:
             raise ValueError(
                 f"{name}: expected a number or a one-element floating-point tensor, "
@@ -246,6 +271,7 @@ def seed(value: object, device: torch.device) -> int | Tensor | None:
     if value is None:
         return None
     if isinstance(value, Tensor):
+        tensor("seed", value)
         if value.numel() != 1 or value.dtype != torch.int64:
             raise ValueError(
                 "seed: expected an int or a one-element int64 tensor, "
@@ -277,6 +303,7 @@ def mask_unit(value: object, dim: int | torch.SymInt) -> None:
 
 def rates(name: str, value: Tensor, unit: str, units: int, device: torch.device) -> None:
     """A tensor of mutation rates: one, or one for each of the mask's units."""
+    tensor(name, value)
     if tuple(value.shape) not in ((), (units,)) or not value.dtype.is_floating_point:
         raise ValueError(
             f"{name}: expected a number, a Mixup, an Expected or a floating-point tensor of shape "
@@ -295,6 +322,7 @@ def expected(
     """The rate or rates of EMU in closed form."""
     if not isinstance(value, Tensor):
         return rate(name, value)
+    tensor(name, value)
     floating(name, value)
     same_precision(name, value, "query", query)
     same_device("query", query, **{name: value})

@@ -127,7 +127,7 @@ def usable_ids(
     bad_negative = (negative < -1) | (negative >= rows)
     group_rows = positive.shape[0] // max(negative.shape[0], 1)
     bad = bad_positive | bad_negative.any(dim=1).repeat_interleave(group_rows, dim=0)
-    poison = torch.where(bad, float("nan"), 1.0)
+    poison = torch.where(bad, float("nan"), 1.0).float()
     return positive.masked_fill(bad_positive, 0), negative.masked_fill(bad_negative, 0), poison
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,13 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emu_kernels import values
+from emu_kernels import prepare, values
 from emu_kernels.backends.base import LossState, SparseRows, SumWeights, TableStep
 from emu_kernels.backends.native import NativeBackend, load, pointer, pointers
 from emu_kernels.request import LossRequest, Request
 from emu_kernels.validate import coefficient
-
-_PROCESS = os.getpid()
 
 # For example in a checkout of a package that is installed elsewhere: Python first looks for it in
 # the current folder.
@@ -24,12 +21,6 @@ _NOT_BUILT = (
     f"emu_kernels is imported from {Path(__file__).parents[1]}, where the CPU kernels are not "
     "built: run Python in another folder, or build them there (pip install --editable .)"
 )
-
-
-def _alone_after_fork() -> None:
-    """Use one thread in a forked child, where torch would wait for threads that do not exist."""
-    if os.getpid() != _PROCESS and torch.get_num_threads() > 1:
-        torch.set_num_threads(1)
 
 
 class CpuBackend(NativeBackend):
@@ -46,7 +37,7 @@ class CpuBackend(NativeBackend):
         return self._missing
 
     def _place(self, device: torch.device) -> dict[str, int]:
-        _alone_after_fork()
+        prepare.alone_after_fork()
         return {"threads": torch.get_num_threads()}
 
     def _large(self, result: Tensor) -> Tensor:
@@ -54,7 +45,7 @@ class CpuBackend(NativeBackend):
         return result
 
     def check_ids(self, name: str, ids: Tensor, *, rows: int, lowest: int) -> None:
-        _alone_after_fork()
+        prepare.alone_after_fork()
         values.check_ids(name, ids, rows=rows, lowest=lowest)
 
     def loss_forward(self, request: LossRequest, *, need_grad: bool) -> LossState:
@@ -95,8 +86,11 @@ class CpuBackend(NativeBackend):
         real = table.dtype in (torch.float32, torch.float64)
         if not (real and table.stride(1) == 1 and len(request.positive)):
             return False
-        if step.sums is not None and not step.sums.is_contiguous():
-            return False
+        if step.sums is not None:
+            width = 1 if step.optimizer == "rowwise_adagrad" else table.shape[1]
+            fits = step.sums.dtype == table.dtype and step.sums.shape == (len(table), width)
+            if not (fits and step.sums.is_contiguous()):
+                return False  # the optimizer's own step takes these sums, or says what is wrong
         sums = SumWeights(*(t.contiguous() for t in sums))
         rows = step.rows.contiguous()
         ids, order = step.ids.sort(stable=True)

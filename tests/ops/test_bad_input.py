@@ -89,6 +89,7 @@ TENSORS: list[Case] = [
     ("similarity", always(None), ValueError, "'dot'.*None"),
     ("scale", lambda a: torch.ones(6, 20), ValueError, "dot"),
     ("similarity_weights", lambda a: torch.ones(2), ValueError, "dot"),
+    ("sparse_grad", always("no"), TypeError, "True or False, got str"),
 ]
 
 
@@ -104,6 +105,7 @@ def rate(name: str, *, optional: bool = False) -> list[Case]:
         # Users pass rates, not the rules that are made from them.
         (name, always(Component(thresholds=torch.zeros(3))), TypeError, "Component"),
         (name, lambda a: torch.tensor(1), ValueError, r"got shape \(\), dtype torch.int64"),
+        (name, lambda a: torch.tensor(0.5).to_sparse(), TypeError, "sparse"),
         (name, lambda a: numpy.float32(1.5), ValueError, "1.5"),
     ]
 
@@ -119,6 +121,7 @@ def coefficient(name: str) -> list[Case]:
         (name, lambda a: torch.tensor(math.nan), ValueError, "nan"),
         (name, lambda a: torch.ones(2), ValueError, r"\(2,\)"),
         (name, lambda a: torch.tensor(1), ValueError, "int64"),
+        (name, lambda a: torch.tensor(0.5).to_sparse(), TypeError, "sparse"),
         (name, lambda a: torch.tensor(0.5).requires_grad_(), ValueError, "detach"),
     ]
 
@@ -132,6 +135,7 @@ SEED: list[Case] = [
     ("seed", always(numpy.float32(1.0)), TypeError, "float32"),
     ("seed", lambda a: torch.tensor([1, 2]), ValueError, r"\(2,\)"),
     ("seed", lambda a: torch.tensor(1.0), ValueError, "float32"),
+    ("seed", lambda a: torch.tensor(1).to_sparse(), TypeError, "sparse"),
     ("seed", lambda a: torch.tensor(1, device="meta"), ValueError, "meta"),
     ("row_offset", always(-1), ValueError, "-1"),
     ("row_offset", always(2**32 - 5), ValueError, str(2**32 - 5)),
@@ -154,7 +158,10 @@ BACKEND: list[Case] = [
     ("backend", always("tpu"), ValueError, ".*".join(map(repr, (*backends.NAMES, "tpu")))),
     ("backend", always(7), ValueError, "'reference'.*7"),
 ]
-MARGIN: list[Case] = [("margin", always("24"), TypeError, "str")]
+MARGIN: list[Case] = [
+    ("margin", always("24"), TypeError, "str"),
+    ("margin", always(math.nan), ValueError, "nan"),
+]
 MUTATE: list[Case] = [
     ("positive", always(1.0), TypeError, "float"),
     ("positive", lambda a: a["positive"][0], ValueError, r"\(4,\)"),

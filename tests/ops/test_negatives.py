@@ -106,6 +106,33 @@ def test_bad_options(options: dict[str, Any], match: str) -> None:
         make(triples(), **options)
 
 
+def test_bad_sizes_and_types() -> None:
+    data, given, relation = triples(), *triples(B)[:, :2].T
+    good: dict[str, Any] = {"num_entities": N, "num_relations": R, "batch_size": B, "count": K}
+    for name in (*good, "sets"):
+        for value, error in ((-1, ValueError), (0, ValueError), (2.5, TypeError), ("2", TypeError)):
+            with pytest.raises(error, match=f"^{name}: expected"):
+                Negatives(data, **{**good, name: value})
+    anything: Any = data.tolist()
+    with pytest.raises(TypeError, match=r"triples: expected a .*, got list"):
+        make(anything)
+    with pytest.raises(TypeError, match=r"weight: expected a .*, got list"):
+        make(data, weight=[1.0] * N)
+    with pytest.raises(TypeError, match=r"given: expected a .*, got list"):
+        make(data)(0, anything, relation)
+    with pytest.raises(TypeError, match=r"relation: expected a .*, got list"):
+        make(data)(0, given, anything)
+
+
+def test_drawn_on_the_device_of_the_triples() -> None:
+    data = triples()
+    given, relation = data[:B, :2].T
+    for options in ({}, {"candidates": "typed"}, {"weight": torch.arange(N)}):
+        wanted = make(data, **options)(0, given, relation)
+        with torch.device("meta"):
+            assert torch.equal(make(data, **options)(0, given, relation), wanted)
+
+
 def test_bad_input() -> None:
     data = triples()
     with pytest.raises(ValueError, match=r"triples: expected shape \(M, 3\)"):

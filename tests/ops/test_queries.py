@@ -128,6 +128,11 @@ def test_bad_input(name: str) -> None:
         query(entity, relation, *core, "tails")
     with pytest.raises(ValueError, match=r"relation: expected .* got shape \(2, 1\)"):
         query(entity, relation[:, :1], *core)
+    for bad, error in ((entity.tolist(), TypeError), (torch.tensor(1.0), ValueError)):
+        with pytest.raises(error, match="entity: expected"):
+            query(bad, relation, *core)
+        with pytest.raises(error, match="relation: expected"):
+            query(entity, bad, *core)
 
 
 def test_halves_and_core() -> None:

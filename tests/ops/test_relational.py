@@ -309,8 +309,10 @@ def test_bad_input(change, error, said):
         ([[], []], [], (9, 1), "at least one edge"),
         ([[0, 1], [1, 0]], [0], (9, 1), r"edge_index: expected shape \(2, E\)"),
         ([[0], [1]], [0], (0, 1), "num_nodes: expected at least 1, got 0"),
+        ([[0], [1]], [0], (2.5, 1), "num_nodes: expected an int, got float"),
+        ([[0], [1]], [0], (9, None), "num_relations: expected an int, got NoneType"),
     ],
 )
 def test_bad_graph(index, kind, sizes, said):
-    with pytest.raises((ValueError, IndexError), match=said):
+    with pytest.raises((ValueError, IndexError, TypeError), match=said):
         RelationalGraph(torch.tensor(index).long(), torch.tensor(kind).long(), *sizes)

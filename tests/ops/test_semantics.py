@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from emu_kernels import (
     emu_scores,
     fused_emu_loss,
     fused_softmax_loss,
+    one_vs_all_loss,
 )
 from tests.ops.support import (
     LOSS,
@@ -392,6 +394,23 @@ def test_default_dtype_does_not_matter(backend: str, device: torch.device) -> No
             assert same_bits(evaluate(function, inputs, backend=backend, **options), expected)
         finally:
             torch.set_default_dtype(torch.float32)
+
+
+def test_default_dtype_does_not_matter_to_products() -> None:
+    query, table = torch.rand(128, 8), torch.rand(1024, 8)
+    positive, shared = torch.arange(128), torch.arange(1024)  # enough for products
+    given, expected = (query, table, positive), LOSS | {"mutation_rate": Expected(0.5)}
+    losses = [
+        partial(fused_softmax_loss, *given, shared),
+        partial(fused_emu_loss, *given, shared, **expected),
+        partial(one_vs_all_loss, *given),
+    ]
+    wanted = [loss() for loss in losses]
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert all(map(torch.equal, [loss() for loss in losses], wanted))  # in dtype, too
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 EMPTY: list[tuple[tuple[int, ...], int, int]] = [  # shape of negative, batch, rows

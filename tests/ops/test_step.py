@@ -300,6 +300,69 @@ def test_rowwise_adagrad_takes_sparse_gradients() -> None:
     torch.testing.assert_close(*weights)
 
 
+def of_adagrad(table: Tensor) -> torch.optim.Optimizer:
+    """RowwiseAdagrad with Adagrad's state: a sum for each component."""
+    optimizer = RowwiseAdagrad([table], lr=0.1)
+    optimizer.load_state_dict(torch.optim.Adagrad([table], lr=0.1).state_dict())
+    return optimizer
+
+
+def made_in_fp32(table: Tensor) -> torch.optim.Optimizer:
+    """Adagrad whose table became fp64 later, as by ``model.double()``."""
+    optimizer = torch.optim.Adagrad([table], lr=0.1)
+    optimizer.state[table]["sum"] = optimizer.state[table]["sum"].float()
+    return optimizer
+
+
+@pytest.mark.parametrize("new", [of_adagrad, made_in_fp32])
+def test_sums_that_the_kernels_do_not_take(new: Callable[[Tensor], torch.optim.Optimizer]) -> None:
+    tables = []
+    for stepped in (False, True):
+        inputs = make(40, 7, 20, rows=30, dtype=torch.float64)
+        table = inputs.table.requires_grad_()
+        optimizer = new(table)
+        loss = fused_emu_loss(inputs.query, table, *inputs[2:], **LOSS)
+        if stepped:
+            backward_and_step(loss, optimizer, table)
+        else:
+            loss.backward()
+        optimizer.step()
+        tables.append(table.detach())
+    torch.testing.assert_close(*tables)
+
+
+def test_sums_of_a_table_that_grew() -> None:
+    inputs = make(40, 7, 20, rows=30)
+    table = inputs.table[:20].clone().requires_grad_()
+    optimizer = torch.optim.Adagrad([table], lr=0.1)
+    table.data = inputs.table.clone()
+    loss = fused_emu_loss(inputs.query, table, *inputs[2:], **LOSS)
+    backward_and_step(loss, optimizer, table)
+    assert torch.equal(table, inputs.table)
+    with pytest.raises(RuntimeError, match="size"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("sparse", [(False, True), (True, False)])
+def test_sparse_and_dense_gradients_are_added(sparse: tuple[bool, bool]) -> None:
+    inputs = make(40, 7, 20, rows=30)
+
+    def loss(table: Tensor) -> Tensor:
+        terms = (
+            fused_emu_loss(inputs.query, table, *inputs[2:], **LOSS, sparse_grad=each)
+            for each in sparse
+        )
+        return torch.stack(list(terms)).sum()
+
+    wanted, table = (inputs.table.clone().requires_grad_() for _ in range(2))
+    loss(wanted).backward()
+    optimizer = torch.optim.SGD([table], lr=0.1)
+    backward_and_step(loss(table), optimizer, table)
+    optimizer.step()
+    assert wanted.grad is not None
+    torch.testing.assert_close(table, wanted.detach() - 0.1 * wanted.grad)
+
+
 def test_rowwise_adagrad_checks_what_it_is_given() -> None:
     weight = torch.ones(3, 2, requires_grad=True)
     for bad in (torch.ones((), requires_grad=True), torch.ones(2, 2, 2, requires_grad=True)):
@@ -308,6 +371,12 @@ def test_rowwise_adagrad_checks_what_it_is_given() -> None:
     for options in ({"lr": -1.0}, {"eps": -1.0}):
         with pytest.raises(ValueError, match="expected at least 0, got -1"):
             RowwiseAdagrad([weight], **options)
+    with pytest.raises(TypeError, match="lr: expected a number, got str"):
+        RowwiseAdagrad([weight], lr="0.1")  # type: ignore[arg-type]
+    optimizer = RowwiseAdagrad([weight], lr=torch.tensor(0.1))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"params: expected float32.*complex64"):
+        optimizer.add_param_group({"params": torch.ones(3, 2, dtype=torch.complex64)})
+    assert len(optimizer.param_groups) == 1
     empty = torch.ones(0, 4, requires_grad=True)
     optimizer = RowwiseAdagrad([weight])
     optimizer.add_param_group({"params": [empty], "lr": 0.1})

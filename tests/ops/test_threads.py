@@ -159,24 +159,46 @@ def test_concurrent_calls(kernel: str, device: torch.device) -> None:
 
 FORK = """
 import os, signal, sys, threading, torch
+from functools import partial
+from emu_kernels import (
+    RelationalGraph, emu_mutate, fused_emu_loss, fused_softmax_loss, one_vs_all_loss,
+    relational_spmm, uls_cross_entropy,
+)
 from tests.ops.support import LOSS, evaluate, make, same_bits
-from emu_kernels import fused_emu_loss
 
 def compute():
     return evaluate(fused_emu_loss, inputs, backend="cpu", **LOSS)
 
-def in_a_child():
+def in_a_child(compute, right):
     child = os.fork()
     if child == 0:
         signal.alarm(60)  # a child that hangs is ended, and its exit status says so
-        right = same_bits(compute(), expected) and same_bits(compute(), expected)
-        os._exit(0 if right else 1)
+        os._exit(0 if right(compute()) and right(compute()) else 1)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 torch.set_num_threads(4)
 inputs = make(40, 1000, 36, rows=50)  # enough ids for torch to share them out
 expected = compute()
-assert in_a_child() == 0, "idle"
+right = partial(same_bits, expected)
+assert in_a_child(compute, right) == 0, "idle"
+
+query, table = torch.rand(64, 33), torch.rand(5000, 33)
+positive, negative = torch.arange(64), torch.arange(2000).expand(64, 2000).contiguous()
+narrow, scores, rate = negative.int(), torch.rand(64, 2000, dtype=torch.half), torch.rand(33)
+rows, edges = torch.rand(1000, 2, 33, dtype=torch.half), torch.arange(40_000).view(2, -1) % 1000
+graph = RelationalGraph(edges, edges[0] % 5, 1000, 5)
+for call in (
+    lambda: fused_softmax_loss(query, table, positive, negative[0]),  # by products
+    lambda: fused_softmax_loss(query, table, positive.int(), narrow),
+    lambda: fused_softmax_loss(query, table, positive, negative, log_q=table[:, 0]),
+    lambda: one_vs_all_loss(query, table, positive),
+    lambda: uls_cross_entropy(scores[:, 0], scores, beta=0.3),
+    lambda: emu_mutate(rows[:, 0], rows, mutation_rate=rate, seed=1),
+    lambda: relational_spmm(rows, rows[:5, 0], graph),
+    lambda: RelationalGraph(edges, edges[0] % 5, 1000, 5).sorted[0],
+):
+    wanted = call()
+    assert in_a_child(call, lambda x: torch.allclose(x, wanted)) == 0
 
 stop = threading.Event()
 def keep_busy():
@@ -184,7 +206,7 @@ def keep_busy():
         compute()
 busy = threading.Thread(target=keep_busy)
 busy.start()
-statuses = [in_a_child() for _ in range(10)]
+statuses = [in_a_child(compute, right) for _ in range(10)]
 stop.set()
 busy.join()
 assert statuses == [0] * 10, statuses
