@@ -217,8 +217,25 @@ struct F64 {
   }
 };
 
+#if defined(__AVX2__)
+EMU_INLINE __m256 eight_lanes(VF v) {
+#if defined(__AVX512F__)
+  return _mm256_add_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
+#else
+  return (__m256)v;
+#endif
+}
+#endif
+
+// Adds in the order of horizontal_sums: equal rows have equal scores, wherever they are in a batch.
 template <class F>
 EMU_INLINE typename F::Real horizontal_sum(typename F::V v) {
+#if defined(__AVX2__)
+  if constexpr (sizeof(typename F::Real) == 4) {
+    const __m256 eight = eight_lanes(v), pairs = _mm256_hadd_ps(eight, eight), sums = _mm256_hadd_ps(pairs, pairs);
+    return _mm_cvtss_f32(_mm_add_ss(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
+  }
+#endif
   typename F::Real lanes[F::kLanes];
   store(lanes, v);
   for (int width = F::kLanes / 2; width > 0; width /= 2) {
@@ -233,13 +250,7 @@ EMU_INLINE void horizontal_sums(const typename F::V* v, typename F::Real* to) {
 #if defined(__AVX2__)
   if constexpr (R == 4 && sizeof(typename F::Real) == 4) {
     __m256 half[4];
-    for (int r = 0; r < 4; ++r) {
-#if defined(__AVX512F__)
-      half[r] = _mm256_add_ps(_mm512_castps512_ps256((__m512)v[r]), _mm512_extractf32x8_ps((__m512)v[r], 1));
-#else
-      half[r] = (__m256)v[r];
-#endif
-    }
+    for (int r = 0; r < 4; ++r) half[r] = eight_lanes(v[r]);
     const __m256 sums = _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]), _mm256_hadd_ps(half[2], half[3]));
     _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
     return;

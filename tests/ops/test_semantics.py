@@ -21,6 +21,7 @@ from emu_kernels import (
     fused_softmax_loss,
     one_vs_all_loss,
 )
+from emu_kernels.similarity import SIMILARITIES
 from tests.ops.support import (
     LOSS,
     Inputs,
@@ -382,6 +383,16 @@ def test_inputs_are_not_changed(backend: str, device: torch.device) -> None:
     evaluate(fused_emu_loss, inputs, backend=backend, **LOSS)
     evaluate(emu_scores, inputs, backend=backend, mutation_rate=0.5, seed=1)
     assert all(torch.equal(a, b) for a, b in zip(before, inputs, strict=True))
+
+
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_equal_rows_have_equal_scores(similarity: str, backend: str, device: torch.device) -> None:
+    """Wherever they are in a batch: else rounding would break ties in a ranking."""
+    for dim in (2, 20, 36):
+        inputs = make(6, 11, dim, device=device)
+        same = inputs._replace(table=inputs.table[:1].expand_as(inputs.table).contiguous())
+        scored = emu_scores(*same, mutation_rate=None, similarity=similarity, backend=backend)
+        assert torch.equal(scored.negative, scored.positive[:, None].expand(6, 11))
 
 
 def test_default_dtype_does_not_matter(backend: str, device: torch.device) -> None:

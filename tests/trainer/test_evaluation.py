@@ -69,7 +69,7 @@ def test_chunks_change_nothing(graph, config, monkeypatch, name):
 
 def test_chunks_of_a_large_graph():
     """As many queries as a matrix product needs, unless their scores would be too many."""
-    triples = {split: torch.zeros((0, 3), dtype=torch.int64) for split in SPLITS}
+    triples = {split: torch.zeros((1, 3), dtype=torch.int64) for split in SPLITS}
 
     def chunk(entities: int) -> int:
         graph = Graph(range(entities), ["r"], triples)  # type: ignore[arg-type]
@@ -112,9 +112,17 @@ def test_ranks_among_drawn_candidates(graph, config, monkeypatch, name, directio
     assert not torch.equal(other.ranks(model, triples, direction), ranks)
 
 
-def test_drawn_candidates_that_score_alike_share_a_rank(graph, config):
-    model = embeddings(new_model(config, graph))
-    torch.nn.init.zeros_(model.entity)
+def collapsed(config: Config, graph: Graph, name: str) -> Model:
+    """A model with the same vector for all entities."""
+    model = embeddings(new_model(dataclasses.replace(config, model=name, dim=36), graph))
+    with torch.no_grad():
+        model.entity.copy_(model.entity[0].clone())
+    return model
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_drawn_candidates_that_score_alike_share_a_rank(graph, config, name):
+    model = collapsed(config, graph, name)
     options = EvaluationOptions(eval_candidates=20)
     ranks = Evaluator(graph, options=options).ranks(model, graph.triples["test"], "tail")
     assert 7 < ranks.mean() < 11  # 1 + half of those of 20 that are not known
@@ -142,9 +150,9 @@ def test_a_sample_of_triples_is_ranked(graph, config, monkeypatch):
     assert whole.evaluate(model, "valid") == Evaluator(graph).evaluate(model, "valid")
 
 
-def test_a_model_that_scores_all_alike_gains_nothing(graph, config):
-    model = embeddings(new_model(config, graph))
-    torch.nn.init.zeros_(model.entity)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_that_scores_all_alike_gains_nothing(graph, config, name):
+    model = collapsed(config, graph, name)
     metrics = Evaluator(graph).evaluate(model, "test")
     assert metrics.hits_at_10 < 0.1
     assert metrics.mr > graph.num_entities / 3
