@@ -40,13 +40,16 @@ class KnownTriples:
             split), M > 0, on the device to draw on.
 
     Raises:
-        ValueError: a graph with N²R ≥ 2⁶³.
+        TypeError: triples that are no tensor of integers.
+        ValueError: a graph with N²R ≥ 2⁶³, or another shape.
+        IndexError: an id out of range, in triples or, on a CPU, in a call.
     """
 
     _BUCKETS_PER_TRIPLE = 32
     _SPREAD = 0x1E3779B97F4A7C15  # an odd constant: neighbouring pairs land far apart
 
     def __init__(self, triples: Tensor, num_entities: int, num_relations: int) -> None:
+        _check_triples(triples, num_entities, num_relations)
         if num_entities**2 * num_relations >= 2**63:
             raise ValueError("the graph is too large for a triple's key to fit in 63 bits")
         self._num_entities = num_entities
@@ -79,7 +82,10 @@ class KnownTriples:
         Returns:
             (G, K), a new tensor.
         """
+        validate.one_of("to", to, ("tail", "head"))
         sets, rows = len(negative), len(given)
+        if rows % sets if sets else rows:
+            raise ValueError(f"negative: expected (G, K), G dividing {rows}, got {sets} sets")
         if sets < rows:
             negative = negative.repeat_interleave(rows // sets, dim=0)
         negative = self._remove(self._pair(given, relation), negative, to)
@@ -129,6 +135,8 @@ class KnownTriples:
         return offsets, keys[places] % self._num_entities
 
     def _pair(self, given: Tensor, relation: Tensor) -> Tensor:
+        _check_ids("given", given, self._num_entities)
+        _check_ids("relation", relation, self._num_relations)
         return given.long() * self._num_relations + relation
 
     def _stretch(self, pair: Tensor) -> Tensor:
@@ -157,7 +165,7 @@ class UniformNegatives:
         self._steps = max(1, _BLOCK_IDS // max(1, sets * negatives))
         self._ids = torch.empty((self._steps, sets, negatives), dtype=torch.int64, device=device)
         self._seed = seed
-        self._block = -1
+        self._block: int | None = None
 
     def __call__(self, step: int, batch: object = None) -> Tensor:
         block, offset = divmod(step, self._steps)
@@ -217,15 +225,14 @@ class Negatives:
         num_relations = validate.at_least_one("num_relations", num_relations)
         batch_size = validate.at_least_one("batch_size", batch_size)
         count = validate.at_least_one("count", count)
-        validate.tensor("triples", triples)
-        if triples.ndim != 2 or triples.shape[1] != 3 or not len(triples):
-            raise ValueError(f"triples: expected shape (M, 3), M > 0, got {tuple(triples.shape)}")
+        seed = validate.whole("seed", seed)
+        _check_triples(triples, num_entities, num_relations)
         if triples.dtype != torch.int64:
             raise TypeError(f"triples: expected int64, got {triples.dtype}")
-        check_ids("triples, heads and tails", triples[:, ::2], rows=num_entities, lowest=0)
-        check_ids("triples, relations", triples[:, 1], rows=num_relations, lowest=0)
         self._sizes = num_entities, num_relations
-        self._known = KnownTriples(triples, num_entities, num_relations) if filtered else None
+        self._known = None
+        if validate.flag("filtered", filtered):
+            self._known = KnownTriples(triples, num_entities, num_relations)
         self._rows = batch_size
         sets = batch_size if sets is None else validate.at_least_one("sets", sets)
         if batch_size % sets:
@@ -270,19 +277,15 @@ class Negatives:
         """
         validate.one_of("to", to, ("tail", "head"))
         num_entities, num_relations = self._sizes
-        for name, of, rows in (
-            ("given", given, num_entities),
-            ("relation", relation, num_relations),
-        ):
-            validate.tensor(name, of)
-            validate.integer(name, of)
-            if of.device.type == "cpu":  # a GPU would wait
-                check_ids(name, of, rows=rows, lowest=0)
+        _check_ids("given", given, num_entities)
+        _check_ids("relation", relation, num_relations)
         if given.ndim != 1 or given.shape != relation.shape:
             raise ValueError(
                 "given and relation: expected the same shape (B,), got "
                 f"{tuple(given.shape)} and {tuple(relation.shape)}"
             )
+        if validate.whole("step", step) < 0:
+            raise ValueError(f"step: expected at least 0, got {step}")
         drawn = self._draw(step)
         rows = len(given)
         if len(drawn) == self._rows and rows < self._rows:
@@ -304,6 +307,22 @@ class Negatives:
         if self._known is None:
             return drawn
         return self._known.remove(given, relation, drawn, to)
+
+
+def _check_triples(triples: Tensor, num_entities: int, num_relations: int) -> None:
+    validate.tensor("triples", triples)
+    validate.integer("triples", triples)
+    if triples.ndim != 2 or triples.shape[1] != 3 or not len(triples):
+        raise ValueError(f"triples: expected shape (M, 3), M > 0, got {tuple(triples.shape)}")
+    check_ids("triples, heads and tails", triples[:, ::2], rows=num_entities, lowest=0)
+    check_ids("triples, relations", triples[:, 1], rows=num_relations, lowest=0)
+
+
+def _check_ids(name: str, ids: Tensor, rows: int) -> None:
+    validate.tensor(name, ids)
+    validate.integer(name, ids)
+    if ids.device.type == "cpu":  # a GPU would wait
+        check_ids(name, ids, rows=rows, lowest=0)
 
 
 def _pools(

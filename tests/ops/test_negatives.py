@@ -113,6 +113,12 @@ def test_bad_sizes_and_types() -> None:
         for value, error in ((-1, ValueError), (0, ValueError), (2.5, TypeError), ("2", TypeError)):
             with pytest.raises(error, match=f"^{name}: expected"):
                 Negatives(data, **{**good, name: value})
+    with pytest.raises(ValueError, match="step: expected at least 0, got -1"):
+        make(data)(-1, given, relation)
+    with pytest.raises(TypeError, match="seed: expected an int, got str"):
+        make(data, seed="1")
+    with pytest.raises(TypeError, match="filtered: expected True or False, got str"):
+        make(data, filtered="no")
     anything: Any = data.tolist()
     with pytest.raises(TypeError, match=r"triples: expected a .*, got list"):
         make(anything)
@@ -157,6 +163,27 @@ def test_bad_input() -> None:
         make(data)(0, given[:B], relation[:B].float())
     with pytest.raises(ValueError, match="given and relation: expected the same shape"):
         make(data)(0, given[:B], relation[:1])
+
+
+def test_the_index_of_known_triples_checks_what_it_is_given() -> None:
+    data = triples()
+    given, relation = data[:B, :2].T
+    index = KnownTriples(data, N, R)
+    some = torch.zeros(B, K, dtype=torch.int64)
+    with pytest.raises(ValueError, match=f"negative: .* G dividing {B}, got 5 sets"):
+        index.remove(given, relation, some[:5])
+    with pytest.raises(ValueError, match=r"negative: .* got 0 sets"):
+        index.remove(given, relation, some[:0])
+    bad: Any = "tails"
+    with pytest.raises(ValueError, match=r"to: .*tails"):
+        index.remove(given, relation, some, bad)
+    with pytest.raises(IndexError, match="relation: expected ids from 0"):
+        index.holds(given, relation + R, some, "tail")
+    with pytest.raises(IndexError, match="triples, heads and tails: expected ids from 0"):
+        KnownTriples(data + N, N, R)
+    listed: Any = data.tolist()
+    with pytest.raises(TypeError, match=r"triples: expected a .*, got list"):
+        KnownTriples(listed, N, R)
 
 
 @pytest.mark.parametrize(
