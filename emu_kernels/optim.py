@@ -138,6 +138,7 @@ def backward_and_step(
         TypeError, ValueError: an argument that does not fit.
         IndexError: an id out of range.
     """
+    validate.any_tensor("loss", loss)
     step = _table_step(optimizer, table, *_given(table, ids, rows))
     with ops.deferred(table) as waiting:
         loss.backward()

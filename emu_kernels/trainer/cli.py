@@ -31,7 +31,7 @@ from .report import lines_table, metrics_table, seeds_table
 from .run import RunFolder
 from .sampling import SAMPLERS, rows_per_set
 from .settings import add_options, flag, unread
-from .terminal import degrade_output, only_first_prints, processes, say
+from .terminal import degrade_output, only_first_prints, processes, quoted, say
 from .trackers import TRACKERS
 
 INTERRUPTED = 130  # the exit status that shells give to a program ended by Ctrl-C
@@ -144,7 +144,7 @@ def _train_and_report(trainer: Trainer, folder: Path) -> tuple[int, Metrics | No
         except KeyboardInterrupt:  # the second Ctrl-C
             finished = False
         if not finished:
-            say(f"stopped at step {trainer.step}; go on with: emu-train --resume {folder}")
+            say(f"stopped at step {trainer.step}; go on with: emu-train --resume {quoted(folder)}")
             return INTERRUPTED, None
         metrics = None
         if ranks := trainer.finish():
@@ -157,7 +157,7 @@ def _train_and_report(trainer: Trainer, folder: Path) -> tuple[int, Metrics | No
             say(lines_table(by_kind(graph, ranked, ranks)))
     if (model := trainer.export()) is not None:
         say(f"report: {write_page(trainer, model, ranks)}")
-    say(f"predict with: emu-predict {folder} --head NAME --relation NAME")
+    say(f"predict with: emu-predict {quoted(folder)} --head NAME --relation NAME")
     return 0, metrics
 
 

@@ -309,7 +309,7 @@ def _number(columns: Columns) -> tuple[Names, list[Tensor]]:
     whole = pyarrow.chunked_array([x for column in columns for x in column.chunks], _STRING)
     encoded = whole.dictionary_encode()
     names = encoded.chunk(0).dictionary  # all chunks share it
-    odd = names.filter(pc.match_substring_regex(names, "[\\t\\n\\x00]"))
+    odd = names.filter(pc.match_substring_regex(names, "[\\t\\n\\r\\x00]"))
     if len(odd):
         raise DataError(f"names may hold no tab, line end or NUL: {odd[0].as_py()!r}")
     order = pc.array_sort_indices(names)

@@ -38,6 +38,7 @@ from .report import plot_metrics
 from .run import Metric, RunFolder, new_model, restore_model
 from .sampling import CORRUPTIONS, known_answers, new_negatives
 from .schedule import has_switched, learning_rate, new_optimizer
+from .terminal import quoted
 from .trackers import TRACKERS, Log
 
 STEPS_BEFORE_ESTIMATE = 100
@@ -268,7 +269,9 @@ class Trainer:
             return ""
         saved = f"of step {self._saved}" if self._saved else "none, so it starts anew"
         lr = f"{self.config.lr / 2:g}"
-        return f": emu-train --resume {self.run.path} --lr {lr} (the last checkpoint: {saved})"
+        return (
+            f": emu-train --resume {quoted(self.run.path)} --lr {lr} (the last checkpoint: {saved})"
+        )
 
     def _tell_time(self, seconds: float, until: int) -> None:
         """Say how long the rest will take, from the time of the steps so far."""

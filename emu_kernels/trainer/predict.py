@@ -10,14 +10,14 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 import torch
 from tabulate import tabulate
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from emu_kernels import emu_scores
+from emu_kernels import emu_scores, validate
 
 from .data import PARTS, SPLITS, Direction, split_triples
 from .errors import DataError, TrainerError
@@ -167,8 +167,12 @@ class Predictor:
 
         Raises:
             UnknownNameError: the graph holds no such entity or relation; says which are similar.
+            ValueError: a triple lacks a name.
         """
-        return self._score(self._ids(triples))
+        ids = self._ids(triples)
+        if bool((ids < 0).any()):
+            raise ValueError("triples: expected no None; complete() predicts what is missing")
+        return self._score(ids)
 
     @torch.no_grad()
     def neighbours(self, entity: str | Sequence[str], k: int = 10) -> list[Neighbour]:
@@ -203,6 +207,10 @@ class Predictor:
                     for rank, (score, i) in enumerate(zip(*best, strict=True), 1)
                 ]
         return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: all but the scoring function, which is made again."""
+        return {name: x for name, x in vars(self).items() if name != "_scorer"}
 
     @property
     def _width(self) -> int:
@@ -299,7 +307,7 @@ class Predictor:
 
 
 def _check_k(k: int) -> None:
-    if k < 1:
+    if validate.whole("k", k) < 1:
         raise ValueError(f"k must be at least 1, got {k}")
 
 
@@ -324,7 +332,7 @@ def _top(
         yield values[:count], ids[:count]
 
 
-def read_triples(stream: TextIO, *, comma: bool) -> list[PartialTriple]:
+def read_triples(lines: Iterable[str], *, comma: bool) -> list[PartialTriple]:
     """Triples, one a line, with None for a field that is empty or a question mark.
 
     Args:
@@ -334,9 +342,9 @@ def read_triples(stream: TextIO, *, comma: bool) -> list[PartialTriple]:
     Raises:
         DataError: a line does not have three fields, at least two of them given; says which line.
     """
-    lines = csv.reader(stream) if comma else (line.rstrip("\r\n").split("\t") for line in stream)
+    rows = csv.reader(lines) if comma else (line.rstrip("\r\n").split("\t") for line in lines)
     triples: list[PartialTriple] = []
-    for number, fields in enumerate(lines, 1):
+    for number, fields in enumerate(rows, 1):
         if fields in ([], [""]) or (number == 1 and tuple(fields) == PARTS):
             continue
         triple = [None if field in ("", "?") else field for field in fields]
@@ -353,7 +361,8 @@ def _read(path: Path) -> list[PartialTriple]:
     comma = path.suffix == ".csv"
     try:
         if path == Path("-"):
-            return read_triples(sys.stdin, comma=comma)
+            lines = (line.removeprefix("\ufeff") for line in sys.stdin)
+            return read_triples(lines, comma=comma)
         with path.open(encoding="utf-8-sig", newline="") as stream:
             return read_triples(stream, comma=comma)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -419,6 +428,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has closed the pipe, as `head` does
         discard_output()
+    except OSError as error:
+        print(f"emu-predict: the output cannot be written: {error}", file=sys.stderr)
+        discard_output()
+        return 1
     return 0
 
 

@@ -286,7 +286,7 @@ def _read_text(file: File, layout: Layout, delimiter: str) -> Columns:
     first = bytes(memoryview(file.content)[:4096])
     if delimiter == "," and not columns:
         line = first.removeprefix(codecs.BOM_UTF8).split(b"\n")[0].strip()
-        header = line.decode("utf-8", "replace").split(",") == [*PARTS]
+        header = line.decode("utf-8", "replace").replace('"', "").split(",") == [*PARTS]
         columns = PARTS if header else ()
     named = columns if header else [f"f{int(c) - 1}" for c in columns or ("1", "2", "3")]
     try:
@@ -309,11 +309,13 @@ def _read_text(file: File, layout: Layout, delimiter: str) -> Columns:
             raise DataError(f"{file.where}: {error}") from error
         return layout.none
     found = [table[name] for name in named] if len(named) <= table.num_columns else []
+    if not layout.numbered:
+        # A file joined from several has a byte-order mark at the start of each part.
+        for i, column in enumerate(found[:3]):
+            if pc.any(pc.starts_with(column, "\ufeff")).as_py():
+                found[i] = pc.utf8_ltrim(column, "\ufeff")
     if table.num_columns != len(named) or any(map(_has_empty, found)) or _wrong(found[3:]):
         _check_lines(file, layout, delimiter, header)
-    if not layout.numbered and pc.any(pc.starts_with(found[0], "\ufeff")).as_py():
-        # A file joined from several has a byte-order mark at the start of each part.
-        found[0] = pc.utf8_ltrim(found[0], "\ufeff")
     return found
 
 
@@ -350,7 +352,10 @@ def _check_lines(file: File, layout: Layout, delimiter: str, header: bool) -> in
     width = 0 if layout.columns else 3  # 0: as many as in the first line
     separated = f"separated by {'commas' if delimiter == ',' else 'tabs'}"
     for where, line in _lines(file):
-        fields = next(csv.reader([line])) if delimiter == "," else line.split(delimiter)
+        try:
+            fields = next(csv.reader([line])) if delimiter == "," else line.split(delimiter)
+        except csv.Error as error:
+            raise DataError(f"{where}: expected CSV: {error}, in {line[:200]!r}") from error
         width = width or len(fields)
         if header and not count:
             wanted = tuple(str(fields.index(name) + 1) for name in layout.columns or PARTS)
@@ -367,7 +372,7 @@ def _check_lines(file: File, layout: Layout, delimiter: str, header: bool) -> in
         if not names and not all(map(_is_weight, parts[3:])):
             raise DataError(f"{where}: expected a finite weight of at least 0, got {parts[3]!r}")
         count += 1
-    return count - header
+    return max(0, count - header)
 
 
 def _lines(file: File) -> Iterator[tuple[str, str]]:
@@ -407,7 +412,7 @@ def _read_n_triples(file: File, notes: list[str]) -> Columns:
             break
         columns = [pc.struct_field(parts, name) for name in PARTS]
         real = pc.not_equal(columns[2], "")
-        literals += len(triples) - pc.sum(real).as_py()
+        literals += len(triples) - (pc.sum(real).as_py() or 0)
         for part, column in zip(found, columns, strict=True):
             part.append(pc.utf8_trim(column.filter(real), "<>"))
     if lines is None:
@@ -431,6 +436,8 @@ def _read_parquet(file: File, layout: Layout) -> Columns:
                 f"{file.where}: expected columns {wanted}, got {', '.join(schema.names)}"
             )
         for name, wanted in zip(columns, layout.types, strict=True):
+            if schema.names.count(name) > 1:
+                raise DataError(f"{file.where}: expected one column {name}, got several")
             kind, is_weight = schema.field(name).type, pyarrow.types.is_floating(wanted)
             if is_weight and (pyarrow.types.is_integer(kind) or pyarrow.types.is_floating(kind)):
                 pass
@@ -439,6 +446,7 @@ def _read_parquet(file: File, layout: Layout) -> Columns:
                 kinds = "numbers" if is_weight else kinds
                 raise DataError(f"{file.where}: expected {kinds} in {name}, got {kind}")
             column = table.read([name]).column(0).cast(wanted, safe=not is_weight)
+            column.validate(full=True)  # that names are UTF-8
             if column.null_count or (len(column) and _has_empty(column)):
                 raise DataError(f"{file.where}: column {name} has rows without a value")
             found.append(column)

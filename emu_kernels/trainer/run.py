@@ -45,6 +45,7 @@ from .errors import RunError
 from .evaluation import METRICS
 from .models import SCORERS, Model, Scorer
 from .names import Names, encode
+from .terminal import quoted
 
 Metric = dict[str, Any]
 
@@ -78,7 +79,7 @@ class RunFolder:
             raise RunError(f"the run folder {path} cannot be made: {error}") from error
         run.lock()
         if run.config_file.exists():
-            raise RunError(f"{path} holds a run already: continue it with --resume {path}")
+            raise RunError(f"{path} holds a run already: continue it with --resume {quoted(path)}")
         checkpoint.save(run.graph_file, _tensors(graph), {})
         run.write_config(config, graph)
         return run
@@ -178,8 +179,14 @@ class RunFolder:
         if not self.metrics_file.exists():
             return []
         # The last line may be incomplete if the program was killed; its step is run again.
-        lines = self.metrics_file.read_text().splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        try:
+            lines = self.metrics_file.read_text().splitlines(keepends=True)
+            metrics = [json.loads(line) for line in lines if line.endswith("\n")]
+        except ValueError as error:
+            raise RunError(f"{self.metrics_file} is damaged: {error}") from error
+        if not all(isinstance(metric, dict) and "step" in metric for metric in metrics):
+            raise RunError(f"{self.metrics_file} is damaged: a line lacks its step")
+        return metrics
 
     def write_relations(self, lines: Sequence[Line]) -> None:
         """Write the test metrics of each relation, for both directions."""
@@ -248,7 +255,10 @@ class RunFolder:
     def export_embeddings(self, model: Model, graph: Graph, *, tsv: bool = False) -> None:
         """Write the embeddings with names, as safetensors and, if ``tsv``, as text."""
         if model.inverse_relations:
-            inverse = [f"{name}_inverse" for name in graph.relations]
+            suffix = "_inverse"
+            while {name + suffix for name in graph.relations} & {*graph.relations}:
+                suffix += "_inverse"
+            inverse = [name + suffix for name in graph.relations]
             graph = replace(graph, relations=[*graph.relations, *inverse])
         tensors = dict(model.named_parameters()) | _names(graph)
         checkpoint.save(self.path / "embeddings.safetensors", tensors, {})

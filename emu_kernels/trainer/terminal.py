@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,13 +38,19 @@ def only_first_prints() -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    """Print at once. If the reader has closed the pipe, as `head` does, only printing ends."""
+    """Print at once. Where nothing can be written any more, only printing ends: the reader has
+    closed the pipe, as `head` does, or the disk is full."""
     try:
         print(text, flush=True)
-    except BrokenPipeError:
+    except OSError:
         discard_output()
 
 
 def discard_output() -> None:
     """Write nothing more to a closed pipe, not even at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def quoted(path: Path) -> str:
+    """A path as a shell takes it."""
+    return shlex.quote(str(path))

@@ -620,6 +620,17 @@ def test_embeddings_open_elsewhere(graph, tmp_path, inverse_relations):
         numpy.testing.assert_array_equal(values, arrays[kind])
 
 
+def test_names_of_inverse_relations_are_new(graph, tmp_path):
+    graph = dataclasses.replace(
+        graph, relations=[f"r{'_inverse' * i}" for i in range(graph.num_relations)]
+    )
+    config = small(inverse_relations=True, tsv=True)
+    trainer = start(tmp_path / "run", config, graph)
+    trainer.export()
+    lines = (tmp_path / "run" / "relations.tsv").read_text().splitlines()
+    assert len({line.split("\t")[0] for line in lines}) == 2 * graph.num_relations
+
+
 def test_learned_weights_are_exported(graph, tmp_path):
     from safetensors.torch import load_file
 
@@ -682,6 +693,14 @@ def test_damaged_config(graph, tmp_path, content):
     run.config_file.write_text(content)
     with pytest.raises((RunError, ConfigError)):
         run.read_config()
+
+
+@pytest.mark.parametrize("line", [b"{", b"3", b"{}", b"\xff"])
+def test_damaged_metrics(graph, tmp_path, line):
+    run = RunFolder.create(tmp_path / "run", SMALL, graph)
+    run.metrics_file.write_bytes(line + b"\n")
+    with pytest.raises(RunError, match=r"metrics\.jsonl is damaged"):
+        run.read_metrics()
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -162,10 +163,11 @@ def test_neighbours(runs, name, monkeypatch):
         ({"head": "e1", "relation": "r1", "tail": "e1"}, "give two of head, relation and tail"),
         ({"head": ["e1"], "relation": ["r1", "r2"]}, r"as many names in each list, got \[1, 2\]"),
         ({"head": "e1", "relation": "r1", "k": 0}, "k must be at least 1, got 0"),
+        ({"head": "e1", "relation": "r1", "k": "3"}, "k: expected an int, got str"),
     ],
 )
 def test_queries_that_make_no_sense(predictor, arguments, said):
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises((ValueError, TypeError), match=said):
         predictor.predict(**arguments)
 
 
@@ -174,6 +176,14 @@ def test_triples_that_make_no_sense(predictor):
         predictor.complete([("e1", "r1", None), ("e1", None, None)])
     with pytest.raises(UnknownNameError, match="no entity 'e99'; did you mean e9"):
         predictor.score([("e1", "r1", "e99")])
+    with pytest.raises(ValueError, match="triples: expected no None"):
+        predictor.score([("e1", None, "e2")])
+
+
+def test_a_predictor_is_pickled(run):
+    predictor = Predictor(run)
+    expected = predictor.predict(head="e1", relation="r1")
+    assert pickle.loads(pickle.dumps(predictor)).predict(head="e1", relation="r1") == expected
 
 
 def emu_predict(run: Path, *arguments: object) -> int:
@@ -206,7 +216,7 @@ def test_a_file_of_queries_and_both_outputs(run, predictor, tmp_path, capsys, su
 
 
 def test_queries_from_standard_input(run, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("e1\tr1\te2\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\ufeffe1\tr1\te2\n"))
     assert emu_predict(run, "--input", "-") == 0
     title, header, _, row = capsys.readouterr().out.splitlines()
     assert title == "1 queries, the model of step 0"
@@ -243,6 +253,13 @@ def test_a_bad_file_is_one_clear_line(run, tmp_path, capsys, content, said):
     assert said in capsys.readouterr().err
     assert emu_predict(run, "--input", tmp_path / "none.tsv") == 1
     assert "none.tsv cannot be read" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_clear_line(run):
+    command = f"{sys.executable} -m emu_kernels.trainer.predict {run} --neighbours e1 >/dev/full"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "emu-predict: the output cannot be written: " in done.stderr
 
 
 @pytest.mark.parametrize(

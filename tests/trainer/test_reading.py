@@ -162,6 +162,11 @@ def test_ids_are_kept(tmp_path):
     [
         (".csv", "a,r,b\na,r\n", Layout(), r"train\.csv:2: .*separated by commas, got 2 field"),
         (".csv", 'a,r,"b\nc"\n', Layout(), r"no tab, line end or NUL: 'b\\nc'"),
+        (".csv", 'a,r,"b\rc"\n', Layout(), r"no tab, line end or NUL: 'b\\rc'"),
+        (".csv", "a,r,b\rc,r\r", Layout(), r"train\.csv:1: expected CSV: new-line"),
+        (".csv", f"a,r,{'b' * 200_000}\na,r\n", Layout(), r"train\.csv:1: expected CSV: field"),
+        (".tsv", "a\tr\tb\n\ufeff\tr\tb\n", Layout(), r"tsv:2: .*an empty head"),
+        (".nt", "# none\n", Layout(), r"train\.nt holds no triples"),
         (".tsv", "a\tr\tb\tc\n", Layout(), r"train\.tsv:1: .*4 field.*columns says where"),
         (".tsv", "a\tr\tb\tc\na\tr\tb\n", Layout(("1", "2", "4")), r"tsv:2: expected 4 fields, "),
         (".tsv", "a\tr\tb\t\n", Layout(("1", "2", "4")), r"tsv:1: .*got an empty tail"),
@@ -213,6 +218,42 @@ def test_what_is_wrong_is_said(tmp_path, name, text, layout, said):
 def test_what_is_wrong_in_parquet_is_said(tmp_path, columns, layout, said):
     with pytest.raises(DataError, match=said):
         load_graph(as_parquet(tmp_path / "graph.parquet", columns), layout)
+
+
+def test_what_parquet_itself_allows_is_refused(tmp_path):
+    column = pyarrow.array(["a"])
+    twice = pyarrow.table([column] * 4, names=["head", "relation", "tail", "tail"])
+    parquet.write_table(twice, tmp_path / "twice.parquet")
+    with pytest.raises(DataError, match="expected one column tail, got several"):
+        load_graph(tmp_path / "twice.parquet")
+    byte = pyarrow.py_buffer(b"\xe9")
+    latin = pyarrow.Array.from_buffers(
+        pyarrow.string(), 1, [None, pyarrow.array([0, 1], pyarrow.int32()).buffers()[1], byte]
+    )
+    table = pyarrow.table([latin, column, column], names=["head", "relation", "tail"])
+    parquet.write_table(table, tmp_path / "latin.parquet")
+    with pytest.raises(DataError, match=r"latin\.parquet cannot be read as Parquet: .*UTF8"):
+        load_graph(tmp_path / "latin.parquet")
+
+
+def test_byte_order_marks_of_joined_files_are_no_part_of_names(tmp_path):
+    text = "\ufeffb\tr\ta\n\ufeffc\tr\ta\n"
+    for columns in ((), ("3", "2", "1")):
+        graph = load_graph(
+            folder(tmp_path / str(len(columns)), text.encode(), ".tsv"), Layout(columns)
+        )
+        assert graph.entities == ["a", "b", "c"]
+
+
+def test_a_quoted_header_is_one(tmp_path):
+    text = '"head","relation","tail"\n"a","r","b"\n'
+    assert load_graph(folder(tmp_path / "graph", text.encode(), ".csv")).entities == ["a", "b"]
+
+
+def test_an_empty_split_with_a_header(tmp_path):
+    path = folder(tmp_path / "graph", b"h,r,t\na,r,b\n", ".csv")
+    (path / "valid.csv").write_text("")
+    assert len(load_graph(path, Layout(("h", "r", "t"))).triples["valid"]) == 0
 
 
 def test_two_files_of_a_split_are_refused(tmp_path):
