@@ -52,7 +52,7 @@ class EMULoss(nn.Module):
         self.phase_scale = phase_scale
         self.mask_unit = mask_unit
         self.reduction = reduction
-        self.sparse_grad = sparse_grad
+        self.sparse_grad = validate.flag("sparse_grad", sparse_grad)
         self.backend = backend
         self.last_terms = None
 

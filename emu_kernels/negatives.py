@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from emu_kernels import validate
+from emu_kernels import prepare, validate
 from emu_kernels.queries import Side
 from emu_kernels.values import check_ids
 
@@ -49,7 +49,7 @@ class KnownTriples:
     _SPREAD = 0x1E3779B97F4A7C15  # an odd constant: neighbouring pairs land far apart
 
     def __init__(self, triples: Tensor, num_entities: int, num_relations: int) -> None:
-        _check_triples(triples, num_entities, num_relations)
+        num_entities, num_relations = _check_triples(triples, num_entities, num_relations)
         if num_entities**2 * num_relations >= 2**63:
             raise ValueError("the graph is too large for a triple's key to fit in 63 bits")
         self._num_entities = num_entities
@@ -82,7 +82,8 @@ class KnownTriples:
         Returns:
             (G, K), a new tensor.
         """
-        validate.one_of("to", to, ("tail", "head"))
+        self._check(given, relation, to)
+        validate.tensor("negative", negative)
         sets, rows = len(negative), len(given)
         if rows % sets if sets else rows:
             raise ValueError(f"negative: expected (G, K), G dividing {rows}, got {sets} sets")
@@ -119,6 +120,7 @@ class KnownTriples:
 
     def holds(self, given: Tensor, relation: Tensor, target: Tensor, to: Side) -> Tensor:
         """(B, K): which of the targets (B, K) are known answers of (B,) entities and relations."""
+        self._check(given, relation, to)
         return self._contains(
             (self._pair(given, relation) * self._num_entities)[:, None] + target, to
         )
@@ -126,6 +128,7 @@ class KnownTriples:
     def lists(self, given: Tensor, relation: Tensor, to: Side) -> tuple[Tensor, Tensor]:
         """Offsets (B + 1,) and ids (M,): ``ids[offsets[b]:offsets[b + 1]]`` are all known answers
         of row b's pair, each once."""
+        self._check(given, relation, to)
         keys, first = self._keys[to], self._pair(given, relation) * self._num_entities
         start = torch.searchsorted(keys, first)
         counts = torch.searchsorted(keys, first + self._num_entities) - start
@@ -134,9 +137,10 @@ class KnownTriples:
         places += torch.arange(len(places), device=places.device)
         return offsets, keys[places] % self._num_entities
 
+    def _check(self, given: Tensor, relation: Tensor, to: str) -> None:
+        _check_query(given, relation, to, self._num_entities, self._num_relations)
+
     def _pair(self, given: Tensor, relation: Tensor) -> Tensor:
-        _check_ids("given", given, self._num_entities)
-        _check_ids("relation", relation, self._num_relations)
         return given.long() * self._num_relations + relation
 
     def _stretch(self, pair: Tensor) -> Tensor:
@@ -221,12 +225,10 @@ class Negatives:
         seed: int = 0,
     ) -> None:
         validate.one_of("candidates", candidates, ("all", "typed"))
-        num_entities = validate.at_least_one("num_entities", num_entities)
-        num_relations = validate.at_least_one("num_relations", num_relations)
-        batch_size = validate.at_least_one("batch_size", batch_size)
-        count = validate.at_least_one("count", count)
+        batch_size = validate.at_least(1, "batch_size", batch_size)
+        count = validate.at_least(0, "count", count)
         seed = validate.whole("seed", seed)
-        _check_triples(triples, num_entities, num_relations)
+        num_entities, num_relations = _check_triples(triples, num_entities, num_relations)
         if triples.dtype != torch.int64:
             raise TypeError(f"triples: expected int64, got {triples.dtype}")
         self._sizes = num_entities, num_relations
@@ -234,7 +236,7 @@ class Negatives:
         if validate.flag("filtered", filtered):
             self._known = KnownTriples(triples, num_entities, num_relations)
         self._rows = batch_size
-        sets = batch_size if sets is None else validate.at_least_one("sets", sets)
+        sets = batch_size if sets is None else validate.at_least(1, "sets", sets)
         if batch_size % sets:
             raise ValueError(f"sets: expected a divisor of batch_size {batch_size}, got {sets}")
         if candidates == "typed" and (weight is not None or sets != batch_size):
@@ -275,18 +277,8 @@ class Negatives:
             TypeError, ValueError: an argument that does not fit.
             IndexError: an id out of range, on a CPU.
         """
-        validate.one_of("to", to, ("tail", "head"))
-        num_entities, num_relations = self._sizes
-        _check_ids("given", given, num_entities)
-        _check_ids("relation", relation, num_relations)
-        if given.ndim != 1 or given.shape != relation.shape:
-            raise ValueError(
-                "given and relation: expected the same shape (B,), got "
-                f"{tuple(given.shape)} and {tuple(relation.shape)}"
-            )
-        if validate.whole("step", step) < 0:
-            raise ValueError(f"step: expected at least 0, got {step}")
-        drawn = self._draw(step)
+        _check_query(given, relation, to, *self._sizes)
+        drawn = self._draw(validate.at_least(0, "step", step))
         rows = len(given)
         if len(drawn) == self._rows and rows < self._rows:
             drawn = drawn[:rows]
@@ -309,20 +301,37 @@ class Negatives:
         return self._known.remove(given, relation, drawn, to)
 
 
-def _check_triples(triples: Tensor, num_entities: int, num_relations: int) -> None:
+def _check_triples(triples: Tensor, num_entities: int, num_relations: int) -> tuple[int, int]:
+    prepare.alone_after_fork()
+    num_entities = validate.at_least(1, "num_entities", num_entities)
+    num_relations = validate.at_least(1, "num_relations", num_relations)
     validate.tensor("triples", triples)
     validate.integer("triples", triples)
     if triples.ndim != 2 or triples.shape[1] != 3 or not len(triples):
         raise ValueError(f"triples: expected shape (M, 3), M > 0, got {tuple(triples.shape)}")
     check_ids("triples, heads and tails", triples[:, ::2], rows=num_entities, lowest=0)
     check_ids("triples, relations", triples[:, 1], rows=num_relations, lowest=0)
+    return num_entities, num_relations
 
 
-def _check_ids(name: str, ids: Tensor, rows: int) -> None:
-    validate.tensor(name, ids)
-    validate.integer(name, ids)
-    if ids.device.type == "cpu":  # a GPU would wait
-        check_ids(name, ids, rows=rows, lowest=0)
+def _check_query(
+    given: Tensor, relation: Tensor, to: str, num_entities: int, num_relations: int
+) -> None:
+    prepare.alone_after_fork()
+    validate.one_of("to", to, ("tail", "head"))
+    for name, ids, rows in (
+        ("given", given, num_entities),
+        ("relation", relation, num_relations),
+    ):
+        validate.tensor(name, ids)
+        validate.integer(name, ids)
+        if ids.device.type == "cpu" and not torch.compiler.is_compiling():  # a GPU would wait
+            check_ids(name, ids, rows=rows, lowest=0)
+    if given.ndim != 1 or given.shape != relation.shape:
+        raise ValueError(
+            "given and relation: expected the same shape (B,), got "
+            f"{tuple(given.shape)} and {tuple(relation.shape)}"
+        )
 
 
 def _pools(

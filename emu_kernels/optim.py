@@ -45,7 +45,9 @@ class RowwiseAdagrad(torch.optim.Optimizer):
         try:
             for name in ("lr", "eps"):
                 value = group[name]
-                value = validate.number(name, value.item() if isinstance(value, Tensor) else value)
+                if isinstance(value, Tensor) and value.numel() == 1:
+                    value = value.item()
+                value = validate.number(name, value)
                 if not value >= 0:
                     raise ValueError(f"{name}: expected at least 0, got {value}")
             for parameter in group["params"]:

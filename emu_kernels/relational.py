@@ -77,7 +77,7 @@ class RelationalGraph:
             )
         validate.same_device("edge_index", index, edge_type=kind)
         for name, number in (("num_nodes", self.num_nodes), ("num_relations", self.num_relations)):
-            validate.at_least_one(name, number)
+            object.__setattr__(self, name, validate.at_least(1, name, number))
         if not len(kind):
             raise ValueError("edge_index: expected at least one edge, got none")
         index, kind = index.long(), kind.long()

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from numbers import Integral, Real
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -208,7 +209,9 @@ def number(name: str, value: object, expected: str = "a number") -> float:
 
 
 def whole(name: str, value: object, expected: str = "an int") -> int:
-    """A Python or NumPy integer, as a Python int, or a symbolic integer as it is."""
+    """An integer of Python, NumPy or torch, as a Python int, or a symbolic integer as it is."""
+    if isinstance(value, Tensor) and value.ndim == 0 and value.dtype in INTEGERS:
+        value = value.item()
     if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
         return value  # type: ignore[return-value]
     if isinstance(value, bool) or not isinstance(value, Integral):
@@ -216,10 +219,10 @@ def whole(name: str, value: object, expected: str = "an int") -> int:
     return int(value)
 
 
-def at_least_one(name: str, value: object) -> int:
+def at_least(least: int, name: str, value: object) -> int:
     given = whole(name, value)
-    if given < 1:
-        raise ValueError(f"{name}: expected at least 1, got {given}")
+    if given < least:
+        raise ValueError(f"{name}: expected at least {least}, got {given}")
     return given
 
 
@@ -231,9 +234,9 @@ def finite(name: str, value: object) -> float:
 
 
 def flag(name: str, value: object) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
-    return value
+    if not isinstance(value, (bool, numpy.bool_)):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+    return bool(value)
 
 
 def rate(name: str, value: object) -> float:
@@ -287,8 +290,6 @@ def seed(value: object, device: torch.device) -> int | Tensor | None:
 
 
 def row_offset(value: object, rows: int) -> int:
-    if isinstance(value, Tensor) and value.ndim == 0 and value.dtype in INTEGERS:
-        value = value.item()
     given = whole("row_offset", value)
     if given < 0 or given + rows > MAX_COUNTER:
         raise ValueError(f"row_offset: expected 0 <= row_offset <= 2**32 - {rows}, got {value}")

@@ -88,8 +88,8 @@ class CpuBackend(NativeBackend):
             return False
         if step.sums is not None:
             width = 1 if step.optimizer == "rowwise_adagrad" else table.shape[1]
-            fits = step.sums.dtype == table.dtype and step.sums.shape == (len(table), width)
-            if not (fits and step.sums.is_contiguous()):
+            like = step.sums.dtype == table.dtype and step.sums.device == table.device
+            if not (like and step.sums.shape == (len(table), width) and step.sums.is_contiguous()):
                 return False  # the optimizer's own step takes these sums, or says what is wrong
         sums = SumWeights(*(t.contiguous() for t in sums))
         rows = step.rows.contiguous()

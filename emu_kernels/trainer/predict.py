@@ -137,7 +137,7 @@ class Predictor:
             UnknownNameError: the graph holds no such entity or relation; says which are similar.
             ValueError: a triple lacks more than one part, or k is below 1.
         """
-        _check_k(k)
+        validate.at_least(1, "k", k)
         ids = self._ids(triples)
         found: list[list[Prediction]] = [[] for _ in triples]
         for part in range(3):
@@ -185,7 +185,7 @@ class Predictor:
             ValueError: k is below 1.
             TrainerError: the model has no embeddings.
         """
-        _check_k(k)
+        validate.at_least(1, "k", k)
         model = self.model
         if not isinstance(model, Model):
             raise TrainerError(
@@ -306,11 +306,6 @@ class Predictor:
         return torch.cat(scores)
 
 
-def _check_k(k: int) -> None:
-    if validate.whole("k", k) < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
-
-
 def _chunks(rows: Tensor, width: int) -> Iterator[tuple[int, Tensor]]:
     """Parts of the rows, and where each begins; results of ``width`` floats a row stay small."""
     size = max(1, _FLOATS // width)
@@ -361,7 +356,8 @@ def _read(path: Path) -> list[PartialTriple]:
     comma = path.suffix == ".csv"
     try:
         if path == Path("-"):
-            lines = (line.removeprefix("\ufeff") for line in sys.stdin)
+            mark = "\ufeff"
+            lines = (x if i else x.removeprefix(mark) for i, x in enumerate(sys.stdin))
             return read_triples(lines, comma=comma)
         with path.open(encoding="utf-8-sig", newline="") as stream:
             return read_triples(stream, comma=comma)

@@ -309,11 +309,11 @@ def _read_text(file: File, layout: Layout, delimiter: str) -> Columns:
             raise DataError(f"{file.where}: {error}") from error
         return layout.none
     found = [table[name] for name in named] if len(named) <= table.num_columns else []
-    if not layout.numbered:
+    if found and not layout.numbered and "f0" in named[:3]:
         # A file joined from several has a byte-order mark at the start of each part.
-        for i, column in enumerate(found[:3]):
-            if pc.any(pc.starts_with(column, "\ufeff")).as_py():
-                found[i] = pc.utf8_ltrim(column, "\ufeff")
+        at = named.index("f0")
+        if pc.any(pc.starts_with(found[at], "\ufeff")).as_py():
+            found[at] = pc.utf8_ltrim(found[at], "\ufeff")
     if table.num_columns != len(named) or any(map(_has_empty, found)) or _wrong(found[3:]):
         _check_lines(file, layout, delimiter, header)
     return found

@@ -38,16 +38,18 @@ def only_first_prints() -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    """Print at once. Where nothing can be written any more, only printing ends: the reader has
-    closed the pipe, as `head` does, or the disk is full."""
+    """Print at once. If the reader has closed the pipe, as `head` does, or the disk is full, only
+    printing ends."""
     try:
         print(text, flush=True)
-    except OSError:
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            print(f"the output cannot be written: {error}", file=sys.stderr)
         discard_output()
 
 
 def discard_output() -> None:
-    """Write nothing more to a closed pipe, not even at exit."""
+    """Write nothing more to where nothing can be written, not even at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

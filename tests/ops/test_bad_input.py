@@ -89,7 +89,7 @@ TENSORS: list[Case] = [
     ("similarity", always(None), ValueError, "'dot'.*None"),
     ("scale", lambda a: torch.ones(6, 20), ValueError, "dot"),
     ("similarity_weights", lambda a: torch.ones(2), ValueError, "dot"),
-    ("sparse_grad", always("no"), TypeError, "True or False, got str"),
+    ("sparse_grad", always("no"), TypeError, "True or False, got 'no'"),
 ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
@@ -110,15 +111,16 @@ def test_bad_sizes_and_types() -> None:
     data, given, relation = triples(), *triples(B)[:, :2].T
     good: dict[str, Any] = {"num_entities": N, "num_relations": R, "batch_size": B, "count": K}
     for name in (*good, "sets"):
-        for value, error in ((-1, ValueError), (0, ValueError), (2.5, TypeError), ("2", TypeError)):
+        for value, error in ((-1, ValueError), (2.5, TypeError), ("2", TypeError)):
             with pytest.raises(error, match=f"^{name}: expected"):
                 Negatives(data, **{**good, name: value})
     with pytest.raises(ValueError, match="step: expected at least 0, got -1"):
         make(data)(-1, given, relation)
     with pytest.raises(TypeError, match="seed: expected an int, got str"):
         make(data, seed="1")
-    with pytest.raises(TypeError, match="filtered: expected True or False, got str"):
+    with pytest.raises(TypeError, match="filtered: expected True or False, got 'no'"):
         make(data, filtered="no")
+    assert make(data, filtered=numpy.True_)(0, given, relation).shape == (B, K)
     anything: Any = data.tolist()
     with pytest.raises(TypeError, match=r"triples: expected a .*, got list"):
         make(anything)
@@ -179,6 +181,10 @@ def test_the_index_of_known_triples_checks_what_it_is_given() -> None:
         index.remove(given, relation, some, bad)
     with pytest.raises(IndexError, match="relation: expected ids from 0"):
         index.holds(given, relation + R, some, "tail")
+    with pytest.raises(ValueError, match=r"to: .*tails"):
+        index.lists(given, relation, bad)
+    with pytest.raises(TypeError, match="num_entities: expected an int, got str"):
+        KnownTriples(data, bad, R)
     with pytest.raises(IndexError, match="triples, heads and tails: expected ids from 0"):
         KnownTriples(data + N, N, R)
     listed: Any = data.tolist()

@@ -229,6 +229,13 @@ def test_nan_reaches_the_result(backend, aggregate):
     assert relational_spmm(torch.ones_like(own), relations, g, own=own, **options).isnan().all()
 
 
+def test_sizes_may_be_tensors():
+    edges = torch.tensor([[0, 2], [1, 0]])
+    graph = RelationalGraph(edges, edges[0], edges.max() + 1, 3)  # type: ignore[arg-type]
+    assert graph.num_nodes == 3
+    assert relational_spmm(torch.ones(3, 1, 2), torch.ones(3, 2), graph).shape == (3, 1, 2)
+
+
 def test_graphs_are_compared_by_identity():
     g = graph("cpu")
     assert g == g

@@ -314,6 +314,22 @@ def made_in_fp32(table: Tensor) -> torch.optim.Optimizer:
     return optimizer
 
 
+def on_another_device(table: Tensor) -> torch.optim.Optimizer:
+    """Adagrad whose table was moved later, as by ``model.cpu()``."""
+    optimizer = torch.optim.Adagrad([table], lr=0.1)
+    optimizer.state[table]["sum"] = optimizer.state[table]["sum"].to("meta")
+    return optimizer
+
+
+def test_sums_on_another_device() -> None:
+    inputs = make(40, 7, 20, rows=30)
+    table = inputs.table.clone().requires_grad_()
+    loss = fused_emu_loss(inputs.query, table, *inputs[2:], **LOSS)
+    backward_and_step(loss, on_another_device(table), table)
+    assert torch.equal(table, inputs.table)
+    assert table.grad is not None
+
+
 @pytest.mark.parametrize("new", [of_adagrad, made_in_fp32])
 def test_sums_that_the_kernels_do_not_take(new: Callable[[Tensor], torch.optim.Optimizer]) -> None:
     tables = []

@@ -164,6 +164,7 @@ from emu_kernels import (
     RelationalGraph, emu_mutate, fused_emu_loss, fused_softmax_loss, one_vs_all_loss,
     relational_spmm, uls_cross_entropy,
 )
+from emu_kernels.negatives import Negatives
 from tests.ops.support import LOSS, evaluate, make, same_bits
 
 def compute():
@@ -183,10 +184,12 @@ right = partial(same_bits, expected)
 assert in_a_child(compute, right) == 0, "idle"
 
 query, table = torch.rand(64, 33), torch.rand(5000, 33)
-positive, negative = torch.arange(64), torch.arange(2000).expand(64, 2000).contiguous()
-narrow, scores, rate = negative.int(), torch.rand(64, 2000, dtype=torch.half), torch.rand(33)
+positive, negative = torch.arange(64), torch.arange(2100).expand(64, 2100).contiguous()
+narrow, scores, rate = negative.int(), torch.rand(64, 2100, dtype=torch.half), torch.rand(33)
 rows, edges = torch.rand(1000, 2, 33, dtype=torch.half), torch.arange(40_000).view(2, -1) % 1000
 graph = RelationalGraph(edges, edges[0] % 5, 1000, 5)
+triples = torch.stack([edges[0], edges[1] % 5, edges[1]], dim=1)
+negatives = partial(Negatives, triples, 1000, 5, batch_size=1000, count=256)
 for call in (
     lambda: fused_softmax_loss(query, table, positive, negative[0]),  # by products
     lambda: fused_softmax_loss(query, table, positive.int(), narrow),
@@ -196,6 +199,7 @@ for call in (
     lambda: emu_mutate(rows[:, 0], rows, mutation_rate=rate, seed=1),
     lambda: relational_spmm(rows, rows[:5, 0], graph),
     lambda: RelationalGraph(edges, edges[0] % 5, 1000, 5).sorted[0],
+    lambda: negatives()(0, edges[0, :1000], edges[1, :1000] % 5),
 ):
     wanted = call()
     assert in_a_child(call, lambda x: torch.allclose(x, wanted)) == 0

@@ -162,7 +162,7 @@ def test_neighbours(runs, name, monkeypatch):
         ({"head": "e1"}, "give two of head, relation and tail"),
         ({"head": "e1", "relation": "r1", "tail": "e1"}, "give two of head, relation and tail"),
         ({"head": ["e1"], "relation": ["r1", "r2"]}, r"as many names in each list, got \[1, 2\]"),
-        ({"head": "e1", "relation": "r1", "k": 0}, "k must be at least 1, got 0"),
+        ({"head": "e1", "relation": "r1", "k": 0}, "k: expected at least 1, got 0"),
         ({"head": "e1", "relation": "r1", "k": "3"}, "k: expected an int, got str"),
     ],
 )

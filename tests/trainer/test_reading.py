@@ -243,6 +243,8 @@ def test_byte_order_marks_of_joined_files_are_no_part_of_names(tmp_path):
             folder(tmp_path / str(len(columns)), text.encode(), ".tsv"), Layout(columns)
         )
         assert graph.entities == ["a", "b", "c"]
+    path = folder(tmp_path / "inside", "a\tr\tb\nc\tr\t\ufeffb\n".encode(), ".tsv")
+    assert load_graph(path).entities == ["a", "b", "c", "\ufeffb"]
 
 
 def test_a_quoted_header_is_one(tmp_path):
