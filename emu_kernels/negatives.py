@@ -87,6 +87,11 @@ class KnownTriples:
         sets, rows = len(negative), len(given)
         if rows % sets if sets else rows:
             raise ValueError(f"negative: expected (G, K), G dividing {rows}, got {sets} sets")
+        return self._without(given, relation, negative, to)
+
+    def _without(self, given: Tensor, relation: Tensor, negative: Tensor, to: Side) -> Tensor:
+        """:meth:`remove` of what has been checked."""
+        sets, rows = len(negative), len(given)
         if sets < rows:
             negative = negative.repeat_interleave(rows // sets, dim=0)
         negative = self._remove(self._pair(given, relation), negative, to)
@@ -298,7 +303,7 @@ class Negatives:
             drawn = torch.where(kept, column, other.index_select(0, flat).view_as(drawn))
         if self._known is None:
             return drawn
-        return self._known.remove(given, relation, drawn, to)
+        return self._known._without(given, relation, drawn, to)
 
 
 def _check_triples(triples: Tensor, num_entities: int, num_relations: int) -> tuple[int, int]:

@@ -45,7 +45,6 @@ class CpuBackend(NativeBackend):
         return result
 
     def check_ids(self, name: str, ids: Tensor, *, rows: int, lowest: int) -> None:
-        prepare.alone_after_fork()
         values.check_ids(name, ids, rows=rows, lowest=lowest)
 
     def loss_forward(self, request: LossRequest, *, need_grad: bool) -> LossState:
