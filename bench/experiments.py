@@ -108,7 +108,7 @@ def _over_all_varied() -> Iterable[Run]:
 
 
 def _sensitivity() -> Iterable[Run]:
-    preset = short("distmult-fb15k-237") | {"loss": "expected"}
+    preset = short("distmult-fb15k-237") | {"loss": "expected", "steps": 5000}
     grids = (("mutation_rate", RATES, "beta", BETAS), ("alpha", ALPHAS, "beta", BETAS))
     for first, values, second, others in grids:
         for a, b in product(values, others):
@@ -188,7 +188,7 @@ EXPERIMENTS = {
         "What decides over all entities? DistMult with EMU, one change at a time.",
         _over_all_varied, (0,),
     ),
-    "graphs": Experiment("Beyond the two benchmarks.", _graphs),
+    "graphs": Experiment("Beyond the two benchmarks.", _graphs, (0,)),
     "sensitivity": Experiment(
         "What do rate, beta and alpha decide? (table 13; beta 0 is no label smoothing)",
         _sensitivity, (0,),
