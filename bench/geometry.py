@@ -5,14 +5,14 @@ training triples, uniform and structure-aware negatives and mutants of the unifo
 and 4 of EMU's paper). For each kind it writes the distribution of the cosine with the positive;
 and, for the differences from the positive, the share of their variance in the two leading principal
 components, and the participation ratio (Σλ)² / (D Σλ²) of the covariance's eigenvalues λ: 1 if all
-directions are alike, 1/D if all lie on a line.
+directions are alike, 1/D if all lie on a line. The subfolder ``points`` has the negatives of the
+batch's first positive, projected to the two leading components of all three kinds together.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,13 @@ COLUMNS = (
     "evenness", *EDGES, "device", "emu_kernels", "torch", "python",
 )  # fmt: skip
 NUMBERS = dict.fromkeys(("cosine", "leading", "evenness", *EDGES), "float64")
+# x, y: of a negative, relative to the positive.
+POINT_COLUMNS = (
+    "date", "commit", "dataset", "model", "loss", "step", "negatives", "x", "y", "device",
+)  # fmt: skip
+POINT_NUMBERS = dict.fromkeys(("x", "y"), "float64")
+POINTS = 64
+"""How many negatives of each kind are projected."""
 UNIFORM, AWARE, MUTANTS = "uniform", "structure-aware", "mutants"
 
 
@@ -58,8 +65,8 @@ def _measured(positive: Tensor, negative: Tensor) -> Row:
     return row | dict(zip(EDGES, shares.tolist(), strict=True))
 
 
-def rows(folder: Path, batch_size: int, negatives: int, rate: float) -> Iterator[Row]:
-    """The rows of one run."""
+def rows(folder: Path, batch_size: int, negatives: int, rate: float) -> tuple[list[Row], list[Row]]:
+    """The rows of one run, and its points."""
     run = RunFolder.open(folder)
     graph = run.read_graph()
     model, state = run.load_model(graph)
@@ -71,22 +78,34 @@ def rows(folder: Path, batch_size: int, negatives: int, rate: float) -> Iterator
     batch = CORRUPTIONS[config.corruption].make(config, graph, train)(0)
     table = model.candidates().detach()
     positive = table[batch.positive]
-    name = {"dataset": config.dataset or str(config.data), "model": config.model}
-    name |= {"loss": config.loss, "step": state["step"]} | results.environment()
+    kinds: dict[str, Tensor] = {}
     for sampler in (UNIFORM, AWARE):
         drawn = new_negatives(dataclasses.replace(config, sampler=sampler), graph, train)(0, batch)
-        negative = table[drawn.clamp(min=0)]
-        yield name | {"negatives": sampler} | _measured(positive, negative)
-        if sampler == UNIFORM:
-            mutants = emu_mutate(positive, negative, mutation_rate=rate, seed=config.seed)
-            yield name | {"negatives": MUTANTS} | _measured(positive, mutants)
+        kinds[sampler] = table[drawn.clamp(min=0)]
+    kinds[MUTANTS] = emu_mutate(positive, kinds[UNIFORM], mutation_rate=rate, seed=config.seed)
+    name = {"dataset": config.dataset or str(config.data), "model": config.model}
+    name |= {"loss": config.loss, "step": state["step"]} | results.environment()
+    measured = [
+        name | {"negatives": kind} | _measured(positive, negative)
+        for kind, negative in kinds.items()
+    ]
+    differences = torch.cat([negative[0, :POINTS] - positive[0] for negative in kinds.values()])
+    _, _, axes = torch.linalg.svd(differences - differences.mean(dim=0), full_matrices=False)
+    kept = {column: value for column, value in name.items() if column in POINT_COLUMNS}
+    points = [
+        kept | {"negatives": kind, "x": x, "y": y}
+        for kind, negative in kinds.items()
+        for x, y in ((negative[0, :POINTS] - positive[0]) @ axes[:2].T).tolist()
+    ]
+    return measured, points
 
 
 def run(options: argparse.Namespace) -> int:
     for folder in options.runs:
-        found = list(rows(folder, options.batch, options.negatives, options.rate))
+        found, points = rows(folder, options.batch, options.negatives, options.rate)
         for row in found:
             numbers = ", ".join(f"{k} {row[k]:.3f}" for k in ("cosine", "leading", "evenness"))
             print(f"{folder}: {row['negatives']}: {numbers}", flush=True)
         results.append(options.results, found, COLUMNS)
+        results.append(options.results / "points", points, POINT_COLUMNS)
     return 0

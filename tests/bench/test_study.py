@@ -72,9 +72,15 @@ def test_geometry(tmp_path, capsys):
     assert main(["geometry", str(tmp_path / "run"), "--results", str(tmp_path / "rows")]) == 0
     rows = results.read(tmp_path / "rows", geometry.COLUMNS, geometry.NUMBERS)
     rows = rows.set_index("negatives")
-    assert list(rows.index) == ["uniform", "mutants", "structure-aware"]
+    assert list(rows.index) == ["uniform", "structure-aware", "mutants"]
     assert rows[list(geometry.EDGES)].sum(axis=1).to_list() == pytest.approx([1, 1, 1], abs=1e-4)
     assert rows.loc["mutants", "cosine"] > rows.loc["uniform", "cosine"] + 0.1
+    points = results.read(
+        tmp_path / "rows" / "points", geometry.POINT_COLUMNS, geometry.POINT_NUMBERS
+    )
+    assert points.groupby("negatives").size().to_dict() == dict.fromkeys(rows.index, 64)
+    distance = points[["x", "y"]].pow(2).sum(axis=1).groupby(points["negatives"]).mean()
+    assert distance["mutants"] < distance["uniform"]
 
 
 def test_spectrum():
