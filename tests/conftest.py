@@ -82,6 +82,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             for path in TOGETHER:
                 if item.nodeid.startswith(path):
                     item.add_marker(pytest.mark.xdist_group(path))
+        # The long groups first: a worker that gets one last works on it alone.
+        items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
 
 
 def pytest_report_header() -> str:
