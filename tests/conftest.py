@@ -25,25 +25,9 @@ KERNELS = tuple(name for name in backends.NAMES if name != backends.REFERENCE)
 
 
 if interpreted() and backends.get("triton").unavailable() is None:
-    from triton.runtime.interpreter import InterpretedFunction
+    from tests.triton import interpreter
 
-    _call = InterpretedFunction.__call__
-    _patched: set[str] = set()
-
-    def _call_once_patched(self: InterpretedFunction, *args: object, **kwargs: object) -> object:
-        """Call a device function without patching Triton's language again.
-
-        The calling kernel has done so already, and Triton's own modules stay patched. Patching at
-        each call takes half of a test's time.
-        """
-        module = self.fn.__globals__["__name__"]
-        if module.startswith("triton.") and module not in _patched:
-            _patched.add(module)
-            return _call(self, *args, **kwargs)
-        return self.rewrite()(*args, **kwargs)
-
-    InterpretedFunction.__call__ = _call_once_patched
-
+    interpreter.install()
 
 TOGETHER = (
     "tests/cpu/test_neon.py",  # a program for ARM
