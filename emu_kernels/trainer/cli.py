@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from . import trackers
 from .breakdown import by_kind
 from .config import ADJUSTABLE, Config, RunningOptions
 from .data import Graph
@@ -32,7 +33,6 @@ from .run import RunFolder
 from .sampling import SAMPLERS, rows_per_set
 from .settings import add_options, flag, unread
 from .terminal import degrade_output, only_first_prints, processes, quoted, say
-from .trackers import TRACKERS
 
 INTERRUPTED = 130  # the exit status that shells give to a program ended by Ctrl-C
 
@@ -136,9 +136,10 @@ def _train_and_report(trainer: Trainer, folder: Path) -> tuple[int, Metrics | No
     say(f"run folder: {folder}")
     config = trainer.config
     with contextlib.ExitStack() as stack:
-        if config.tracker is not None:
-            opened = TRACKERS[config.tracker].open(folder, config.to_json(), trainer.step)
-            trainer.tracker = stack.enter_context(opened)
+        logged = RunFolder(folder).read_metrics()
+        trainer.tracker = stack.enter_context(
+            trackers.opened(config.tracker or "none", folder, config.to_json(), logged)
+        )
         try:
             finished = trainer.train()
         except KeyboardInterrupt:  # the second Ctrl-C

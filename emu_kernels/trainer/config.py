@@ -121,7 +121,7 @@ class RunningOptions:
         "stop after this many validations in a row without a better one (default never)",
         limit=AT_LEAST_1,
     )
-    tracker: str | None = setting(None, "where to log the metrics as well", choices=TRACKERS)
+    tracker: str | None = setting("none", "where to log the metrics as well", choices=TRACKERS)
     tsv: bool = setting(False, "also write the embeddings as text, for other programs")
     log_every: int = setting(100, "steps between lines in metrics.jsonl", limit=AT_LEAST_1)
     device: str = setting("cpu", "cpu, cuda, cuda:1, ... (default cuda if it can run, else cpu)")

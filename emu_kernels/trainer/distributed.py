@@ -174,7 +174,7 @@ class ShardedTrainer(Trainer):
 
     def __init__(self, config: Config, graph: Graph, run: RunFolder | None = None) -> None:
         self._is_first = dist.get_rank() == 0
-        tracker = config.tracker if self._is_first else None
+        tracker = config.tracker if self._is_first else "none"
         super().__init__(replace(config, sparse=False, tracker=tracker), graph, run)
 
     def _new_model(self) -> Model:

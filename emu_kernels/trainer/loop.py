@@ -434,8 +434,7 @@ def settle(config: Config) -> Config:
     Raises:
         ConfigError: they cannot, or the tracker is not installed; says why.
     """
-    if config.tracker is not None:
-        TRACKERS[config.tracker].check()
+    TRACKERS[config.tracker or "none"].check()  # None in runs of 0.2.0
     try:
         torch.empty(0, device=config.device)
         backend = backends.resolve(config.backend, torch.device(config.device)).name
