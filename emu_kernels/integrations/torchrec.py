@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from emu_kernels import emu_scores
+from emu_kernels import emu_scores, validate
 from emu_kernels.integrations._require import require
 from emu_kernels.negatives import generator
-from emu_kernels.validate import one_of
+from emu_kernels.values import check_ids
 
 MINIMUM = (1, 6)  # for torch 2.11
 
@@ -176,7 +176,7 @@ class ShardedEntities:
         if dim < 4 or dim % 4:
             raise ValueError(f"dim: expected a multiple of 4, got {dim}")
         if isinstance(optimizer, str):
-            one_of("optimizer", optimizer, tuple(OPTIMIZERS))
+            validate.one_of("optimizer", optimizer, tuple(OPTIMIZERS))
             optimizer = OPTIMIZERS[optimizer]
         options = {"lr": lr} if optimizer is torch.optim.SGD else {"lr": lr, "eps": eps}
         self.device = torch.device("cpu" if device is None else device)
@@ -264,7 +264,10 @@ class ShardedEntities:
 
         Raises:
             IndexError: an id out of range.
+            TypeError: ids that are not integers.
         """
+        for ids in entities:
+            validate.integer("entities", ids)
         flat = torch.cat([ids.reshape(-1) for ids in entities]).to(self.device, torch.int64)
         entity, place = flat.unique(return_inverse=True)
         if len(entity) and entity[0] < 0:
@@ -303,6 +306,8 @@ class ShardedEntities:
         Returns:
             () the mean, detached, the same on all processes.
         """
+        if not isinstance(weight, Tensor) and validate.finite("weight", weight) < 0:
+            raise ValueError(f"weight: expected a number of at least 0, got {weight}")
         value = torch.as_tensor(weight, dtype=torch.float64, device=self.device)
         whole = value.clone()
         dist.all_reduce(whole, group=self.group)
@@ -355,6 +360,7 @@ class ShardedEntities:
 
         Raises:
             ValueError: a score that is not finite, on all processes.
+            IndexError: an id out of range, on all processes.
         """
         longest = -(-self.num_entities // self.processes)
         chunk = max(1, _SCORES // longest // self.processes)
@@ -392,6 +398,7 @@ class ShardedEntities:
         queries, numbers = self.gather(query)
         before = sum(numbers[: self.rank])
         target = self.gather(positive)[0]
+        check_ids("positive", target, rows=self.num_entities, lowest=0)  # on all processes alike
         whole_scale = None if scale is None else self.gather(scale)[0]
         scores = _scores(queries, self.local, whole_scale, **phi)  # (all Q, n)
         place = target - self.first
@@ -409,6 +416,7 @@ class ShardedEntities:
         if pairs is not None:
             shifted = pairs + pairs.new_tensor([before, 0])
             row, entity = self.gather(shifted)[0].T
+            check_ids("known", entity, rows=self.num_entities, lowest=0)
             mine = (entity >= self.first) & (entity < self.first + scores.shape[1])
             mine &= entity != target[row]  # the positive is counted below, listed as known or not
             row, entity = row[mine], entity[mine] - self.first

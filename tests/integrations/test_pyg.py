@@ -134,8 +134,9 @@ def test_what_is_mutated_in_transe_are_normalized_rows(p_norm, batch, negative):
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("padding", [True, False])
 def test_sparse_gradients(name, padding, batch, negative):
-    if not padding:
-        negative = negative.clamp(min=0)
+    negative = negative.where(negative >= 0, -1 if padding else 1)
+    negative[negative == 0] = 1  # entity 0 is not in the batch, and padding does not touch it
+    batch = tuple(ids.clamp(min=1) if i != 1 else ids for i, ids in enumerate(batch))
     dense, sparse = new_model(name), new_model(name, sparse=True)
     losses = [
         emu_loss(model, *batch, negative=negative, seed=5, **SETTINGS) for model in (dense, sparse)
@@ -148,10 +149,10 @@ def test_sparse_gradients(name, padding, batch, negative):
         assert parameter.grad.is_sparse
         torch.testing.assert_close(parameter.grad.to_dense(), wanted.grad)
     heads, _, tails = batch
-    touched = torch.cat([heads, tails, negative.flatten().clamp(min=0)]).unique()
+    touched = torch.cat([heads, tails, negative[negative >= 0]]).unique()
     assert sparse.node_emb.weight.grad is not None
     ids = sparse.node_emb.weight.grad.coalesce().indices()[0]
-    assert set(ids.tolist()) <= set(touched.tolist())
+    assert set(ids.tolist()) == set(touched.tolist())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -223,6 +224,18 @@ class Own(DistMult):  # type: ignore[misc]  # untyped
             {"negative": torch.full((2, 3), 9)},
             IndexError,
             "negative: expected ids from -1 to 8",
+        ),
+        (
+            DistMult(9, 2, 4, sparse=True),
+            {"negative": torch.zeros(2, 3)},
+            TypeError,
+            "negative: expected an integer dtype",
+        ),
+        (
+            DistMult(9, 2, 4),
+            {"num_negatives": -1},
+            ValueError,
+            "num_negatives: expected at least 0",
         ),
     ],
 )

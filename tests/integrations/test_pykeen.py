@@ -27,6 +27,7 @@ from pykeen.models import (
 )
 from pykeen.models.baseline.models import MarginalDistributionBaseline
 from pykeen.nn.modules import DistMultInteraction
+from pykeen.nn.representation import Embedding, TransformedRepresentation
 from pykeen.pipeline import PipelineResult, pipeline
 from pykeen.sampling import NegativeSampler, negative_sampler_resolver
 from pykeen.stoppers import EarlyStopper
@@ -537,11 +538,16 @@ def test_sides_of_a_mixed_batch():
     assert tail.row.tolist() == [0, 1]
     assert tail.positive.tolist() == [1, 3]
     assert tail.negative.tolist() == [[7, 8, 9, -1], [7, -1, -1, -1]]
-    torch.testing.assert_close(tail.weight, torch.tensor([1.0, 1.0]))
+    torch.testing.assert_close(tail.weight, torch.tensor([1.0, 1.0]).double())
     assert head.row.tolist() == [1]
     assert head.positive.tolist() == [2]
     assert head.negative.tolist() == [[-1, 7, -1, 9]]
-    torch.testing.assert_close(head.weight, torch.tensor([2.0]))
+    torch.testing.assert_close(head.weight, torch.tensor([2.0]).double())
+    for bad in (masks.int(), masks[:2]):
+        with pytest.raises(ValueError, match=r"masks: expected bool of shape \(3, 4\)"):
+            split_sides(positives, negatives, bad, None)
+    with pytest.raises(ValueError, match=r"weights: expected shape \(3,\)"):
+        split_sides(positives, negatives, masks, torch.ones(3, 1))
 
 
 def test_reductions_and_sub_batches(nations):
@@ -602,6 +608,71 @@ def test_regularizers_see_the_positives(nations):
     torch.testing.assert_close(term, expected.to(term.dtype).expand_as(term))
 
 
+def inside_another(nations: Nations, **settings: Any) -> ERModel:
+    """DistMult on entities that are computed from a table."""
+    base = Embedding(max_id=nations.num_entities, shape=(DIM,), **settings)
+    return ERModel(
+        triples_factory=nations.training,
+        interaction="distmult",
+        entity_representations=TransformedRepresentation(torch.nn.Tanh(), base=base),
+        relation_representations=Embedding,
+        relation_representations_kwargs={"shape": (DIM,)},
+    )
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_regularizers_inside_representations(nations, monkeypatch, fused):
+    model = inside_another(nations, regularizer="lp").train()
+    assert fused_similarity(model) == "dot"
+    if not fused:
+        monkeypatch.setattr(loss_module, "map_model", lambda model: (None, ""))
+    positives, negatives, _ = sampled(nations, "basic", rows=8)
+    emu_loss(model, positives, negatives, **SETTINGS)
+    term = model.collect_regularization_term()
+    model.score_hrt(positives)
+    torch.testing.assert_close(term, model.collect_regularization_term())
+    assert term != 0
+
+
+def test_dropout_inside_representations(nations):
+    assert fused_similarity(inside_another(nations, dropout=0.5)) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_are_exact(nations, dtype):
+    model = new_model(nations, DistMult).to(dtype)
+    positives, negatives, _ = sampled(nations, "basic", rows=1)
+    plain = emu_loss(model, positives, negatives, **SETTINGS, seed=3)
+    for weight in (1 / 3, 1e-8, 1e5):
+        weights = torch.tensor([weight], dtype=torch.float64)
+        found = emu_loss(model, positives, negatives, weights=weights, **SETTINGS, seed=3)
+        torch.testing.assert_close(found, plain * weight, rtol=1e-6, atol=0)
+
+
+def test_many_finite_scores_in_half_precision(nations):
+    """Off the kernels, the sum of the positives' scores is above what fp16 can hold."""
+    model = new_model(nations, TransD, relation_dim=4)
+    positives, negatives, _ = sampled(nations, "basic", rows=1200)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(9)
+    scores = model.half().score_hrt(positives)
+    assert scores.isfinite().all()
+    assert scores.sum().isinf()
+    assert emu_loss(model, positives, negatives, **SETTINGS).isfinite()
+
+
+@pytest.mark.parametrize(
+    ("alpha", "error"),
+    [(-1.0, ValueError), (float("nan"), ValueError), (None, TypeError), ("0.2", TypeError)],
+)
+@pytest.mark.parametrize("kind", [DistMult, TransD])
+def test_a_bad_coefficient(nations, kind, alpha, error):
+    batch = sampled(nations, "basic", rows=4)
+    with pytest.raises(error, match="alpha: expected"):
+        emu_loss(new_model(nations, kind), *batch, **SETTINGS | {"alpha": alpha})
+
+
 # --- runs -----------------------------------------------------------------------------------------
 
 
@@ -650,7 +721,10 @@ def test_pykeen_knows_it_by_name():
         {"lr_scheduler": "ExponentialLR", "lr_scheduler_kwargs": {"gamma": 0.9}, "kind": "RotatE"},
         {"kind": "PairRE", "loss": "marginranking", "loss_kwargs": {"reduction": "sum"}},
         {"kind": "TransE", "regularizer": "Lp"},
-        {"training_kwargs": {"sub_batch_size": 100}},
+        {
+            "training_kwargs": {"sub_batch_size": 100},
+            "training_loop_kwargs": SETTINGS | {"automatic_memory_optimization": False},
+        },
         {"kind": "TransD", "model_kwargs": {"embedding_dim": DIM, "relation_dim": 4}},
         {"kind": "ERMLP"},
         {"kind": "ConvE"},

@@ -69,6 +69,7 @@ def emu_loss(
     validate.one_of("corrupt", corrupt, CORRUPT)
     size = len(head_index)
     if negative is None and num_negatives is not None:
+        validate.at_least(0, "num_negatives", num_negatives)
         negative = torch.randint(model.num_nodes, (size, num_negatives), device=head_index.device)
     elif negative is None or num_negatives is not None:
         raise ValueError("negative: expected either it or num_negatives, got both or neither")
@@ -106,12 +107,13 @@ def emu_loss(
 
 def _used_entities(positive: Tensor, negative: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
     """The batch's distinct ids, and positive and negative as indices into them."""
-    check_ids("positive", positive, rows=rows, lowest=0)
-    check_ids("negative", negative, rows=rows, lowest=-1)
+    for name, given, lowest in (("positive", positive, 0), ("negative", negative, -1)):
+        validate.integer(name, given)
+        check_ids(name, given, rows=rows, lowest=lowest)
     ids, index = torch.cat([positive, negative.flatten()]).unique(return_inverse=True)
-    positive, negative = index[: len(positive)], index[len(positive) :].view_as(negative)
-    padding = (ids < 0).sum()  # 0 or 1: ids are sorted, and −1 comes first
-    return ids.clamp(min=0), positive, torch.where(negative < padding, -1, negative)
+    padding = int((ids[:1] < 0).sum())  # 0 or 1: ids are sorted, and −1 comes first
+    index = index - padding  # padding is −1 again
+    return ids[padding:], index[: len(positive)], index[len(positive) :].view_as(negative)
 
 
 def _similarity(model: KGEModel) -> str:

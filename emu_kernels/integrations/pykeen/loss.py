@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -12,9 +13,16 @@ from pykeen.nn.representation import Representation
 from pykeen.typing import InductiveMode
 from torch import Tensor
 
-from emu_kernels import Expected, emu_mutate, fused_emu_loss, uls_cross_entropy
+from emu_kernels import (
+    Expected,
+    emu_mutate,
+    fused_emu_loss,
+    prepare,
+    uls_cross_entropy,
+    validate,
+)
 from emu_kernels.reference import softmax_rows
-from emu_kernels.validate import MAX_SEED, one_of
+from emu_kernels.values import usable_coefficient
 
 from .mapping import Mapping, Parts, Query, flat, map_model
 from .sides import Side, split_sides
@@ -63,7 +71,7 @@ def emu_loss(
             :func:`emu_kernels.fused_emu_loss` refuses.
     """
     model = checked_model(model)
-    one_of("reduction", reduction, REDUCTIONS)
+    validate.one_of("reduction", reduction, REDUCTIONS)
     device = model.device
     sides = [side.to(device) for side in split_sides(positives, negatives, masks, weights)]
     triples = positives.to(device, non_blocking=True)
@@ -75,7 +83,7 @@ def emu_loss(
         )
     )
     if seed is None:
-        seed = torch.randint(MAX_SEED - 1, (), dtype=torch.int64, device=device)
+        seed = torch.randint(validate.MAX_SEED - 1, (), dtype=torch.int64, device=device)
     batch = _Batch(
         model.interaction,
         model._get_entity_representations_from_inductive_mode(mode=mode),
@@ -136,7 +144,7 @@ class _Batch(NamedTuple):
                 torch.cat([side.negative for side in group]),
                 similarity=mapping.similarity,
                 scale=torch.cat(scales) if scales else None,
-                sample_weight=torch.cat([side.weight for side in group]).to(vector.dtype),
+                sample_weight=torch.cat([side.weight for side in group]),
                 beta=self.beta,
                 alpha=self.alpha,
                 row_offset=offset,
@@ -151,7 +159,7 @@ class _Batch(NamedTuple):
         scores = self.interaction(
             h=_unpack(self.head), r=_unpack(self.relation), t=_unpack(self.tail)
         )
-        total, offset = scores.sum() * 0.0, 0
+        total, offset = scores[:0].sum(), 0  # 0 that depends on the scores
         for side in sides:
             if len(side.row):
                 total = total + self._side_by_interaction(side, scores[side.row], offset)
@@ -181,7 +189,10 @@ class _Batch(NamedTuple):
             return out.masked_fill(padding, float("-inf"))
 
         rows = uls_cross_entropy(positive, score(mutated), beta=self.beta, reduction="none")
-        rows = rows + self.alpha * softmax_rows(positive, score(candidates))
+        alpha = validate.coefficient("alpha", self.alpha)
+        if isinstance(alpha, Tensor):
+            alpha = usable_coefficient("alpha", prepare.coefficient(alpha, positive))
+        rows = rows + alpha * softmax_rows(positive, score(candidates))
         return (side.weight.to(rows.dtype) * rows).sum()
 
     def _query(self, mapping: Mapping, side: Side) -> Query:
@@ -204,9 +215,24 @@ def _unpack(parts: Parts) -> Tensor | Parts:
     return parts[0] if len(parts) == 1 else parts
 
 
+@contextmanager
+def _hidden(representation: Representation) -> Iterator[None]:
+    """No regularizer sees what is looked up, not even those of representations inside it."""
+    parts = [x for x in representation.modules() if isinstance(x, Representation)]
+    regularizers = [part.regularizer for part in parts]
+    for part in parts:
+        part.regularizer = None
+    try:
+        yield
+    finally:
+        for part, regularizer in zip(parts, regularizers, strict=True):
+            part.regularizer = regularizer
+
+
 def _table(representation: Representation) -> Tensor:
     """All rows as an interaction takes them, without dropout, hidden from regularizers."""
-    table = representation._plain_forward()
+    with _hidden(representation):
+        table = representation._plain_forward()
     return table if representation.normalizer is None else representation.normalizer(table)
 
 
@@ -219,7 +245,8 @@ def _look_up(representation: Representation, ids: Tensor) -> Tensor:
     rows, inverse = ids.flatten(), None
     if representation.unique:
         rows, inverse = rows.unique(return_inverse=True)
-    x = representation._plain_forward(indices=rows)
+    with _hidden(representation):
+        x = representation._plain_forward(indices=rows)
     if representation.normalizer is not None:
         x = representation.normalizer(x)
     if inverse is not None:

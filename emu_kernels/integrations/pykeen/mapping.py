@@ -25,6 +25,7 @@ from pykeen.nn.modules import (
     SimplEInteraction,
     TransEInteraction,
 )
+from pykeen.nn.representation import Representation
 from pykeen.utils import ensure_complex
 from torch import Tensor
 
@@ -125,7 +126,8 @@ def map_model(model: ERModel) -> tuple[Mapping | None, str]:
             f"{name} with p={interaction.p}, power_norm={interaction.power_norm} is not a "
             "similarity that the kernels know"
         )
-    if any(representation.dropout is not None for representation in model.entity_representations):
+    parts = [part for x in model.entity_representations for part in x.modules()]
+    if any(isinstance(part, Representation) and part.dropout is not None for part in parts):
         return None, "the entity representations have a dropout, drawn at each look-up"
     return Mapping(similarity, query), ""
 

@@ -23,7 +23,7 @@ class Side(NamedTuple):
     row: Tensor  # (B',) int64, the positive's row in the batch
     positive: Tensor  # (B',) int64, the entity to predict
     negative: Tensor  # (B', K) int64, −1 is padding
-    weight: Tensor  # (B',) fp32, of the row's loss
+    weight: Tensor  # (B',) fp64, of the row's loss
 
     def to(self, device: torch.device) -> Side:
         return Side(self.name, *(x.to(device, non_blocking=True) for x in self[1:]))
@@ -47,8 +47,19 @@ def split_sides(
         Tails, then heads.
 
     Raises:
-        ValueError: a negative differs from its positive in the relation, or in both entities.
+        ValueError: a negative differs from its positive in the relation, or in both entities; or
+            masks or weights have another shape or dtype.
     """
+    if masks is not None and (masks.dtype != torch.bool or masks.shape != negatives.shape[:2]):
+        raise ValueError(
+            f"masks: expected bool of shape {tuple(negatives.shape[:2])}, one for each negative, "
+            f"got {masks.dtype} of {tuple(masks.shape)}"
+        )
+    if weights is not None and weights.shape != positives.shape[:1]:
+        raise ValueError(
+            f"weights: expected shape ({len(positives)},), one for each positive, "
+            f"got {tuple(weights.shape)}"
+        )
     changed = negatives != positives[:, None, :]
     if changed[..., 1].any():
         raise ValueError(
@@ -64,7 +75,7 @@ def split_sides(
         )
     if masks is not None:
         head, tail = head & masks, tail & masks
-    share = 1.0 / (head.sum(dim=1) + tail.sum(dim=1)).clamp(min=1)
+    share = (head.sum(dim=1) + tail.sum(dim=1)).clamp(min=1).double().reciprocal()
     if weights is not None:
         share = share * weights
     return [
