@@ -242,6 +242,16 @@ class TestOneProcess:
             entities.fetch(torch.tensor([2]), torch.tensor([[30, 1]]))
         with pytest.raises(IndexError, match="at least -1, got -2"):
             entities.fetch(torch.tensor([-2]))
+        with pytest.raises(TypeError, match="entities: expected an integer dtype"):
+            entities.fetch(torch.tensor([1.5]))
+        query, positive = torch.ones(1, 4), torch.tensor([0])
+        for bad in (-1, 30):
+            with pytest.raises(IndexError, match=f"positive: expected ids from 0 to 29, got {bad}"):
+                entities.ranks(query, torch.tensor([bad]))
+            with pytest.raises(IndexError, match=f"known: expected ids from 0 to 29, got {bad}"):
+                entities.ranks(query, positive, (positive, torch.tensor([bad])))
+        with pytest.raises(ValueError, match="weight: expected a number of at least 0"):
+            entities.backward(torch.zeros((), requires_grad=True), weight=-1)
         entities.fill(lambda first, last: torch.full((last - first, 4), torch.nan))
         with pytest.raises(ValueError, match="a score is not finite"):
             entities.ranks(torch.ones(1, 4), torch.tensor([0]))
