@@ -12,7 +12,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from bench import report, results
+from bench import geometry, report, results
 from bench.rivals import WHOLE
 from emu_kernels import emu_mutate
 
@@ -20,7 +20,7 @@ IMAGES = Path(__file__).with_name("images")
 OURS, OTHERS = "#00796b", "#b0bec5"
 
 
-def steps() -> Figure:
+def step() -> Figure:
     """A training step of every trainer, from the latest run on a CPU."""
     rows = report.latest(results.read(results.FOLDER))
     rows = rows[(rows["family"] == "train") & (rows["what"] == results.TIME)]
@@ -80,6 +80,40 @@ def growth() -> Figure:
     return figure
 
 
+KINDS = {"uniform": "#607d8b", "structure-aware": "#c77700", "mutants": OURS}
+
+
+def negatives() -> Figure:
+    """Cosines of negatives with their positives, and negatives around one positive."""
+    folder = results.FOLDER / "geometry"
+    measured = results.read(folder, geometry.COLUMNS, geometry.NUMBERS)
+    points = results.read(folder / "points", geometry.POINT_COLUMNS, geometry.POINT_NUMBERS)
+    name = ["dataset", "loss"]
+    runs = list(measured.groupby(name, sort=False))
+    figure = Figure(figsize=(7.2, 4), layout="constrained")
+    every = figure.subplots(2, len(runs), squeeze=False)
+    for (above, below), ((dataset, loss), run) in zip(every.T, runs, strict=True):
+        around = points[(points["dataset"] == dataset) & (points["loss"] == loss)]
+        for _, row in run.iterrows():
+            kind = row["negatives"]
+            shares = row[list(geometry.EDGES)].to_list()
+            above.stairs(shares, geometry.BINS, color=KINDS[kind], label=kind)
+            here = around[around["negatives"] == kind]
+            below.scatter(here["x"], here["y"], s=4, color=KINDS[kind])
+        below.scatter(0, 0, marker="+", s=60, color="black")
+        below.set_aspect("equal", "datalim")
+        above.set_title(f"{dataset}, {loss}", fontsize=8)
+        above.set_yticks([])
+        above.tick_params(labelsize=7)
+        below.tick_params(labelsize=7)
+        above.spines[["top", "right", "left"]].set_visible(False)
+    figure.legend(
+        *every[0, 0].get_legend_handles_labels(),
+        loc="outside upper center", ncols=3, fontsize=8, frameon=False,
+    )  # fmt: skip
+    return figure
+
+
 def mutation() -> Figure:
     """What emu_mutate makes of one negative."""
     components = 24
@@ -102,5 +136,5 @@ def mutation() -> Figure:
 if __name__ == "__main__":
     IMAGES.mkdir(exist_ok=True)
     matplotlib.rcParams["svg.hashsalt"] = "emu"  # the same file from the same rows
-    for draw, name in ((steps, "step"), (growth, "growth"), (mutation, "mutation")):
-        draw().savefig(IMAGES / f"{name}.svg", metadata={"Date": None})
+    for draw in (step, growth, negatives, mutation):
+        draw().savefig(IMAGES / f"{draw.__name__}.svg", metadata={"Date": None})
