@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from numbers import Integral
 from typing import ClassVar, Literal, TypeAlias
 
-from torch import Tensor
+from torch import SymInt, Tensor
 
 from emu_kernels.mask import MAX_MIXUP_ORDER, rate_to_threshold
 
@@ -86,9 +86,10 @@ class Mixup(Mutation):
     order: int = 2
 
     def __post_init__(self) -> None:
-        if isinstance(self.order, bool) or not isinstance(self.order, (int, Integral)):
+        known = (int, Integral, SymInt)  # the last while torch.compile traces
+        if isinstance(self.order, bool) or not isinstance(self.order, known):
             raise TypeError(f"order: expected an int, got {type(self.order).__name__}")
-        object.__setattr__(self, "order", int(self.order))  # it may be NumPy's
+        object.__setattr__(self, "order", int(self.order))
         if not 1 <= self.order <= MAX_MIXUP_ORDER:
             raise ValueError(f"order: expected 1 to {MAX_MIXUP_ORDER}, got {self.order}")
 

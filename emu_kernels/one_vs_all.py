@@ -233,17 +233,16 @@ class _Statistics(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[1:]
-        return None, *_StatisticsGradient.apply(ctx.how, needed, grads, *ctx.saved_tensors)
+        return None, *_StatisticsGradient.apply(ctx.how, needed, *grads, *ctx.saved_tensors)
 
 
 class _StatisticsGradient(FirstOrder):
     what = "one_vs_all_loss"
 
     @staticmethod
-    def forward(
-        how: _How, needed: tuple[bool, ...], grads: tuple[Tensor, ...], *saved: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        given, totals = saved[: len(needed)], saved[len(needed) :]
+    def forward(how: _How, needed: tuple[bool, ...], *values: Tensor) -> tuple[Tensor | None, ...]:
+        count = (len(values) - len(needed)) // 2  # of totals, and of their gradients
+        grads, given, totals = values[:count], values[count:-count], values[-count:]
         inputs = tuple(
             t if t is None else t.detach().requires_grad_(need)
             for t, need in zip(given, needed, strict=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 from emu_kernels import (
     EMULoss,
     Expected,
+    Mixup,
     emu_mutate,
     emu_scores,
     fused_emu_loss,
@@ -218,6 +219,16 @@ def test_module(backend: str, device: torch.device) -> None:
     assert module.last_terms is not None
     assert eager.last_terms is not None
     torch.testing.assert_close(module.last_terms, eager.last_terms)
+
+
+def test_order_of_mixup_changes(kernel: str, device: torch.device) -> None:
+    """The compiler makes a number that changes symbolic."""
+    inputs = make(device=device)
+    module = EMULoss(**RATES | {"mutation_rate": Mixup(1)}, backend=kernel)
+    fused = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for order in (1, 2, 3):
+        module.mutation_rate = Mixup(order)
+        torch.testing.assert_close(fused(*inputs, seed=3), module(*inputs, seed=3))
 
 
 def test_bad_ids_raise(backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

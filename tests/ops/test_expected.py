@@ -388,6 +388,19 @@ def test_one_vs_all_is_cross_entropy() -> None:
     assert_near(loss, torch.nn.functional.cross_entropy(query @ table.T, positive))
 
 
+@pytest.mark.parametrize("similarity", ["dot", "l1"])
+def test_one_vs_all_has_no_second_derivative(similarity: str) -> None:
+    """Not even by what the rows' losses are multiplied with."""
+    query, table, positive, _ = make(6, 3, 8)
+    factor = torch.ones(6, requires_grad=True)
+    rows = one_vs_all_loss(
+        query, table.requires_grad_(), positive, similarity=similarity, reduction="none"
+    )
+    (grad,) = torch.autograd.grad((factor * rows).sum(), table, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(grad.square().sum(), factor)
+
+
 def test_one_vs_all_can_be_deterministic() -> None:
     """Then it uses the kernels."""
     query, table, positive, _ = make(6, 1, 20, rows=1500)
