@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from emu_kernels import backends, prepare, validate
@@ -95,6 +97,10 @@ class EMULoss(nn.Module):
         loss, terms = backends.resolve(self.backend, table.device).loss(request)
         self.last_terms = terms.detach()
         return loss
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch.func's wrappers and fake tensors cannot be copied.
+        return vars(self) | {"last_terms": None}
 
     def extra_repr(self) -> str:
         return (

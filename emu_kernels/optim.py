@@ -77,7 +77,8 @@ class RowwiseAdagrad(torch.optim.Optimizer):
                     continue
                 if parameter.grad.is_sparse:
                     nothing = _given(parameter, None, None)
-                    _step_sparse(parameter, _table_step(self, parameter, *nothing))
+                    name = ROW_OPTIMIZERS[RowwiseAdagrad]  # also of a subclass
+                    _step_sparse(parameter, _step_of(name, self, parameter, *nothing))
                     continue
                 parts = (parameter, parameter.grad, self.state[parameter]["sum"])
                 size = _block(parameter)
@@ -163,7 +164,9 @@ def backward_and_step(
     if not table.grad.is_sparse:
         table.grad.index_add_(0, step.ids, step.rows)
     elif step.sums is None:
-        more = torch.sparse_coo_tensor(step.ids[None], step.rows, table.shape)
+        more = torch.sparse_coo_tensor(
+            step.ids[None], step.rows, table.shape, check_invariants=False
+        )
         table.grad = table.grad + more
     else:
         _step_sparse(table, step)
@@ -208,6 +211,12 @@ def _table_step(
             f"optimizer: expected one of {listed}, which leave rows without a gradient where they "
             f"are, got {type(optimizer).__name__}"
         )
+    return _step_of(name, optimizer, table, ids, rows)
+
+
+def _step_of(
+    name: str, optimizer: torch.optim.Optimizer, table: Tensor, ids: Tensor, rows: Tensor
+) -> TableStep:
     groups = [g for g in optimizer.param_groups if any(p is table for p in g["params"])]
     if not groups:
         raise ValueError("optimizer: expected table among its parameters")

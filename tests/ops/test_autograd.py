@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import pickle
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -13,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from emu_kernels import (
+    EMULoss,
     Expected,
     Mixup,
     emu_mutate,
@@ -296,3 +299,12 @@ def test_uls_under_autocast() -> None:
     expected = uls_cross_entropy(*scores, beta=0.3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(uls_cross_entropy(*scores, beta=0.3), expected)
+
+
+def test_a_module_can_be_copied_after_a_transform() -> None:
+    query, table, positive, negative = make()
+    module = EMULoss(mutation_rate=0.5, beta=0.3, alpha=0.2, backend="cpu")
+    torch.func.grad(lambda x: module(x, table, positive, negative))(query)
+    for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert copied.last_terms is None
+        assert copied.alpha == module.alpha

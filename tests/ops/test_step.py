@@ -285,6 +285,19 @@ def test_rowwise_adagrad_calls_a_closure() -> None:
     torch.testing.assert_close(weight.detach(), torch.full((3, 2), 0.9))
 
 
+def test_a_subclass_takes_sparse_gradients() -> None:
+    class Own(RowwiseAdagrad):
+        pass
+
+    tables = [torch.nn.Parameter(torch.ones(4, 3)) for _ in range(2)]
+    for table, kind in zip(tables, (RowwiseAdagrad, Own), strict=True):
+        optimizer = kind([table], lr=0.1)
+        table.grad = torch.eye(4, 3).to_sparse(1)
+        optimizer.step()
+    assert torch.equal(*tables)
+    assert not tables[0].equal(torch.ones(4, 3))
+
+
 def test_rowwise_adagrad_takes_sparse_gradients() -> None:
     weights = [torch.ones(5, 3, requires_grad=True) for _ in range(2)]
     ids = torch.tensor([3, 1, 3])
