@@ -89,13 +89,14 @@ def rows(folder: Path, batch_size: int, negatives: int, rate: float) -> tuple[li
         name | {"negatives": kind} | _measured(positive, negative)
         for kind, negative in kinds.items()
     ]
-    differences = torch.cat([negative[0, :POINTS] - positive[0] for negative in kinds.values()])
+    around = {kind: negative[0, :POINTS] - positive[0] for kind, negative in kinds.items()}
+    differences = torch.cat(list(around.values()))
     _, _, axes = torch.linalg.svd(differences - differences.mean(dim=0), full_matrices=False)
     kept = {column: value for column, value in name.items() if column in POINT_COLUMNS}
     points = [
         kept | {"negatives": kind, "x": x, "y": y}
-        for kind, negative in kinds.items()
-        for x, y in ((negative[0, :POINTS] - positive[0]) @ axes[:2].T).tolist()
+        for kind, part in around.items()
+        for x, y in (part @ axes[:2].T).tolist()
     ]
     return measured, points
 

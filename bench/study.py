@@ -95,19 +95,13 @@ def _missing(runs: Sequence[Settings], done: pd.DataFrame) -> Iterator[Settings]
             yield settings
 
 
-def tests(runs: Sequence[Run], rows: pd.DataFrame) -> pd.DataFrame:
-    """The test row of each run that has one; ``line`` has the names of the run's line."""
-    names = list(dict.fromkeys(name for _, label in runs for name in label))
-    wanted = pd.DataFrame([key(settings) | {"line": label} for settings, label in runs])
-    wanted["line"] = [tuple(label.get(name, "") for name in names) for label in wanted["line"]]
-    done = rows[rows["split"] == "test"].drop_duplicates(RUN, keep="last")
-    return wanted.drop_duplicates([*RUN, "line"]).merge(done, on=RUN)
-
-
 def table(runs: Sequence[Run], rows: pd.DataFrame) -> str:
     """A line for each setting: test metrics as mean ± deviation over the seeds that have rows."""
     names = list(dict.fromkeys(name for _, label in runs for name in label))
-    found = tests(runs, rows)
+    wanted = pd.DataFrame([key(settings) | {"line": label} for settings, label in runs])
+    wanted["line"] = [tuple(label.get(name, "") for name in names) for label in wanted["line"]]
+    tests = rows[rows["split"] == "test"].drop_duplicates(RUN, keep="last")
+    found = wanted.drop_duplicates([*RUN, "line"]).merge(tests, on=RUN)
     found["minutes"] = found["seconds"] / 60
     lines = []
     for line, group in found.groupby("line", sort=False):

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from emu_kernels import backends, prepare, reference, validate
 from emu_kernels.mutation import MutationRate, NoMutation
-from emu_kernels.values import usable_coefficient
 
 __all__ = [
     "EmuScores",
@@ -378,12 +377,10 @@ def uls_cross_entropy(
     """
     prepare.alone_after_fork()
     validate.scores(positive_score, negative_score, cumulant)
-    beta = validate.coefficient("beta", beta)
-    validate.one_of("reduction", reduction, validate.REDUCTIONS)
     dtype = prepare.accumulation_dtype(positive_score.dtype)
     positive_score, negative_score = positive_score.to(dtype), negative_score.to(dtype)
-    if isinstance(beta, Tensor):
-        beta = usable_coefficient("beta", prepare.coefficient(beta, positive_score))
+    beta = prepare.usable_coefficient("beta", beta, positive_score)
+    validate.one_of("reduction", reduction, validate.REDUCTIONS)
     cumulant = None if cumulant is None else cumulant.to(dtype)
     rows = reference.uls_rows(positive_score, negative_score, beta, cumulant)
     return reference.reduce(rows, None, reduction)

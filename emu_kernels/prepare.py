@@ -10,11 +10,10 @@ import os
 import torch
 from torch import Tensor
 
-from emu_kernels import validate
+from emu_kernels import validate, values
 from emu_kernels.mutation import RULES, Expected, Mutation, mask_unit, masked
 from emu_kernels.request import Draws, LossRequest, Request
 from emu_kernels.similarity import SIMILARITIES
-from emu_kernels.values import usable_rates, usable_thresholds
 
 _PROCESS = os.getpid()
 
@@ -58,7 +57,7 @@ def _drawn(rate: float | Tensor | Mutation, unit: str, dim: int, device: torch.d
     if isinstance(rate, Tensor):
         units = dim // 2 if RULES[unit].pairs else dim
         validate.rates("mutation_rate", rate, unit, units, device)
-        return masked(unit, usable_thresholds("mutation_rate", rate.expand(units)))
+        return masked(unit, values.usable_thresholds("mutation_rate", rate.expand(units)))
     return masked(unit, validate.rate("mutation_rate", rate))
 
 
@@ -79,7 +78,7 @@ def _expected(rule: Expected, unit: str, query: Tensor, similarity: str) -> Expe
     dtype = accumulation_dtype(query.dtype)
     if not isinstance(rate, Tensor):
         return Expected(torch.full((1, 1), rate, dtype=dtype, device=query.device))
-    rate = usable_rates("mutation_rate", rate).to(dtype)
+    rate = values.usable_rates("mutation_rate", rate).to(dtype)
     rate = (rate.reshape(1, 1) if rate.ndim == 0 else rate.reshape(-1, units)).contiguous()
     return Expected(rate, learned=rate.requires_grad and torch.is_grad_enabled())
 
@@ -191,6 +190,14 @@ def coefficient(value: float | Tensor, like: Tensor) -> Tensor:
     if isinstance(value, Tensor):
         return value.to(device=like.device, dtype=like.dtype).reshape(())
     return torch.full((), value, dtype=like.dtype, device=like.device)
+
+
+def usable_coefficient(name: str, value: object, like: Tensor) -> float | Tensor:
+    """A coefficient, checked: a number, or () of ``like``'s dtype, on its device."""
+    given = validate.coefficient(name, value)
+    if isinstance(given, Tensor):
+        return values.usable_coefficient(name, coefficient(given, like))
+    return given
 
 
 def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:

@@ -22,7 +22,6 @@ from emu_kernels import (
     validate,
 )
 from emu_kernels.reference import softmax_rows
-from emu_kernels.values import usable_coefficient
 
 from .mapping import Mapping, Parts, Query, flat, map_model
 from .sides import Side, split_sides
@@ -189,9 +188,7 @@ class _Batch(NamedTuple):
             return out.masked_fill(padding, float("-inf"))
 
         rows = uls_cross_entropy(positive, score(mutated), beta=self.beta, reduction="none")
-        alpha = validate.coefficient("alpha", self.alpha)
-        if isinstance(alpha, Tensor):
-            alpha = usable_coefficient("alpha", prepare.coefficient(alpha, positive))
+        alpha = prepare.usable_coefficient("alpha", self.alpha, positive)
         rows = rows + alpha * softmax_rows(positive, score(candidates))
         return (side.weight.to(rows.dtype) * rows).sum()
 
