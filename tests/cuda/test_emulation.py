@@ -201,7 +201,7 @@ def test_a_rate_out_of_range_gives_nan(
     cuda: emulation.EmulatedCudaBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Such a rate arrives as NaN if values cannot be read without waiting for the device."""
-    monkeypatch.setattr(prepare, "usable_rates", lambda _name, rate: rate)
+    monkeypatch.setattr(prepare.values, "usable_rates", lambda _name, rate: rate)
     rates = torch.full((6, 20), 0.5)
     rates[2, 7] = math.nan
     for learned in (False, True):

@@ -428,8 +428,12 @@ def test_second_interruption_stops_at_once(graph, tmp_path, monkeypatch):
             time.sleep(0.001)
 
     monkeypatch.setattr(trainer, "_train_step", interrupted_step)
-    with pytest.raises(KeyboardInterrupt):
-        trainer.train()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests may leave another
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_best_checkpoint_is_the_best_validation(graph, tmp_path, monkeypatch):
