@@ -27,6 +27,7 @@ from emu_kernels import (
     fused_emu_loss,
     fused_softmax_loss,
     prepare,
+    values,
 )
 from emu_kernels.backends import cuda as cuda_module
 from emu_kernels.backends import ids
@@ -201,7 +202,7 @@ def test_a_rate_out_of_range_gives_nan(
     cuda: emulation.EmulatedCudaBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Such a rate arrives as NaN if values cannot be read without waiting for the device."""
-    monkeypatch.setattr(prepare.values, "usable_rates", lambda _name, rate: rate)
+    monkeypatch.setattr(values, "usable_rates", lambda _name, rate: rate)
     rates = torch.full((6, 20), 0.5)
     rates[2, 7] = math.nan
     for learned in (False, True):
