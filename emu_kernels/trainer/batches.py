@@ -94,7 +94,7 @@ class InverseBatches:
 
     def __call__(self, step: int) -> Batch:
         head, relation, tail, _, place = self._triples(step)
-        half = len(head) // 2
+        half = (len(head) + step % 2) // 2  # of an odd number, the larger part by turns
         return Batch(
             torch.cat([head[:half], tail[half:]]),
             torch.cat([relation[:half], relation[half:] + self._num_relations]),

@@ -27,7 +27,7 @@ from .losses import LOSSES
 from .models import SCORERS
 from .page import write_page
 from .presets import PRESETS
-from .reading import load_graph
+from .reading import is_one_file, load_graph
 from .report import lines_table, metrics_table, seeds_table
 from .run import RunFolder
 from .sampling import SAMPLERS, rows_per_set
@@ -66,6 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except TrainerError as error:
             print(f"emu-train: {error}", file=sys.stderr)
             return 1
+        except KeyboardInterrupt:  # before the first step, or after the last one
+            print("emu-train: stopped", file=sys.stderr)
+            return INTERRUPTED
 
 
 def _train(options: dict[str, Any]) -> tuple[int, Metrics | None]:
@@ -142,13 +145,17 @@ def _train_and_report(trainer: Trainer, folder: Path) -> tuple[int, Metrics | No
         )
         try:
             finished = trainer.train()
-        except KeyboardInterrupt:  # the second Ctrl-C
+            ranks = trainer.finish() if finished else None
+        except KeyboardInterrupt:  # the second Ctrl-C, or one while the test split is ranked
             finished = False
         if not finished:
-            say(f"stopped at step {trainer.step}; go on with: emu-train --resume {quoted(folder)}")
+            say(
+                f"stopped, saved at step {trainer.saved_step}; go on with: "
+                f"emu-train --resume {quoted(folder)}"
+            )
             return INTERRUPTED, None
         metrics = None
-        if ranks := trainer.finish():
+        if ranks:
             metrics = Metrics.of(ranks)
             what = f"test, filtered, both directions{config.ranked}"
             say(f"{what}, the model of step {trainer.best_step}:")
@@ -181,7 +188,11 @@ def _config(options: dict[str, Any]) -> Config:
 def _start(options: dict[str, Any], stack: contextlib.ExitStack) -> Trainer:
     run_dir = options.pop("run_dir", None)
     config = _config(options)
-    for name, chosen in unread(options, config).items():
+    given = options.keys() - {*SCORERS[config.model].keywords}
+    unused = unread(given, config)
+    if config.data is None or not is_one_file(Path(config.data)):
+        unused |= dict.fromkeys(given & {"hold_out", "split_seed"}, "a graph in several files")
+    for name, chosen in unused.items():
         print(f"emu-train: warning: {chosen} does not use {flag(name)}", file=sys.stderr)
 
     def make() -> tuple[RunFolder, Graph]:
@@ -236,6 +247,12 @@ def _resume(settings: dict[str, Any], stack: contextlib.ExitStack) -> Trainer:
         folder.lock()
         return folder, folder.read_graph()
 
+    if config.schedule == "cosine" and config.steps > (config.decay_steps or 0):
+        print(
+            f"emu-train: warning: the cosine ends at step {config.decay_steps}, after which the "
+            "learning rate is 0",
+            file=sys.stderr,
+        )
     kind, run, graph = _open(config, make, stack)
     trainer = kind.resume(config, graph, run)
     changes = {k: v for k, v in config.to_json().items() if v != getattr(before, k)}

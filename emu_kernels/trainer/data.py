@@ -111,9 +111,7 @@ class Graph:
         stacked = (torch.stack(parts, dim=1) for parts in triples)
         weights = None
         for column in splits["train"][3:]:
-            weights = torch.from_numpy(column.to_numpy().copy())
-            if not weights.any():
-                raise DataError("the weights of all training triples are 0")
+            weights = _usable(torch.from_numpy(column.to_numpy().copy()))
         by_split = dict(zip(SPLITS, stacked, strict=True))
         return cls(entities, relations, by_split, notes, weights)
 
@@ -124,7 +122,7 @@ class Graph:
         entity and relation keeps a training triple. If these are too few, each split gets half.
 
         Raises:
-            DataError: there are none.
+            DataError: there are none, or all weights of the others are 0.
         """
         train = self.triples["train"]
         draws = generator(torch.device("cpu"), seed, "hold out")
@@ -157,7 +155,7 @@ class Graph:
             "valid": train[drawn[:count]],
             "test": train[drawn[count : 2 * count]],
         }
-        weights = None if self.weights is None else self.weights[kept]
+        weights = None if self.weights is None else _usable(self.weights[kept])
         return replace(self, triples=triples, weights=weights)
 
     def of_split(self, split: str) -> Graph:
@@ -206,7 +204,7 @@ class Graph:
         sizes = ", ".join(f"{len(self.triples[split]):,} {split}" for split in SPLITS)
         unseen = [
             f"\n{count:,} of the {split} triples hold an entity or relation unseen in training: "
-            "kept, and ranked with its initial embedding"
+            "kept, and ranked although nothing was learned of it"
             for split in SPLITS[1:]
             if (count := self.unseen(split))
         ]
@@ -345,6 +343,12 @@ def _some(count: int, kind: str) -> str:
 
 
 _HEADER_WORDS = {"r", "rel", "relation", "relations", "p", "predicate", "edge", "label", "type"}
+
+
+def _usable(weights: Tensor) -> Tensor:
+    if not weights.any():
+        raise DataError("the weights of all training triples are 0")
+    return weights
 
 
 def split_triples(triples: Tensor, direction: Direction) -> tuple[Tensor, Tensor, Tensor]:

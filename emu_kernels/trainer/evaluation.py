@@ -99,6 +99,14 @@ def is_better(metric: str, value: float, than: float) -> bool:
     return value < than if metric == "mr" else value > than
 
 
+def _check_numbers(scores: Tensor) -> None:
+    if scores.isnan().any():
+        raise TrainingError(
+            "the model's scores of some triples are NaN, so their ranks would mean nothing: try a "
+            "smaller lr"
+        )
+
+
 class Stopped(Exception):
     """The evaluation was asked to stop."""
 
@@ -173,6 +181,9 @@ class Evaluator:
         """(M,) float64: the filtered rank of each triple's true entity.
 
         Memory is bounded by a chunk of scores, whatever the number of triples.
+
+        Raises:
+            TrainingError: a value of the model is not finite, or the score of a triple is NaN.
         """
         for name, parameter in model.named_parameters():
             if not is_finite(parameter):
@@ -229,7 +240,9 @@ class Evaluator:
             whole = score(given, relation, direction)
             true = whole.gather(1, target.unsqueeze(1))
             others = whole.gather(1, drawn.clamp(min=0)).masked_fill(drawn < 0, -torch.inf)
-        better, as_good = (others > true).sum(1), (others >= true).sum(1)
+        _check_numbers(true)
+        # An entity with the score NaN is neither worse nor as good, and so counts as better.
+        better, as_good = (~(others <= true)).sum(1), (~(others < true)).sum(1)
         return 1.0 + (better + as_good).double() / 2.0
 
     def _fetch(
@@ -242,21 +255,22 @@ class Evaluator:
         given, relation, target = split_triples(triples, direction)
         scores = score(given, relation, direction)  # (C, N)
         true = scores.gather(1, target.unsqueeze(1))  # (C, 1)
+        _check_numbers(true)
         offsets, answer = self._known.lists(given, relation, direction)
         row = torch.repeat_interleave(offsets.diff())
         known = scores[row, answer]  # (P,)
 
-        # Count all entities that score at least as well, then subtract the known ones. Comparisons
-        # are written as the scores' dtype, which keeps this vectorized; blocks stay in the cache,
-        # and their sums are exact.
+        # Count all entities except those that score worse (also NaN, therefore), then subtract the
+        # known ones. Comparisons are written as the scores' dtype, which keeps this vectorized;
+        # blocks stay in the cache, and their sums are exact.
         zero = torch.zeros(len(scores), dtype=torch.float64, device=scores.device)
-        better, as_good = zero.clone(), zero.clone()
+        better, as_good = zero + scores.shape[1], zero + scores.shape[1]
         for block in scores.split(max(1, _CHUNK_BYTES // (4 * len(scores))), dim=1):
             count = torch.empty_like(block)
-            better += torch.gt(block, true, out=count).sum(1)
-            as_good += torch.ge(block, true, out=count).sum(1)
-        better -= zero.index_add(0, row, (known > true[row, 0]).to(better.dtype))
-        as_good -= zero.index_add(0, row, (known >= true[row, 0]).to(better.dtype))
+            better -= torch.le(block, true, out=count).sum(1)
+            as_good -= torch.lt(block, true, out=count).sum(1)
+        better -= zero.index_add(0, row, (~(known <= true[row, 0])).to(better.dtype))
+        as_good -= zero.index_add(0, row, (~(known < true[row, 0])).to(better.dtype))
 
         # Optimistic rank 1 + better; pessimistic rank 1 + as_good, as the true entity is known.
         return 1.0 + (better + as_good) / 2.0

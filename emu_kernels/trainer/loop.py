@@ -174,6 +174,12 @@ class Trainer:
             self.seconds += time.perf_counter() - started
         if stop.is_set() and self._saved != self.step:
             self.save()
+        if self.out_of_patience and self.step < until:
+            tqdm.write(
+                f"ended at step {self.step} of {until}: the last {self.waited} validations brought "
+                "no better model (--patience)",
+                file=sys.stderr,
+            )
         return (self.step >= until and whole) or self.out_of_patience
 
     def _due(self, until: int) -> bool:
@@ -341,6 +347,7 @@ class Trainer:
         for index, values in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
         state = {
+            "made_by": self._made_by(),
             "step": self.step,
             "seconds": self.seconds,
             "loss_sum": float(self._loss_sum),
@@ -348,6 +355,10 @@ class Trainer:
         }
         self.run.save(self.run.last_file, tensors, state)
         self._saved = self.step
+
+    def _made_by(self) -> str:
+        """What a checkpoint's tensors belong to, which their shapes do not tell."""
+        return f"{self.config.model} with {type(self.optimizer).__name__}"
 
     def _is_finite(self) -> bool:
         return all(map(is_finite, self.model.parameters()))
@@ -371,6 +382,8 @@ class Trainer:
             self.step = self._saved = int(state["step"])
             if self.step > 0 and has_switched(self.config, self.step - 1):
                 self.optimizer = new_optimizer(self.config, self.model, self.step - 1)
+            if (made_by := state.get("made_by", self._made_by())) != self._made_by():
+                raise ValueError(f"expected {self._made_by()}, got {made_by}")
             groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict({"state": optimizer, "param_groups": groups})
             self.seconds = float(state["seconds"])
@@ -378,6 +391,11 @@ class Trainer:
             self._loss_count = int(state["loss_count"])
         except (KeyError, TypeError, ValueError) as error:
             raise RunError(f"{file} is not a checkpoint of this run: {error!r}") from error
+
+    @property
+    def saved_step(self) -> int:
+        """The step of the last checkpoint, from which the run can go on; 0 without one."""
+        return self._saved
 
     @property
     def best_step(self) -> int:
@@ -436,7 +454,7 @@ def settle(config: Config) -> Config:
     """
     TRACKERS[config.tracker or "none"].check()  # None in runs of 0.2.0
     try:
-        torch.empty(0, device=config.device)
+        torch.zeros(1, device=config.device).item()  # not on "meta", for instance
         backend = backends.resolve(config.backend, torch.device(config.device)).name
     except (RuntimeError, ValueError, AssertionError) as error:
         raise ConfigError(f"cannot run on device {config.device!r}: {error}") from error

@@ -89,6 +89,11 @@ class Layout(NamedTuple):
 PLAIN = Layout()
 
 
+def is_one_file(path: Path) -> bool:
+    """Whether this is a file of triples, from which validation and test are held out."""
+    return path.is_file() and _kind(path.name)[1] in FORMATS
+
+
 def load_graph(
     path: Path, layout: Layout = PLAIN, *, hold_out: float = 0.05, split_seed: int = 0
 ) -> Graph:
@@ -100,7 +105,7 @@ def load_graph(
     Raises:
         DataError: something is missing, malformed, corrupted or unsafe; says where.
     """
-    if path.is_file() and _kind(path.name)[1] in FORMATS:
+    if is_one_file(path):
         file = File(str(path), path.name, _open(path))
         notes: list[str] = []
         columns = _columns({"train": file}, layout, notes)
@@ -196,7 +201,8 @@ def _collect(
         if stem not in SPLITS or suffix not in FORMATS:
             continue
         if stem in files:
-            raise DataError(f"{path} holds {stem} more than once: {files[stem].name} and {name}")
+            before = files[stem].where.removeprefix(f"{path}{sign}")
+            raise DataError(f"{path} holds {stem} more than once: {before} and {member}")
         files[stem] = File(f"{path}{sign}{member}", name, read())
     return files
 

@@ -174,6 +174,7 @@ def test_progress_bar_on_a_terminal(graph_folder, tmp_path, monkeypatch, capsys)
         (["--resume", "nowhere"], "nowhere is not a run folder"),
         (["--data", "{graph}", "--mutation-rate", "2"], "mutation_rate must be in [0, 1]"),
         (["--data", "{graph}", "--device", "abacus"], "cannot run on device 'abacus'"),
+        (["--data", "{graph}", "--device", "meta"], "cannot run on device 'meta'"),
         (["--data", "{graph}", "--run-dir", "{graph}/train.txt/run"], "cannot be made"),
     ],
 )
@@ -274,6 +275,29 @@ def test_a_setting_that_nothing_reads_is_told(graph_folder, tmp_path, capsys):
     assert err.count("does not use") == 1
 
 
+def test_a_setting_that_only_the_model_reads_is_not_told(graph_folder, tmp_path, capsys):
+    given = ("--model", "TransE", "--margin", 3, "--steps", 10)
+    assert train("--data", graph_folder, "--run-dir", tmp_path / "run", *QUICK, *given) == 0
+    assert "does not use" not in capsys.readouterr().err
+
+
+def test_nothing_is_held_out_of_three_files(graph_folder, tmp_path, capsys):
+    given = ("--hold-out", 0.2, "--steps", 10)
+    assert train("--data", graph_folder, "--run-dir", tmp_path / "run", *QUICK, *given) == 0
+    assert "a graph in several files does not use --hold-out" in capsys.readouterr().err
+
+
+def test_steps_after_a_cosine_are_told(graph_folder, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train("--data", graph_folder, "--run-dir", run, *QUICK, "--schedule=cosine") == 0
+    assert train("--resume", run) == 0
+    assert "cosine" not in capsys.readouterr().err
+    assert train("--resume", run, "--steps=50") == 0
+    assert "the cosine ends at step 40, after which the learning rate is 0" in (
+        capsys.readouterr().err
+    )
+
+
 def test_names_in_any_case(graph_folder, tmp_path):
     folder = tmp_path / "run"
     given = ("--model", "COMPLEX", "--loss", "EMU", "--optimizer", "adam")
@@ -346,6 +370,22 @@ def test_settings_are_printed(graph_folder, tmp_path, monkeypatch, capsys, optio
     folder = ["--data", graph_folder, "--run-dir", tmp_path / "run"]
     assert train(*folder, *QUICK, "--steps=2", *options) == 0
     assert said in " ".join(capsys.readouterr().out.split())
+
+
+def test_ctrl_c_while_the_test_split_is_ranked(graph_folder, tmp_path, monkeypatch, capsys):
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "finish", interrupt)
+        assert train("--data", graph_folder, "--run-dir", run, *QUICK) == cli.INTERRUPTED
+    assert f"saved at step 40; go on with: emu-train --resume {run}" in capsys.readouterr().out
+    assert train("--resume", run) == 0
+    assert "Hits@10" in capsys.readouterr().out
+    monkeypatch.setattr(cli, "load_graph", interrupt)
+    assert train("--data", graph_folder, *QUICK) == cli.INTERRUPTED
+    assert capsys.readouterr().err == "emu-train: stopped\n"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")

@@ -180,6 +180,36 @@ def test_a_triple_given_twice_is_filtered_once(config, direction):
     assert Evaluator(graph).ranks(model, triples, direction).tolist() == expected
 
 
+@pytest.mark.parametrize("options", [{}, {"eval_candidates": 9}])
+def test_scores_that_are_no_numbers_have_no_rank(graph, config, options):
+    model = embeddings(new_model(config, graph))
+    with torch.no_grad():
+        model.entity.fill_(1e30)  # products are infinite, and their differences NaN
+        model.relation.fill_(1e30)
+        model.relation[:, ::2] = -1e30
+    evaluator = Evaluator(graph, options=EvaluationOptions(**options))
+    with pytest.raises(TrainingError, match="scores of some triples are NaN"):
+        evaluator.ranks(model, graph.triples["test"], "tail")
+
+
+def test_entities_without_a_score_are_not_worse(graph, config, monkeypatch):
+    model = embeddings(new_model(config, graph))
+    triple = graph.triples["test"][:1]
+
+    def scorer(*_: object) -> Any:
+        scores = torch.full((1, graph.num_entities), float("nan"))
+        scores[0, triple[0, 2]] = 1.0
+        return lambda *_: scores
+
+    monkeypatch.setattr(type(model), "scorer", scorer)
+    evaluator = Evaluator(graph)
+    known = {tuple(other) for split in SPLITS for other in graph.triples[split].tolist()}
+    head, relation, _ = triple[0].tolist()
+    answers = sum((head, relation, e) in known for e in range(graph.num_entities))
+    rank = evaluator.ranks(model, triple, "tail")
+    assert rank.tolist() == [1 + graph.num_entities - answers]
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_values_that_are_not_finite_have_no_rank(graph, config, value):
     model = embeddings(new_model(config, graph))

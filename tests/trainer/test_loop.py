@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -460,7 +461,7 @@ def test_best_checkpoint_is_the_best_validation(graph, tmp_path, monkeypatch):
     ("metric", "values", "best", "end"),
     [("mrr", (0.2, 0.5, 0.5, 0.3, 0.6), 20, 40), ("mr", (9.0, 8.0, 8.5, 7.0, 7.5, 7.5), 40, 60)],
 )
-def test_patience(graph, tmp_path, monkeypatch, metric, values, best, end):
+def test_patience(graph, tmp_path, monkeypatch, capsys, metric, values, best, end):
     """An equal metric is not better. A run that lost patience is over until it is given more."""
     config = small(eval_every=10, patience=2, metric=metric, steps=100)
     trainer = start(tmp_path / "run", config, graph)
@@ -474,6 +475,7 @@ def test_patience(graph, tmp_path, monkeypatch, metric, values, best, end):
     trainer = resume(tmp_path / "run")
     assert trainer.train()
     assert (trainer.step, trainer.best_step) == (end, best)
+    assert f"ended at step {end} of 100: the last 2 validations" in capsys.readouterr().err
     again = resume(tmp_path / "run")
     assert again.train()
     assert again.step == end
@@ -481,6 +483,18 @@ def test_patience(graph, tmp_path, monkeypatch, metric, values, best, end):
         more = resume(tmp_path / "run", patience=3)
         more.train(until=50)
         assert more.best_step == 50
+
+
+@pytest.mark.parametrize("other", [{"model": "TransE"}, {"optimizer": "Adam"}])
+def test_a_checkpoint_of_another_run_is_refused(graph, tmp_path, other):
+    """Their tables have the same shapes."""
+    for name, settings in (("run", {}), ("other", other)):
+        trainer = start(tmp_path / name, small(**settings), graph)
+        trainer._train_step()
+        trainer.save()
+    shutil.copy(tmp_path / "other" / "last.safetensors", tmp_path / "run")
+    with pytest.raises(RunError, match=r"not a checkpoint of this run: .*got (TransE|.* Adam)\b"):
+        resume(tmp_path / "run")
 
 
 def test_learning_rates():
@@ -837,8 +851,9 @@ def test_every_sampler_trains_with_every_loss(graph, tmp_path, monkeypatch, samp
         ({"rows_per_set": 2, "sampler": "structure-aware"}, "structure-aware negatives cannot"),
         ({"negatives": -2}, "negatives must be at least 1, or all"),
         ({"negatives": ALL, "loss": "selfadv"}, "all needs a loss among emu"),
-        ({"negatives": ALL, "rows_per_set": 2}, "all does not go with sampler and rows_per_set"),
-        ({"negatives": ALL, "sampler": "structure-aware"}, "all does not go with sampler"),
+        ({"negatives": ALL, "rows_per_set": 2}, "rows_per_set are for sampled negatives"),
+        ({"negatives": ALL, "sampler": "structure-aware"}, "sampler and .*negatives all, loss emu"),
+        ({"loss": "onevsall", "sampler": "structure-aware"}, "sampler and .* loss onevsall"),
         ({"negatives": ALL, "sparse": True}, "touches every entity"),
     ],
 )

@@ -234,13 +234,15 @@ def test_a_step_draws_no_true_negative(graph):
 
 
 def test_half_of_a_batch_predicts_tails_half_heads():
+    """Of an odd number of triples, the larger part is either in turn."""
     plain, both = AlternatingBatches(TRIPLES, 5, seed=2), InverseBatches(TRIPLES, R, 5, seed=2)
-    head, relation, tail, *_ = plain(3)
-    batch = both(3)
-    assert batch.direction == "tail"
-    assert batch.head.tolist() == [*head[:2], *tail[2:]]
-    assert batch.tail.tolist() == [*tail[:2], *head[2:]]
-    assert batch.relation.tolist() == [*relation[:2], *relation[2:] + R]
+    for step, half in ((3, 3), (4, 2)):
+        head, relation, tail, *_ = plain(step)
+        batch = both(step)
+        assert batch.direction == "tail"
+        assert batch.head.tolist() == [*head[:half], *tail[half:]]
+        assert batch.tail.tolist() == [*tail[:half], *head[half:]]
+        assert batch.relation.tolist() == [*relation[:half], *relation[half:] + R]
 
 
 # --- losses ---------------------------------------------------------------------------------------

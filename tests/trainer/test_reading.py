@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -265,6 +266,14 @@ def test_two_files_of_a_split_are_refused(tmp_path):
         load_graph(tmp_path / "graph")
 
 
+def test_two_files_of_a_split_in_an_archive_are_told_apart(tmp_path):
+    graph = folder(tmp_path / "graph", tsv(TRIPLES).encode(), ".txt")
+    shutil.copytree(graph, graph / "ind")
+    archive = shutil.make_archive(str(tmp_path / "graph"), "zip", graph)
+    with pytest.raises(DataError, match=r"once: (ind/)?train\.txt and (?!\1)(ind/)?train\.txt$"):
+        load_graph(Path(archive))
+
+
 def test_literals_are_left_out_and_counted(tmp_path):
     text = n_triples(TRIPLES[:1]) + '<a> <r> "\\"5\\" . "^^<int> .\n_:a <r> _:b.\n<a> <r> "x"@en .'
     graph = load_graph(folder(tmp_path / "graph", text.encode(), ".nt"))
@@ -321,6 +330,13 @@ def test_held_out_triples_take_their_weights_along(one_file, tmp_path):
     kinds = (graph.entities, graph.relations, graph.entities)
     for ids, found in zip(graph.triples["train"].tolist(), graph.weights.tolist(), strict=True):
         assert found == weight([names[i] for names, i in zip(kinds, ids, strict=True)])
+
+
+def test_weights_of_0_alone_are_refused_also_after_holding_out(tmp_path):
+    lines = [f"e{i % 5},r{i % 2},e{(i * 3 + i // 5) % 7},{int(i == 0)}\n" for i in range(40)]
+    (tmp_path / "all.csv").write_text("".join(lines))
+    with pytest.raises(DataError, match="weights of all training triples are 0"):
+        load_graph(tmp_path / "all.csv", WEIGHTED, hold_out=0.3)
 
 
 def test_every_part_of_one_file_may_be_needed(tmp_path):
