@@ -153,6 +153,20 @@ def _nbfnet() -> Iterable[Run]:
         )
 
 
+def _parts() -> Iterable[Run]:
+    parts: dict[str, Settings] = {
+        "softmax": LOSSES["softmax"],
+        **{f"ULS, beta {b:g}": LOSSES["ULS"] | {"beta": b} for b in (0.2, 1.0)},
+        "ULS, beta 0.53": LOSSES["ULS"],
+        "EMU, means alone": {"loss": "mean-alone"},
+        "EMU, closed form": LOSSES["EMU, closed form"],
+        "EMU": LOSSES["EMU"],
+    }
+    for model, (name, settings) in product(MODELS[:2], parts.items()):
+        preset = short(f"{model}-fb15k-237")
+        yield preset | settings, {"model": model, "trained with": name}
+
+
 def _dimensions() -> Iterable[Run]:
     preset = short("distmult-fb15k-237")
     for dim, name in product((100, 500), ("softmax", "EMU, closed form")):
@@ -202,6 +216,9 @@ EXPERIMENTS = {
     "sensitivity": Experiment(
         "What do rate, beta and alpha decide? (table 13; beta 0 is no label smoothing)",
         _sensitivity, (0,),
+    ),
+    "parts": Experiment(
+        "Which part of the loss gives which part of MRR and of the mean rank?", _parts, (0,)
     ),
     "mask-rules": Experiment(
         "Are there better masks than random ones? (open question 1 of the paper)", _mask_rules, (0,)

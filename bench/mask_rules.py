@@ -1,8 +1,8 @@
-"""Mutation rates that differ between components, for the study to compare.
+"""Losses for the study to compare: rates that differ between components, and a part of EMU.
 
-Within :func:`entered` each rule is a loss of the trainer: EMU in closed form, with a rate for each
-component. Over a row the rates are 0.61 (the setting ``mutation_rate``) on average, except that
-they are limited to [0, 1]. What a rule learns is in its model.
+Within :func:`entered` each is a loss of the trainer: EMU in closed form, with a rate for each
+component, or without the variance. Over a row the rates are 0.61 (the setting ``mutation_rate``) on
+average, except that they are limited to [0, 1]. What a rule learns is in its model.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emu_kernels import Expected
+from emu_kernels import Expected, emu_scores, uls_cross_entropy
 from emu_kernels.trainer.data import Direction
 from emu_kernels.trainer.losses import LOSSES, Loss, Step
 from emu_kernels.trainer.models import MODELS, SCORERS, DistMult, Model, Query
@@ -85,6 +85,16 @@ def _adversarial(step: Step) -> Tensor:
     return step.emu(Expected((2 * rates.detach() - rates).clamp(0, 1)))
 
 
+def _mean_alone(step: Step) -> Tensor:
+    """EMU as if each mutant scored the mean over its masks, ρ s⁺ + (1 − ρ) s⁻."""
+    config = step.config
+    scores = emu_scores(**step.arguments, mutation_rate=Expected(config.mutation_rate))
+    positive, negative = scores.positive, scores.negative
+    vanilla = torch.logaddexp(positive, negative.logsumexp(dim=1)) - positive
+    smoothed = uls_cross_entropy(positive, scores.mutated, beta=config.beta)
+    return smoothed + config.alpha * vanilla.mean()
+
+
 RULES: dict[str, Callable[[Step], Tensor]] = {
     "large-query": _by_size(True, _query),
     "small-query": _by_size(False, _query),
@@ -92,6 +102,7 @@ RULES: dict[str, Callable[[Step], Tensor]] = {
     "small-share": _by_size(False, _share),
     "learned": _learned,
     "adversarial": _adversarial,
+    "mean-alone": _mean_alone,
 }
 MODELS_WITH_RATES: dict[str, type[Model]] = {
     "DistMult, rates": LearnedRates,

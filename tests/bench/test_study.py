@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from bench import geometry, results, study
+from bench import geometry, mask_rules, results, study
 from bench.__main__ import main
 from bench.experiments import EXPERIMENTS, tiny
 from emu_kernels.trainer import datasets
@@ -88,3 +89,21 @@ def test_spectrum():
     assert geometry.spectrum(line[None]) == pytest.approx((1, 1 / 3))
     cross = torch.cat([torch.eye(3), -torch.eye(3)])[None]
     assert geometry.spectrum(cross) == pytest.approx((2 / 3, 1))
+
+
+@mask_rules.entered()
+def test_the_means_alone_are_emu_without_variance():
+    """A mask that keeps every component, or none, leaves no variance."""
+
+    def loss(name: str, **settings: Any) -> float:
+        config = settle(Config(dataset="nations", dim=6, negatives=5, loss=name, **settings))
+        trainer = Trainer(config, datasets.load_dataset("nations"))
+        trainer._train_step()
+        return trainer._mean_loss()
+
+    assert loss("mean-alone", mutation_rate=0) == pytest.approx(loss("uls"), rel=1e-6)
+    assert loss("mean-alone", mutation_rate=1) == pytest.approx(
+        loss("expected", mutation_rate=1), rel=1e-6
+    )
+    between = loss("mean-alone", mutation_rate=0.5)
+    assert between < loss("expected", mutation_rate=0.5)
