@@ -41,7 +41,7 @@ ALL_ENTITIES: Settings = {
 }  # fmt: skip
 RATES = (0.2, 0.4, 0.61, 0.8, 0.95)
 BETAS = (0.0, 0.1, 0.25, 0.53, 1.0)
-ALPHAS = (0.0, 0.03, 0.3, 0.7)  # 0.11 is in the first grid
+ALPHAS = (0.0, 0.03, 0.11, 0.3, 0.7)
 
 
 def short(preset: str) -> Settings:

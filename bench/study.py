@@ -95,13 +95,18 @@ def _missing(runs: Sequence[Settings], done: pd.DataFrame) -> Iterator[Settings]
             yield settings
 
 
-def table(runs: Sequence[Run], rows: pd.DataFrame) -> str:
-    """A line for each setting: test metrics as mean ± deviation over the seeds that have rows."""
+def tested(runs: Sequence[Run], rows: pd.DataFrame) -> tuple[list[str], pd.DataFrame]:
+    """The names of the runs' labels, and the test rows with these labels as a column "line"."""
     names = list(dict.fromkeys(name for _, label in runs for name in label))
     wanted = pd.DataFrame([key(settings) | {"line": label} for settings, label in runs])
     wanted["line"] = [tuple(label.get(name, "") for name in names) for label in wanted["line"]]
     tests = rows[rows["split"] == "test"].drop_duplicates(RUN, keep="last")
-    found = wanted.drop_duplicates([*RUN, "line"]).merge(tests, on=RUN)
+    return names, wanted.drop_duplicates([*RUN, "line"]).merge(tests, on=RUN)
+
+
+def table(runs: Sequence[Run], rows: pd.DataFrame) -> str:
+    """A line for each setting: test metrics as mean ± deviation over the seeds that have rows."""
+    names, found = tested(runs, rows)
     found["minutes"] = found["seconds"] / 60
     lines = []
     for line, group in found.groupby("line", sort=False):

@@ -8,11 +8,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import matplotlib
+import numpy as np
+import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from bench import geometry, report, results
+from bench import geometry, report, results, study
+from bench.experiments import EXPERIMENTS
 from bench.rivals import WHOLE
 from emu_kernels import emu_mutate
 
@@ -114,6 +117,32 @@ def negatives() -> Figure:
     return figure
 
 
+def sensitivity() -> Figure:
+    """Test MRR, and below it the mean rank, by rate, beta and alpha."""
+    rows = study.read(results.FOLDER / "study")
+    names, found = study.tested(EXPERIMENTS["sensitivity"].runs(), rows)
+    labels = pd.DataFrame(found["line"].to_list(), columns=names)
+    cells = (
+        labels.replace("", "0").astype(dict.fromkeys(names[1:], float)).join(found[["mrr", "mr"]])
+    )
+    figure = Figure(figsize=(7.2, 3.4), layout="constrained")
+    both = figure.subplots(1, 2)
+    for axes, (varied, part) in zip(both, cells.groupby("varied", sort=False), strict=True):
+        rate, beta = str(varied).split(", ")
+        mrr, rank = (part.pivot(index=rate, columns=beta, values=value) for value in ("mrr", "mr"))
+        axes.imshow(mrr, cmap="BuGn", vmin=cells["mrr"].min(), vmax=cells["mrr"].max() + 0.1)
+        for (y, x), value in np.ndenumerate(mrr):
+            text = f"{value:.3f}\n{rank.iloc[y, x]:.0f}"
+            axes.text(x, y, text, ha="center", va="center", fontsize=7)
+        axes.set_xticks(range(len(mrr.columns)), [f"{x:g}" for x in mrr.columns], fontsize=8)
+        axes.set_yticks(range(len(mrr.index)), [f"{y:g}" for y in mrr.index], fontsize=8)
+        axes.set_xlabel(beta, fontsize=8)
+        axes.set_ylabel(rate.replace("_", " "), fontsize=8)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+    return figure
+
+
 def mutation() -> Figure:
     """What emu_mutate makes of one negative."""
     components = 24
@@ -136,5 +165,5 @@ def mutation() -> Figure:
 if __name__ == "__main__":
     IMAGES.mkdir(exist_ok=True)
     matplotlib.rcParams["svg.hashsalt"] = "emu"  # the same file from the same rows
-    for draw in (step, growth, negatives, mutation):
+    for draw in (step, growth, negatives, sensitivity, mutation):
         draw().savefig(IMAGES / f"{draw.__name__}.svg", metadata={"Date": None})
