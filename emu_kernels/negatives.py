@@ -80,10 +80,14 @@ class KnownTriples:
             negative: (G, K), G dividing B: a set for each block of B/G rows. It holds no −1.
 
         Returns:
-            (G, K), a new tensor.
+            (G, K) int64, a new tensor.
         """
         self._check(given, relation, to)
         validate.tensor("negative", negative)
+        validate.dims("negative", negative, (2,), "(G, K)")
+        validate.integer("negative", negative)
+        check_ids("negative", negative, rows=self._num_entities, lowest=0)
+        negative = negative.long()
         sets, rows = len(negative), len(given)
         if rows % sets if sets else rows:
             raise ValueError(f"negative: expected (G, K), G dividing {rows}, got {sets} sets")
@@ -126,6 +130,9 @@ class KnownTriples:
     def holds(self, given: Tensor, relation: Tensor, target: Tensor, to: Side) -> Tensor:
         """(B, K): which of the targets (B, K) are known answers of (B,) entities and relations."""
         self._check(given, relation, to)
+        validate.tensor("target", target)
+        validate.integer("target", target)
+        check_ids("target", target, rows=self._num_entities, lowest=0)
         return self._contains(
             (self._pair(given, relation) * self._num_entities)[:, None] + target, to
         )
@@ -276,7 +283,7 @@ class Negatives:
             to: the entity that is replaced.
 
         Returns:
-            (G, K) int64 ids, −1 where a known triple is left out. The next call may overwrite them.
+            (G, K) int64 ids, a new tensor; −1 where a known triple is left out.
 
         Raises:
             TypeError, ValueError: an argument that does not fit.
@@ -302,7 +309,7 @@ class Negatives:
             kept = (drawn & ((1 << _FRACTION_BITS) - 1)) < keep.index_select(0, flat).view_as(drawn)
             drawn = torch.where(kept, column, other.index_select(0, flat).view_as(drawn))
         if self._known is None:
-            return drawn
+            return drawn if self._pools or self._alias else drawn.clone()
         return self._known._without(given, relation, drawn, to)
 
 

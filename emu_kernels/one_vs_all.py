@@ -9,7 +9,7 @@ from torch import Tensor
 
 from emu_kernels import backends, prepare, validate, values
 from emu_kernels.api import emu_scores
-from emu_kernels.library import FirstOrder, Function
+from emu_kernels.library import FirstOrder, Function, refuse_forward_mode
 from emu_kernels.mutation import Expected, Mutation, NoMutation
 from emu_kernels.products import Batch, Gather, Known, combined, loss_rows, tiles
 from emu_kernels.request import LossRequest
@@ -55,7 +55,8 @@ def one_vs_all_loss(
 
     The other arguments, the result and the errors are those of :func:`emu_kernels.fused_emu_loss`.
     The table's gradient is dense, as every row is touched; for bf16 and fp16 it is a sum of several
-    parts, each of which is rounded. Eager only; on a GPU it waits to learn the sizes of ``known``.
+    parts, each of which is rounded. First derivatives by backward mode only. Eager only; on a GPU
+    it waits to learn the sizes of ``known``.
     """
     rule: Mutation = NoMutation() if mutation_rate is None else mutation_rate
     if not isinstance(rule, (Expected, NoMutation)):
@@ -83,6 +84,7 @@ def one_vs_all_loss(
         reduction=reduction,
     )
     validate.known(known, positive, table.device)
+    refuse_forward_mode(query, table, scale, else_="one_vs_all_loss has backward mode only")
     name = backends.resolve(backend, table.device).name
     own, _, poison = values.usable_ids(
         request.positive, request.negative, rows=request.table.shape[0]

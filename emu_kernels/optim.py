@@ -76,6 +76,11 @@ class RowwiseAdagrad(torch.optim.Optimizer):
                 if parameter.grad is None:
                     continue
                 if parameter.grad.is_sparse:
+                    if parameter.ndim != 2:
+                        raise ValueError(
+                            "params: expected shape (N, D) where the gradient is sparse, got "
+                            f"{tuple(parameter.shape)}"
+                        )
                     nothing = _given(parameter, None, None)
                     name = ROW_OPTIMIZERS[RowwiseAdagrad]  # also of a subclass
                     _step_sparse(parameter, _step_of(name, self, parameter, *nothing))
@@ -142,6 +147,11 @@ def backward_and_step(
         IndexError: an id out of range.
     """
     validate.any_tensor("loss", loss)
+    if loss.numel() != 1 or not loss.requires_grad:
+        raise ValueError(
+            f"loss: expected a scalar that requires a gradient, got shape {tuple(loss.shape)}, "
+            f"requires_grad {loss.requires_grad}"
+        )
     step = _table_step(optimizer, table, *_given(table, ids, rows))
     with ops.deferred(table) as waiting:
         loss.backward()

@@ -6,7 +6,7 @@ product compares them. Losses: BPR, sampled softmax with uniform, in-batch and m
 form. Beside them: popularity, and LightGCN. Ranks are over all films that the user has not
 watched.
 
-    python examples/retrieval.py            # minutes; --tiny: seconds
+    python examples/retrieval.py            # minutes; --tiny: one or two
 """
 
 from __future__ import annotations

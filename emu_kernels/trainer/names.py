@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import difflib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import overload
+from typing import TypeVar, overload
 
 import numpy
 import pyarrow
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from .errors import TrainerError
+
+T = TypeVar("T")
 
 _NEAR = 20_000  # names among which similar ones are sought: each comparison takes microseconds
 _DECODED = 1 << 16  # names that an iterator decodes at a time
@@ -88,12 +90,22 @@ class Names(Sequence[str]):
         return self._bytes[self._starts[first] : self._starts[last] - 1].tobytes().decode("utf-8")
 
 
+def visible(name: T) -> T | str:
+    """A name for people to read: quoted if it holds blanks at an end or what cannot be printed."""
+    if isinstance(name, str) and (name != name.strip() or not name.isprintable()):
+        return repr(name)
+    return name
+
+
 def find(kind: str, name: str, names: Sequence[str]) -> int:
     """The index of a name; fast if the names are sorted, as in :mod:`.data`.
 
     Raises:
+        TypeError: the name is no str.
         UnknownNameError: there is no such name; says which are similar.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"{kind}: expected a name (str), got {type(name).__name__}")
     at = bisect.bisect_left(names, name)
     if at < len(names) and names[at] == name:
         return at
@@ -102,5 +114,5 @@ def find(kind: str, name: str, names: Sequence[str]) -> int:
     except ValueError:
         around = names[max(0, at - _NEAR // 2) : at + _NEAR // 2]
         near = difflib.get_close_matches(name, around, n=3)
-        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        hint = f"; did you mean {', '.join(map(visible, near))}?" if near else ""
         raise UnknownNameError(f"the graph holds no {kind} {name!r}{hint}") from None

@@ -22,7 +22,7 @@ from emu_kernels import emu_scores, validate
 from .data import PARTS, SPLITS, Direction, split_triples
 from .errors import DataError, TrainerError
 from .models import Model, Query, Score
-from .names import find
+from .names import find, visible
 from .run import RunFolder
 from .terminal import degrade_output, discard_output
 
@@ -104,9 +104,12 @@ class Predictor:
 
         Raises:
             UnknownNameError: the graph holds no such entity or relation; says which are similar.
+            TypeError: a name that is no str, also of an entity that is numbered.
             ValueError: not exactly two are given, lists differ in length, or k is below 1.
         """
         parts = (head, relation, tail)
+        for name, part in zip(PARTS, parts, strict=True):
+            _check_names(name, part)
         if sum(part is None for part in parts) != 1:
             raise ValueError("give two of head, relation and tail, to predict the third")
         counts = {len(x) for x in parts if x is not None and not isinstance(x, str)}
@@ -191,6 +194,7 @@ class Predictor:
             raise TrainerError(
                 f"{type(model).__name__} has no embeddings by which to find neighbours"
             )
+        _check_names("entity", entity)
         names = [entity] if isinstance(entity, str) else list(entity)
         ids = torch.tensor([find("entity", name, self.graph.entities) for name in names]).long()
         found: list[Neighbour] = []
@@ -327,6 +331,13 @@ def _top(
         yield values[:count], ids[:count]
 
 
+def _check_names(what: str, given: object) -> None:
+    if given is not None and not hasattr(given, "__len__"):
+        raise TypeError(
+            f"{what}: expected a name (str) or a list of names, got {type(given).__name__}"
+        )
+
+
 def read_triples(lines: Iterable[str], *, comma: bool) -> list[PartialTriple]:
     """Triples, one a line, with None for a field that is empty or a question mark.
 
@@ -353,7 +364,7 @@ def read_triples(lines: Iterable[str], *, comma: bool) -> list[PartialTriple]:
 
 
 def _read(path: Path) -> list[PartialTriple]:
-    comma = path.suffix == ".csv"
+    comma = path.suffix.lower() == ".csv"
     try:
         if path == Path("-"):
             mark = "\ufeff"
@@ -371,7 +382,10 @@ def _write(rows: Sequence[Prediction | Neighbour], form: str, title: str, shown:
     """Print a table of some columns below its title, or CSV or JSON with all of them."""
     if form == "table":
         body = [
-            [f"{x:.4f}" if isinstance(x, float) else x for x in (getattr(row, c) for c in shown)]
+            [
+                f"{x:.4f}" if isinstance(x, float) else visible(x)
+                for x in (getattr(row, c) for c in shown)
+            ]
             for row in rows
         ]
         print(title)

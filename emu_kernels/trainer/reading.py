@@ -178,8 +178,8 @@ def _columns(files: dict[str, File], layout: Layout, notes: list[str]) -> dict[s
 
 def _kind(name: str) -> tuple[str, str]:
     """Stem and suffix of a file's name, without ``.gz``."""
-    path = PurePosixPath(name.removesuffix(".gz"))
-    return path.stem, path.suffix
+    path = PurePosixPath(name[: -len(".gz")] if name.lower().endswith(".gz") else name)
+    return path.stem, path.suffix.lower()
 
 
 def _open(file: Path) -> pyarrow.Buffer:

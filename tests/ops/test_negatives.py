@@ -176,6 +176,14 @@ def test_the_index_of_known_triples_checks_what_it_is_given() -> None:
         index.remove(given, relation, some[:5])
     with pytest.raises(ValueError, match=r"negative: .* got 0 sets"):
         index.remove(given, relation, some[:0])
+    with pytest.raises(IndexError, match="negative: expected ids from 0"):
+        index.remove(given, relation, some + N)
+    with pytest.raises(IndexError, match="target: expected ids from 0"):
+        index.holds(given, relation, some + N, "tail")
+    with pytest.raises(ValueError, match=r"negative: expected shape \(G, K\), got"):
+        index.remove(given, relation, some[0])
+    with pytest.raises(TypeError, match=r"negative: expected .*integer"):
+        index.remove(given, relation, some.float())
     bad: Any = "tails"
     with pytest.raises(ValueError, match=r"to: .*tails"):
         index.remove(given, relation, some, bad)
@@ -218,4 +226,19 @@ def test_narrow_ids_do_not_overflow(dtype: torch.dtype) -> None:
     index = KnownTriples(data, entities, relations)
     given, relation = given.to(dtype), relation.to(dtype)
     assert index.holds(given, relation, known[:, None], "tail").all()
-    assert (index.remove(given, relation, known[:, None]) == -1).all()
+    removed = index.remove(given, relation, known[:, None].to(dtype))
+    assert removed.dtype == torch.int64
+    assert (removed == -1).all()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"filtered": False}, {"filtered": False, "weight": torch.ones(N)}]
+)
+def test_drawn_negatives_may_be_changed(options: dict[str, Any]) -> None:
+    data = triples()
+    given, relation = data[:B, :2].T
+    draw = make(data, **options)
+    first = draw(0, given, relation)
+    before = first.clone()
+    first.fill_(-1)
+    assert torch.equal(draw(0, given, relation), before)

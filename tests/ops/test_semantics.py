@@ -515,6 +515,11 @@ def test_forward_mode_is_refused(backend: str, device: torch.device) -> None:
     def mutants(query: Tensor) -> Tensor:
         return emu_mutate(query, query[:, None], mutation_rate=0.5, seed=1, backend=backend)
 
+    def over_all(query: Tensor) -> Tensor:
+        return one_vs_all_loss(query, table, positive, backend=backend)
+
+    with pytest.raises(NotImplementedError, match="one_vs_all_loss has backward mode only"):
+        torch.func.jvp(over_all, (query,), (tangent,))
     for function in (loss, scores, mutants):
         if backend == "reference":
             forward: Tensor = torch.func.jvp(function, (query,), (tangent,))[1]

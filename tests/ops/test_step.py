@@ -234,8 +234,14 @@ def test_a_step_is_not_part_of_a_failed_backward_pass() -> None:
     inputs = make()
     table = inputs.table.requires_grad_()
     optimizer = torch.optim.SGD([table], lr=0.1)
-    with pytest.raises(RuntimeError):
-        backward_and_step(table.new_zeros(2, requires_grad=True) * 1, optimizer, table)
+
+    def fail(gradient: Tensor) -> Tensor:
+        raise RuntimeError("no gradient")
+
+    loss = table.new_zeros((), requires_grad=True) * 1
+    loss.register_hook(fail)
+    with pytest.raises(RuntimeError, match="no gradient"):
+        backward_and_step(loss, optimizer, table)
     fused_emu_loss(inputs.query, table, *inputs[2:], **LOSS).backward()
     assert table.grad is not None
 
@@ -392,7 +398,22 @@ def test_sparse_and_dense_gradients_are_added(sparse: tuple[bool, bool]) -> None
     torch.testing.assert_close(table, wanted.detach() - 0.1 * wanted.grad)
 
 
+def test_a_loss_that_cannot_be_differentiated_is_refused() -> None:
+    inputs = make()
+    table = inputs.table.requires_grad_()
+    optimizer = torch.optim.SGD([table], lr=0.1)
+    loss = fused_emu_loss(inputs.query, table, *inputs[2:], reduction="none", **LOSS)
+    with pytest.raises(ValueError, match=r"loss: expected a scalar .*, got shape \(\d+,\)"):
+        backward_and_step(loss, optimizer, table)
+    with pytest.raises(ValueError, match=r"loss: .*, requires_grad False"):
+        backward_and_step(loss.detach().sum(), optimizer, table)
+
+
 def test_rowwise_adagrad_checks_what_it_is_given() -> None:
+    line = torch.ones(3, requires_grad=True)
+    line.grad = torch.ones(3).to_sparse()
+    with pytest.raises(ValueError, match=r"params: expected shape \(N, D\) where .*, got \(3,\)"):
+        RowwiseAdagrad([line]).step()
     weight = torch.ones(3, 2, requires_grad=True)
     for bad in (torch.ones((), requires_grad=True), torch.ones(2, 2, 2, requires_grad=True)):
         with pytest.raises(ValueError, match=r"params: expected shape \(N,\) or \(N, D\)"):

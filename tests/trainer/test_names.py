@@ -6,7 +6,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from emu_kernels.trainer.names import Names, UnknownNameError, encode, find
+from emu_kernels.trainer.names import Names, UnknownNameError, encode, find, visible
 
 NAMES = sorted(["ab", "a", "c d", "Zürich", "東京", "é", "z", "𝕏"])
 
@@ -34,6 +34,12 @@ def test_every_name_is_found(names):
 def test_similar_names_are_suggested():
     with pytest.raises(UnknownNameError, match="no relation 'Zurich'; did you mean Zürich"):
         find("relation", "Zurich", Names(encode(NAMES)))
+
+
+def test_names_with_blanks_are_quoted_for_people():
+    assert [visible(x) for x in ("a b", " a", "a\x1b[31m", 3)] == ["a b", "' a'", r"'a\x1b[31m'", 3]
+    with pytest.raises(UnknownNameError, match="no entity 'lead'; did you mean ' lead'"):
+        find("entity", "lead", Names(encode([" lead"])))
 
 
 def test_a_name_is_found_without_decoding_the_others(monkeypatch):

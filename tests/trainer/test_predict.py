@@ -164,6 +164,8 @@ def test_neighbours(runs, name, monkeypatch):
         ({"head": ["e1"], "relation": ["r1", "r2"]}, r"as many names in each list, got \[1, 2\]"),
         ({"head": "e1", "relation": "r1", "k": 0}, "k: expected at least 1, got 0"),
         ({"head": "e1", "relation": "r1", "k": "3"}, "k: expected an int, got str"),
+        ({"head": 1, "relation": "r1"}, "head: expected a name .* or a list .*, got int"),
+        ({"head": ["e1"], "relation": [1]}, r"relation: expected a name \(str\), got int"),
     ],
 )
 def test_queries_that_make_no_sense(predictor, arguments, said):
@@ -172,6 +174,8 @@ def test_queries_that_make_no_sense(predictor, arguments, said):
 
 
 def test_triples_that_make_no_sense(predictor):
+    with pytest.raises(TypeError, match=r"entity: expected a name .*, got int"):
+        predictor.neighbours(1)
     with pytest.raises(ValueError, match=r"at most one None, got .* as triple 1"):
         predictor.complete([("e1", "r1", None), ("e1", None, None)])
     with pytest.raises(UnknownNameError, match="no entity 'e99'; did you mean e9"):
@@ -193,11 +197,11 @@ def emu_predict(run: Path, *arguments: object) -> int:
 QUERIES = [("e1", "r1", ""), ("?", "r2", "e9"), ("e1", "", "e2"), ("e1", "r1", "e2")]
 
 
-@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+@pytest.mark.parametrize("suffix", ["csv", "CSV", "tsv"])
 def test_a_file_of_queries_and_both_outputs(run, predictor, tmp_path, capsys, suffix):
     file = tmp_path / f"queries.{suffix}"
     with file.open("w", newline="") as stream:
-        if suffix == "csv":
+        if suffix.lower() == "csv":
             csv.writer(stream).writerows([("head", "relation", "tail"), *QUERIES])
         else:
             stream.write("\n".join("\t".join(query) for query in QUERIES) + "\n\n")
