@@ -156,8 +156,7 @@ def _nbfnet() -> Iterable[Run]:
 def _parts() -> Iterable[Run]:
     parts: dict[str, Settings] = {
         "softmax": LOSSES["softmax"],
-        **{f"ULS, beta {b:g}": LOSSES["ULS"] | {"beta": b} for b in (0.2, 1.0)},
-        "ULS, beta 0.53": LOSSES["ULS"],
+        **{f"ULS, beta {b:g}": LOSSES["ULS"] | {"beta": b} for b in (0.2, 0.53, 1.0)},
         "EMU, means alone": {"loss": "mean-alone"},
         "EMU, closed form": LOSSES["EMU, closed form"],
         "EMU": LOSSES["EMU"],
