@@ -192,6 +192,9 @@ def _start(options: dict[str, Any], stack: contextlib.ExitStack) -> Trainer:
     unused = unread(given, config)
     if config.data is None or not is_one_file(Path(config.data)):
         unused |= dict.fromkeys(given & {"hold_out", "split_seed"}, "a graph in several files")
+    if LOSSES[config.loss].all_entities:
+        sampled = {"negatives", "sampler", "rows_per_set", "hops", "walks"}
+        unused |= dict.fromkeys(given & sampled, f"loss {config.loss}")
     for name, chosen in unused.items():
         print(f"emu-train: warning: {chosen} does not use {flag(name)}", file=sys.stderr)
 

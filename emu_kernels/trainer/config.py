@@ -181,7 +181,7 @@ class Config(
         self._settle_schedule()
         if self.sharded:
             self._check_sharded()
-        if self.over_all:
+        if self.negatives == ALL:
             self._check_all()
         if self.sparse:
             self._check_sparse("sparse")
@@ -257,11 +257,7 @@ class Config(
         if self.loss not in takers:
             raise ConfigError(f"negatives: all needs a loss among {', '.join(takers)}")
         if self.rows_per_set > 1 or self.sampler != "uniform":
-            raise ConfigError(
-                "sampler and rows_per_set are for sampled negatives, and here the negatives are "
-                f"all entities (negatives {'all' if self.negatives == ALL else self.negatives}, "
-                f"loss {self.loss})"
-            )
+            raise ConfigError("negatives: all does not go with sampler and rows_per_set")
 
     def _check_sharded(self) -> None:
         """Check that the entities can be spread over several processes."""

@@ -281,6 +281,14 @@ def test_a_setting_that_only_the_model_reads_is_not_told(graph_folder, tmp_path,
     assert "does not use" not in capsys.readouterr().err
 
 
+def test_a_loss_over_all_entities_samples_nothing(graph_folder, tmp_path, capsys):
+    given = ("--loss", "onevsall", "--rows-per-set", 8, "--steps", 10)
+    assert train("--data", graph_folder, "--run-dir", tmp_path / "run", *QUICK, *given) == 0
+    err = capsys.readouterr().err
+    assert "loss onevsall does not use --rows-per-set" in err
+    assert "loss onevsall does not use --negatives" in err
+
+
 def test_nothing_is_held_out_of_three_files(graph_folder, tmp_path, capsys):
     given = ("--hold-out", 0.2, "--steps", 10)
     assert train("--data", graph_folder, "--run-dir", tmp_path / "run", *QUICK, *given) == 0
