@@ -121,13 +121,13 @@ def sensitivity() -> Figure:
     """Test MRR, and below it the mean rank, by rate, beta and alpha."""
     rows = study.read(results.FOLDER / "study")
     names, found = study.tested(EXPERIMENTS["sensitivity"].runs(), rows)
-    labels = pd.DataFrame(found["line"].to_list(), columns=names)
-    cells = (
-        labels.replace("", "0").astype(dict.fromkeys(names[1:], float)).join(found[["mrr", "mr"]])
-    )
+    cells = pd.DataFrame(found["line"].to_list(), columns=names).join(found[["mrr", "mr"]])
+    numbers = dict.fromkeys(set(names) - {"varied"}, float)
+    cells = cells.replace("", "nan").astype(numbers)
     figure = Figure(figsize=(7.2, 3.4), layout="constrained")
-    both = figure.subplots(1, 2)
-    for axes, (varied, part) in zip(both, cells.groupby("varied", sort=False), strict=True):
+    grids = list(cells.groupby("varied", sort=False))
+    every = figure.subplots(1, len(grids), squeeze=False)[0]
+    for axes, (varied, part) in zip(every, grids, strict=True):
         rate, beta = str(varied).split(", ")
         mrr, rank = (part.pivot(index=rate, columns=beta, values=value) for value in ("mrr", "mr"))
         axes.imshow(mrr, cmap="BuGn", vmin=cells["mrr"].min(), vmax=cells["mrr"].max() + 0.1)
