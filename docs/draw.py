@@ -132,6 +132,8 @@ def sensitivity() -> Figure:
         mrr, rank = (part.pivot(index=rate, columns=beta, values=value) for value in ("mrr", "mr"))
         axes.imshow(mrr, cmap="BuGn", vmin=cells["mrr"].min(), vmax=cells["mrr"].max() + 0.1)
         for (y, x), value in np.ndenumerate(mrr):
+            if np.isnan(value):
+                continue
             text = f"{value:.3f}\n{rank.iloc[y, x]:.0f}"
             axes.text(x, y, text, ha="center", va="center", fontsize=7)
         axes.set_xticks(range(len(mrr.columns)), [f"{x:g}" for x in mrr.columns], fontsize=8)

@@ -136,12 +136,12 @@ def define(
 
 def refuse_forward_mode(
     *inputs: Tensor | None,
-    else_: str = "only backend='reference' has it; the others have backward mode",
+    instead: str = "only backend='reference' has it; the others have backward mode",
 ) -> None:
     """Raise NotImplementedError if an input carries a tangent, which the operators would drop."""
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return
     if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in inputs):
         raise NotImplementedError(
-            f"forward-mode differentiation (torch.func.jvp, forward_ad): {else_}"
+            f"forward-mode differentiation (torch.func.jvp, forward_ad): {instead}"
         )

@@ -83,10 +83,8 @@ class KnownTriples:
             (G, K) int64, a new tensor.
         """
         self._check(given, relation, to)
-        validate.tensor("negative", negative)
+        _check_ids("negative", negative, self._num_entities)
         validate.dims("negative", negative, (2,), "(G, K)")
-        validate.integer("negative", negative)
-        check_ids("negative", negative, rows=self._num_entities, lowest=0)
         negative = negative.long()
         sets, rows = len(negative), len(given)
         if rows % sets if sets else rows:
@@ -130,9 +128,7 @@ class KnownTriples:
     def holds(self, given: Tensor, relation: Tensor, target: Tensor, to: Side) -> Tensor:
         """(B, K): which of the targets (B, K) are known answers of (B,) entities and relations."""
         self._check(given, relation, to)
-        validate.tensor("target", target)
-        validate.integer("target", target)
-        check_ids("target", target, rows=self._num_entities, lowest=0)
+        _check_ids("target", target, self._num_entities)
         return self._contains(
             (self._pair(given, relation) * self._num_entities)[:, None] + target, to
         )
@@ -331,19 +327,20 @@ def _check_query(
 ) -> None:
     prepare.alone_after_fork()
     validate.one_of("to", to, ("tail", "head"))
-    for name, ids, rows in (
-        ("given", given, num_entities),
-        ("relation", relation, num_relations),
-    ):
-        validate.tensor(name, ids)
-        validate.integer(name, ids)
-        if ids.device.type == "cpu" and not torch.compiler.is_compiling():  # a GPU would wait
-            check_ids(name, ids, rows=rows, lowest=0)
+    _check_ids("given", given, num_entities)
+    _check_ids("relation", relation, num_relations)
     if given.ndim != 1 or given.shape != relation.shape:
         raise ValueError(
             "given and relation: expected the same shape (B,), got "
             f"{tuple(given.shape)} and {tuple(relation.shape)}"
         )
+
+
+def _check_ids(name: str, ids: Tensor, rows: int) -> None:
+    validate.tensor(name, ids)
+    validate.integer(name, ids)
+    if ids.device.type == "cpu" and not torch.compiler.is_compiling():  # a GPU would wait
+        check_ids(name, ids, rows=rows, lowest=0)
 
 
 def _pools(

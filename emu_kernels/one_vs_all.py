@@ -84,7 +84,7 @@ def one_vs_all_loss(
         reduction=reduction,
     )
     validate.known(known, positive, table.device)
-    refuse_forward_mode(query, table, scale, else_="one_vs_all_loss has backward mode only")
+    refuse_forward_mode(query, table, scale, instead="one_vs_all_loss has backward mode only")
     name = backends.resolve(backend, table.device).name
     own, _, poison = values.usable_ids(
         request.positive, request.negative, rows=request.table.shape[0]
